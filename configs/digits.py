@@ -1,0 +1,31 @@
+"""scikit-learn's 8x8 handwritten digits: seconds to train, the set of `make demo`.
+
+  python -m lsrs_jax.train --config=configs/digits.py --workdir=runs/digits
+  python -m lsrs_jax.certify --workdir=runs/digits
+
+Variants: ``lsrs`` (default; two orthogonal convolutions, noise on the latent), ``cayley`` (the same with the other
+family), ``isrs`` (no encoder: input-space smoothing), ``isrs_split`` (the network of ``lsrs`` smoothed in input space).
+"""
+
+from lsrs_jax.config import default
+
+
+def get_config(variant="lsrs"):
+    config = default()
+    config.sigma = 0.5
+    config.train.steps = 800
+    config.train.learning_rate = 3e-3
+    config.train.evaluate_every = 400
+    config.train.checkpoint_every = 400
+    config.certify.n = 10_000
+    config.model.encoder = "shallow"
+    config.model.head = "mlp"
+    if variant == "cayley":
+        config.model.method = "cayley"
+    elif variant == "isrs":
+        config.model.encoder = "identity"
+    elif variant == "isrs_split":
+        config.model.noise = "input"
+    elif variant != "lsrs":
+        raise ValueError(f"unknown variant {variant!r}: choose lsrs, cayley, isrs or isrs_split")
+    return config

@@ -1,0 +1,125 @@
+"""Orbax checkpoints, hidden behind this file.
+
+A checkpoint has three items: ``model`` (parameters; enough to certify), ``train`` (optimizer state) and ``meta``
+(JSON: step, digest of the parameters). Restoring takes a target of shapes and puts every array on the devices asked
+for, so a checkpoint written on eight devices opens on one.
+"""
+
+import hashlib
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from lsrs_jax.errors import UserError
+
+
+def digest(params):
+    """SHA-256 over names, dtypes, shapes and bytes of a parameter tree."""
+    total = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.asarray(leaf)
+        total.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+        total.update(np.ascontiguousarray(array).tobytes())
+    return total.hexdigest()
+
+
+class Checkpoints:
+    """The checkpoints of one workdir, saved asynchronously."""
+
+    def __init__(self, workdir, keep=2):
+        self._folder = Path(workdir).absolute() / "checkpoints"
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+            item_names=("model", "train", "meta"),
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self._manager.close()
+
+    def latest(self):
+        """The step of the newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step, params, opt_state):
+        """Starts saving; the arrays are copied to the host before this returns."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                model=ocp.args.StandardSave(params),
+                train=ocp.args.StandardSave(opt_state),
+                meta=ocp.args.JsonSave({"step": int(step), "digest": digest(params)}),
+            ),
+        )
+
+    def wait(self):
+        """Blocks until everything is on disk."""
+        self._manager.wait_until_finished()
+
+    def restore(self, step, params, opt_state):
+        """Parameters and optimizer state of `step`, shaped and placed like the two targets."""
+        restored = _restore(
+            self._manager,
+            self._folder,
+            step,
+            model=ocp.args.StandardRestore(_abstract(params)),
+            train=ocp.args.StandardRestore(_abstract(opt_state)),
+        )
+        return restored["model"], restored["train"]
+
+
+def restore_model(workdir, target):
+    """The newest parameters of a workdir, without the optimizer.
+
+    Args:
+      target: a tree of arrays or `jax.ShapeDtypeStruct` with the expected shapes.
+
+    Returns:
+      ``(params, meta)``: NumPy-convertible arrays on the default device, and ``{"step", "digest"}``.
+
+    Raises:
+      UserError: for a missing, truncated or foreign checkpoint; the digest of what was read must match.
+    """
+    folder = Path(workdir).absolute() / "checkpoints"
+    if not folder.is_dir():
+        raise UserError(f"no checkpoint in {workdir}: train first (python -m lsrs_jax.train --workdir={workdir} ...)")
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with ocp.CheckpointManager(folder, options=options, item_names=("model", "train", "meta")) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise UserError(f"no complete checkpoint in {folder}: let the training finish or resume it")
+        restored = _restore(manager, folder, step, model=ocp.args.StandardRestore(_abstract(target)))
+    return restored["model"], restored["meta"]
+
+
+def _abstract(target):
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def describe(leaf):
+        sharding = getattr(leaf, "sharding", None) or device
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(describe, target)
+
+
+def _restore(manager, folder, step, **items):
+    where = folder / str(step)
+    try:
+        restored = manager.restore(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore()))
+        meta = restored["meta"]
+        intact = digest(restored["model"]) == meta["digest"]
+    except Exception as error:  # Orbax and TensorStore raise whatever their readers raise
+        line = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"cannot read checkpoint {where} ({line}); delete that folder to fall back to an older one"
+        ) from error
+    if not intact:
+        raise UserError(f"checkpoint {where} is damaged: its digest differs; delete that folder to fall back to an older one")
+    return restored
+
+

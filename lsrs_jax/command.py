@@ -1,0 +1,93 @@
+"""What the commands share: arguments, configuration flags, and errors of one line."""
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import warnings
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from lsrs_jax import config as configuration
+from lsrs_jax.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; see python -m {self.prog} --help")
+
+
+def parser(name, doc):
+    """An argument parser for ``python -m lsrs_jax.<name>``; `doc` is the module's docstring."""
+    return _Parser(
+        f"lsrs_jax.{name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+
+def config_from_flags(rest, stored=None):
+    """The configuration of ``--config=FILE[:variant] --config.field=value …`` flags.
+
+    Args:
+      rest: the arguments argparse left over.
+      stored: a configuration that takes the place of ``--config=``; flags then only override it.
+    """
+    values = flags.FlagValues()
+    arguments = ["lsrs_jax", *rest]
+    stray = [a for a in rest if not a.startswith("--config")]
+    if stray and not any(a.startswith("--config") and "=" not in a for a in rest):
+        raise UserError(f"unknown argument {stray[0]!r}; see --help")
+    try:
+        if stored is None:
+            config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
+        else:
+            config_flags.DEFINE_config_dict("config", stored, flag_values=values, sys_argv=arguments)
+        left = values(arguments)[1:]
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
+        raise UserError(_readable(error, rest)) from error
+    if left:
+        raise UserError(f"unknown argument {left[0]!r}; see --help")
+    if values["config"].value is None:
+        raise UserError("no configuration: give --config=configs/digits.py, or another file")
+    return configuration.check(values["config"].value)
+
+
+def _readable(error, rest):
+    text = " ".join(str(error).split())
+    text = text.replace("Flags parsing error: ", "").replace("flag --config=None: ", "")
+    if isinstance(error, FileNotFoundError):
+        name = next((a.split("=", 1)[1] for a in rest if a.startswith("--config=")), "")
+        return f"no configuration file {name.partition(':')[0]!r}"
+    return f"bad configuration flag: {text or type(error).__name__}"
+
+
+def main(run):
+    """Runs a command: expected errors become one line on stderr and exit code 2.
+
+    SIGTERM ends the process like an interrupt; what is on disk stays valid and the same command resumes.
+    """
+    warnings.filterwarnings("ignore")
+    logging.set_verbosity(logging.ERROR)
+    if hasattr(signal, "SIGTERM"):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        run(sys.argv[1:])
+    except UserError as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error))
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes", file=sys.stderr)
+        sys.exit(130)
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+        return
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail(message):
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

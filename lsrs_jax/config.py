@@ -1,0 +1,163 @@
+"""The fields of a configuration, their defaults and their limits."""
+
+import difflib
+import json
+
+from ml_collections import ConfigDict, config_dict
+
+from lsrs_jax.errors import UserError
+from lsrs_jax.files import write_atomic
+
+
+def default():
+    """Every field there is. Experiments in ``configs/`` start from here; flags ``--config.<field>=`` override."""
+    config = ConfigDict()
+    config.seed = 0
+    config.sigma = 0.5  # noise on the latent (or the image), for training and certification alike
+
+    config.data = ConfigDict()
+    config.data.name = "digits"
+    config.data.dir = ""  # folder of tensorflow-datasets; $TFDS_DATA_DIR where empty
+    config.data.train_split = "train"
+    config.data.split = "test"  # evaluated and certified
+    config.data.batch_size = 128
+    config.data.crop = 0  # random shifts in pixels
+    config.data.flip = False  # random horizontal flips
+
+    config.model = ConfigDict()
+    config.model.encoder = "shallow"  # lsrs_jax.models.ENCODERS; "identity" is input-space smoothing
+    config.model.method = "paraunitary"  # family of the orthogonal convolutions, or "cayley"
+    config.model.head = "convnet"  # lsrs_jax.models.HEADS
+    config.model.noise = "latent"  # "input": the same network smoothed in input space
+    config.model.mean = (0.0,)  # input normalisation, per channel; 1/min(std) counts in the Lipschitz constant
+    config.model.std = (1.0,)
+
+    config.train = ConfigDict()
+    config.train.steps = 1000
+    config.train.optimizer = "adam"  # or "sgd" (Nesterov momentum 0.9)
+    config.train.learning_rate = 1e-3
+    config.train.schedule = "cosine"  # or "constant"
+    config.train.warmup_steps = 0
+    config.train.weight_decay = 0.0  # decoupled, on the head's kernels only
+    config.train.log_every = 50
+    config.train.evaluate_every = 1000
+    config.train.checkpoint_every = 1000
+    config.train.keep_checkpoints = 2
+
+    config.certify = ConfigDict()
+    config.certify.name = "default"  # results go to <workdir>/certify/<name>
+    config.certify.n0 = 100
+    config.certify.n = 100_000
+    config.certify.alpha = 0.001  # failure probability per image
+    config.certify.start = 0  # images start, start + step, ... below stop
+    config.certify.stop = config_dict.placeholder(int)  # to the end where not given
+    config.certify.step = 1
+    config.certify.tile = (8, 128)  # images x noise samples of one compiled batch
+    config.certify.spmd = "shard_map"  # or "pmap"
+    return config
+
+
+def _limits(config):
+    """(field, condition, what it must be)."""
+    data, train, certify = config.data, config.train, config.certify
+    return [
+        ("seed", 0 <= config.seed < 2**32, "between 0 and 2**32 - 1"),
+        ("sigma", 0 < config.sigma < float("inf"), "a positive number"),
+        ("data.batch_size", data.batch_size >= 1, "at least 1"),
+        ("data.crop", data.crop >= 0, "at least 0"),
+        ("train.steps", train.steps >= 1, "at least 1"),
+        ("train.optimizer", train.optimizer in ("adam", "sgd"), "'adam' or 'sgd'"),
+        ("train.schedule", train.schedule in ("cosine", "constant"), "'cosine' or 'constant'"),
+        ("train.learning_rate", 0 < train.learning_rate < float("inf"), "a positive number"),
+        ("train.warmup_steps", 0 <= train.warmup_steps < train.steps, "at least 0 and below train.steps"),
+        ("train.weight_decay", 0 <= train.weight_decay < float("inf"), "at least 0"),
+        ("train.log_every", train.log_every >= 1, "at least 1"),
+        ("train.evaluate_every", train.evaluate_every >= 1, "at least 1"),
+        ("train.checkpoint_every", train.checkpoint_every >= 1, "at least 1"),
+        ("train.keep_checkpoints", train.keep_checkpoints >= 1, "at least 1"),
+        ("certify.name", _is_plain_name(certify.name), "a plain folder name (letters, digits, . _ -)"),
+        ("certify.n0", 1 <= certify.n0 <= 2**30, "between 1 and 2**30"),
+        ("certify.n", 1 <= certify.n <= 2**30, "between 1 and 2**30"),
+        ("certify.alpha", 0 < certify.alpha < 1, "strictly between 0 and 1"),
+        ("certify.start", certify.start >= 0, "at least 0"),
+        ("certify.stop", certify.stop is None or certify.stop > certify.start, "above certify.start"),
+        ("certify.step", certify.step >= 1, "at least 1"),
+        ("certify.tile", len(certify.tile) == 2 and min(certify.tile) >= 1, "two numbers (images, samples) >= 1"),
+        ("certify.spmd", certify.spmd in ("shard_map", "pmap"), "'shard_map' or 'pmap'"),
+    ]
+
+
+def _is_plain_name(name):
+    return bool(name) and name[0] not in ".-" and all(c.isalnum() or c in "._-" for c in name)
+
+
+def check(config):
+    """Raises UserError, naming the field, for a value outside its limits; returns the config."""
+    for field, holds, wanted in _limits(config):
+        if not holds:
+            value = config
+            for part in field.split("."):
+                value = value[part]
+            raise UserError(f"config field {field} must be {wanted}, got {value!r}")
+    return config
+
+
+def to_dict(config):
+    """Plain types, as they come back from JSON."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def from_dict(values):
+    """The inverse of `to_dict`; raises UserError for an unknown field or a wrong type."""
+    config = default()
+    _update(config, values, "")
+    return config.lock()
+
+
+def _update(config, values, prefix):
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if key not in config:
+            near = difflib.get_close_matches(key, list(config), 1)
+            raise UserError(f"unknown config field {name!r}" + (f"; did you mean {prefix}{near[0]}?" if near else ""))
+        if isinstance(config[key], ConfigDict):
+            if not isinstance(value, dict):
+                raise UserError(f"config field {name} holds fields, got {value!r}")
+            _update(config[key], value, f"{name}.")
+            continue
+        try:
+            config[key] = tuple(value) if isinstance(value, list) else value
+        except TypeError as error:
+            raise UserError(f"config field {name} has the wrong type: {value!r}") from error
+
+
+def save(config, path):
+    """Writes the config as JSON."""
+    write_atomic(path, json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def load(path):
+    """Reads a config written by `save`."""
+    try:
+        return from_dict(json.loads(path.read_text()))
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise UserError(f"{path} is not a stored configuration ({error}); train again into a new workdir") from error
+
+
+def first_difference(old, new, ignore=()):
+    """The first field, dotted, in which two nested dicts differ, with both values; None where they agree.
+
+    `ignore` names fields or whole sections, dotted.
+    """
+    for name in sorted(set(old) | set(new)):
+        if name in ignore:
+            continue
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            inner = [field[len(name) + 1 :] for field in ignore if field.startswith(f"{name}.")]
+            found = first_difference(a, b, inner)
+            if found:
+                return (f"{name}.{found[0]}", *found[1:])
+        elif a != b:
+            return name, a, b
+    return None

@@ -1,0 +1,132 @@
+"""From a trained encoder to plain arrays and a proven Lipschitz constant."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lsrs_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerBound:
+    """One line of the report."""
+
+    layer: str
+    sigma_max: float
+    sigma_min: float
+    proof: str
+
+
+@dataclasses.dataclass(frozen=True)
+class LipschitzReport:
+    """Singular values of every layer of an encoder, for one input size.
+
+    **Guarantee**: the encoder, as the plain function on the plain float64 parameters beside this report, is
+    ``constant``-Lipschitz in ℓ2 on inputs of ``input_shape``. The constant is the product of the layers' σ_max
+    (float64 SVD of the very arrays that run, each with a margin for the SVD's own error), rounded up.
+    """
+
+    layers: tuple[LayerBound, ...]
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+
+    @property
+    def constant(self):
+        product = 1.0
+        for layer in self.layers:
+            if layer.sigma_max != 1.0:
+                product = math.nextafter(product * layer.sigma_max, math.inf)
+        # Up to a multiple of 1e-12: the last places of an SVD differ between machines, certificates should not.
+        return product if product == 1.0 else math.nextafter(math.ceil(product * 1e12) / 1e12, math.inf)
+
+    def to_dict(self):
+        """Plain types for JSON, the constant included."""
+        return dataclasses.asdict(self) | {"constant": self.constant}
+
+    def __str__(self):
+        rows = [f"{'layer':<28}{'sigma_max - 1':>14}{'1 - sigma_min':>15}  proof"]
+        rows += [
+            f"{row.layer:<28}{row.sigma_max - 1:>14.1e}{1 - row.sigma_min:>15.1e}  {row.proof}"
+            for row in self.layers
+        ]
+        rows.append(f"encoder {self.input_shape} -> {self.output_shape}: Lipschitz constant {self.constant:.15g}")
+        return "\n".join(rows)
+
+
+class Materialized(NamedTuple):
+    """An encoder ready for certification."""
+
+    apply: Callable[[Any, Any], Any]  # (params, x[B, H, W, C]) -> latents[B, ...], in the dtype of x
+    params: tuple[Any, ...]  # NumPy float64, one tree per layer
+    report: LipschitzReport
+
+
+def materialize(encoder, params, input_shape):
+    """Turns an `Encoder` and its parameters into a plain function, plain parameters and a `LipschitzReport`.
+
+    Args:
+      encoder: `lsrs_jax.layers.Encoder` (a chain of modules that have ``materialize``).
+      params: its ``params`` collection.
+      input_shape: ``(H, W, C)``; the report holds for this size only, and ``apply`` refuses another.
+
+    Raises:
+      UserError: for a layer whose Lipschitz constant is not proven, or a non-finite parameter.
+    """
+    shape, plains, rows = tuple(input_shape), [], []
+    for index, layer in enumerate(encoder.layers):
+        name = f"{index} {type(layer).__name__}"
+        if not hasattr(layer, "materialize"):
+            raise UserError(f"layer {name} of the encoder has no proven Lipschitz constant; use lsrs_jax.layers")
+        plain = layer.materialize(params.get(f"layers_{index}", {}), shape)
+        if not (np.isfinite(plain.sigma_max) and np.isfinite(plain.sigma_min)):
+            raise UserError(f"layer {name} of the encoder has non-finite parameters; train again")
+        plains.append(plain)
+        rows.append(LayerBound(name, plain.sigma_max, plain.sigma_min, plain.proof))
+        shape = plain.output_shape
+    report = LipschitzReport(tuple(rows), tuple(input_shape), shape)
+
+    def apply(plain_params, x):
+        if x.shape[1:] != report.input_shape:
+            raise UserError(f"this encoder was materialized for inputs {report.input_shape}, got {x.shape[1:]}")
+        for plain, values in zip(plains, plain_params, strict=True):
+            x = plain.apply(values, x)
+        return x
+
+    return Materialized(apply, tuple(plain.params for plain in plains), report)
+
+
+class Float64Encoder:
+    """Runs a `Materialized` encoder in float64: images ``(N, H, W, C)`` → latents ``(N, …)``, NumPy in and out.
+
+    One program with a constant `batch`, compiled on the first call, on the default device (or on the CPU where the
+    device has no float64: TPU), with every product at the highest precision.
+    """
+
+    def __init__(self, materialized, batch):
+        device = jax.local_devices()[0]
+        self._device = jax.local_devices(backend="cpu")[0] if device.platform == "tpu" else device
+        self._batch = batch
+        self._encode = jax.jit(materialized.apply)
+        with self._context():
+            self._params = jax.tree.map(jnp.asarray, materialized.params)
+
+    @contextlib.contextmanager
+    def _context(self):
+        with jax.enable_x64(True), jax.default_device(self._device), jax.default_matmul_precision("highest"):
+            yield
+
+    def __call__(self, images):
+        images = np.asarray(images, np.float64)
+        parts = []
+        with self._context():
+            for start in range(0, len(images), self._batch):
+                part = images[start : start + self._batch]
+                padded = np.concatenate([part, np.zeros((self._batch - len(part), *images.shape[1:]))])
+                parts.append(np.asarray(self._encode(self._params, jnp.asarray(padded)))[: len(part)])
+        return np.concatenate(parts)

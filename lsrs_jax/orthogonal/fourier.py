@@ -1,0 +1,69 @@
+"""Orthogonal convolutions by the Cayley transform in the Fourier domain (Trockman and Kolter 2021).
+
+Conventions: NHWC, HWIO, cross-correlation, circular padding; strides by space-to-depth. The plain form is the stack
+of orthogonal matrices per frequency of the half spectrum, so it is bound to one input size.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lsrs_jax.orthogonal.matrix import adjoint, cayley, highest_precision
+from lsrs_jax.orthogonal.reshape import space_to_depth
+from lsrs_jax.orthogonal.shape import check_common
+from lsrs_jax.orthogonal.spectrum import frequency_singular_values
+
+check = check_common
+
+
+def init(key, shape, mode):
+    """Raw parameters: a kernel on the space-to-depth grid and the norm it is scaled to.
+
+    ``mode="identity"`` starts with a small norm, where the Cayley transform is close to the identity (cropped or
+    zero-padded in the channels); ``"random"`` with the norm of a Gaussian kernel.
+    """
+    taps = tuple(-(-k // s) for k, s in zip(shape.kernel_size, shape.strides, strict=True))
+    std = (taps[0] * taps[1] * max(shape.phases, shape.c_out)) ** -0.5
+    kernel = std * jax.random.normal(key, (*taps, shape.phases, shape.c_out), jnp.float32)
+    norm = jnp.sqrt(jnp.sum(kernel**2))
+    return {"kernel": kernel, "norm": norm * (0.1 if mode == "identity" else 1.0)}
+
+
+def _fold(kernel, rows, columns):
+    """Wraps a kernel ``(kh, kw, ...)`` onto a torus of rows × columns and centres it."""
+    kh, kw = kernel.shape[:2]
+    row = (np.arange(kh) - kh // 2) % rows
+    column = (np.arange(kw) - kw // 2) % columns
+    folded = jnp.zeros((rows, columns, *kernel.shape[2:]), kernel.dtype)
+    return folded.at[row[:, None], column[None, :]].add(kernel)
+
+
+@highest_precision
+def build(raw, shape):
+    """Raw parameters → ``{"real", "imag"}``, each ``(H/s, W/s//2 + 1, c_out, c_in·s·s)``, differentiable.
+
+    **Guarantee**: every block is semi-orthogonal up to rounding. The operator that `apply` runs averages each block
+    with the conjugate of its mirror frequency (equal up to rounding), so no singular value exceeds the largest of the
+    blocks.
+    """
+    rows, columns, _ = shape.output_shape
+    kernel = raw["kernel"]
+    tiny = jnp.finfo(kernel.dtype).tiny
+    kernel = kernel * (raw["norm"] * jax.lax.rsqrt(jnp.sum(kernel**2) + tiny))
+    blocks = cayley(adjoint(jnp.fft.rfft2(_fold(kernel, rows, columns), axes=(0, 1))))
+    return {"real": blocks.real, "imag": blocks.imag}
+
+
+@highest_precision
+def apply(plain, x, shape):
+    """Multiplies every frequency of the input by its block. ``s=(H, W)`` keeps odd sizes exact."""
+    x = space_to_depth(x, shape.strides)
+    blocks = jax.lax.complex(plain["real"], plain["imag"])
+    spectrum = jnp.einsum("hwoi,bhwi->bhwo", blocks, jnp.fft.rfft2(x, axes=(1, 2)))
+    return jnp.fft.irfft2(spectrum, s=x.shape[1:3], axes=(1, 2))
+
+
+def singular_values(plain, shape):
+    """Singular values of every block of the half spectrum, float64."""
+    blocks = np.asarray(plain["real"], np.float64) + 1j * np.asarray(plain["imag"], np.float64)
+    return frequency_singular_values(blocks)

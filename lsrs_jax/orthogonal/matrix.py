@@ -1,0 +1,121 @@
+"""Orthogonal matrices from unconstrained ones: matrix exponential, Cayley transform, one Björck step.
+
+Every function works on stacks of matrices ``(..., rows, columns)``, real or complex, in float32 or float64, and is
+differentiable. All products run at the highest matmul precision whatever the user's flags: with TF32 or bfloat16
+products the results would be off by 6e-3 to 5e-2 and no longer orthogonal.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+def highest_precision(function):
+    """Runs `function` with every matmul and convolution inside at the highest precision."""
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        with jax.default_matmul_precision("highest"):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def adjoint(a):
+    """Conjugate transpose of the last two axes."""
+    return jnp.conj(jnp.swapaxes(a, -1, -2))
+
+
+def skew(a):
+    """A − Aᴴ for square matrices."""
+    return a - adjoint(a)
+
+
+@highest_precision
+def bjorck_step(q):
+    """One Björck iteration Q ← 1.5 Q − 0.5 Q QᴴQ (Björck and Bowie 1971) for tall or square ``(..., m, n)``, m ≥ n.
+
+    **Guarantee**: a singular value s in [0, √3) becomes 1.5 s − 0.5 s³ ≤ 1, so the step never pushes one above 1
+    (up to the rounding of its two products), and a deviation e from 1 becomes about 1.5 e².
+    """
+    return 1.5 * q - 0.5 * q @ (adjoint(q) @ q)
+
+
+@highest_precision
+def expm_skew(a):
+    """exp(A) for skew-Hermitian A of shape ``(..., n, n)``, by scaling, a Taylor polynomial and squaring.
+
+    The number of squarings follows the largest Frobenius norm of the stack. Squaring doubles the departure from
+    orthogonality each time; one Björck step at the end removes it, so float32 results stay orthogonal to about
+    1e-6 even at ‖A‖ = 1,000.
+    """
+    n = a.shape[-1]
+    if n == 0 or a.size == 0:
+        return a
+    norm = jnp.max(jnp.linalg.norm(jax.lax.stop_gradient(a), axis=(-2, -1)))
+    squarings = jnp.clip(jnp.ceil(jnp.log2(jnp.maximum(norm, 1e-30))), 0, _MAX_SQUARINGS).astype(jnp.int32)
+    a = a * jnp.exp2(-squarings.astype(norm.dtype))
+    # Paterson-Stockmeyer in blocks of four coefficients. With ‖A‖ ≤ 1 the remainder is 2e-9 after three blocks
+    # and 4e-19 after five.
+    blocks = 5 if norm.dtype == jnp.float64 else 3
+    identity = jnp.eye(n, dtype=a.dtype)
+    powers = [identity, a, a @ a]
+    powers.append(powers[2] @ a)
+    fourth = powers[2] @ powers[2]
+
+    def block(index):
+        return sum(power / math.factorial(4 * index + i) for i, power in enumerate(powers))
+
+    q = block(blocks - 1)
+    for index in reversed(range(blocks - 1)):
+        q = block(index) + fourth @ q
+
+    def square(q, step):
+        return jax.lax.cond(step < squarings, lambda q: q @ q, lambda q: q, q), None
+
+    q, _ = jax.lax.scan(square, q, jnp.arange(_MAX_SQUARINGS))
+    return bjorck_step(q)
+
+
+_MAX_SQUARINGS = 12
+
+
+def exponential(w):
+    """Semi-orthogonal ``(..., m, n)`` from unconstrained W of the same shape through the matrix exponential.
+
+    Square W gives exp(W − Wᴴ); a rectangle is padded with zeros to a square first and cropped afterwards
+    (Lezcano-Casado and Martínez-Rubio 2019). W = 0 gives the (rectangular) identity.
+
+    **Guarantee**: all min(m, n) singular values are 1 up to the rounding of the dtype.
+    """
+    rows, columns = w.shape[-2:]
+    if rows < columns:
+        return adjoint(exponential(adjoint(w)))
+    padding = [(0, 0)] * (w.ndim - 1) + [(0, rows - columns)]
+    return expm_skew(skew(jnp.pad(w, padding)))[..., :columns]
+
+
+@highest_precision
+def cayley(w):
+    """Semi-orthogonal ``(..., m, n)`` from unconstrained W of the same shape by the Cayley transform.
+
+    With W = [U; V] tall and A = U − Uᴴ + VᴴV the result is [(I+A)⁻¹(I−A); −2V(I+A)⁻¹] (Trockman and Kolter 2021,
+    appendix); wide W goes through its adjoint. I + A is invertible for every W because A + Aᴴ = 2VᴴV ≥ 0. W = 0 gives
+    the (rectangular) identity. A Björck step removes the error of the solve, which grows with ‖A‖.
+
+    **Guarantee**: all min(m, n) singular values are 1 up to the rounding of the dtype.
+    """
+    rows, columns = w.shape[-2:]
+    if rows < columns:
+        return adjoint(cayley(adjoint(w)))
+    if w.size == 0:
+        return w
+    top, bottom = w[..., :columns, :], w[..., columns:, :]
+    identity = jnp.eye(columns, dtype=w.dtype)
+    inverse = jnp.linalg.inv(identity + skew(top) + adjoint(bottom) @ bottom)
+    return bjorck_step(jnp.concatenate([2 * inverse - identity, -2 * bottom @ inverse], axis=-2))
+
+
+METHODS = {"exponential": exponential, "cayley": cayley}

@@ -1,0 +1,95 @@
+"""Paraunitary convolutions from matrix exponentials: separable complete factorisation, SC-Fac (Su et al. 2022).
+
+Conventions: NHWC, HWIO, cross-correlation, circular padding. Matrices act from the left on columns of C channels,
+C = max(c_out, c_in·s·s); the kernel is cropped to the channels asked for.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from lsrs_jax.errors import UserError
+from lsrs_jax.orthogonal.matrix import adjoint, exponential, highest_precision
+from lsrs_jax.orthogonal.reshape import circular_conv
+from lsrs_jax.orthogonal.shape import check_common
+from lsrs_jax.orthogonal.spectrum import conv_singular_values
+
+
+def check(shape):
+    """Raises UserError where the construction does not exist: a stride that does not divide the kernel."""
+    check_common(shape)
+    if shape.kernel_size[0] % shape.strides[0] or shape.kernel_size[1] % shape.strides[1]:
+        raise UserError(
+            f"paraunitary: kernel size {shape.kernel_size} must be a multiple of the strides {shape.strides}; "
+            "choose such a kernel size or method='cayley'"
+        )
+
+
+def _taps(shape):
+    return shape.kernel_size[0] // shape.strides[0], shape.kernel_size[1] // shape.strides[1]
+
+
+def init(key, shape, mode):
+    """Raw parameters: per axis a rotation ``(C, C)`` and, from the second tap on, a projector factor ``(C, C//2)``.
+
+    ``mode="identity"`` sets the rotations to I and matches the projectors in pairs, so that an odd kernel is exactly
+    the identity (cropped or zero-padded in the channels) at the start; ``"random"`` draws everything.
+    """
+    width = max(shape.c_out, shape.phases)
+    rotation_key, *axis_keys = jax.random.split(key, 3)
+
+    def gaussian(key, *shape):
+        return width**-0.5 * jax.random.normal(key, shape, jnp.float32)
+
+    def projectors(key, taps):
+        if mode == "identity":
+            return jnp.repeat(gaussian(key, taps // 2, width, width // 2), 2, axis=0)[: taps - 1]
+        return gaussian(key, taps - 1, width, width // 2)
+
+    rotations = gaussian(rotation_key, 2, width, width)
+    height, wide = (projectors(*pair) for pair in zip(axis_keys, _taps(shape), strict=True))
+    return {"rotations": rotations * (mode != "identity"), "height": height, "width": wide}
+
+
+@highest_precision
+def _filter(rotation, projectors):
+    """One-dimensional paraunitary filter ``(taps, C, C)``: a rotation lengthened by one projector per tap."""
+    taps = rotation[None]
+    for index, p in enumerate(projectors):
+        shifted, kept = jnp.pad(taps, ((1, 0), (0, 0), (0, 0))), jnp.pad(taps, ((0, 1), (0, 0), (0, 0)))
+        # Alternating sides let matched projectors cancel around the middle tap.
+        taps = shifted + (kept - shifted) @ p if index % 2 == 0 else kept + p @ (shifted - kept)
+    return taps
+
+
+@highest_precision
+def build(raw, shape):
+    """Raw parameters → kernel ``(kh, kw, c_in, c_out)``, differentiable.
+
+    **Guarantee**: as a circular convolution with these strides on any size they divide, the kernel has all singular
+    values 1 up to rounding (isometry where c_out ≥ c_in·s·s, co-isometry otherwise).
+    """
+    width, rank = raw["rotations"].shape[-1], raw["height"].shape[-1]
+    # One batched matrix exponential serves both rotations and every projector of the layer.
+    factors = jnp.pad(jnp.concatenate([raw["height"], raw["width"]]), ((0, 0), (0, 0), (0, width - rank)))
+    orthogonal = exponential(jnp.concatenate([raw["rotations"], factors]))
+    columns = orthogonal[2:, :, :rank]
+    projectors = columns @ adjoint(columns)
+    split = len(raw["height"])
+    vertical = _filter(orthogonal[0], projectors[:split])
+    horizontal = _filter(orthogonal[1], projectors[split:])
+    kernel = jnp.einsum("hij,wjk->hwik", vertical, horizontal)
+    kernel = kernel[:, :, : shape.c_out, : shape.phases]
+    (th, tw), (sh, sw) = _taps(shape), shape.strides
+    kernel = kernel.reshape(th, tw, shape.c_out, sh, sw, shape.c_in).transpose(0, 3, 1, 4, 5, 2)
+    return kernel.reshape(th * sh, tw * sw, shape.c_in, shape.c_out)
+
+
+def apply(kernel, x, shape):
+    """The convolution itself, centred."""
+    before = tuple(s * ((taps - 1) // 2) for s, taps in zip(shape.strides, _taps(shape), strict=True))
+    return circular_conv(x, kernel, shape.strides, before)
+
+
+def singular_values(kernel, shape):
+    """All singular values, float64."""
+    return conv_singular_values(kernel, shape.input_hw, shape.strides)

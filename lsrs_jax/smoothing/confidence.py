@@ -1,0 +1,61 @@
+"""Confidence bounds for vote counts: Clopper–Pearson in float64. NumPy and SciPy only."""
+
+import numpy as np
+from scipy import stats
+
+from lsrs_jax.errors import UserError
+
+
+def _check(k, n, alpha):
+    k, n = np.asarray(k), np.asarray(n)
+    for name, value in (("k", k), ("n", n)):
+        if not np.issubdtype(value.dtype, np.integer):
+            raise UserError(f"vote counts are integers, got {name} of type {value.dtype}")
+    if np.any(n < 1):
+        raise UserError("a confidence bound needs at least one vote, got n < 1")
+    if np.any(k < 0) or np.any(k > n):
+        raise UserError("vote counts must satisfy 0 <= k <= n")
+    check_alpha(alpha)
+    return k.astype(np.int64), n.astype(np.int64)
+
+
+def check_alpha(alpha):
+    """Raises UserError unless 0 < alpha < 1."""
+    if not 0 < alpha < 1:
+        raise UserError(f"alpha must lie strictly between 0 and 1, got {alpha}")
+
+
+# Far above the error of SciPy's inverse beta function, far below anything a radius shows.
+_MARGIN = 1e-12
+
+
+def lower(k, n, alpha):
+    """One-sided lower confidence bound for a probability (Clopper and Pearson 1934).
+
+    Args:
+      k: successes, integers, any shape.
+      n: trials, integers, broadcastable; at least 1.
+      alpha: failure probability.
+
+    Returns:
+      float64 of the broadcast shape; 0 where k = 0.
+
+    **Guarantee**: if k ~ Binomial(n, p) then P[lower(k, n, alpha) > p] ≤ alpha for every p. Numerical error is
+    rounded towards 0.
+    """
+    k, n = _check(k, n, alpha)
+    with np.errstate(invalid="ignore"):
+        bound = stats.beta.ppf(alpha, k, n - k + 1)
+    return np.where(k == 0, 0.0, bound * (1 - _MARGIN))
+
+
+def upper(k, n, alpha):
+    """One-sided upper confidence bound for a probability; the mirror image of `lower`. 1 where k = n.
+
+    **Guarantee**: if k ~ Binomial(n, p) then P[upper(k, n, alpha) < p] ≤ alpha for every p. Numerical error is
+    rounded towards 1.
+    """
+    k, n = _check(k, n, alpha)
+    with np.errstate(invalid="ignore"):
+        bound = stats.beta.ppf(1 - alpha, k + 1, n - k)
+    return np.where(k == n, 1.0, np.minimum(bound + _MARGIN, 1.0))

@@ -1,0 +1,135 @@
+"""certificates.tsv: written here, read here, and read from any peer that follows the field's convention."""
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+
+from lsrs_jax.errors import UserError
+
+FIELD_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
+COLUMNS = (*FIELD_COLUMNS, "n", "p_a_lower", "p_b_upper", "lipschitz", "slack", "abstain")
+
+
+def format_table(tallies, certificates, lipschitz):
+    """The text of certificates.tsv for parallel lists of tallies and certificates.
+
+    The six columns of Cohen et al. 2019 come first. Radii are printed with full precision, never rounded up.
+    """
+    lines = ["\t".join(COLUMNS)]
+    for row, tally in enumerate(tallies):
+        predict, radius = int(certificates.predict[row]), float(certificates.radius[row])
+        values = (
+            tally.idx,
+            tally.label,
+            predict,
+            repr(radius),
+            int(predict == tally.label),
+            f"{tally.seconds:.6f}",
+            int(certificates.n[row]),
+            repr(float(certificates.p_a_lower[row])),
+            repr(float(certificates.p_b_upper[row])),
+            repr(float(lipschitz)),
+            repr(float(tally.slack)),
+            int(certificates.abstain[row]),
+        )
+        lines.append("\t".join(map(str, values)))
+    return "\n".join(lines) + "\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of certificates, ours or a peer's; arrays over images, sorted as in the file.
+
+    `votes` is None where the file has no column ``n``; `truncated` says that the last line was cut off.
+    """
+
+    idx: np.ndarray
+    label: np.ndarray
+    predict: np.ndarray
+    radius: np.ndarray
+    correct: np.ndarray
+    seconds: np.ndarray
+    votes: np.ndarray | None
+    truncated: bool
+
+    def __len__(self):
+        return len(self.idx)
+
+    def certified_accuracy(self, radius):
+        """Share of images classified correctly with at least this radius; abstentions count as wrong."""
+        return float(np.mean(self.correct & (self.radius >= radius)))
+
+    @property
+    def average_certified_radius(self):
+        """ACR (Zhai et al. 2020): mean radius, wrong or abstaining counted as 0."""
+        return float(np.mean(np.where(self.correct, self.radius, 0.0)))
+
+    @property
+    def abstention(self):
+        return float(np.mean(self.predict == -1))
+
+
+def read_table(path):
+    """Reads certificates in the field's TSV format, this project's columns included.
+
+    Both time formats (``h:mm:ss.ffffff`` and seconds) are read. A cut-off last line is left out and reported.
+
+    Raises:
+      UserError: naming the line that cannot be read.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a text file") from error
+    lines = text.split("\n")
+    ended = lines[-1] == ""
+    lines = [line.rstrip("\r") for line in (lines[:-1] if ended else lines)]
+    header = lines[0].split("\t") if lines else []
+    missing = [name for name in FIELD_COLUMNS if name not in header]
+    if missing:
+        raise UserError(f"{path} is not a table of certificates: its first line has no column {missing[0]!r}")
+    rows, truncated = [], False
+    for number, line in enumerate(lines[1:], start=2):
+        try:
+            rows.append(_parse(dict(zip(header, line.split("\t"), strict=True))))
+        except ValueError as error:
+            if number == len(lines):
+                truncated = True
+                break
+            raise UserError(f"{path} line {number} cannot be read ({error})") from error
+    if not rows:
+        raise UserError(f"{path} holds no certificates")
+    columns = [np.asarray(column) for column in zip(*rows, strict=True)]
+    idx = columns[0]
+    if len(np.unique(idx)) != len(idx):
+        raise UserError(f"{path} names image {idx[np.flatnonzero(np.bincount(idx)[idx] > 1)[0]]} twice")
+    votes = columns[6] if "n" in header else None
+    return Table(*columns[:6], votes=votes, truncated=truncated)
+
+
+def _parse(row):
+    radius, predict, label = float(row["radius"]), int(row["predict"]), int(row["label"])
+    correct = {"0": False, "1": True}.get(row["correct"])
+    if correct is None or not (0 <= radius < math.inf) or predict < -1:
+        raise ValueError("a field is out of range")
+    idx, votes = int(row["idx"]), int(row.get("n", 0))
+    if idx < 0:
+        raise ValueError("negative idx")
+    if correct != (predict == label):
+        raise ValueError("the column correct contradicts predict and label")
+    return idx, label, predict, radius, correct, _seconds(row["time"]), votes
+
+
+def _seconds(text):
+    match = re.fullmatch(r"(?:(\d+) days?, )?(\d+):(\d{1,2}):(\d{1,2}(?:\.\d+)?)", text)
+    if match:
+        days, hours, minutes, seconds = match.groups()
+        return ((int(days or 0) * 24 + int(hours)) * 60 + int(minutes)) * 60 + float(seconds)
+    seconds = float(text)
+    if not 0 <= seconds < math.inf:
+        raise ValueError("time is out of range")
+    return seconds

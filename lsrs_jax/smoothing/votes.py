@@ -1,0 +1,177 @@
+"""Monte-Carlo votes of a head under Gaussian noise: the compiled loop. Only integers leave the device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from lsrs_jax.distributed import AXIS, local_mesh, replicated
+from lsrs_jax.errors import UserError
+from lsrs_jax.keys import check_key, domain_key, pinned
+from lsrs_jax.smoothing.radius import check_sigma
+
+PURPOSES = {"selection": 1, "estimation": 2}
+MAX_VOTES = 2**30  # int32 sample indices and counts stay exact
+SPMD = ("shard_map", "pmap")
+
+
+def chunks(n, samples):
+    """Number of chunks of `samples` noise vectors that hold n votes; the last one may be partly masked."""
+    return -(-n // samples)
+
+
+class Votes:
+    """The compiled vote loop for one head, one latent shape and one tile.
+
+    A *chunk* is `samples` noise vectors, drawn from the key of (purpose, global chunk index) alone and shared by
+    every image of a tile. Devices take chunks in turn; a chunk is always evaluated as one head batch of
+    ``images · samples`` rows, so the counts of an image depend on neither the number of devices, nor how the chunks
+    are cut into calls, nor which other images fill the tile.
+
+    Args:
+      head: any function latents ``(B, *latent_shape)`` float32 → logits ``(B, K)`` whose rows are independent and
+        deterministic.
+      latent_shape: without the batch axis.
+      sigma: standard deviation of the noise.
+      key: one typed threefry key; selection and estimation use different children of it.
+      tile: ``(images, samples)``, the constant batch.
+      spmd: ``"shard_map"`` or ``"pmap"``; both run the same per-device function.
+
+    Raises:
+      UserError: for a bad argument, a head that returns anything but ``(B, K ≥ 2)`` logits, NaN logits, or a head
+        whose rows depend on each other.
+
+    **Guarantee**: the vote of sample i on image z is argmax head(z + σεᵢ), with εᵢ standard normal (float32 draws of
+    threefry), different for every (purpose, i). The noise is shared across images: each image's votes are
+    independent of each other, votes of different images are not.
+    """
+
+    def __init__(self, head, latent_shape, *, sigma, key, tile=(8, 128), spmd="shard_map"):
+        check_sigma(sigma)
+        images, samples = tile
+        if images < 1 or samples < 1 or images * samples < 2:
+            raise UserError(f"the tile (images, samples) must hold at least 2 rows, got {tuple(tile)}")
+        if spmd not in SPMD:
+            raise UserError(f"unknown spmd {spmd!r}: choose one of {', '.join(SPMD)}")
+        if np.prod(latent_shape) < 1:
+            raise UserError(f"latents of shape {tuple(latent_shape)} are empty")
+        self.tile = (int(images), int(samples))
+        self.latent_shape = tuple(latent_shape)
+        self.traces = 0  # how often the loop was traced; tests hold it at one
+        self._head = head
+        self._mesh = local_mesh()
+        with pinned():
+            self._keys = {
+                purpose: jax.device_put(jax.random.fold_in(check_key(key), number), replicated(self._mesh))
+                for purpose, number in PURPOSES.items()
+            }
+            self.num_classes = self._probe()
+            self._sigma = jax.device_put(np.float32(sigma), replicated(self._mesh))
+            self._call = self._compile(spmd)
+
+    def _probe(self):
+        """Runs the head on random latents; refuses what no certificate could be built on. Returns K."""
+        rows = self.tile[0] * self.tile[1]
+        spec = jax.ShapeDtypeStruct((rows, *self.latent_shape), jnp.float32)
+        try:
+            out = jax.eval_shape(self._head, spec)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"the head does not accept latents {spec.shape}: {str(error).splitlines()[0]}") from error
+        if not hasattr(out, "shape") or len(out.shape) != 2 or out.shape[0] != rows or out.shape[1] < 2:
+            raise UserError(f"the head must return logits (B, K >= 2) for latents {spec.shape}, got {out}")
+        head = jax.jit(self._head)
+        key = domain_key(0, "probe")
+        half = rows // 2
+        latents = np.array(jax.random.normal(key, spec.shape, jnp.float32))
+        first = np.asarray(head(latents), np.float32)
+        # The first half moves to the back, among companions of another scale.
+        moved = np.concatenate([100 * latents[: rows - half] + 1, latents[:half]])
+        second = np.asarray(head(moved), np.float32)[rows - half :]
+        if np.isnan(first).any():
+            raise UserError("the head returns NaN logits; a NaN never certifies")
+        scale = max(np.abs(first).max(), 1e-6)
+        if half and not np.abs(first[:half] - second).max() <= 1e-3 * scale:
+            raise UserError(
+                "the head's rows depend on each other (batch statistics?): each row must be a function of its own "
+                "latent alone; evaluate normalisation with stored statistics"
+            )
+        return out.shape[1]
+
+    def _device_votes(self, device, latents, key, sigma, first, stop, n):
+        """Votes of this device's share of the chunks [first, stop): int32 ``(images, K + 1)``, NaN rows last.
+
+        `device` is this device's index, shape (1,) under shard_map and () under pmap.
+        """
+        self.traces += 1
+        images, samples = self.tile
+        devices = jax.lax.axis_size(AXIS)
+        start = first + device.reshape(())
+
+        def chunk_votes(step, counts):
+            chunk = start + step * devices
+            noise = sigma * jax.random.normal(
+                jax.random.fold_in(key, chunk), (samples, *self.latent_shape), jnp.float32
+            )
+            noisy = jax.vmap(lambda latent: latent + noise)(latents)
+            logits = self._head(noisy.reshape(images * samples, *self.latent_shape))
+            vote = jnp.where(jnp.isnan(logits).any(axis=-1), self.num_classes, jnp.argmax(logits, axis=-1))
+            valid = chunk * samples + jnp.arange(samples, dtype=jnp.int32) < n
+
+            def count(votes):
+                hits = votes[:, None] == jnp.arange(self.num_classes + 1, dtype=votes.dtype)
+                return jnp.sum(hits & valid[:, None], axis=0, dtype=jnp.int32)
+
+            return counts + jax.vmap(count)(vote.reshape(images, samples))
+
+        steps = jnp.maximum(0, (stop - start + devices - 1) // devices)
+        zeros = jnp.zeros((images, self.num_classes + 1), jnp.int32)
+        counts = jax.lax.fori_loop(0, steps, chunk_votes, jax.lax.pcast(zeros, AXIS, to="varying"))
+        return jax.lax.psum(counts, AXIS)
+
+    def _compile(self, spmd):
+        devices = self._mesh.devices.reshape(-1)
+        index = np.arange(len(devices), dtype=np.int32)
+        if spmd == "pmap":
+            axes = (0, *[None] * 6)
+            call = jax.pmap(self._device_votes, AXIS, in_axes=axes, out_axes=None, devices=list(devices))
+        else:
+            specs = (P(AXIS), *[P()] * 6)
+            call = jax.jit(jax.shard_map(self._device_votes, mesh=self._mesh, in_specs=specs, out_specs=P()))
+        return functools.partial(call, jax.device_put(index, jax.NamedSharding(self._mesh, P(AXIS))))
+
+    def put(self, latents):
+        """Latents ``(m ≤ images, *latent_shape)`` on the devices, padded to the tile."""
+        latents = np.asarray(latents, np.float32)
+        if latents.shape[1:] != self.latent_shape or not 1 <= len(latents) <= self.tile[0]:
+            raise UserError(
+                f"this vote loop takes 1 to {self.tile[0]} latents of shape {self.latent_shape}, got {latents.shape}"
+            )
+        if not np.isfinite(latents).all():
+            raise UserError("latents must be finite; a NaN never certifies")
+        padding = np.zeros((self.tile[0] - len(latents), *self.latent_shape), np.float32)
+        return jax.device_put(np.concatenate([latents, padding]), replicated(self._mesh))
+
+    def launch(self, latents, purpose, first, stop, n):
+        """Starts the chunks [first, stop) of n votes on a tile from `put`; returns without waiting.
+
+        Returns:
+          a device array for `collect`.
+        """
+        if not 1 <= n <= MAX_VOTES:
+            raise UserError(f"the number of votes must lie between 1 and 2**30, got {n}")
+        if not 0 <= first < stop <= chunks(n, self.tile[1]):
+            raise UserError(f"chunks [{first}, {stop}) are not among the {chunks(n, self.tile[1])} of {n} votes")
+        numbers = [jax.device_put(np.int32(value), replicated(self._mesh)) for value in (first, stop, n)]
+        with pinned():
+            return self._call(latents, self._keys[purpose], self._sigma, *numbers)
+
+    def collect(self, counts, images):
+        """int64 counts ``(images, K)`` of a launch; raises UserError if any logit was NaN."""
+        counts = np.asarray(jax.device_get(counts), np.int64)[:images]
+        if counts[:, -1].any():
+            raise UserError(
+                f"the head returned NaN logits for {counts[:, -1].sum()} noisy samples; a NaN never certifies"
+            )
+        return counts[:, :-1]

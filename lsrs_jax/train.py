@@ -1,0 +1,122 @@
+"""Train a split classifier.
+
+  python -m lsrs_jax.train --config=configs/digits.py --workdir=runs/digits
+  python -m lsrs_jax.train --config=configs/digits.py:isrs --workdir=runs/digits_isrs --config.seed=1
+
+Writes config.json, checkpoints/ and metrics.jsonl into the workdir. The same command resumes an interrupted training
+with the exact next batch.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+
+from lsrs_jax import command, models
+from lsrs_jax import config as configuration
+from lsrs_jax import data as datasets
+from lsrs_jax.checkpoint import Checkpoints
+from lsrs_jax.errors import UserError
+from lsrs_jax.files import write_atomic
+from lsrs_jax.training import loop
+
+# What may differ between the first start of a training and its resumption.
+_MAY_CHANGE = (
+    "certify",
+    "data.dir",
+    "data.split",
+    "train.log_every",
+    "train.evaluate_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+)
+
+
+class _Metrics:
+    """metrics.jsonl, TensorBoard where installed, and lines on the screen."""
+
+    def __init__(self, workdir, first):
+        self._path = workdir / "metrics.jsonl"
+        # Steps after the checkpoint run again; a line half-written by a kill is dropped with them.
+        kept = [line for line in _complete_lines(self._path) if json.loads(line).get("step", 0) <= first]
+        write_atomic(self._path, "".join(f"{line}\n" for line in kept))
+        self._file = self._path.open("a", encoding="utf-8")
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            self._board = None
+        else:
+            self._board = SummaryWriter(str(workdir / "tensorboard"))
+
+    def __call__(self, metrics, left=None):
+        metrics = {key: value if key == "step" else float(value) for key, value in metrics.items()}
+        self._file.write(json.dumps(metrics) + "\n")
+        self._file.flush()
+        if self._board:
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, metrics["step"])
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name != "step")
+        print(f"step {metrics['step']:>6}  {shown}" + (f"  {left} left" if left else ""), flush=True)
+
+    def close(self):
+        self._file.close()
+        if self._board:
+            self._board.close()
+
+
+def _complete_lines(path):
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return [line for line in text[: text.rfind("\n") + 1].splitlines() if _is_json(line)]
+
+
+def _is_json(line):
+    try:
+        return isinstance(json.loads(line), dict)
+    except json.JSONDecodeError:
+        return False
+
+
+def run(arguments):
+    """The command; see the module's docstring."""
+    parser = command.parser("train", __doc__)
+    parser.add_argument("--workdir", required=True, type=Path, help="folder of this training; made if missing")
+    options, rest = parser.parse_known_args(arguments)
+    config = command.config_from_flags(rest)
+    stored = options.workdir / "config.json"
+    if stored.exists():
+        old = configuration.to_dict(configuration.load(stored))
+        difference = configuration.first_difference(old, configuration.to_dict(config), _MAY_CHANGE)
+        if difference:
+            raise UserError(
+                f"{options.workdir} was trained with {difference[0]}={difference[1]!r}, not {difference[2]!r}: "
+                "use another --workdir, or the old value to resume"
+            )
+    data = config.data
+    train_set = datasets.load(data.name, data.train_split, data.dir)
+    test_set = datasets.load(data.name, data.split, data.dir)
+    model = models.build(config.model, train_set.shape, train_set.num_classes)
+    datasets.batch_indices(len(train_set), data.batch_size, config.seed, 0)
+    configuration.save(config, stored)
+    with Checkpoints(options.workdir, config.train.keep_checkpoints) as checkpoints:
+        first = checkpoints.latest() or 0
+        if first >= config.train.steps:
+            print(f"already trained to step {first}: {options.workdir}")
+            return
+        print(
+            f"{data.name}: {len(train_set):,} training and {len(test_set):,} test images {train_set.shape}; "
+            f"{jax.local_device_count()} x {jax.default_backend()}\n"
+            f"{models.describe(model)}" + (f"\nresuming after step {first}" if first else ""),
+            flush=True,
+        )
+        metrics = _Metrics(options.workdir, first)
+        try:
+            loop.train(model, config, train_set, test_set, checkpoints, metrics)
+        finally:
+            metrics.close()
+    print(f"next: python -m lsrs_jax.certify --workdir={options.workdir}")
+
+
+if __name__ == "__main__":
+    command.main(run)

@@ -1,0 +1,1 @@
+"""Training a split classifier under the noise it will be certified with."""

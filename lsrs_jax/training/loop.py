@@ -1,0 +1,136 @@
+"""The training loop: data parallel over the local devices, resumable to the exact next batch."""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lsrs_jax import data as datasets
+from lsrs_jax.distributed import local_mesh, replicated, split
+from lsrs_jax.errors import UserError
+from lsrs_jax.keys import domain_key, pinned
+from lsrs_jax.progress import Progress
+from lsrs_jax.training import losses, optimizer
+
+
+def _step_function(model, config, update):
+    """One jitted optimizer step. The noise of step s comes from the key of (seed, "train", s) alone."""
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def train_step(params, opt_state, images, labels, key, step):
+        noise_key = jax.random.fold_in(key, step)
+
+        def loss_of(params):
+            return losses.gaussian_cross_entropy(model, params, images, labels, config.sigma, noise_key)
+
+        (loss, accuracy), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
+        updates, opt_state = update(gradient, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, (loss, accuracy)
+
+    return train_step
+
+
+class Evaluator:
+    """Accuracy of the base classifier on a split, with one noise draw per image and without noise."""
+
+    def __init__(self, model, sigma, dataset, mesh, batch=256):
+        self._dataset, self._mesh = dataset, mesh
+        self._batch = -(-min(batch, len(dataset)) // mesh.size) * mesh.size
+
+        @jax.jit
+        def correct(params, images, labels, valid, key):
+            latents = model.encode(params, images)
+            noise = sigma * jax.random.normal(key, latents.shape, latents.dtype)
+            hits = [jnp.argmax(model.classify(params, z), axis=-1) == labels for z in (latents + noise, latents)]
+            return [jnp.sum(hit & valid, dtype=jnp.int32) for hit in hits]
+
+        self._correct = correct
+
+    def __call__(self, params, seed):
+        """``(noisy accuracy, clean accuracy)`` over the whole split; the last batch is padded and masked."""
+        size, totals = len(self._dataset), np.zeros(2, np.int64)
+        key = domain_key(seed, "evaluate")
+        for index, start in enumerate(range(0, size, self._batch)):
+            rows = np.minimum(np.arange(start, start + self._batch), size - 1)
+            valid = np.arange(start, start + self._batch) < size
+            arrays = (self._dataset.pixels(rows, np.float32), self._dataset.labels[rows], valid)
+            arrays = jax.device_put(arrays, split(self._mesh))
+            totals += [int(hits) for hits in self._correct(params, *arrays, jax.random.fold_in(key, index))]
+        return totals / size
+
+
+def train(model, config, train_set, test_set, checkpoints, log):
+    """Trains to ``config.train.steps``, from the newest checkpoint if there is one.
+
+    Args:
+      model: `lsrs_jax.models.Model`.
+      config: the whole configuration.
+      train_set, test_set: `lsrs_jax.data.Dataset`.
+      checkpoints: `lsrs_jax.checkpoint.Checkpoints`.
+      log: function of a dict of metrics and, with training metrics, the time left as text; called in step order.
+
+    Returns:
+      the final parameters.
+
+    Raises:
+      UserError: if the batch does not divide over the devices, or the loss stops being finite (the last checkpoint
+        is kept).
+    """
+    mesh, settings = local_mesh(), config.train
+    if config.data.batch_size % mesh.size:
+        raise UserError(f"data.batch_size {config.data.batch_size} is not divisible by the {mesh.size} local devices")
+    with pinned():
+        transformation = optimizer.build(settings)
+        params = jax.device_put(model.init(domain_key(config.seed, "init")), replicated(mesh))
+        opt_state = jax.device_put(jax.jit(transformation.init)(params), replicated(mesh))
+        first = checkpoints.latest() or 0
+        if first:
+            params, opt_state = checkpoints.restore(first, params, opt_state)
+        train_step = _step_function(model, config, transformation.update)
+        evaluate = Evaluator(model, config.sigma, test_set, mesh)
+        rate = optimizer.schedule(settings)
+        key = domain_key(config.seed, "train")
+
+        def batch(step):
+            index = datasets.batch_indices(len(train_set), config.data.batch_size, config.seed, step)
+            images = train_set.pixels(index, np.float32)
+            images = datasets.augment(
+                images, crop=config.data.crop, flip=config.data.flip, seed=config.seed, step=step
+            )
+            return jax.device_put((images, train_set.labels[index]), split(mesh))
+
+        def report(window):
+            """Logs the mean over the steps since the last report; reading them is what waits for the device."""
+            losses, accuracies = np.asarray(jax.device_get(window), np.float64).T
+            done = step + 1
+            if not np.isfinite(losses).all():
+                bad = done - len(losses) + 1 + int(np.argmin(np.isfinite(losses)))
+                raise UserError(
+                    f"the loss became {losses[~np.isfinite(losses)][0]} at step {bad}: lower train.learning_rate (now "
+                    f"{settings.learning_rate}); earlier checkpoints are kept"
+                )
+            values = {"step": done, "loss": losses.mean(), "accuracy": accuracies.mean()}
+            speed = round(progress.rate(done) * config.data.batch_size, 1)
+            log(values | {"learning_rate": rate(step), "images_per_second": speed}, progress.left(done))
+
+        progress, start, window = Progress(settings.steps, first), time.monotonic(), []
+        for step in range(first, settings.steps):
+            params, opt_state, metrics = train_step(params, opt_state, *batch(step), key, np.uint32(step))
+            window.append(metrics)
+            done = step + 1
+            due = [done == settings.steps or done % every == 0 for every in (
+                settings.log_every, settings.evaluate_every, settings.checkpoint_every)]
+            if any(due):
+                report(window)
+                window = []
+            if due[1]:
+                noisy, clean = evaluate(params, config.seed)
+                log({"step": done, "test_noisy_accuracy": noisy, "test_clean_accuracy": clean})
+            if due[2]:
+                checkpoints.save(done, params, opt_state)
+        checkpoints.wait()
+        log({"step": settings.steps, "train_seconds": round(time.monotonic() - start, 2)})
+    return params
