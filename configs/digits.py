@@ -20,6 +20,7 @@ def get_config(variant="lsrs"):
     config.certify.n = 10_000
     config.model.encoder = "shallow"
     config.model.head = "mlp"
+    config.certify.tile = (32, 32)
     if variant == "cayley":
         config.model.method = "cayley"
     elif variant == "isrs":

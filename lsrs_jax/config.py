@@ -52,7 +52,7 @@ def default():
     config.certify.start = 0  # images start, start + step, ... below stop
     config.certify.stop = config_dict.placeholder(int)  # to the end where not given
     config.certify.step = 1
-    config.certify.tile = (8, 128)  # images x noise samples of one compiled batch
+    config.certify.tile = (16, 16)  # images x noise samples of one compiled batch; larger on accelerators
     config.certify.spmd = "shard_map"  # or "pmap"
     return config
 

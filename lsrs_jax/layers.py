@@ -226,7 +226,8 @@ class Normalize(nn.Module):
         self._check(input_shape)
         scale = 1 / np.asarray(self.std, np.float64)
         plain = _isometry(self.__call__, input_shape, "1/min(std)")
-        return plain._replace(sigma_max=spectrum.upper_bound(scale.max()), sigma_min=float(scale.min()))
+        largest = 1.0 if scale.max() == 1.0 else spectrum.upper_bound(scale.max())
+        return plain._replace(sigma_max=largest, sigma_min=float(scale.min()))
 
 
 class Encoder(nn.Module):

@@ -88,7 +88,7 @@ HEADS = {
     "linear": LinearHead,
     "mlp": lambda classes: MLPHead(classes, (256, 256)),
     "convnet": lambda classes: ConvHead(classes, ((32, 1), (64, 2), (64, 1))),
-    "convnet_s2": lambda classes: ConvHead(classes, ((32, 2), (64, 2), (64, 1))),
+    "convnet_small": lambda classes: ConvHead(classes, ((16, 1), (32, 2), (32, 1))),
 }
 
 

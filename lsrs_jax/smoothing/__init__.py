@@ -21,7 +21,7 @@ def certify(
     n=100_000,
     alpha=0.001,
     lipschitz=1.0,
-    tile=(8, 128),
+    tile=(16, 16),
     spmd="shard_map",
 ):
     """Certifies the smoothed classifier argmax_c P[head(z + δ) = c], δ ~ N(0, σ²I), at given latents.

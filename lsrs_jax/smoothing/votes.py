@@ -48,7 +48,7 @@ class Votes:
     independent of each other, votes of different images are not.
     """
 
-    def __init__(self, head, latent_shape, *, sigma, key, tile=(8, 128), spmd="shard_map"):
+    def __init__(self, head, latent_shape, *, sigma, key, tile=(16, 16), spmd="shard_map"):
         check_sigma(sigma)
         images, samples = tile
         if images < 1 or samples < 1 or images * samples < 2:
