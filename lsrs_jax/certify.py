@@ -205,7 +205,9 @@ def run(arguments):
     options, rest = parser.parse_known_args(arguments)
     stored_config = options.workdir / "config.json"
     if not stored_config.exists():
-        raise UserError(f"{options.workdir} holds no training: run python -m lsrs_jax.train --workdir={options.workdir} ...")
+        raise UserError(
+            f"{options.workdir} holds no training: run python -m lsrs_jax.train --workdir={options.workdir} ..."
+        )
     config = command.config_from_flags(rest, configuration.load(stored_config))
     certify = config.certify
     dataset = datasets.load(config.data.name, config.data.split, config.data.dir)
@@ -227,7 +229,9 @@ def run(arguments):
         _check_identity(stored, plan.identity, path)
     with Ledger(folder / "votes.0.tsv", plan.votes, certify.tile[1], dataset.num_classes) as ledger:
         if ledger.tallies and not stored:
-            raise UserError(f"{folder} holds votes but no {path.name}; restore it, or use another --config.certify.name")
+            raise UserError(
+                f"{folder} holds votes but no {path.name}; restore it, or use another --config.certify.name"
+            )
         record = list(stored["record"]) if stored else []
         pending = [idx for idx in indices if not ledger.complete(idx)]
         print(encoder.report)

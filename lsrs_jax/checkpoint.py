@@ -119,7 +119,7 @@ def _restore(manager, folder, step, **items):
             f"cannot read checkpoint {where} ({line}); delete that folder to fall back to an older one"
         ) from error
     if not intact:
-        raise UserError(f"checkpoint {where} is damaged: its digest differs; delete that folder to fall back to an older one")
+        raise UserError(
+            f"checkpoint {where} is damaged: its digest differs; delete that folder to fall back to an older one"
+        )
     return restored
-
-

@@ -22,7 +22,10 @@ class _Parser(argparse.ArgumentParser):
 def parser(name, doc):
     """An argument parser for ``python -m lsrs_jax.<name>``; `doc` is the module's docstring."""
     return _Parser(
-        f"lsrs_jax.{name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        f"lsrs_jax.{name}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
 
 
@@ -44,7 +47,16 @@ def config_from_flags(rest, stored=None):
         else:
             config_flags.DEFINE_config_dict("config", stored, flag_values=values, sys_argv=arguments)
         left = values(arguments)[1:]
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
+    except (
+        flags.Error,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        OSError,
+        SyntaxError,
+        ImportError,
+    ) as error:
         raise UserError(_readable(error, rest)) from error
     if left:
         raise UserError(f"unknown argument {left[0]!r}; see --help")

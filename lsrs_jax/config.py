@@ -82,7 +82,11 @@ def _limits(config):
         ("certify.start", certify.start >= 0, "at least 0"),
         ("certify.stop", certify.stop is None or certify.stop > certify.start, "above certify.start"),
         ("certify.step", certify.step >= 1, "at least 1"),
-        ("certify.tile", len(certify.tile) == 2 and min(certify.tile) >= 1, "two numbers (images, samples) >= 1"),
+        (
+            "certify.tile",
+            len(certify.tile) == 2 and min(certify.tile) >= 1,
+            "two numbers (images, samples) >= 1",
+        ),
         ("certify.spmd", certify.spmd in ("shard_map", "pmap"), "'shard_map' or 'pmap'"),
     ]
 

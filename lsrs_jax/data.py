@@ -105,7 +105,9 @@ def _load_tfds(name, split, data_dir):
         raise
     except Exception as error:  # tfds raises whatever its readers raise
         line = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise UserError(f"cannot read {chosen[0]} ({type(error).__name__}: {line}); prepare it with: {prepare}") from error
+        raise UserError(
+            f"cannot read {chosen[0]} ({type(error).__name__}: {line}); prepare it with: {prepare}"
+        ) from error
     return Dataset(base_name, chosen[0].name, split, images, labels, features["label"].num_classes)
 
 

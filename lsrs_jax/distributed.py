@@ -8,9 +8,9 @@ from jax.sharding import PartitionSpec as P
 AXIS = "devices"
 
 
-def local_mesh():
-    """A one-dimensional mesh over the local devices, axis ``"devices"``."""
-    return Mesh(np.asarray(jax.local_devices()), (AXIS,), axis_types=(AxisType.Auto,))
+def local_mesh(devices=None):
+    """A one-dimensional mesh over `devices` (all local ones by default), axis ``"devices"``."""
+    return Mesh(np.asarray(devices or jax.local_devices()), (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def replicated(mesh):

@@ -54,7 +54,7 @@ class OrthogonalConv(nn.Module):
       strides: ``(sh, sw)``; must divide the image.
       method: ``"paraunitary"`` (a plain kernel from matrix exponentials; Su et al. 2022) or ``"cayley"`` (Cayley
         transform in the Fourier domain; Trockman and Kolter 2021).
-      init: ``"identity"`` (exact for odd paraunitary kernels, approximate otherwise) or ``"random"``.
+      initializer: ``"identity"`` (exact for odd paraunitary kernels, approximate otherwise) or ``"random"``.
 
     Raises:
       UserError: where the layer would silently stop being 1-Lipschitz, or skip pixels.
@@ -67,7 +67,7 @@ class OrthogonalConv(nn.Module):
     kernel_size: tuple[int, int]
     strides: tuple[int, int] = (1, 1)
     method: str = "paraunitary"
-    init: str = "identity"
+    initializer: str = "identity"
 
     def _shape(self, input_shape):
         _image_shape(input_shape, "OrthogonalConv")
@@ -78,13 +78,13 @@ class OrthogonalConv(nn.Module):
         shape = ConvShape(*pair, channels, self.features, (height, width))
         family = convolution.family(self.method)
         family.check(shape)
-        _check_init(self.init)
+        _check_initializer(self.initializer)
         return family, shape
 
     @nn.compact
     def __call__(self, x):
         family, shape = self._shape(x.shape[1:])
-        raw = self.param("raw", lambda key: family.init(key, shape, self.init))
+        raw = self.param("raw", lambda key: family.init(key, shape, self.initializer))
         plain = jax.tree.map(lambda leaf: leaf.astype(x.dtype), family.build(raw, shape))
         return family.apply(plain, x, shape)
 
@@ -108,27 +108,25 @@ class OrthogonalDense(nn.Module):
     Attributes:
       features: outputs; any number.
       method: ``"exponential"`` (matrix exponential of a skew matrix) or ``"cayley"``.
-      init: ``"identity"`` or ``"random"``.
+      initializer: ``"identity"`` or ``"random"``.
 
     **Guarantee**: 1-Lipschitz in ℓ2; all singular values are 1 up to rounding (≤ 1e-5 in float32).
     """
 
     features: int
     method: str = "exponential"
-    init: str = "random"
+    initializer: str = "random"
 
     def _matrix(self):
         if self.method not in matrix.METHODS:
-            raise UserError(
-                f"unknown dense method {self.method!r}: choose one of {', '.join(sorted(matrix.METHODS))}"
-            )
-        _check_init(self.init)
+            raise UserError(f"unknown dense method {self.method!r}: choose one of {', '.join(sorted(matrix.METHODS))}")
+        _check_initializer(self.initializer)
         return matrix.METHODS[self.method]
 
     @nn.compact
     def __call__(self, x):
         rows = x.shape[-1]
-        std = 0.0 if self.init == "identity" else max(rows, self.features) ** -0.5
+        std = 0.0 if self.initializer == "identity" else max(rows, self.features) ** -0.5
         raw = self.param("raw", lambda key: std * jax.random.normal(key, (rows, self.features), jnp.float32))
         return x @ self._matrix()(raw).astype(x.dtype)
 
@@ -145,9 +143,9 @@ class OrthogonalDense(nn.Module):
         )
 
 
-def _check_init(init):
-    if init not in ("identity", "random"):
-        raise UserError(f"unknown init {init!r}: choose 'identity' or 'random'")
+def _check_initializer(name):
+    if name not in ("identity", "random"):
+        raise UserError(f"unknown initializer {name!r}: choose 'identity' or 'random'")
 
 
 class MaxMin(nn.Module):

@@ -52,8 +52,7 @@ class LipschitzReport:
     def __str__(self):
         rows = [f"{'layer':<28}{'sigma_max - 1':>14}{'1 - sigma_min':>15}  proof"]
         rows += [
-            f"{row.layer:<28}{row.sigma_max - 1:>14.1e}{1 - row.sigma_min:>15.1e}  {row.proof}"
-            for row in self.layers
+            f"{row.layer:<28}{row.sigma_max - 1:>14.1e}{1 - row.sigma_min:>15.1e}  {row.proof}" for row in self.layers
         ]
         rows.append(f"encoder {self.input_shape} -> {self.output_shape}: Lipschitz constant {self.constant:.15g}")
         return "\n".join(rows)
@@ -83,9 +82,10 @@ def materialize(encoder, params, input_shape):
         name = f"{index} {type(layer).__name__}"
         if not hasattr(layer, "materialize"):
             raise UserError(f"layer {name} of the encoder has no proven Lipschitz constant; use lsrs_jax.layers")
-        plain = layer.materialize(params.get(f"layers_{index}", {}), shape)
-        if not (np.isfinite(plain.sigma_max) and np.isfinite(plain.sigma_min)):
+        values = params.get(f"layers_{index}", {})
+        if not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(values)):
             raise UserError(f"layer {name} of the encoder has non-finite parameters; train again")
+        plain = layer.materialize(values, shape)
         plains.append(plain)
         rows.append(LayerBound(name, plain.sigma_max, plain.sigma_min, plain.proof))
         shape = plain.output_shape

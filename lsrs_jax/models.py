@@ -187,9 +187,12 @@ def build(config, input_shape, num_classes):
     if config.noise not in ("latent", "input"):
         raise UserError(f"unknown model.noise {config.noise!r}: choose 'latent' or 'input'")
     mean, std = tuple(map(float, config.mean)), tuple(map(float, config.std))
-    normalize = None if set(mean) == {0.0} and set(std) == {1.0} else layers.Normalize(mean, std)
+    normalize = None if (mean, std) == ((0.0,), (1.0,)) else layers.Normalize(mean, std)
     model = Model(layers.Encoder(encoder), head, normalize, config.noise, tuple(input_shape))
-    jax.eval_shape(lambda: model.encode(model.init(jax.random.key(0)), jnp.zeros((1, *input_shape))))
+    # Shapes that do not fit raise here, before any data is read or any hour is spent.
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    image = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
+    jax.eval_shape(lambda params, x: model.classify(params, model.encode(params, x)), params, image)
     return model
 
 

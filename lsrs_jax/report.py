@@ -71,14 +71,25 @@ def radius_grid(runs):
 
 def markdown(runs, radii):
     """The table: certified accuracy per radius, ACR, abstention, cost."""
-    header = ["run", "images", *(f"r={radius:g}" for radius in radii), "ACR", "abstain", "votes/image", "time/image"]
+    header = [
+        "run",
+        "images",
+        *(f"r={radius:g}" for radius in radii),
+        "ACR",
+        "abstain",
+        "votes/image",
+        "time/image",
+    ]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for run in runs:
         table = run.table
         cells = [run.label, f"{len(table):,}"]
         cells += [f"{table.certified_accuracy(radius):.3f}" for radius in radii]
         cells += [f"{table.average_certified_radius:.3f}", f"{table.abstention:.3f}"]
-        cells += ["-" if table.votes is None else f"{table.votes.mean():,.0f}", duration(table.seconds.mean())]
+        cells += [
+            "-" if table.votes is None else f"{table.votes.mean():,.0f}",
+            duration(table.seconds.mean()),
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

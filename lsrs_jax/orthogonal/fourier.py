@@ -48,8 +48,8 @@ def build(raw, shape):
     """
     rows, columns, _ = shape.output_shape
     kernel = raw["kernel"]
-    tiny = jnp.finfo(kernel.dtype).tiny
-    kernel = kernel * (raw["norm"] * jax.lax.rsqrt(jnp.sum(kernel**2) + tiny))
+    # The constant keeps the gradient finite at a zero kernel.
+    kernel = kernel * (raw["norm"] * jax.lax.rsqrt(jnp.sum(kernel**2) + 1e-12))
     blocks = cayley(adjoint(jnp.fft.rfft2(_fold(kernel, rows, columns), axes=(0, 1))))
     return {"real": blocks.real, "imag": blocks.imag}
 

@@ -64,7 +64,9 @@ def from_counts(selection, estimation, *, sigma, alpha, lipschitz=1.0, slack=0.0
 def _counts(name, counts):
     counts = np.asarray(counts)
     if counts.ndim != 2 or counts.shape[1] < 2 or not np.issubdtype(counts.dtype, np.integer):
-        raise UserError(f"{name} votes must be integers of shape (images, classes >= 2), got {counts.dtype} {counts.shape}")
+        raise UserError(
+            f"{name} votes must be integers of shape (images, classes >= 2), got {counts.dtype} {counts.shape}"
+        )
     if np.any(counts < 0) or np.any(counts.sum(axis=1) < 1):
         raise UserError(f"{name} votes must not be negative, and every image needs at least one")
     return counts.astype(np.int64)

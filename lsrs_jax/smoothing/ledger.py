@@ -79,7 +79,9 @@ class Ledger:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._file.close()
-            raise UserError(f"another process is writing {self.path}; wait for it, or use --config.certify.name") from error
+            raise UserError(
+                f"another process is writing {self.path}; wait for it, or use --config.certify.name"
+            ) from error
         try:
             self._read()
         except BaseException:
@@ -130,7 +132,14 @@ class Ledger:
                 raise ValueError(f"bad vote {pair!r}")
             counts[name] = count
         row = Row(
-            _natural(idx), _natural(label), float(slack), purpose, _natural(first), _natural(stop), counts, float(seconds)
+            _natural(idx),
+            _natural(label),
+            float(slack),
+            purpose,
+            _natural(first),
+            _natural(stop),
+            counts,
+            float(seconds),
         )
         if not (0 <= row.slack < math.inf and 0 <= row.seconds < math.inf):
             raise ValueError("slack or seconds out of range")

@@ -22,6 +22,11 @@ def chunks(n, samples):
     return -(-n // samples)
 
 
+def chunk_noise(key, chunk, samples, latent_shape):
+    """The standard normal vectors of one chunk, float32 ``(samples, *latent_shape)``: a function of (key, chunk)."""
+    return jax.random.normal(jax.random.fold_in(key, chunk), (samples, *latent_shape), jnp.float32)
+
+
 class Votes:
     """The compiled vote loop for one head, one latent shape and one tile.
 
@@ -38,6 +43,7 @@ class Votes:
       key: one typed threefry key; selection and estimation use different children of it.
       tile: ``(images, samples)``, the constant batch.
       spmd: ``"shard_map"`` or ``"pmap"``; both run the same per-device function.
+      devices: the local devices to use; all of them by default.
 
     Raises:
       UserError: for a bad argument, a head that returns anything but ``(B, K ≥ 2)`` logits, NaN logits, or a head
@@ -48,7 +54,7 @@ class Votes:
     independent of each other, votes of different images are not.
     """
 
-    def __init__(self, head, latent_shape, *, sigma, key, tile=(16, 16), spmd="shard_map"):
+    def __init__(self, head, latent_shape, *, sigma, key, tile=(16, 16), spmd="shard_map", devices=None):
         check_sigma(sigma)
         images, samples = tile
         if images < 1 or samples < 1 or images * samples < 2:
@@ -61,7 +67,7 @@ class Votes:
         self.latent_shape = tuple(latent_shape)
         self.traces = 0  # how often the loop was traced; tests hold it at one
         self._head = head
-        self._mesh = local_mesh()
+        self._mesh = local_mesh(devices)
         with pinned():
             self._keys = {
                 purpose: jax.device_put(jax.random.fold_in(check_key(key), number), replicated(self._mesh))
@@ -111,9 +117,7 @@ class Votes:
 
         def chunk_votes(step, counts):
             chunk = start + step * devices
-            noise = sigma * jax.random.normal(
-                jax.random.fold_in(key, chunk), (samples, *self.latent_shape), jnp.float32
-            )
+            noise = sigma * chunk_noise(key, chunk, samples, self.latent_shape)
             noisy = jax.vmap(lambda latent: latent + noise)(latents)
             logits = self._head(noisy.reshape(images * samples, *self.latent_shape))
             vote = jnp.where(jnp.isnan(logits).any(axis=-1), self.num_classes, jnp.argmax(logits, axis=-1))

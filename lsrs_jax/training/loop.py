@@ -97,9 +97,7 @@ def train(model, config, train_set, test_set, checkpoints, log):
         def batch(step):
             index = datasets.batch_indices(len(train_set), config.data.batch_size, config.seed, step)
             images = train_set.pixels(index, np.float32)
-            images = datasets.augment(
-                images, crop=config.data.crop, flip=config.data.flip, seed=config.seed, step=step
-            )
+            images = datasets.augment(images, crop=config.data.crop, flip=config.data.flip, seed=config.seed, step=step)
             return jax.device_put((images, train_set.labels[index]), split(mesh))
 
         def report(window):
@@ -121,8 +119,10 @@ def train(model, config, train_set, test_set, checkpoints, log):
             params, opt_state, metrics = train_step(params, opt_state, *batch(step), key, np.uint32(step))
             window.append(metrics)
             done = step + 1
-            due = [done == settings.steps or done % every == 0 for every in (
-                settings.log_every, settings.evaluate_every, settings.checkpoint_every)]
+            due = [
+                done == settings.steps or done % every == 0
+                for every in (settings.log_every, settings.evaluate_every, settings.checkpoint_every)
+            ]
             if any(due):
                 report(window)
                 window = []

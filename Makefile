@@ -1,0 +1,39 @@
+# make demo   train, certify and compare on the embedded digits (a few minutes on 2 cores)
+# make test   the test suite
+# make soak   full grids, long simulations, kill campaigns (an hour or so)
+# make lint   ruff
+# All of them make their own environment in .venv first; PYTHON picks the interpreter (3.11 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := runs/demo
+
+.PHONY: demo test soak lint clean
+.DELETE_ON_ERROR:
+
+.venv/ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; give make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,plots]'
+	@touch $@
+
+demo: .venv/ready
+	$(BIN)/python -m lsrs_jax.train --config=configs/digits.py --workdir=$(DEMO)/lsrs
+	$(BIN)/python -m lsrs_jax.train --config=configs/digits.py:isrs --workdir=$(DEMO)/isrs
+	$(BIN)/python -m lsrs_jax.certify --workdir=$(DEMO)/lsrs
+	$(BIN)/python -m lsrs_jax.certify --workdir=$(DEMO)/isrs
+	$(BIN)/python -m lsrs_jax.report LSRS=$(DEMO)/lsrs ISRS=$(DEMO)/isrs --out=$(DEMO)/report
+
+test: .venv/ready
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m pytest
+
+soak: .venv/ready
+	$(BIN)/python -m pytest -m soak --timeout=7200 -s
+
+lint: .venv/ready
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+clean:
+	rm -rf .venv runs/demo

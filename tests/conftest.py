@@ -1,0 +1,39 @@
+"""Eight simulated CPU devices for every test; helpers for real data that may be absent."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("LSRS_SHARED", ROOT.parent / "shared"))
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """Published certification logs."""
+    folder = SHARED / "reference"
+    if not folder.is_dir():
+        pytest.skip("the published logs are not here")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """A folder of prepared tensorflow-datasets sets."""
+    folder = SHARED / "data" / "tfds"
+    if not folder.is_dir():
+        pytest.skip("the real data sets are not here")
+    return folder
+
+
+def threefry(seed):
+    return jax.random.key(seed, impl="threefry2x32")
+
+
+@pytest.fixture
+def key():
+    return threefry(0)

@@ -1,0 +1,112 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+from jax.test_util import check_grads
+
+from lsrs_jax import orthogonal
+from lsrs_jax.orthogonal import matrix
+
+
+def gaussian(shape, scale, dtype=np.float32, seed=0):
+    return (scale * np.random.default_rng(seed).standard_normal(shape) / np.sqrt(max(shape))).astype(dtype)
+
+
+@pytest.mark.parametrize("method", orthogonal.METHODS)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (5, 1), (2, 2), (3, 8), (8, 3), (17, 17), (64, 48)])
+@pytest.mark.parametrize("scale", [0.0, 1e-4, 1.0, 30.0, 1000.0])
+def test_singular_values_are_one(method, shape, scale):
+    build = orthogonal.METHODS[method]
+    for dtype, tolerance in ((np.float32, 5e-6), (np.float64, 1e-10)):
+        with jax.enable_x64(dtype == np.float64):
+            q = np.asarray(build(jnp.asarray(gaussian(shape, scale, dtype))))
+        assert q.shape == shape
+        assert q.dtype == dtype
+        assert np.abs(orthogonal.dense_singular_values(q) - 1).max() <= tolerance
+
+
+@pytest.mark.parametrize("norm", [1e-3, 0.5, 3.0, 50.0])
+def test_expm_is_the_matrix_exponential(norm):
+    a = gaussian((12, 12), 1.0, np.float64)
+    a = (a - a.T) * norm
+    with jax.enable_x64(True):
+        ours = np.asarray(matrix.expm_skew(jnp.asarray(a)))
+    np.testing.assert_allclose(ours, scipy.linalg.expm(a), atol=1e-11)
+
+
+def test_square_cayley_is_the_cayley_transform():
+    w = gaussian((6, 6), 2.0, np.float64)
+    a = w - w.T
+    with jax.enable_x64(True):
+        ours = np.asarray(matrix.cayley(jnp.asarray(w)))
+    np.testing.assert_allclose(ours, np.linalg.solve(np.eye(6) + a, np.eye(6) - a), atol=1e-12)
+
+
+def test_tall_cayley_matches_its_formula():
+    w = gaussian((7, 4), 2.0, np.float64)
+    u, v = w[:4], w[4:]
+    a = u - u.T + v.T @ v
+    inverse = np.linalg.inv(np.eye(4) + a)
+    with jax.enable_x64(True):
+        ours = np.asarray(matrix.cayley(jnp.asarray(w)))
+    np.testing.assert_allclose(ours, np.concatenate([inverse @ (np.eye(4) - a), -2 * v @ inverse]), atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (7, 3), (3, 7)])
+def test_complex_cayley_is_unitary(shape):
+    w = (gaussian(shape, 3.0) + 1j * gaussian(shape, 3.0, seed=1)).astype(np.complex64)
+    q = np.asarray(matrix.cayley(jnp.asarray(w)))
+    assert np.abs(np.linalg.svd(q, compute_uv=False) - 1).max() <= 5e-6
+
+
+@pytest.mark.parametrize("method", orthogonal.METHODS)
+@pytest.mark.parametrize("shape", [(4, 4), (5, 3), (2, 4)])
+def test_gradients_are_right(method, shape):
+    with jax.enable_x64(True):
+        check_grads(
+            orthogonal.METHODS[method], (jnp.asarray(gaussian(shape, 2.0, np.float64)),), order=1, modes=["rev"]
+        )
+
+
+@pytest.mark.parametrize("method", orthogonal.METHODS)
+@pytest.mark.parametrize("kind", ["zero", "rank one"])
+def test_gradients_are_finite_at_degenerate_weights(method, kind):
+    w = np.zeros((6, 4), np.float32)
+    if kind == "rank one":
+        w[:] = np.outer(np.arange(6), np.ones(4))
+    target = gaussian((6, 4), 1.0)
+    gradient = jax.grad(lambda w: jnp.sum(orthogonal.METHODS[method](w) * target))(jnp.asarray(w))
+    assert np.isfinite(gradient).all()
+    assert np.abs(gradient).max() > 0
+
+
+def test_bjorck_step_never_exceeds_one_and_contracts():
+    sigma = np.linspace(0.0, 1.7, 64)
+    after = np.diag(np.asarray(matrix.bjorck_step(jnp.asarray(np.diag(sigma).astype(np.float32)))))
+    assert after.max() <= 1 + 1e-6
+    near = np.abs(sigma - 1) < 0.05
+    assert np.abs(after - 1)[near].max() <= 2 * 0.05**2
+
+
+def precisions(function, *arguments):
+    """The precision of every matrix product and convolution in a traced function."""
+    found = []
+
+    def walk(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+                found.append(equation.params["precision"])
+            for inner in jax.core.jaxprs_in_params(equation.params):
+                walk(inner)
+
+    walk(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return found
+
+
+@pytest.mark.parametrize("method", orthogonal.METHODS)
+def test_construction_ignores_the_users_matmul_precision(method):
+    with jax.default_matmul_precision("bfloat16"):
+        found = precisions(orthogonal.METHODS[method], jnp.ones((4, 4)))
+    assert found
+    assert all(precision == (jax.lax.Precision.HIGHEST,) * 2 for precision in found)

@@ -1,0 +1,218 @@
+"""Confidence bounds and radii: values, edges, and simulations that accept the right and reject the wrong."""
+
+import re
+
+import numpy as np
+import pytest
+from scipy import special, stats
+
+from lsrs_jax.errors import UserError
+from lsrs_jax.smoothing import certified_radius, confidence, from_counts
+from lsrs_jax.smoothing.radius import float32_slack
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 100, 1000, 100_000])
+@pytest.mark.parametrize("alpha", [0.001, 0.05, 0.3])
+def test_clopper_pearson_is_scipys_binomtest(n, alpha):
+    ks = sorted({0, 1, n // 3, n // 2, n - 1, n})
+    lower, upper = confidence.lower(np.array(ks), n, alpha), confidence.upper(np.array(ks), n, alpha)
+    for k, low, high in zip(ks, lower, upper, strict=True):
+        exact = stats.binomtest(k, n).proportion_ci(confidence_level=1 - 2 * alpha, method="exact")
+        assert low == pytest.approx(exact.low, rel=1e-9, abs=1e-12)
+        assert high == pytest.approx(exact.high, rel=1e-9, abs=1e-11)
+    assert lower[0] == 0
+    assert upper[-1] == 1
+
+
+def test_bounds_err_on_the_safe_side():
+    k, n, alpha = np.arange(1, 2000), 2000, 0.001
+    low, high = confidence.lower(k, n, alpha), confidence.upper(k[:-1], n, alpha)
+    assert (stats.binom.sf(k - 1, n, low) <= alpha * (1 + 1e-13)).all()
+    assert (stats.binom.cdf(k[:-1], n, high) <= alpha * (1 + 1e-13)).all()
+
+
+@pytest.mark.parametrize(("n", "sigmas"), [(1_000, 2.463), (10_000, 3.199), (100_000, 3.811)])
+def test_radius_of_a_unanimous_vote(n, sigmas):
+    p = confidence.lower(n, n, 0.001)
+    assert p == pytest.approx(0.001 ** (1 / n), rel=1e-9)
+    radius = certified_radius(p, 1 - p, sigma=0.5)
+    assert radius / 0.5 == pytest.approx(sigmas, abs=6e-4)
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "alpha", "why"),
+    [
+        (5, 4, 0.1, "0 <= k <= n"),
+        (-1, 4, 0.1, "0 <= k <= n"),
+        (0, 0, 0.1, "at least one vote"),
+        (1, 4, 0.0, "alpha"),
+        (1, 4, 1.0, "alpha"),
+        (1, 4, float("nan"), "alpha"),
+        (1.0, 4, 0.1, "integers"),
+        (float("nan"), 4, 0.1, "integers"),
+        (1, 4.0, 0.1, "integers"),
+    ],
+)
+def test_bad_counts_are_refused(k, n, alpha, why):
+    for bound in (confidence.lower, confidence.upper):
+        with pytest.raises(UserError, match=why):
+            bound(k, n, alpha)
+
+
+def test_radius_formula_and_its_charges():
+    p_a, p_b = 0.9, 0.05
+    expected = 0.25 / 2 * (special.ndtri(p_a) - special.ndtri(p_b))
+    radius = float(certified_radius(p_a, p_b, 0.25))
+    assert radius <= expected
+    assert radius == pytest.approx(expected, rel=1e-11)
+    assert certified_radius(p_a, p_b, 0.25, lipschitz=4.0) == pytest.approx(expected / 4, rel=1e-11)
+    assert certified_radius(p_a, p_b, 0.25, lipschitz=2.0, slack=0.1) == pytest.approx((expected - 0.1) / 2, rel=1e-11)
+    assert certified_radius(0.5, 0.5, 1.0) == 0
+    assert certified_radius(0.3, 0.7, 1.0) == 0
+    assert certified_radius(0.5001, 0.4999, 1.0, slack=0.01) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"p_a_lower": np.nan},
+        {"p_b_upper": np.nan},
+        {"p_a_lower": 1.0},
+        {"p_b_upper": 0.0},
+        {"p_a_lower": -0.1},
+        {"sigma": 0.0},
+        {"sigma": -1.0},
+        {"sigma": np.nan},
+        {"sigma": np.inf},
+        {"lipschitz": 0.0},
+        {"lipschitz": np.nan},
+        {"slack": -1e-3},
+        {"slack": np.nan},
+    ],
+)
+def test_nothing_odd_becomes_a_radius(arguments):
+    with pytest.raises(UserError):
+        certified_radius(**({"p_a_lower": 0.9, "p_b_upper": 0.1, "sigma": 0.5} | arguments))
+
+
+def test_float32_rounding_stays_within_its_charge():
+    z = np.random.default_rng(0).standard_normal((20, 3072)) * np.logspace(-3, 3, 20)[:, None]
+    moved = np.linalg.norm(z.astype(np.float32).astype(np.float64) - z, axis=1)
+    assert (moved > 0).all()
+    assert (2 * moved <= float32_slack(z, 0.25)).all()
+
+
+def test_certificates_from_counts():
+    selection = np.array([[9, 1, 0], [0, 5, 5], [2, 2, 2]])
+    estimation = np.array([[990, 10, 0], [100, 450, 450], [1000, 0, 0]])
+    got = from_counts(selection, estimation, sigma=0.5, alpha=0.001, lipschitz=2.0, slack=np.array([0.0, 0.0, 0.01]))
+    np.testing.assert_array_equal(got.predict, [0, -1, 0])
+    np.testing.assert_array_equal(got.abstain, [False, True, False])
+    np.testing.assert_array_equal(got.n, [1000] * 3)
+    p = confidence.lower(990, 1000, 0.001)
+    assert got.radius[0] == pytest.approx(0.5 * special.ndtri(p) / 2, rel=1e-9)
+    assert got.radius[1] == 0
+    assert got.radius[2] == pytest.approx((0.5 * special.ndtri(0.001**0.001) - 0.01) / 2, rel=1e-9)
+
+
+def test_the_candidate_comes_from_the_selection_votes_only():
+    selection, estimation = np.array([[6, 4]]), np.array([[1, 999]])
+    assert from_counts(selection, estimation, sigma=1.0, alpha=0.001).predict[0] == -1
+
+
+@pytest.mark.parametrize(
+    ("selection", "estimation", "why"),
+    [
+        ([[1.0, 2.0]], [[1, 2]], "integers"),
+        ([[1, 2]], [[0, 0]], "at least one"),
+        ([[1, 2]], [[-1, 5]], "negative"),
+        ([[1, 2]], [[1, 2, 3]], "differ in shape"),
+        ([[1]], [[1]], "classes"),
+        ([1, 2], [1, 2], "shape"),
+    ],
+)
+def test_bad_vote_arrays_are_refused(selection, estimation, why):
+    with pytest.raises(UserError, match=why):
+        from_counts(np.array(selection), np.array(estimation), sigma=1.0, alpha=0.001)
+
+
+# ---------------------------------------------------------------------------------------------------------- coverage
+
+
+def fresh(rng, p, n0, n, trials, alpha):
+    """The procedure of the project."""
+    return from_counts(rng.multinomial(n0, p, trials), rng.multinomial(n, p, trials), sigma=1.0, alpha=alpha).p_a_lower
+
+
+def reused_key(rng, p, n0, n, trials, alpha):
+    """Selection with the noise of the estimation: the mistake of drawing both from one key."""
+    votes = rng.multinomial(n, p, trials)
+    return from_counts(votes, votes, sigma=1.0, alpha=alpha).p_a_lower
+
+
+def unsplit_alpha(rng, p, n0, n, trials, alpha):
+    """The best of five looks at growing counts, each at the full alpha."""
+    selection = rng.multinomial(n0, p, trials)
+    looks = np.cumsum(rng.multinomial(n // 5, p, (5, trials)), axis=0)
+    return np.max([from_counts(selection, look, sigma=1.0, alpha=alpha).p_a_lower for look in looks], axis=0)
+
+
+def split_alpha(rng, p, n0, n, trials, alpha):
+    """The best of five looks, each at a fifth of alpha."""
+    return unsplit_alpha(rng, p, n0, n, trials, alpha / 5)
+
+
+def failures(procedure, p, *, trials, alpha=0.05, n0=20, n=1000, seed=0):
+    """How often the lower bound exceeds the true probability, which is the same for every class."""
+    return int((procedure(np.random.default_rng(seed), p, n0, n, trials, alpha) > p[0]).sum())
+
+
+def exceeds(count, trials, alpha):
+    """Whether so many failures refute a failure rate of at most alpha (at level 1e-6)."""
+    return stats.binom.sf(count - 1, trials, alpha) < 1e-6
+
+
+EVEN = {2: [0.5, 0.5], 10: [0.1] * 10}
+
+
+@pytest.mark.parametrize("classes", EVEN)
+@pytest.mark.parametrize("trials", [4000, pytest.param(100_000, marks=pytest.mark.soak)])
+def test_coverage_holds_and_wrong_procedures_are_caught(classes, trials):
+    p = EVEN[classes]
+    found = {f.__name__: failures(f, p, trials=trials) for f in (fresh, split_alpha, reused_key, unsplit_alpha)}
+    print(
+        f"\n{classes} even classes, alpha .05, {trials} trials: "
+        + ", ".join(f"{k} {v / trials:.4f}" for k, v in found.items())
+    )
+    assert not exceeds(found["fresh"], trials, 0.05)
+    assert not exceeds(found["split_alpha"], trials, 0.05)
+    assert exceeds(found["reused_key"], trials, 0.05)
+    assert exceeds(found["unsplit_alpha"], trials, 0.05)
+    # Clopper-Pearson is conservative, but not absurdly: half of alpha is used.
+    assert not stats.binom.cdf(found["fresh"], trials, 0.025) < 1e-6
+
+
+# ------------------------------------------------------------------------------------------------------ published logs
+
+
+@pytest.mark.parametrize(
+    "name", ["cifar10/noise_0.25", "cifar10/noise_0.50", "cifar10/noise_1.00", "imagenet/noise_0.50"]
+)
+def test_published_radii_lie_on_our_grid(reference, name):
+    """Every radius of the consistency logs is one of the 100,001 that n = 100,000 and alpha = .001 allow."""
+    from lsrs_jax.smoothing.table import read_table
+
+    sigma = float(re.search(r"noise_([\d.]+)", name)[1])
+    table = read_table(reference / "consistency" / f"{name}.tsv")
+    counts = np.arange(50_001, 100_001)
+    p = confidence.lower(counts, 100_000, 0.001)
+    grid = np.unique(np.concatenate([certified_radius(p, np.minimum(1 - p, 1.0), sigma)]))
+    published = table.radius[table.predict >= 0]
+    nearest = grid[np.clip(np.searchsorted(grid, published), 1, len(grid) - 1)]
+    below = grid[np.clip(np.searchsorted(grid, published), 1, len(grid) - 1) - 1]
+    # The logs print three significant digits.
+    off = np.minimum(np.abs(nearest - published), np.abs(below - published))
+    assert len(published) > 300
+    assert (off <= 0.5005 * 10.0 ** (np.floor(np.log10(np.maximum(published, 1e-9))) - 2)).all()
+    unanimous = certified_radius(confidence.lower(100_000, 100_000, 0.001), 1 - 0.001**1e-5, sigma)
+    assert published.max() <= unanimous + 0.0051

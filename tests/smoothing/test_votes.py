@@ -1,0 +1,287 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import threefry
+from scipy import stats
+
+from lsrs_jax import layers, models, smoothing
+from lsrs_jax.config import default
+from lsrs_jax.errors import UserError
+from lsrs_jax.materialize import Float64Encoder, materialize
+from lsrs_jax.smoothing import votes as voting
+from lsrs_jax.smoothing.votes import Votes, chunks
+
+DIM = (4, 4, 2)
+LATENTS = np.random.default_rng(1).random((5, *DIM))
+N = 1_003
+
+
+def network():
+    config = default().model
+    config.encoder, config.head = "identity", "convnet_small"
+    model = models.build(config, DIM, 4)
+    with jax.threefry_partitionable(True), jax.enable_x64(False):
+        params = model.init(threefry(3))
+    head = model.for_certification(params)[1]
+    # Centred, so that every class wins sometimes.
+    centre = head(LATENTS.astype(np.float32)).mean(axis=0)
+    return lambda z: head(z) - centre
+
+
+def count(head=None, devices=8, spmd="shard_map", n=N, tile=(3, 32), cuts=(), purpose="estimation", sigma=0.5, seed=0):
+    """Votes of all latents, sampled in the chunk ranges between `cuts`."""
+    loop = Votes(
+        head or network(),
+        DIM,
+        sigma=sigma,
+        key=threefry(seed),
+        tile=tile,
+        spmd=spmd,
+        devices=jax.local_devices()[:devices],
+    )
+    edges = [0, *cuts, chunks(n, tile[1])]
+    total = []
+    for start in range(0, len(LATENTS), tile[0]):
+        part = LATENTS[start : start + tile[0]]
+        on_device = loop.put(part)
+        pairs = zip(edges[:-1], edges[1:], strict=True)
+        parts = [loop.collect(loop.launch(on_device, purpose, *edge, n), len(part)) for edge in pairs]
+        total.append(sum(parts))
+    assert loop.traces == 1
+    return np.concatenate(total)
+
+
+@pytest.fixture(scope="module")
+def baseline():
+    counts = count(devices=1)
+    assert (counts.sum(axis=1) == N).all()
+    assert (np.count_nonzero(counts, axis=1) > 1).all()
+    return counts
+
+
+@pytest.mark.parametrize("devices", [1, 3, 8])
+@pytest.mark.parametrize("spmd", voting.SPMD)
+def test_counts_do_not_depend_on_devices_or_spmd(baseline, devices, spmd):
+    np.testing.assert_array_equal(count(devices=devices, spmd=spmd), baseline)
+
+
+@pytest.mark.parametrize("cuts", [(1,), (7, 8, 30)])
+def test_counts_do_not_depend_on_how_chunks_are_cut(baseline, cuts):
+    np.testing.assert_array_equal(count(devices=8, cuts=cuts), baseline)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("jax_enable_x64", True), ("jax_default_prng_impl", "rbg"), ("jax_threefry_partitionable", False)],
+)
+def test_counts_do_not_depend_on_flags(baseline, flag, value):
+    before = getattr(jax.config, flag)
+    jax.config.update(flag, value)
+    try:
+        np.testing.assert_array_equal(count(devices=2), baseline)
+    finally:
+        jax.config.update(flag, before)
+
+
+def test_counts_do_not_depend_on_companions(baseline):
+    loop = Votes(network(), DIM, sigma=0.5, key=threefry(0), tile=(3, 32))
+    for row in (0, 4):
+        others = [np.full(DIM, 9.0), LATENTS[row], -LATENTS[row]]
+        counts = loop.collect(loop.launch(loop.put(others), "estimation", 0, chunks(N, 32), N), 3)
+        np.testing.assert_array_equal(counts[1], baseline[row])
+
+
+def test_the_loop_needs_no_transfer():
+    loop = Votes(network(), DIM, sigma=0.5, key=threefry(0), tile=(5, 32))
+    latents = loop.put(LATENTS)
+    with jax.transfer_guard("disallow"):
+        first = loop.launch(latents, "selection", 0, 4, 100)
+        second = loop.launch(latents, "estimation", 0, chunks(N, 32), N)
+    assert loop.collect(first, 5).sum() == 500
+    assert loop.collect(second, 5).sum() == 5 * N
+    assert loop.traces == 1
+
+
+def test_certify_traces_the_loop_once():
+    traced = chex.assert_max_traces(n=3)  # shape check, probe, loop
+    smoothing.certify(traced(network()), LATENTS, sigma=0.5, key=threefry(0), n=N, tile=(2, 16))
+
+
+def test_no_noise_vector_is_drawn_twice():
+    loop = Votes(network(), DIM, sigma=0.5, key=threefry(0), tile=(3, 32))
+    vectors = np.concatenate(
+        [
+            np.asarray(voting.chunk_noise(loop._keys[purpose], chunk, 32, DIM)).reshape(32, -1)
+            for purpose in voting.PURPOSES
+            for chunk in range(64)
+        ]
+    )
+    assert len(np.unique(vectors, axis=0)) == len(vectors) == 2 * 64 * 32
+    assert stats.kstest(vectors.ravel(), "norm").pvalue > 1e-6
+    gram = np.corrcoef(vectors[:512])
+    assert np.abs(gram - np.eye(512)).max() < 0.95
+    # Training draws from another domain of the same seed.
+    from lsrs_jax.keys import domain_key
+
+    roots = {tuple(jax.random.key_data(domain_key(0, domain)).tolist()) for domain in ("init", "train", "certify")}
+    assert len(roots) == 3
+
+
+def test_purposes_see_different_noise(baseline):
+    assert (count(devices=1, purpose="selection") != baseline).any()
+
+
+# --------------------------------------------------------------------------------------------------- law of the votes
+
+W = np.random.default_rng(2).standard_normal(DIM).astype(np.float32)
+BIAS = np.float32(-0.5 * W.sum())
+
+
+def linear_head(z):
+    score = jnp.sum(z * W, axis=(1, 2, 3)) + BIAS
+    return jnp.stack([score, -score], axis=-1)
+
+
+def linear_p_values(sigma_sampled, sigma_claimed, n=20_000):
+    """Two-sided binomial p-values of the votes of a linear head, whose law is known in closed form."""
+    counts = count(linear_head, n=n, sigma=sigma_sampled, tile=(5, 64))
+    margin = (LATENTS.reshape(5, -1) @ W.ravel().astype(np.float64) + BIAS) / np.linalg.norm(W)
+    p = stats.norm.cdf(margin / sigma_claimed)
+    return np.array([stats.binomtest(int(k), n, q).pvalue for k, q in zip(counts[:, 0], p, strict=True)])
+
+
+def test_votes_have_the_right_law_and_a_wrong_sigma_is_rejected():
+    assert linear_p_values(0.5, 0.5).min() > 1e-4
+    assert linear_p_values(0.55, 0.5).min() < 1e-6
+
+
+def test_linear_radius_is_approached_from_below():
+    exact = np.abs(LATENTS.reshape(5, -1) @ W.ravel() + BIAS) / np.linalg.norm(W)
+    radii = []
+    for n in (1_000, 10_000, 200_000):
+        got = smoothing.certify(linear_head, LATENTS, sigma=float(exact.max()), key=threefry(0), n=n, tile=(5, 128))
+        assert (got.radius <= exact).all()
+        radii.append(got.radius)
+    assert (radii[-1] >= 0.97 * exact - 0.01 * exact.max()).all()
+    assert (radii[-1] > radii[0]).all()
+    halved = smoothing.certify(
+        linear_head, LATENTS, sigma=float(exact.max()), key=threefry(0), n=200_000, tile=(5, 128), lipschitz=2.0
+    )
+    np.testing.assert_allclose(halved.radius, radii[-1] / 2, rtol=1e-9)
+
+
+def chi_square_p(a, b):
+    """Two-sample test that two histograms of votes come from one distribution."""
+    kept = (a + b) > 10
+    return stats.chi2_contingency(np.stack([a[kept], b[kept]])).pvalue
+
+
+def test_a_linear_orthogonal_encoder_is_input_smoothing_in_law():
+    encoder = layers.Encoder((layers.SpaceToDepth((2, 2)), layers.OrthogonalConv(8, (3, 3), initializer="random")))
+    plain = materialize(encoder, encoder.init(threefry(5), jnp.zeros((1, *DIM)))["params"], DIM)
+    w = np.random.default_rng(3).standard_normal((32, 4)).astype(np.float32)
+
+    def head(z):
+        hidden = jnp.abs(z.reshape(z.shape[0], -1)) @ w
+        return hidden - jnp.mean(hidden, axis=1, keepdims=True)
+
+    base = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), plain.params)
+
+    def whole(x):
+        return head(plain.apply(base, x))
+
+    latents = Float64Encoder(plain, 5)(LATENTS)
+
+    def histograms(function, points, sigma, seed):
+        got = smoothing.certify(function, points, sigma=sigma, key=threefry(seed), n=40_000, tile=(5, 64))
+        return got.counts
+
+    latent = histograms(head, latents, 0.5, 1)
+    same = [chi_square_p(a, b) for a, b in zip(latent, histograms(whole, LATENTS, 0.5, 2), strict=True)]
+    wrong = [chi_square_p(a, b) for a, b in zip(latent, histograms(whole, LATENTS, 0.55, 2), strict=True)]
+    assert min(same) > 1e-4
+    assert min(wrong) < 1e-6
+
+
+def test_the_identity_encoder_is_input_smoothing():
+    """The split model with the encoder `identity` and a plain call on the images give the very same votes."""
+    config = default().model
+    config.encoder, config.head, config.mean = "identity", "mlp", (0.3,)
+    model = models.build(config, DIM, 4)
+    params = model.init(threefry(3))
+    encoder, head = model.for_certification(params)
+    latents = Float64Encoder(encoder, 5)(LATENTS)
+    ours = smoothing.certify(head, latents, sigma=0.5, key=threefry(0), n=N, lipschitz=encoder.report.constant)
+    cohen = smoothing.certify(lambda x: model.classify(params, x), LATENTS, sigma=0.5, key=threefry(0), n=N)
+    np.testing.assert_array_equal(ours.counts, cohen.counts)
+    np.testing.assert_array_equal(ours.radius, cohen.radius)
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def certify(head=linear_head, latents=LATENTS, **changes):
+    return smoothing.certify(head, latents, **({"sigma": 0.5, "key": threefry(0), "n": 100} | changes))
+
+
+def batch_norm(z):
+    z = z.reshape(z.shape[0], -1)
+    return ((z - z.mean(axis=0)) / (z.std(axis=0) + 1e-3))[:, :4]
+
+
+def nan_sometimes(z):
+    logits = linear_head(z)
+    return jnp.where(logits > 3.0, jnp.nan, logits)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"sigma": 0.0}, "sigma"),
+        ({"sigma": float("nan")}, "sigma"),
+        ({"sigma": "0.5"}, "sigma"),
+        ({"n": 0}, "n must be a whole number"),
+        ({"n0": 0}, "n0 must be a whole number"),
+        ({"n": 10.0}, "n must be a whole number"),
+        ({"n": 2**31}, "2\\*\\*30"),
+        ({"alpha": 0.0}, "alpha"),
+        ({"lipschitz": 0.0}, "Lipschitz"),
+        ({"tile": (0, 4)}, "tile"),
+        ({"spmd": "xmap"}, "spmd"),
+        ({"latents": np.zeros((0, 3))}, "N >= 1"),
+        ({"latents": np.zeros(3)}, "shape"),
+        ({"latents": np.zeros((2, 3), int)}, "floating point"),
+        ({"latents": np.full((2, *DIM), np.nan)}, "finite"),
+        ({"latents": np.ones((2, 3))}, "does not accept latents"),
+        ({"head": lambda z: z}, "must return logits"),
+        ({"head": lambda z: jnp.zeros((z.shape[0], 1))}, "must return logits"),
+        ({"head": lambda z: linear_head(z).T}, "must return logits"),
+        ({"head": lambda z: jnp.full((z.shape[0], 3), jnp.nan)}, "NaN"),
+        ({"head": nan_sometimes}, "NaN"),
+        ({"head": batch_norm}, "rows depend on each other"),
+        ({"head": lambda z: linear_head(z) + jnp.array([1.0, 0.0]) * linear_head(z)[:, 0].mean()}, "rows depend"),
+        ({"head": lambda z: linear_head(z[::-1])}, "rows depend on each other"),
+    ],
+)
+def test_bad_input_never_certifies(changes, why):
+    with pytest.raises(UserError, match=why) as caught:
+        certify(**changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_keys_of_other_generators_are_refused():
+    for key in (jax.random.key(0, impl="rbg"), jax.random.PRNGKey(0), 0, jax.random.split(threefry(0), 2)):
+        with pytest.raises(UserError, match="threefry2x32"):
+            certify(key=key)
+
+
+def test_a_launch_outside_the_plan_is_refused():
+    loop = Votes(linear_head, DIM, sigma=0.5, key=threefry(0), tile=(2, 16))
+    latents = loop.put(LATENTS[:2])
+    for first, stop in ((0, 8), (3, 3), (-1, 2)):
+        with pytest.raises(UserError, match="are not among"):
+            loop.launch(latents, "estimation", first, stop, 100)
+    with pytest.raises(UserError, match="1 to 2 latents"):
+        loop.put(LATENTS[:3])
