@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import warnings
+from pathlib import Path
 
 from absl import flags, logging
 from ml_collections import config_flags
@@ -41,37 +42,27 @@ def config_from_flags(rest, stored=None):
     stray = [a for a in rest if not a.startswith("--config")]
     if stray and not any(a.startswith("--config") and "=" not in a for a in rest):
         raise UserError(f"unknown argument {stray[0]!r}; see --help")
+    file = next((a.split("=", 1)[1].partition(":")[0] for a in rest if a.startswith("--config=")), "")
+    if stored is None and file and not Path(file).is_file():
+        raise UserError(f"no configuration file {file!r}")
     try:
         if stored is None:
             config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
         else:
             config_flags.DEFINE_config_dict("config", stored, flag_values=values, sys_argv=arguments)
         left = values(arguments)[1:]
-    except (
-        flags.Error,
-        AttributeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        OSError,
-        SyntaxError,
-        ImportError,
-    ) as error:
-        raise UserError(_readable(error, rest)) from error
+        config = values["config"].value
+        if config is not None:
+            config.to_dict()  # a file that failed to load says so only when it is used
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
+        text = " ".join(str(error).split()).replace("Flags parsing error: ", "").replace("flag --config=None: ", "")
+        raise UserError(f"bad configuration flag: {text or type(error).__name__}") from error
     if left:
         raise UserError(f"unknown argument {left[0]!r}; see --help")
-    if values["config"].value is None:
+    if config is None:
         raise UserError("no configuration: give --config=configs/digits.py, or another file")
-    return configuration.check(values["config"].value)
-
-
-def _readable(error, rest):
-    text = " ".join(str(error).split())
-    text = text.replace("Flags parsing error: ", "").replace("flag --config=None: ", "")
-    if isinstance(error, FileNotFoundError):
-        name = next((a.split("=", 1)[1] for a in rest if a.startswith("--config=")), "")
-        return f"no configuration file {name.partition(':')[0]!r}"
-    return f"bad configuration flag: {text or type(error).__name__}"
+    # Through plain values and back: a field that the project does not know is refused, not ignored.
+    return configuration.check(configuration.from_dict(configuration.to_dict(config)))
 
 
 def main(run):

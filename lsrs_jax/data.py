@@ -99,8 +99,9 @@ def _load_tfds(name, split, data_dir):
         features = builder.info.features
         if "image" not in features or "label" not in features:
             raise UserError(f"{base_name} is no image classification set: it has the features {sorted(features)}")
-        source = builder.as_data_source(split)
-        images, labels = _decode(source, base_name)
+        if not builder.info.splits[split].num_examples:
+            raise UserError(f"the split {split!r} of {base_name} is empty")
+        images, labels = _decode(builder.as_data_source(split), base_name)
     except UserError:
         raise
     except Exception as error:  # tfds raises whatever its readers raise
@@ -125,8 +126,6 @@ def _check_split(splits, split, name):
 
 def _decode(source, name):
     """Decodes a whole data source; images must share one size."""
-    if not len(source):
-        raise UserError(f"the split of {name} is empty")
     images, labels = None, np.empty(len(source), np.int32)
     for start in range(0, len(source), 1024):
         batch = source.__getitems__(list(range(start, min(start + 1024, len(source)))))

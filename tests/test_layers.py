@@ -33,24 +33,24 @@ class LayerTest(chex.TestCase, parameterized.TestCase):
     def test_layer_keeps_its_promises(self, layer, shape, isometry):
         x = jax.random.normal(threefry(1), (4, *shape))
         variables = layer.init(threefry(0), x)
-        self.assertLessEqual(set(variables), {"params"})
+        assert set(variables) <= {"params"}
         y = self.variant(layer.apply)(variables, x)
 
         plain = layer.materialize(variables.get("params", {}), shape)
-        self.assertEqual(y.shape[1:], plain.output_shape)
+        assert y.shape[1:] == plain.output_shape
         values = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), plain.params)
         np.testing.assert_allclose(plain.apply(values, x), y, atol=1e-5)
 
-        self.assertLessEqual(plain.sigma_max, 1 + 2e-11)
+        assert plain.sigma_max <= 1 + 2e-11
         norms = (
             np.linalg.norm(np.asarray(x).reshape(4, -1), axis=1),
             np.linalg.norm(np.asarray(y).reshape(4, -1), axis=1),
         )
         if isometry:
-            self.assertGreaterEqual(plain.sigma_min, 1 - 1e-10)
+            assert plain.sigma_min >= 1 - 1e-10
             np.testing.assert_allclose(norms[1], norms[0], rtol=1e-5)
         else:
-            self.assertTrue((norms[1] <= norms[0] * (1 + 1e-5)).all())
+            assert (norms[1] <= norms[0] * (1 + 1e-05)).all()
 
 
 def test_maxmin_sorts_pairs_and_passes_the_odd_channel():

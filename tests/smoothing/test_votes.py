@@ -1,3 +1,5 @@
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -46,7 +48,7 @@ def count(head=None, devices=8, spmd="shard_map", n=N, tile=(3, 32), cuts=(), pu
     for start in range(0, len(LATENTS), tile[0]):
         part = LATENTS[start : start + tile[0]]
         on_device = loop.put(part)
-        pairs = zip(edges[:-1], edges[1:], strict=True)
+        pairs = itertools.pairwise(edges)
         parts = [loop.collect(loop.launch(on_device, purpose, *edge, n), len(part)) for edge in pairs]
         total.append(sum(parts))
     assert loop.traces == 1

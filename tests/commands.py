@@ -1,0 +1,69 @@
+"""Runs the commands as a user does: in a process of their own."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = [
+    "--config=configs/digits.py",
+    "--config.train.steps=60",
+    "--config.train.log_every=20",
+    "--config.train.evaluate_every=60",
+    "--config.train.checkpoint_every=20",
+    "--config.certify.n=1000",
+    "--config.certify.stop=40",
+]
+
+
+def start(command, *arguments, devices=1, **environment):
+    settings = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu", **environment}
+    return subprocess.Popen(
+        [sys.executable, "-m", f"lsrs_jax.{command}", *map(str, arguments)],
+        cwd=ROOT,
+        env=settings,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    """(exit code, stdout, stderr)."""
+    out, err = process.communicate(timeout=600)
+    return process.returncode, out, err
+
+
+def run(command, *arguments, **settings):
+    """Stdout of a command that must succeed."""
+    code, out, err = finish(start(command, *arguments, **settings))
+    assert code == 0, err
+    return out
+
+
+def refused(command, *arguments, **settings):
+    """The one line on stderr of a command that must exit with 2."""
+    code, _, err = finish(start(command, *arguments, **settings))
+    lines = err.strip().splitlines()
+    assert code == 2, (code, err)
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: "), err
+    return lines[0]
+
+
+def fingerprint(folder):
+    """Digest of every file below a folder."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def without_time(path):
+    """certificates.tsv without its time column."""
+    rows = [line.split("\t") for line in path.read_text().splitlines()]
+    column = rows[0].index("time")
+    return [row[:column] + row[column + 1 :] for row in rows]

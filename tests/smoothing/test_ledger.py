@@ -1,0 +1,177 @@
+import numpy as np
+import pytest
+
+from lsrs_jax.errors import UserError
+from lsrs_jax.smoothing.ledger import COLUMNS, Ledger, Row
+from lsrs_jax.smoothing.table import read_table
+
+PLAN = {"selection": 10, "estimation": 100}
+
+
+def rows(idx, slack=1e-6):
+    """A complete image: 10 selection votes in one chunk of 16, 100 estimation votes in two rows of 4 and 3 chunks."""
+    return [
+        Row(idx, 1, slack, "selection", 0, 1, np.array([3, 7, 0]), 0.25),
+        Row(idx, 1, slack, "estimation", 0, 4, np.array([10, 50, 4]), 0.5),
+        Row(idx, 1, slack, "estimation", 4, 7, np.array([0, 36, 0]), 0.25),
+    ]
+
+
+def open_ledger(path):
+    return Ledger(path, PLAN, samples=16, num_classes=3)
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "votes.0.tsv"
+    with open_ledger(path) as ledger:
+        ledger.append(rows(4))
+        ledger.append(rows(2)[:2])
+    return path
+
+
+def test_what_is_written_is_read(path):
+    with open_ledger(path) as ledger:
+        assert [tally.idx for tally in ledger.completed()] == [4]
+        tally = ledger.tallies[4]
+        np.testing.assert_array_equal(tally.counts["selection"], [3, 7, 0])
+        np.testing.assert_array_equal(tally.counts["estimation"], [10, 86, 4])
+        assert (tally.label, tally.slack, tally.seconds) == (1, 1e-6, 1.0)
+        assert ledger.next_chunks(2) == (1, 4)
+        assert ledger.next_chunks(0) == (0, 0)
+        ledger.append(rows(2)[2:])
+    with open_ledger(path) as ledger:
+        assert [tally.idx for tally in ledger.completed()] == [2, 4]
+
+
+def test_any_torn_tail_is_cut_off_and_nothing_else(path):
+    content = path.read_bytes()
+    lines = content.splitlines(keepends=True)
+    for size in range(len(content)):
+        path.write_bytes(content[:size])
+        with open_ledger(path) as ledger:
+            kept = sum(len(tally.next) and sum(tally.next.values()) > 0 for tally in ledger.tallies.values())
+        whole = content[:size].count(b"\n")
+        expected = b"".join(lines[: max(whole, 1)])
+        assert path.read_bytes() == expected
+        assert kept == {0: 0, 1: 0, 2: 1, 3: 1, 4: 1, 5: 2, 6: 2}[whole]
+
+
+def test_a_changed_digit_of_a_count_or_a_range_is_found(path):
+    content = path.read_text()
+    places = []
+    for place in range(len(content.splitlines()[0]) + 1, len(content)):
+        start = content.rfind("\n", 0, place) + 1
+        column = COLUMNS[content[start:place].count("\t")]
+        count = column == "votes" and content[start:place].rfind(":") > content[start:place].rfind(",")
+        if content[place].isdigit() and (count or column in ("first", "stop")):
+            places.append(place)
+    assert len(places) > 20
+    for place in places:
+        other = str((int(content[place]) + 1) % 10)
+        path.write_text(content[:place] + other + content[place + 1 :])
+        with pytest.raises(UserError, match="line"):
+            open_ledger(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("4\t1\t1e-06\testimation\t4\t7\t1:36\t0.1", "where 7 come next"),
+        ("5\t1\t1e-06\testimation\t1\t2\t1:16\t0.1", "where 0 come next"),
+        ("5\t1\t1e-06\tselection\t0\t2\t1:10\t0.1", "not among those"),
+        ("5\t1\t1e-06\tselection\t0\t1\t1:9\t0.1", "9 votes where 10 belong"),
+        ("5\t1\t1e-06\tpilot\t0\t1\t1:10\t0.1", "unknown purpose"),
+        ("5\t1\t1e-06\tselection\t0\t1\t3:10\t0.1", "bad vote"),
+        ("5\t1\t1e-06\tselection\t0\t1\t1:5,1:5\t0.1", "bad vote"),
+        ("5\t1\t1e-06\tselection\t0\t1\t1:-10\t0.1", "not a natural number"),
+        ("5\t1\tnan\tselection\t0\t1\t1:10\t0.1", "out of range"),
+        ("5\t1\t-1.0\tselection\t0\t1\t1:10\t0.1", "out of range"),
+        ("2\t2\t1e-06\testimation\t4\t7\t1:36\t0.1", "label or slack changes"),
+        ("2\t1\t2e-06\testimation\t4\t7\t1:36\t0.1", "label or slack changes"),
+        ("5\t1\t1e-06\tselection\t0\t1\t1:10", "7 columns"),
+        ("", "1 columns"),
+        ("\xff", "line 7"),
+    ],
+)
+def test_damaged_rows_are_refused_and_the_file_is_kept(path, line, why):
+    path.write_bytes(path.read_bytes() + line.encode("latin-1") + b"\n" + rows(9)[0].line().encode())
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=why) as caught:
+        open_ledger(path)
+    assert "line 7" in str(caught.value)
+    assert path.read_bytes() == before
+
+
+def test_a_foreign_file_is_refused(tmp_path):
+    path = tmp_path / "votes.0.tsv"
+    path.write_text("something else\nentirely\n")
+    with pytest.raises(UserError, match="not a vote ledger"):
+        open_ledger(path)
+    assert path.read_text() == "something else\nentirely\n"
+
+
+def test_a_second_writer_is_refused(path):
+    with open_ledger(path), pytest.raises(UserError, match="another process"):
+        open_ledger(path)
+    open_ledger(path).close()
+
+
+def test_appending_the_same_chunks_twice_is_refused(path):
+    with open_ledger(path) as ledger, pytest.raises(ValueError, match="come next"):
+        ledger.append(rows(4)[2:])
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime\n"
+
+
+def test_both_time_formats_are_read(tmp_path):
+    path = tmp_path / "log"
+    path.write_text(
+        HEADER + "0\t3\t3\t0.5\t1\t0:00:14.25\n20\t1\t-1\t0.0\t0\t1 day, 2:03:04.5\n40\t1\t2\t0.1\t0\t7.5\n"
+    )
+    table = read_table(path)
+    np.testing.assert_allclose(table.seconds, [14.25, 93784.5, 7.5])
+    np.testing.assert_array_equal(table.idx, [0, 20, 40])
+    assert table.votes is None
+    assert not table.truncated
+    assert table.certified_accuracy(0) == pytest.approx(1 / 3)
+    assert table.certified_accuracy(0.5) == pytest.approx(1 / 3)
+    assert table.certified_accuracy(0.500001) == 0
+    assert table.average_certified_radius == pytest.approx(0.5 / 3)
+    assert table.abstention == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("cut", [1, 3, 8, 12, 20])
+def test_truncated_tables_are_read_without_their_last_line(tmp_path, cut):
+    whole = HEADER + "0\t3\t3\t0.512\t1\t0:00:14.25\n20\t1\t1\t0.25\t1\t0:00:15.25\n"
+    path = tmp_path / "log"
+    path.write_text(whole[:-cut])
+    table = read_table(path)
+    if len(table) == 2:  # a cut inside the time still leaves a readable number
+        assert cut < 8
+    else:
+        assert table.truncated
+    assert table.radius[0] == 0.512
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "no column 'idx'"),
+        ("idx\tlabel\n0\t1\n", "no column 'predict'"),
+        (HEADER, "holds no certificates"),
+        (HEADER + "0\t3\t3\tnan\t1\t1.0\n1\t3\t3\t0.5\t1\t1.0\n", "line 2"),
+        (HEADER + "0\t3\t3\t-0.5\t1\t1.0\n1\t3\t3\t0.5\t1\t1.0\n", "line 2"),
+        (HEADER + "0\t3\t3\t0.5\tTrue\t1.0\n1\t3\t3\t0.5\t1\t1.0\n", "line 2"),
+        (HEADER + "0\t3\t2\t0.5\t1\t1.0\n1\t3\t3\t0.5\t1\t1.0\n", "contradicts"),
+        (HEADER + "0\t3\t3\t0.5\t1\t1.0\n0\t3\t3\t0.5\t1\t1.0\n", "image 0 twice"),
+    ],
+)
+def test_bad_tables_are_refused(tmp_path, text, why):
+    path = tmp_path / "log"
+    path.write_text(text)
+    with pytest.raises(UserError, match=why):
+        read_table(path)

@@ -1,0 +1,298 @@
+"""The way of the data, end to end: real processes, real digits, kills, and wrong input."""
+
+import json
+import random
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+from commands import QUICK, fingerprint, finish, refused, run, start, without_time
+
+from lsrs_jax.smoothing.table import read_table
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A short training on 8 simulated devices."""
+    workdir = tmp_path_factory.mktemp("runs") / "digits"
+    out = run("train", *QUICK, f"--workdir={workdir}", devices=8)
+    assert "8 x cpu" in out
+    assert "left" in out
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def certified(trained):
+    """Certified on 1 device; the checkpoint came from 8."""
+    out = run("certify", f"--workdir={trained}", "--config.certify.name=base")
+    assert "Lipschitz constant 1.0000000" in out
+    assert "votes/s" in out
+    return trained / "certify" / "base" / "certificates.tsv"
+
+
+def test_training_leaves_what_certification_needs(trained):
+    metrics = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["loss"] for row in metrics if "loss" in row}
+    assert list(losses) == [20, 40, 60]
+    assert losses[60] < losses[20] < 2.4
+    assert next(row for row in metrics if "test_noisy_accuracy" in row)["test_clean_accuracy"] > 0.3
+    assert json.loads((trained / "config.json").read_text())["train"]["steps"] == 60
+
+
+def test_certificates_are_complete_and_consistent(certified):
+    header = certified.read_text().splitlines()[0].split("\t")
+    assert header[:6] == ["idx", "label", "predict", "radius", "correct", "time"]
+    assert header[6:] == ["n", "p_a_lower", "p_b_upper", "lipschitz", "slack", "abstain"]
+    table = read_table(certified)
+    np.testing.assert_array_equal(table.idx, np.arange(40))
+    np.testing.assert_array_equal(table.votes, 1000)
+    assert 0.2 < table.certified_accuracy(0) <= 1
+    assert table.radius.max() <= 0.5 * 2.4633
+    assert (table.radius[table.predict == -1] == 0).all()
+    provenance = json.loads((certified.parent / "certificates.json").read_text())
+    assert provenance["identity"]["data"]["name"] == "digits"
+    assert provenance["lipschitz"]["constant"] >= 1
+    assert provenance["record"][0]["seconds"] > 0
+
+
+@pytest.mark.parametrize(("devices", "spmd"), [(8, "shard_map"), (3, "pmap")])
+def test_certificates_do_not_depend_on_devices(trained, certified, devices, spmd):
+    name = f"{spmd}{devices}"
+    run(
+        "certify",
+        f"--workdir={trained}",
+        f"--config.certify.name={name}",
+        f"--config.certify.spmd={spmd}",
+        devices=devices,
+        JAX_ENABLE_X64="1",
+        JAX_DEFAULT_PRNG_IMPL="rbg",
+    )
+    assert without_time(trained / "certify" / name / "certificates.tsv") == without_time(certified)
+
+
+def kill_and_resume_certification(workdir, name, arguments, kills, rng):
+    """SIGKILL at random moments of the sampling, another device count each time, torn lines; then to the end."""
+    ledger = workdir / "certify" / name / "votes.0.tsv"
+    common = [f"--workdir={workdir}", f"--config.certify.name={name}", *arguments]
+    killed = 0
+    for _ in range(20 * kills):
+        if killed == kills:
+            break
+        before = ledger.stat().st_size if ledger.exists() else 0
+        process = start("certify", *common, devices=rng.choice([1, 2, 5, 8]))
+        while process.poll() is None and not (ledger.exists() and ledger.stat().st_size > max(before, 60)):
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.15))
+        process.send_signal(signal.SIGKILL)
+        code, _, err = finish(process)
+        assert code in (-signal.SIGKILL, 0), err
+        killed += code == -signal.SIGKILL
+        if code == 0:
+            break
+        size = ledger.stat().st_size
+        with ledger.open("r+b") as file:  # a write that never reached the disk as a whole
+            file.truncate(max(size - rng.randrange(30), before, 1))
+    run("certify", *common, devices=2)
+    return killed
+
+
+def test_a_killed_certification_resumes_to_the_same_bytes(trained):
+    # One chunk per row keeps the run long enough to be killed in the middle.
+    arguments = ["--config.certify.n=30001", "--config.certify.stop=64", "--config.certify.tile=(2, 8)"]
+    run("certify", f"--workdir={trained}", "--config.certify.name=whole", *arguments)
+    killed = kill_and_resume_certification(trained, "killed", arguments, 2, random.Random(0))
+    assert killed >= 1
+    whole, resumed = (trained / "certify" / name for name in ("whole", "killed"))
+    assert without_time(resumed / "certificates.tsv") == without_time(whole / "certificates.tsv")
+    assert len(json.loads((resumed / "certificates.json").read_text())["record"]) == killed + 1
+
+
+def final_parameters(workdir):
+    metas = sorted((workdir / "checkpoints").glob("*/meta/metadata"), key=lambda path: int(path.parts[-3]))
+    return json.loads(metas[-1].read_text())
+
+
+def kill_and_resume_training(workdir, arguments, kills, rng):
+    common = [*arguments, f"--workdir={workdir}"]
+    killed = 0
+    for _ in range(kills):
+        known = set((workdir / "checkpoints").glob("[0-9]*"))
+        process = start("train", *common)
+        while process.poll() is None and not set((workdir / "checkpoints").glob("[0-9]*")) - known:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        code, _, err = finish(process)
+        assert code in (-signal.SIGKILL, 0), err
+        killed += code == -signal.SIGKILL
+        if code == 0:
+            break
+    run("train", *common)
+    return killed
+
+
+def test_a_killed_training_resumes_to_the_same_parameters(tmp_path):
+    arguments = [*QUICK, "--config.train.steps=400", "--config.train.checkpoint_every=100", "--config.data.crop=1"]
+    run("train", *arguments, f"--workdir={tmp_path / 'whole'}")
+    assert kill_and_resume_training(tmp_path / "killed", arguments, 1, random.Random(1)) == 1
+    whole, killed = final_parameters(tmp_path / "whole"), final_parameters(tmp_path / "killed")
+    assert whole["step"] == 400
+    assert whole == killed
+    metrics = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "killed")]
+    losses = [[(row["step"], row["loss"]) for row in map(json.loads, lines) if "loss" in row] for lines in metrics]
+    assert losses[0] == losses[1]
+    assert "already trained" in run("train", *arguments, f"--workdir={tmp_path / 'killed'}")
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+def test_kill_campaign(tmp_path):
+    rng = random.Random(2)
+    steps = [*QUICK, "--config.train.steps=3000", "--config.train.checkpoint_every=60", "--config.train.log_every=60"]
+    run("train", *steps, f"--workdir={tmp_path / 'whole'}")
+    trainings = kill_and_resume_training(tmp_path / "killed", steps, 20, rng)
+    assert final_parameters(tmp_path / "whole") == final_parameters(tmp_path / "killed")
+    arguments = ["--config.certify.n=100001", "--config.certify.stop=360", "--config.certify.tile=(4, 8)"]
+    run("certify", f"--workdir={tmp_path / 'whole'}", *arguments)
+    certifications = kill_and_resume_certification(tmp_path / "killed", "default", arguments, 20, rng)
+    whole, killed = (tmp_path / name / "certify" / "default" / "certificates.tsv" for name in ("whole", "killed"))
+    assert without_time(whole) == without_time(killed)
+    print(f"\nkilled {trainings} trainings and {certifications} certifications: same parameters, same certificates")
+    assert trainings >= 10
+    assert certifications >= 10
+
+
+@pytest.fixture
+def copy(trained, certified, tmp_path):
+    target = tmp_path / "copy"
+    shutil.copytree(trained, target)
+    return target
+
+
+def test_certification_needs_no_optimizer_state(copy, certified):
+    for item in (copy / "checkpoints").glob("*/train"):
+        shutil.rmtree(item)
+    run("certify", f"--workdir={copy}", "--config.certify.name=again")
+    assert without_time(copy / "certify" / "again" / "certificates.tsv") == without_time(certified)
+
+
+def test_another_alpha_needs_no_votes(copy, certified):
+    out = run("certify", f"--workdir={copy}", "--config.certify.name=base", "--config.certify.alpha=0.05")
+    assert "40 of them done" in out
+    assert "votes/s" not in out
+    table = read_table(copy / "certify" / "base" / "certificates.tsv")
+    before = read_table(certified)
+    assert (table.radius >= before.radius).all()
+    assert (table.radius > before.radius).any()
+
+
+def test_more_images_extend_the_same_ledger(copy, certified):
+    run("certify", f"--workdir={copy}", "--config.certify.name=base", "--config.certify.stop=50", devices=2)
+    rows = without_time(copy / "certify" / "base" / "certificates.tsv")
+    assert rows[:41] == without_time(certified)
+    assert len(rows) == 51
+
+
+def test_a_half_written_ledger_line_is_sampled_again(copy, certified):
+    ledger = copy / "certify" / "base" / "votes.0.tsv"
+    ledger.write_bytes(ledger.read_bytes()[:-9])
+    run("certify", f"--workdir={copy}", "--config.certify.name=base")
+    assert without_time(copy / "certify" / "base" / "certificates.tsv") == without_time(certified)
+
+
+def truncate_checkpoint(workdir):
+    newest = max((workdir / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
+    for path in (newest / "model").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def damage_ledger(workdir):
+    path = workdir / "certify" / "base" / "votes.0.tsv"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:5], lines[5].replace("selection", "estimation"), *lines[6:]]) + "\n")
+
+
+BAD_CERTIFY = {
+    "misspelt field": ([], "--config.certify.alhpa=0.1", "alhpa"),
+    "wrong type": ([], "--config.certify.n=many", "n"),
+    "negative sigma": ([], "--config.sigma=-1.0", "sigma must be a positive number"),
+    "no votes": ([], "--config.certify.n=0", "certify.n must be between 1"),
+    "no selection": ([], "--config.certify.n0=0", "certify.n0 must be between 1"),
+    "alpha": ([], "--config.certify.alpha=1.0", "certify.alpha"),
+    "name": ([], "--config.certify.name=../x", "certify.name"),
+    "stray argument": ([], "--n=5", "unknown argument"),
+    "stray word": ([], "fast", "unknown argument"),
+    "no images": ([], "--config.certify.start=5000", "certify.stop must be above"),
+    "missing data": ([], "--config.data.name=svhn", "tfds build svhn"),
+    "other sigma": ([], "--config.sigma=0.25", "sigma was 0.5 and is now 0.25"),
+    "other n": ([], "--config.certify.n=2000", "n was 1000 and is now 2000"),
+    "other seed": ([], "--config.seed=1", "seed was 0 and is now 1"),
+    "truncated checkpoint": ([truncate_checkpoint], "", "cannot read checkpoint"),
+    "damaged ledger": ([damage_ledger], "", "is damaged"),
+    "no provenance": ([lambda w: (w / "certify/base/certificates.json").unlink()], "", "holds votes but no"),
+    "damaged provenance": ([lambda w: (w / "certify/base/certificates.json").write_text("{")], "", "is damaged"),
+    "damaged config": ([lambda w: (w / "config.json").write_text("{")], "", "not a stored configuration"),
+    "foreign config": ([lambda w: (w / "config.json").write_text('{"sgima": 1}')], "", "did you mean sigma"),
+    "no checkpoint": ([lambda w: shutil.rmtree(w / "checkpoints")], "", "no checkpoint"),
+    "other network": ([], "--config.model.head=linear", "cannot read checkpoint"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CERTIFY)
+def test_bad_input_to_certify(copy, case, tmp_path):
+    damages, flag, why = BAD_CERTIFY[case]
+    for damage in damages:
+        damage(copy)
+    before = fingerprint(copy)
+    arguments = [f"--workdir={copy}", "--config.certify.name=base", *([flag] if flag else [])]
+    assert why in refused("certify", *arguments, TFDS_DATA_DIR=str(tmp_path / "none"))
+    assert fingerprint(copy) == before
+
+
+BAD_TRAIN = {
+    "no config": ([], "no configuration"),
+    "file that is no config": (["--config=tests/commands.py"], "bad configuration flag"),
+    "missing config": (["--config=configs/nothing.py"], "no configuration file 'configs/nothing.py'"),
+    "unknown variant": (["--config=configs/digits.py:lsr"], "choose lsrs, cayley, isrs or isrs_split"),
+    "misspelt field": (["--config=configs/digits.py", "--config.sgima=1.0"], "sgima"),
+    "wrong type": (["--config=configs/digits.py", "--config.train.steps=ten"], "steps"),
+    "zero sigma": (["--config=configs/digits.py", "--config.sigma=0.0"], "sigma must be a positive number"),
+    "batch too large": (["--config=configs/digits.py", "--config.data.batch_size=5000"], "1437 training images"),
+    "missing data": (["--config=configs/mnist.py"], "tfds build mnist --file_format=array_record"),
+    "unknown encoder": (["--config=configs/digits.py", "--config.model.encoder=shalow"], "choose one of"),
+    "other config in the workdir": ([*QUICK, "--config.sigma=0.25"], "trained with sigma=0.5, not 0.25"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TRAIN)
+def test_bad_input_to_train(copy, case, tmp_path):
+    arguments, why = BAD_TRAIN[case]
+    other = "other config" in case
+    workdir = copy if other else tmp_path / "new"
+    before = fingerprint(copy)
+    assert why in refused("train", *arguments, f"--workdir={workdir}", TFDS_DATA_DIR=str(tmp_path / "none"))
+    assert fingerprint(copy) == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_diverging_training_names_the_step(tmp_path):
+    arguments = [*QUICK, "--config.train.learning_rate=1e30", "--config.train.optimizer=sgd"]
+    line = refused("train", *arguments, f"--workdir={tmp_path / 'new'}")
+    assert "at step" in line
+    assert "learning_rate" in line
+
+
+def test_a_batch_that_does_not_divide_over_devices_is_refused(tmp_path):
+    line = refused("train", *QUICK, "--config.data.batch_size=100", f"--workdir={tmp_path / 'new'}", devices=8)
+    assert "not divisible by the 8 local devices" in line
+
+
+def test_help_and_missing_workdir():
+    for command in ("train", "certify", "report"):
+        code, out, _ = finish(start(command, "--help"))
+        assert code == 0
+        assert "python -m lsrs_jax" in out
+    assert "--workdir" in refused("train", "--config=configs/digits.py")

@@ -1,0 +1,83 @@
+import importlib.util
+
+import pytest
+from conftest import ROOT
+
+from lsrs_jax import config as configuration
+from lsrs_jax.errors import UserError
+
+
+def test_configs_survive_json(tmp_path):
+    config = configuration.default()
+    config.sigma, config.model.std = 0.25, (0.2, 0.3, 0.4)
+    path = tmp_path / "config.json"
+    configuration.save(config, path)
+    assert configuration.to_dict(configuration.load(path)) == configuration.to_dict(config)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_every_experiment_is_a_valid_config(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    variants = ("lsrs", "cayley", "isrs", "isrs_split")
+    seen = {str(configuration.to_dict(configuration.check(module.get_config(variant)))) for variant in variants}
+    assert len(seen) == len(variants)
+    assert all(f"``{variant}``" in module.__doc__ for variant in variants)
+    with pytest.raises(ValueError, match="unknown variant"):
+        module.get_config("lrss")
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"sgima": 1.0}, "did you mean sigma"),
+        ({"certify": {"alhpa": 0.1}}, "did you mean certify.alpha"),
+        ({"certify": 3}, "holds fields"),
+        ({"sigma": "large"}, "wrong type"),
+        ({"certify": {"n": 1.5}}, "wrong type"),
+    ],
+)
+def test_foreign_values_are_refused(values, why):
+    with pytest.raises(UserError, match=why):
+        configuration.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("sigma", float("nan")),
+        ("sigma", float("inf")),
+        ("seed", -1),
+        ("data.crop", -1),
+        ("train.steps", 0),
+        ("train.learning_rate", float("nan")),
+        ("train.warmup_steps", 1000),
+        ("certify.n0", 0),
+        ("certify.alpha", float("nan")),
+        ("certify.stop", 0),
+        ("certify.step", 0),
+        ("certify.tile", (4,)),
+        ("certify.name", "a/b"),
+        ("certify.name", ".hidden"),
+        ("certify.spmd", "xmap"),
+    ],
+)
+def test_values_out_of_range_name_their_field(field, value):
+    config = configuration.default()
+    *sections, last = field.split(".")
+    place = config
+    for section in sections:
+        place = place[section]
+    place[last] = value
+    with pytest.raises(UserError, match=field):
+        configuration.check(config)
+
+
+def test_first_difference():
+    old = {"a": 1, "b": {"c": 2, "d": 3}}
+    assert configuration.first_difference(old, old) is None
+    assert configuration.first_difference(old, {"a": 1, "b": {"c": 2, "d": 4}}) == ("b.d", 3, 4)
+    assert configuration.first_difference(old, {"a": 1, "b": {"c": 2}}) == ("b.d", 3, None)
+    assert configuration.first_difference(old, {"a": 9, "b": {"c": 2, "d": 4}}, ("a", "b.d")) is None
+    assert configuration.first_difference(old, {"a": 1}, ("b",)) is None

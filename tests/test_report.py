@@ -1,0 +1,87 @@
+import re
+
+import numpy as np
+import pytest
+
+from lsrs_jax import report
+from lsrs_jax.errors import UserError
+from lsrs_jax.smoothing.table import read_table
+
+HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime"
+
+
+def write_log(path, radii, start=0):
+    lines = [HEADER, *(f"{start + i}\t1\t1\t{r}\t1\t0:00:01.5" for i, r in enumerate(radii))]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_report_writes_table_and_pictures(tmp_path, capsys):
+    write_log(tmp_path / "a" / "certify" / "default" / "certificates.tsv", [0.1, 0.6, 0.8, 1.2])
+    log = write_log(tmp_path / "peer.tsv", [0.3, 0.6], start=2)
+    report.run([str(tmp_path / "a"), f"Peer={log}", f"--out={tmp_path / 'out'}", "--radii=0,0.5,1"])
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| a | 4 | 1.000 | 0.750 | 0.250 | 0.675 | 0.000 | - | 1.5 s |" in text
+    assert "| Peer | 2 | 1.000 | 0.500 | 0.000 | 0.450 |" in text
+    assert "Peer and a are certified on different images" in text
+    assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "out" / "curve.svg").read_text()
+    assert "| Peer | 2 |" in capsys.readouterr().out
+
+
+def test_a_run_with_several_certifications_gives_several_rows(tmp_path):
+    for name in ("full", "quick"):
+        write_log(tmp_path / "a" / "certify" / name / "certificates.tsv", [0.5])
+    assert [run.label for run in report.load_runs([str(tmp_path / "a")])] == ["a/full", "a/quick"]
+
+
+def test_bad_arguments_are_one_line(tmp_path):
+    log = write_log(tmp_path / "x.tsv", [0.5])
+    (tmp_path / "empty").mkdir()
+    for arguments, why in (
+        ([str(tmp_path / "nothing")], "no run at"),
+        ([str(tmp_path / "empty")], "no certificates in"),
+        ([str(log), str(log)], "two runs are called"),
+        ([str(log), "--radii=a"], "numbers >= 0"),
+        ([str(log), "--radii=-1,0"], "numbers >= 0"),
+        ([str(log), "--rradii=1"], "unrecognized arguments"),
+    ):
+        with pytest.raises(UserError, match=why):
+            report.run([*arguments, f"--out={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()
+
+
+def cohen_table(path):
+    """``{sigma: {radius: percent}}`` of a published Markdown table; empty cells left out."""
+    text = re.sub(r"<[^>]*>|\*", "", path.read_text())
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
+    radii = [re.search(r"r\s*=\s*([\d.]+)", cell) for cell in cells[0]]
+    table = {}
+    for row in cells[1:]:
+        sigma = re.search(r"([\d.]+)", row[0])
+        if sigma and "." in sigma[1]:
+            pairs = zip(radii[-6:], row[1:7], strict=True)
+            table[sigma[1]] = {float(r[1]): float(value) for r, value in pairs if r and value}
+    return table
+
+
+@pytest.mark.parametrize(("data", "network"), [("cifar10", "resnet110"), ("imagenet", "resnet50")])
+def test_published_tables_are_reproduced(reference, data, network):
+    """Every cell of Cohen's tables follows from the published logs."""
+    published = cohen_table(reference / "cohen_tables" / "markdown" / f"vary_noise_{data}")
+    compared = 0
+    for sigma, cells in published.items():
+        log = reference / "cohen_certify" / data / network / f"noise_{sigma}" / "test" / f"sigma_{sigma}"
+        table = read_table(log)
+        for radius, value in cells.items():
+            assert table.certified_accuracy(radius) == pytest.approx(value, abs=0.00501), (sigma, radius)
+            compared += 1
+    assert compared >= 12
+
+
+def test_published_averages(reference):
+    table = read_table(reference / "consistency" / "cifar10" / "noise_0.25.tsv")
+    assert len(table) == 10_000
+    assert table.average_certified_radius == pytest.approx(0.552, abs=5e-4)
+    assert np.isclose(table.certified_accuracy(0.5), 0.581, atol=5e-4)
