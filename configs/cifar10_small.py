@@ -8,7 +8,7 @@ convolutions, noise on the 16x16x12 latent), ``cayley``, ``isrs`` (the same head
 ``isrs_split`` (the network of ``lsrs`` smoothed in input space). Measured results are in the README.
 """
 
-from lsrs_jax.config import default
+from lsrs_jax.config import choose, default
 
 
 def get_config(variant="lsrs"):
@@ -28,12 +28,4 @@ def get_config(variant="lsrs"):
     config.train.checkpoint_every = 1000
     config.certify.n = 10_000
     config.certify.step = 20
-    if variant == "cayley":
-        config.model.method = "cayley"
-    elif variant == "isrs":
-        config.model.encoder = "identity"
-    elif variant == "isrs_split":
-        config.model.noise = "input"
-    elif variant != "lsrs":
-        raise ValueError(f"unknown variant {variant!r}: choose lsrs, cayley, isrs or isrs_split")
-    return config
+    return choose(config, variant)

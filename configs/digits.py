@@ -7,7 +7,7 @@ Variants: ``lsrs`` (default; two orthogonal convolutions, noise on the latent), 
 family), ``isrs`` (no encoder: input-space smoothing), ``isrs_split`` (the network of ``lsrs`` smoothed in input space).
 """
 
-from lsrs_jax.config import default
+from lsrs_jax.config import choose, default
 
 
 def get_config(variant="lsrs"):
@@ -21,12 +21,4 @@ def get_config(variant="lsrs"):
     config.model.encoder = "shallow"
     config.model.head = "mlp"
     config.certify.tile = (32, 32)
-    if variant == "cayley":
-        config.model.method = "cayley"
-    elif variant == "isrs":
-        config.model.encoder = "identity"
-    elif variant == "isrs_split":
-        config.model.noise = "input"
-    elif variant != "lsrs":
-        raise ValueError(f"unknown variant {variant!r}: choose lsrs, cayley, isrs or isrs_split")
-    return config
+    return choose(config, variant)

@@ -7,7 +7,7 @@ Certifies every 20th test image with n = 10,000. Variants as in configs/digits.p
 ``isrs``, ``isrs_split``. Measured results are in the README.
 """
 
-from lsrs_jax.config import default
+from lsrs_jax.config import choose, default
 
 
 def get_config(variant="lsrs"):
@@ -25,12 +25,4 @@ def get_config(variant="lsrs"):
     config.train.checkpoint_every = 500
     config.certify.n = 10_000
     config.certify.step = 20
-    if variant == "cayley":
-        config.model.method = "cayley"
-    elif variant == "isrs":
-        config.model.encoder = "identity"
-    elif variant == "isrs_split":
-        config.model.noise = "input"
-    elif variant != "lsrs":
-        raise ValueError(f"unknown variant {variant!r}: choose lsrs, cayley, isrs or isrs_split")
-    return config
+    return choose(config, variant)

@@ -57,6 +57,24 @@ def default():
     return config
 
 
+def choose(config, variant):
+    """Turns a configuration with an orthogonal encoder into one of the comparisons every experiment offers.
+
+    ``lsrs`` (as it is), ``cayley`` (the other family of convolutions), ``isrs`` (no encoder: the head smoothed in input
+    space), ``isrs_split`` (the same network smoothed in input space).
+    """
+    changes = {
+        "lsrs": {},
+        "cayley": {"method": "cayley"},
+        "isrs": {"encoder": "identity"},
+        "isrs_split": {"noise": "input"},
+    }
+    if variant not in changes:
+        raise ValueError(f"unknown variant {variant!r}: choose one of {', '.join(changes)}")
+    config.model.update(changes[variant])
+    return config
+
+
 def _limits(config):
     """(field, condition, what it must be)."""
     data, train, certify = config.data, config.train, config.certify

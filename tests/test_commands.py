@@ -256,7 +256,7 @@ BAD_TRAIN = {
     "no config": ([], "no configuration"),
     "file that is no config": (["--config=tests/commands.py"], "bad configuration flag"),
     "missing config": (["--config=configs/nothing.py"], "no configuration file 'configs/nothing.py'"),
-    "unknown variant": (["--config=configs/digits.py:lsr"], "choose lsrs, cayley, isrs or isrs_split"),
+    "unknown variant": (["--config=configs/digits.py:lsr"], "choose one of lsrs, cayley, isrs, isrs_split"),
     "misspelt field": (["--config=configs/digits.py", "--config.sgima=1.0"], "sgima"),
     "wrong type": (["--config=configs/digits.py", "--config.train.steps=ten"], "steps"),
     "zero sigma": (["--config=configs/digits.py", "--config.sigma=0.0"], "sigma must be a positive number"),

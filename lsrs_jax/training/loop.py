@@ -114,11 +114,14 @@ def train(model, config, train_set, test_set, checkpoints, log):
             speed = round(progress.rate(done) * config.data.batch_size, 1)
             log(values | {"learning_rate": rate(step), "images_per_second": speed}, progress.left(done))
 
-        progress, start, window = Progress(settings.steps, first), time.monotonic(), []
+        start, window = time.monotonic(), []
         for step in range(first, settings.steps):
             params, opt_state, metrics = train_step(params, opt_state, *batch(step), key, np.uint32(step))
-            window.append(metrics)
             done = step + 1
+            if step == first:  # the step that compiles says nothing about the rate
+                jax.block_until_ready(metrics)
+                progress = Progress(settings.steps, done)
+            window.append(metrics)
             due = [
                 done == settings.steps or done % every == 0
                 for every in (settings.log_every, settings.evaluate_every, settings.checkpoint_every)
