@@ -17,7 +17,7 @@ from lsrs_jax import config as configuration
 from lsrs_jax import data as datasets
 from lsrs_jax.checkpoint import Checkpoints
 from lsrs_jax.errors import UserError
-from lsrs_jax.files import write_atomic
+from lsrs_jax.files import locked, write_atomic
 from lsrs_jax.training import loop
 
 # What may differ between the first start of a training and its resumption.
@@ -98,24 +98,29 @@ def run(arguments):
     test_set = datasets.load(data.name, data.split, data.dir)
     model = models.build(config.model, train_set.shape, train_set.num_classes)
     datasets.batch_indices(len(train_set), data.batch_size, config.seed, 0)
-    configuration.save(config, stored)
-    with Checkpoints(options.workdir, config.train.keep_checkpoints) as checkpoints:
+    with locked(options.workdir / ".train.lock", f"training in {options.workdir}"):
+        configuration.save(config, stored)
+        _train(options.workdir, config, model, train_set, test_set)
+    print(f"next: python -m lsrs_jax.certify --workdir={options.workdir}")
+
+
+def _train(workdir, config, model, train_set, test_set):
+    with Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints:
         first = checkpoints.latest() or 0
         if first >= config.train.steps:
-            print(f"already trained to step {first}: {options.workdir}")
+            print(f"already trained to step {first}: {workdir}")
             return
         print(
-            f"{data.name}: {len(train_set):,} training and {len(test_set):,} test images {train_set.shape}; "
+            f"{config.data.name}: {len(train_set):,} training and {len(test_set):,} test images {train_set.shape}; "
             f"{jax.local_device_count()} x {jax.default_backend()}\n"
             f"{models.describe(model)}" + (f"\nresuming after step {first}" if first else ""),
             flush=True,
         )
-        metrics = _Metrics(options.workdir, first)
+        metrics = _Metrics(workdir, first)
         try:
             loop.train(model, config, train_set, test_set, checkpoints, metrics)
         finally:
             metrics.close()
-    print(f"next: python -m lsrs_jax.certify --workdir={options.workdir}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from commands import QUICK, fingerprint, finish, refused, run, start, without_time
 
+from lsrs_jax.files import locked
 from lsrs_jax.smoothing.table import read_table
 
 
@@ -38,6 +39,7 @@ def test_training_leaves_what_certification_needs(trained):
     assert list(losses) == [20, 40, 60]
     assert losses[60] < losses[20] < 2.4
     assert next(row for row in metrics if "test_noisy_accuracy" in row)["test_clean_accuracy"] > 0.3
+    assert list((trained / "tensorboard").glob("events.*"))
     assert json.loads((trained / "config.json").read_text())["train"]["steps"] == 60
 
 
@@ -288,6 +290,13 @@ def test_a_diverging_training_names_the_step(tmp_path):
 def test_a_batch_that_does_not_divide_over_devices_is_refused(tmp_path):
     line = refused("train", *QUICK, "--config.data.batch_size=100", f"--workdir={tmp_path / 'new'}", devices=8)
     assert "not divisible by the 8 local devices" in line
+
+
+def test_a_second_training_in_one_workdir_is_refused(tmp_path):
+    workdir = tmp_path / "new"
+    with locked(workdir / ".train.lock", "training"):
+        assert "another process is training" in refused("train", *QUICK, f"--workdir={workdir}")
+    assert [path.name for path in workdir.iterdir()] == [".train.lock"]
 
 
 def test_help_and_missing_workdir():

@@ -72,7 +72,7 @@ def test_evaluation_counts_every_image_once():
     labels = np.array(predicted, np.int32)
     labels[::4] = (labels[::4] + 1) % 3
     dataset = Dataset("x", "1", "test", images, labels, 3)
-    noisy, clean = Evaluator(model, 1e-6, dataset, local_mesh())(params, 0)
+    noisy, clean = Evaluator(model, 1e-6, dataset, local_mesh())(params, threefry(0))
     assert clean == pytest.approx(27 / 37)
     assert noisy == pytest.approx(clean)
 

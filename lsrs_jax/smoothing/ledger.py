@@ -6,7 +6,6 @@ distance in the latent charged to this image, ``seconds`` the time charged to it
 """
 
 import dataclasses
-import fcntl
 import math
 import os
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lsrs_jax.errors import UserError
+from lsrs_jax.files import lock
 
 COLUMNS = ("idx", "label", "slack", "purpose", "first", "stop", "votes", "seconds")
 _HEADER = "\t".join(COLUMNS) + "\n"
@@ -76,13 +76,7 @@ class Ledger:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a+b")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
-            raise UserError(
-                f"another process is writing {self.path}; wait for it, or use --config.certify.name"
-            ) from error
-        try:
+            lock(self._file, f"writing {self.path}")
             self._read()
         except BaseException:
             self.close()

@@ -1,5 +1,6 @@
 """Monte-Carlo votes of a head under Gaussian noise: the compiled loop. Only integers leave the device."""
 
+import contextlib
 import functools
 
 import jax
@@ -15,6 +16,16 @@ from lsrs_jax.smoothing.radius import check_sigma
 PURPOSES = {"selection": 1, "estimation": 2}
 MAX_VOTES = 2**30  # int32 sample indices and counts stay exact
 SPMD = ("shard_map", "pmap")
+
+
+@contextlib.contextmanager
+def _pinned():
+    """Neither bits, nor dtypes, nor the precision of the head's products follow the user's flags.
+
+    A head that asks for another precision itself keeps it.
+    """
+    with pinned(), jax.default_matmul_precision("highest"):
+        yield
 
 
 def chunks(n, samples):
@@ -68,7 +79,7 @@ class Votes:
         self.traces = 0  # how often the loop was traced; tests hold it at one
         self._head = head
         self._mesh = local_mesh(devices)
-        with pinned():
+        with _pinned():
             self._keys = {
                 purpose: jax.device_put(jax.random.fold_in(check_key(key), number), replicated(self._mesh))
                 for purpose, number in PURPOSES.items()
@@ -168,7 +179,7 @@ class Votes:
         if not 0 <= first < stop <= chunks(n, self.tile[1]):
             raise UserError(f"chunks [{first}, {stop}) are not among the {chunks(n, self.tile[1])} of {n} votes")
         numbers = [jax.device_put(np.int32(value), replicated(self._mesh)) for value in (first, stop, n)]
-        with pinned():
+        with _pinned():
             return self._call(latents, self._keys[purpose], self._sigma, *numbers)
 
     def collect(self, counts, images):

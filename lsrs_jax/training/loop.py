@@ -49,10 +49,9 @@ class Evaluator:
 
         self._correct = correct
 
-    def __call__(self, params, seed):
+    def __call__(self, params, key):
         """``(noisy accuracy, clean accuracy)`` over the whole split; the last batch is padded and masked."""
         size, totals = len(self._dataset), np.zeros(2, np.int64)
-        key = domain_key(seed, "evaluate")
         for index, start in enumerate(range(0, size, self._batch)):
             rows = np.minimum(np.arange(start, start + self._batch), size - 1)
             valid = np.arange(start, start + self._batch) < size
@@ -130,7 +129,7 @@ def train(model, config, train_set, test_set, checkpoints, log):
                 report(window)
                 window = []
             if due[1]:
-                noisy, clean = evaluate(params, config.seed)
+                noisy, clean = evaluate(params, jax.random.fold_in(domain_key(config.seed, "evaluate"), done))
                 log({"step": done, "test_noisy_accuracy": noisy, "test_clean_accuracy": clean})
             if due[2]:
                 checkpoints.save(done, params, opt_state)

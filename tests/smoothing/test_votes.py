@@ -87,6 +87,19 @@ def test_counts_do_not_depend_on_flags(baseline, flag, value):
         jax.config.update(flag, before)
 
 
+def test_the_heads_products_run_at_the_highest_precision():
+    """A flag must not change the base classifier between two halves of one ledger."""
+    seen = []
+
+    def head(z):
+        seen.append(jax.config.jax_default_matmul_precision)
+        return linear_head(z)
+
+    with jax.default_matmul_precision("bfloat16"):
+        count(head)
+    assert set(seen) == {"highest"}
+
+
 def test_counts_do_not_depend_on_companions(baseline):
     loop = Votes(network(), DIM, sigma=0.5, key=threefry(0), tile=(3, 32))
     for row in (0, 4):
