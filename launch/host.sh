@@ -14,10 +14,11 @@ WORKDIR=${WORKDIR:?folder for checkpoints and certificates, e.g. WORKDIR=runs/di
 PYTHON=${PYTHON:-python3}
 EXTRA=${EXTRA:-}
 
-if [ ! -e .venv/ready ]; then
+stamp=.venv/ready-plots${EXTRA:+-$EXTRA}
+if [ ! -e "$stamp" ]; then
   "$PYTHON" -m venv .venv
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[plots${EXTRA:+,$EXTRA}]"
-  touch .venv/ready
+  touch "$stamp"
 fi
 .venv/bin/python -m lsrs_jax.train --config="$CONFIG" --workdir="$WORKDIR" "$@"
 .venv/bin/python -m lsrs_jax.certify --workdir="$WORKDIR"

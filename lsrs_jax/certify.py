@@ -11,8 +11,8 @@ of devices; with another alpha it derives new certificates from the votes on dis
 import collections
 import dataclasses
 import datetime
+import hashlib
 import json
-import math
 import platform
 import time
 from pathlib import Path
@@ -27,12 +27,13 @@ from lsrs_jax import config as configuration
 from lsrs_jax import data as datasets
 from lsrs_jax.errors import UserError
 from lsrs_jax.files import write_atomic
-from lsrs_jax.keys import IMPLEMENTATION, domain_key, pinned
+from lsrs_jax.keys import IMPLEMENTATION, pinned, root_key
 from lsrs_jax.materialize import Float64Encoder
 from lsrs_jax.progress import Progress, duration
+from lsrs_jax.smoothing import confidence
 from lsrs_jax.smoothing.certificates import from_counts
-from lsrs_jax.smoothing.ledger import Ledger, Row
-from lsrs_jax.smoothing.radius import float32_slack
+from lsrs_jax.smoothing.ledger import Ledger, Row, has_rows
+from lsrs_jax.smoothing.radius import float32_slack, sampled_sigma
 from lsrs_jax.smoothing.table import format_table
 from lsrs_jax.smoothing.votes import Votes, chunks
 
@@ -60,7 +61,12 @@ def _identity(config, dataset, meta, model):
     certify = config.certify
     return {
         "checkpoint": {"step": meta["step"], "digest": meta["digest"]},
-        "data": {"name": dataset.name, "version": dataset.version, "split": dataset.split},
+        "data": {
+            "name": dataset.name,
+            "version": dataset.version,
+            "split": dataset.split,
+            "digest": dataset.digest(),
+        },
         "model": configuration.to_dict(config.model) | {"input_shape": list(model.input_shape)},
         "sigma": config.sigma,
         "seed": config.seed,
@@ -69,13 +75,11 @@ def _identity(config, dataset, meta, model):
         "tile": list(certify.tile),
         "prng": IMPLEMENTATION,
         "arithmetic": "float32",
-        "platform": jax.default_backend(),
+        "platform": f"{jax.default_backend()} {jax.local_devices()[0].device_kind}",
     }
 
 
 def _read_json(path):
-    if not path.exists():
-        return None
     try:
         stored = json.loads(path.read_text())
         if not isinstance(stored["identity"], dict) or not isinstance(stored["record"], list):
@@ -112,28 +116,41 @@ def _record(devices, start, settled):
 
 
 def derive(plan, ledger, record):
-    """Writes certificates.tsv and certificates.json from the ledger; returns the certificates of complete images."""
+    """Writes certificates.tsv and certificates.json from the ledger.
+
+    Returns:
+      ``(tallies, certificates)`` of the complete images; certificates are None without any.
+    """
     tallies = ledger.completed()
-    lipschitz = plan.report.constant
-    certificates = None
+    path, derivation, certificates = plan.folder / "certificates.tsv", None, None
     if tallies:
+        lipschitz = plan.report.constant
         certificates = from_counts(
             np.stack([tally.counts["selection"] for tally in tallies]),
             np.stack([tally.counts["estimation"] for tally in tallies]),
-            sigma=plan.config.sigma,
+            sigma=sampled_sigma(plan.config.sigma),
             alpha=plan.config.certify.alpha,
             lipschitz=lipschitz,
             slack=np.array([tally.slack for tally in tallies]),
         )
-        write_atomic(plan.folder / "certificates.tsv", format_table(tallies, certificates, lipschitz))
-    _write_json(plan, record)
+        text = format_table(tallies, certificates, lipschitz)
+        derivation = {
+            "alpha": plan.config.certify.alpha,
+            "bound": "binary",
+            "certificates": hashlib.sha256(text.encode()).hexdigest(),
+        }
+        if not (path.exists() and path.read_text() == text):
+            # Between these writes the old table must not stand beside the new alpha, nor the other way round.
+            _write_json(plan, record, None)
+            write_atomic(path, text)
+    _write_json(plan, record, derivation)
     return tallies, certificates
 
 
-def _write_json(plan, record):
+def _write_json(plan, record, derivation):
     content = {
         "identity": plan.identity,
-        "derivation": {"alpha": plan.config.certify.alpha, "bound": "binary"},
+        "derivation": derivation,
         "lipschitz": plan.report.to_dict(),
         "record": record,
     }
@@ -160,7 +177,7 @@ class _Sampler:
             for start in range(0, len(members), size):
                 yield done, members[start : start + size]
 
-    def run(self, done, tile, progress):
+    def run(self, done, tile, before, progress):
         """Samples one tile to its end; `progress(votes)` is told of votes as they reach the disk."""
         clock = time.monotonic()
         dataset = self._plan.dataset
@@ -179,7 +196,8 @@ class _Sampler:
                 counts = self._votes.launch(on_device, purpose, first, stop, total)
                 counts = self._votes.collect(counts, len(tile))
                 now = time.monotonic()
-                seconds, clock = (now - clock) / len(tile), now
+                seconds, clock = round((now - clock) / len(tile), 6), now
+                before()
                 self._ledger.append(
                     [
                         Row(idx, int(dataset.labels[idx]), slack[i], purpose, first, stop, counts[i], seconds)
@@ -201,38 +219,38 @@ class _Sampler:
 def run(arguments):
     """The command; see the module's docstring."""
     parser = command.parser("certify", __doc__)
-    parser.add_argument("--workdir", required=True, type=Path, help="folder of a training")
+    parser.add_argument("--workdir", required=True, type=command.folder, help="folder of a training")
     options, rest = parser.parse_known_args(arguments)
     stored_config = options.workdir / "config.json"
     if not stored_config.exists():
         raise UserError(
             f"{options.workdir} holds no training: run python -m lsrs_jax.train --workdir={options.workdir} ..."
         )
-    config = command.config_from_flags(rest, configuration.load(stored_config))
+    trained = configuration.load(stored_config)
+    network = configuration.to_dict(trained.model)
+    config = command.config_from_flags(rest, trained)
+    difference = configuration.first_difference(network, configuration.to_dict(config.model), ("noise",))
+    if difference:
+        name, old, new = difference
+        raise UserError(f"the network was trained with model.{name}={old!r}, not {new!r}; train that one first")
     certify = config.certify
     dataset = datasets.load(config.data.name, config.data.split, config.data.dir)
-    indices = range(certify.start, min(certify.stop or math.inf, len(dataset)), certify.step)
+    indices = range(certify.start, min(certify.stop or len(dataset), len(dataset)), certify.step)
     if not len(indices):
         raise UserError(f"no image to certify: certify.start={certify.start} in a split of {len(dataset)}")
 
     model = models.build(config.model, dataset.shape, dataset.num_classes)
     with pinned():
-        target = jax.eval_shape(model.init, domain_key(0, "init"))
+        target = jax.eval_shape(model.init, root_key(0))
     params, meta = checkpoint.restore_model(options.workdir, target)
     encoder, head = model.for_certification(params)
     folder = options.workdir / "certify" / certify.name
     plan = _Plan(config, folder, dataset, _identity(config, dataset, meta, model), encoder.report)
 
-    path = folder / "certificates.json"
-    stored = _read_json(path)
-    if stored:
-        _check_identity(stored, plan.identity, path)
-    with Ledger(folder / "votes.0.tsv", plan.votes, certify.tile[1], dataset.num_classes) as ledger:
-        if ledger.tallies and not stored:
-            raise UserError(
-                f"{folder} holds votes but no {path.name}; restore it, or use another --config.certify.name"
-            )
-        record = list(stored["record"]) if stored else []
+    ledger_path = folder / "votes.0.tsv"
+    record = _past_sessions(plan, ledger_path)
+    with Ledger(ledger_path, plan.votes, certify.tile[1], dataset.num_classes) as ledger:
+        _check_labels(ledger, dataset)
         pending = [idx for idx in indices if not ledger.complete(idx)]
         print(encoder.report)
         print(
@@ -241,35 +259,68 @@ def run(arguments):
             f"{jax.local_device_count()} x {jax.default_backend()}",
             flush=True,
         )
+        if meta["step"] < config.train.steps:
+            print(f"note: the training stopped at step {meta['step']} of {config.train.steps}")
         if pending:
-            record.append(_record(jax.local_device_count(), _now(), len(pending)))
-            _write_json(plan, record)
-            _sample(plan, ledger, encoder, head, model, pending, record)
+            _sample(plan, ledger, encoder, head, pending, record)
         tallies, certificates = derive(plan, ledger, record)
-    _print_summary(plan, tallies, certificates)
+    _print_summary(plan, indices, tallies, certificates)
+
+
+def _past_sessions(plan, ledger_path):
+    """The record of earlier sessions; refuses votes of another run. Without votes there is nothing to mix."""
+    path = plan.folder / "certificates.json"
+    if not has_rows(ledger_path):
+        if (plan.folder / "certificates.tsv").exists():
+            raise UserError(
+                f"{plan.folder} holds certificates but no votes; restore {ledger_path.name}, or use another "
+                "--config.certify.name"
+            )
+        return []
+    if not path.exists():
+        raise UserError(
+            f"{plan.folder} holds votes but no {path.name}; restore it, or use another --config.certify.name"
+        )
+    stored = _read_json(path)
+    _check_identity(stored, plan.identity, path)
+    return list(stored["record"])
+
+
+def _check_labels(ledger, dataset):
+    for tally in ledger.tallies.values():
+        if tally.idx >= len(dataset) or tally.label != dataset.labels[tally.idx]:
+            raise UserError(f"{ledger.path} does not fit the data: image {tally.idx} has another label there")
 
 
 def _now():
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _sample(plan, ledger, encoder, head, model, pending, record):
+def _sample(plan, ledger, encoder, head, pending, record):
     config, start = plan.config, time.monotonic()
     votes = Votes(
         head,
         encoder.report.output_shape,
         sigma=config.sigma,
-        key=domain_key(config.seed, "certify"),
+        key=root_key(config.seed),
         tile=config.certify.tile,
         spmd=config.certify.spmd,
     )
     if votes.num_classes != plan.dataset.num_classes:
         raise UserError(f"the head has {votes.num_classes} classes, the data {plan.dataset.num_classes}")
     sampler = _Sampler(plan, ledger, votes, Float64Encoder(encoder, config.certify.tile[0]))
+    session = _record(jax.local_device_count(), _now(), len(pending))
     per_image = sum(plan.votes.values())
     have = sum(int(c.sum()) for idx in pending if idx in ledger.tallies for c in ledger.tallies[idx].counts.values())
     done, total = have, per_image * len(pending)
-    progress, shown, derived = None, 0.0, time.monotonic()
+    progress, shown = None, 0.0
+
+    def begin():
+        """With the first votes, not before: a head that cannot be certified leaves nothing behind."""
+        if not record or record[-1] is not session:
+            record.append(session)
+            # Images that are complete already get the alpha of this session with the first write.
+            derive(plan, ledger, record)
 
     def count(new):
         nonlocal done, progress, shown
@@ -286,23 +337,28 @@ def _sample(plan, ledger, encoder, head, model, pending, record):
                 flush=True,
             )
 
+    derived = time.monotonic()
     for where, tile in list(sampler.tiles(pending)):
-        sampler.run(where, tile, count)
+        sampler.run(where, tile, begin, count)
         if time.monotonic() - derived > _SECONDS_PER_DERIVATION:
             derive(plan, ledger, record)
             derived = time.monotonic()
-    record[-1]["seconds"] = round(time.monotonic() - start, 3)
+    session["seconds"] = round(time.monotonic() - start, 3)
 
 
-def _print_summary(plan, tallies, certificates):
-    labels = np.array([tally.label for tally in tallies])
-    correct = certificates.predict == labels
-    seconds = np.mean([tally.seconds for tally in tallies])
+def _print_summary(plan, indices, tallies, certificates):
+    wanted = np.array([tally.idx in indices for tally in tallies])
+    correct = (certificates.predict == [tally.label for tally in tallies])[wanted]
+    radius, abstain = certificates.radius[wanted], certificates.abstain[wanted]
+    seconds = np.array([tally.seconds for tally in tallies])[wanted]
     print(
-        f"{len(tallies):,} images: certified accuracy {correct.mean():.3f}, average certified radius "
-        f"{np.where(correct, certificates.radius, 0).mean():.4f}, abstained {certificates.abstain.mean():.3f}, "
-        f"{duration(seconds)} per image\n{plan.folder / 'certificates.tsv'}"
+        f"{wanted.sum():,} images: certified accuracy {correct.mean():.3f}, average certified radius "
+        f"{np.where(correct, radius, 0).mean():.4f}, abstained {abstain.mean():.3f}, "
+        f"{duration(seconds.mean())} per image\n{plan.folder / 'certificates.tsv'}"
     )
+    n, alpha = plan.config.certify.n, plan.config.certify.alpha
+    if confidence.lower(n, n, alpha) <= 0.5:
+        print(f"note: with n={n} and alpha={alpha} even a unanimous vote certifies nothing; raise certify.n")
 
 
 if __name__ == "__main__":

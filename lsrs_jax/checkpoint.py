@@ -114,12 +114,14 @@ def _restore(manager, folder, step, **items):
         meta = restored["meta"]
         intact = digest(restored["model"]) == meta["digest"]
     except Exception as error:  # Orbax and TensorStore raise whatever their readers raise
-        line = " ".join(str(error).split())[:200]
+        line = " ".join(str(error).split())[:160]
         raise UserError(
-            f"cannot read checkpoint {where} ({line}); delete that folder to fall back to an older one"
+            f"cannot read checkpoint {where}: it is damaged, or made for another network or image size "
+            f"({type(error).__name__}: {line}); {_REMEDY}"
         ) from error
     if not intact:
-        raise UserError(
-            f"checkpoint {where} is damaged: its digest differs; delete that folder to fall back to an older one"
-        )
+        raise UserError(f"checkpoint {where} is damaged, its digest differs; {_REMEDY}")
     return restored
+
+
+_REMEDY = "restore it from a copy, or move that folder away to fall back to an older one"

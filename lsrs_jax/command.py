@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import logging as stdlib_logging
 import os
 import signal
 import sys
@@ -25,6 +26,7 @@ def parser(name, doc):
     return _Parser(
         f"lsrs_jax.{name}",
         description=doc,
+        epilog="Every --config field, its default and its meaning: lsrs_jax/config.py.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -54,9 +56,8 @@ def config_from_flags(rest, stored=None):
         config = values["config"].value
         if config is not None:
             config.to_dict()  # a file that failed to load says so only when it is used
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
-        text = " ".join(str(error).split()).replace("Flags parsing error: ", "").replace("flag --config=None: ", "")
-        raise UserError(f"bad configuration flag: {text or type(error).__name__}") from error
+    except Exception as error:  # a configuration file is code, and may fail in any way
+        raise UserError(f"bad configuration: {_reason(error)}") from error
     if left:
         raise UserError(f"unknown argument {left[0]!r}; see --help")
     if config is None:
@@ -65,13 +66,34 @@ def config_from_flags(rest, stored=None):
     return configuration.check(configuration.from_dict(configuration.to_dict(config)))
 
 
+def _reason(error):
+    """The one sentence that matters of a flag or configuration error."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    lines = [line.strip() for line in text.replace("\\n", "\n").splitlines() if line.strip()]
+    if "Traceback" in text:  # the library quotes the whole traceback of a failing file
+        lines = lines[-1:]
+    text = " ".join(lines).replace("Flags parsing error: ", "").replace("flag --config=None: ", "")
+    return text or type(error).__name__
+
+
+def folder(text):
+    """Argument type: a folder that exists or can be made."""
+    path = Path(text)
+    if not text or (path.exists() and not path.is_dir()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a folder")
+    return path
+
+
 def main(run):
     """Runs a command: expected errors become one line on stderr and exit code 2.
 
     SIGTERM ends the process like an interrupt; what is on disk stays valid and the same command resumes.
     """
     warnings.filterwarnings("ignore")
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)
+    # Orbax leaves half-finished tasks behind when a checkpoint is damaged; its own exception is the message.
+    stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
+    sys.unraisablehook = lambda _: None
     if hasattr(signal, "SIGTERM"):
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:

@@ -3,7 +3,7 @@
 import difflib
 import json
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 from lsrs_jax.errors import UserError
 from lsrs_jax.files import write_atomic
@@ -50,7 +50,7 @@ def default():
     config.certify.n = 100_000
     config.certify.alpha = 0.001  # failure probability per image
     config.certify.start = 0  # images start, start + step, ... below stop
-    config.certify.stop = config_dict.placeholder(int)  # to the end where not given
+    config.certify.stop = 0  # an index of the split; 0: to the end
     config.certify.step = 1
     config.certify.tile = (16, 16)  # images x noise samples of one compiled batch; larger on accelerators
     config.certify.spmd = "shard_map"  # or "pmap"
@@ -80,7 +80,8 @@ def _limits(config):
     data, train, certify = config.data, config.train, config.certify
     return [
         ("seed", 0 <= config.seed < 2**32, "between 0 and 2**32 - 1"),
-        ("sigma", 0 < config.sigma < float("inf"), "a positive number"),
+        ("sigma", 2.0**-60 <= config.sigma <= 2.0**60, "a positive number (between 1e-18 and 1e18)"),
+        ("data.name", _is_plain_name(data.name.replace(":", "")), "the name of a data set, as in 'cifar10'"),
         ("data.batch_size", data.batch_size >= 1, "at least 1"),
         ("data.crop", data.crop >= 0, "at least 0"),
         ("train.steps", train.steps >= 1, "at least 1"),
@@ -94,16 +95,20 @@ def _limits(config):
         ("train.checkpoint_every", train.checkpoint_every >= 1, "at least 1"),
         ("train.keep_checkpoints", train.keep_checkpoints >= 1, "at least 1"),
         ("certify.name", _is_plain_name(certify.name), "a plain folder name (letters, digits, . _ -)"),
-        ("certify.n0", 1 <= certify.n0 <= 2**30, "between 1 and 2**30"),
-        ("certify.n", 1 <= certify.n <= 2**30, "between 1 and 2**30"),
+        ("certify.n0", 1 <= certify.n0 <= 2**27, "between 1 and 2**27"),
+        ("certify.n", 1 <= certify.n <= 2**27, "between 1 and 2**27"),
         ("certify.alpha", 0 < certify.alpha < 1, "strictly between 0 and 1"),
         ("certify.start", certify.start >= 0, "at least 0"),
-        ("certify.stop", certify.stop is None or certify.stop > certify.start, "above certify.start"),
+        (
+            "certify.stop",
+            certify.stop == 0 or certify.stop > certify.start,
+            f"0 or above certify.start={certify.start}",
+        ),
         ("certify.step", certify.step >= 1, "at least 1"),
         (
             "certify.tile",
-            len(certify.tile) == 2 and min(certify.tile) >= 1,
-            "two numbers (images, samples) >= 1",
+            len(certify.tile) == 2 and min(certify.tile) >= 1 and max(certify.tile) >= 2,
+            "two numbers (images, samples) >= 1, not both 1",
         ),
         ("certify.spmd", certify.spmd in ("shard_map", "pmap"), "'shard_map' or 'pmap'"),
     ]
@@ -130,13 +135,18 @@ def to_dict(config):
 
 
 def from_dict(values):
-    """The inverse of `to_dict`; raises UserError for an unknown field or a wrong type."""
+    """The inverse of `to_dict`; raises UserError for an unknown or missing field, or a wrong type."""
+    if not isinstance(values, dict):
+        raise UserError("a configuration holds fields")
     config = default()
     _update(config, values, "")
     return config.lock()
 
 
 def _update(config, values, prefix):
+    for key in config:
+        if key not in values:
+            raise UserError(f"config field {prefix}{key} is missing; was it written by another version?")
     for key, value in values.items():
         name = f"{prefix}{key}"
         if key not in config:
@@ -148,9 +158,20 @@ def _update(config, values, prefix):
             _update(config[key], value, f"{name}.")
             continue
         try:
-            config[key] = tuple(value) if isinstance(value, list) else value
+            if value is None or isinstance(value, bool) != isinstance(config[key], bool):
+                raise TypeError("another type")
+            config[key] = _elements(config[key], value) if isinstance(value, list) else value
         except TypeError as error:
             raise UserError(f"config field {name} has the wrong type: {value!r}") from error
+
+
+def _elements(default, values):
+    """A tuple whose elements have the type of the default's; integers pass for floats."""
+    kind = type(default[0]) if isinstance(default, tuple) else object
+    allowed = (int, float) if kind is float else kind
+    if not all(isinstance(value, allowed) and not isinstance(value, bool) for value in values):
+        raise TypeError("elements of another type")
+    return tuple(kind(value) for value in values) if kind is float else tuple(values)
 
 
 def save(config, path):
@@ -162,7 +183,9 @@ def load(path):
     """Reads a config written by `save`."""
     try:
         return from_dict(json.loads(path.read_text()))
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise UserError(f"{path}: {error}") from error
         raise UserError(f"{path} is not a stored configuration ({error}); train again into a new workdir") from error
 
 

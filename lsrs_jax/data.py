@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import hashlib
 import os
 from pathlib import Path
 
@@ -38,6 +39,13 @@ class Dataset:
         """``(H, W, C)``."""
         return self.images.shape[1:]
 
+    def digest(self):
+        """SHA-256 over images and labels: what a certificate was made from, whatever its name and version say."""
+        total = hashlib.sha256(str((self.images.shape, self.max_value, self.num_classes)).encode())
+        total.update(np.ascontiguousarray(self.images).tobytes())
+        total.update(np.ascontiguousarray(self.labels, np.int32).tobytes())
+        return total.hexdigest()
+
     def pixels(self, index, dtype):
         """Images of `index` scaled to [0, 1], the unit of every radius."""
         return np.asarray(self.images[index], dtype) / np.asarray(self.max_value, dtype)
@@ -55,6 +63,8 @@ def load(name, split, data_dir=""):
     Raises:
       UserError: with the command that prepares a missing set.
     """
+    if name.startswith("digits:"):
+        raise UserError("the embedded digits have one version: data.name='digits'")
     return _load_digits(split) if name == "digits" else _load_tfds(name, split, data_dir)
 
 
@@ -74,9 +84,7 @@ def _load_tfds(name, split, data_dir):
     folder = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     base_name, _, version = name.partition(":")
     home = folder / base_name
-    prepare = (
-        f"pip install 'lsrs_jax[prepare]' && tfds build {base_name} --file_format=array_record --data_dir={folder}"
-    )
+    prepare = f"pip install tensorflow-cpu && tfds build {base_name} --file_format=array_record --data_dir={folder}"
     if not home.is_dir():
         raise UserError(f"data set {base_name!r} is not in {folder}; prepare it with: {prepare}")
     versions = sorted(

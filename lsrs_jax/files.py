@@ -10,13 +10,14 @@ from lsrs_jax.errors import UserError
 
 
 def write_atomic(path, content):
-    """Replaces `path` by `content` (text or bytes) in one step; an interrupted write leaves the old file."""
+    """Replaces `path` by the text `content` in one step; an interrupted write leaves the old file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    binary = isinstance(content, bytes)
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder")
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb" if binary else "w", **({} if binary else {"encoding": "utf-8"})) as file:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

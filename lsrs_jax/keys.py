@@ -15,9 +15,14 @@ DOMAINS = {"init": 1, "train": 2, "evaluate": 3, "certify": 4, "probe": 5}
 IMPLEMENTATION = "threefry2x32"
 
 
+def root_key(seed):
+    """The key of a seed, from which every domain descends; nothing is drawn from it directly."""
+    return jax.random.key(seed, impl=IMPLEMENTATION)
+
+
 def domain_key(seed, domain):
     """The root key of one domain, ``jax.random.key`` of shape ()."""
-    return jax.random.fold_in(jax.random.key(seed, impl=IMPLEMENTATION), DOMAINS[domain])
+    return jax.random.fold_in(root_key(seed), DOMAINS[domain])
 
 
 def check_key(key):

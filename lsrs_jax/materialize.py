@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lsrs_jax import layers
 from lsrs_jax.errors import UserError
 
 
@@ -71,12 +72,15 @@ def materialize(encoder, params, input_shape):
 
     Args:
       encoder: `lsrs_jax.layers.Encoder` (a chain of modules that have ``materialize``).
-      params: its ``params`` collection.
+      params: its variables, or their ``params`` collection.
       input_shape: ``(H, W, C)``; the report holds for this size only, and ``apply`` refuses another.
 
     Raises:
       UserError: for a layer whose Lipschitz constant is not proven, or a non-finite parameter.
     """
+    if not isinstance(encoder, layers.Encoder):
+        raise UserError(f"materialize takes an lsrs_jax.layers.Encoder, got {type(encoder).__name__}")
+    params = params.get("params", params)
     shape, plains, rows = tuple(input_shape), [], []
     for index, layer in enumerate(encoder.layers):
         name = f"{index} {type(layer).__name__}"
@@ -85,7 +89,10 @@ def materialize(encoder, params, input_shape):
         values = params.get(f"layers_{index}", {})
         if not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(values)):
             raise UserError(f"layer {name} of the encoder has non-finite parameters; train again")
-        plain = layer.materialize(values, shape)
+        try:
+            plain = layer.materialize(values, shape)
+        except np.linalg.LinAlgError as error:
+            raise UserError(f"the singular values of layer {name} cannot be computed ({error}); train again") from error
         plains.append(plain)
         rows.append(LayerBound(name, plain.sigma_max, plain.sigma_min, plain.proof))
         shape = plain.output_shape

@@ -8,6 +8,8 @@ correct time), published logs included; LABEL=RUN names its row and curve. Write
 """
 
 import dataclasses
+import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +35,8 @@ def load_runs(arguments):
         found = _tables(path)
         for table in found:
             suffix = f"/{table.parent.name}" if len(found) > 1 else ""
-            runs.append(Run((label or (path.stem if path.is_file() else path.name)) + suffix, read_table(table)))
+            name = label or re.sub(r"[|$\\`\n]", "_", path.resolve().name.removesuffix(".tsv"))
+            runs.append(Run(name + suffix, read_table(table)))
     labels = [run.label for run in runs]
     for label in labels:
         if labels.count(label) > 1:
@@ -44,6 +47,8 @@ def load_runs(arguments):
 def _split(argument):
     label, equals, path = argument.partition("=")
     if equals and not Path(argument).exists():
+        if not label.isprintable() or not label or set(label) & set("|$\\`"):
+            raise UserError(f"bad name {label!r} for a run: plain text without | $ \\ and backticks, please")
         return label, Path(path)
     return None, Path(argument)
 
@@ -62,11 +67,14 @@ def _tables(path):
 
 
 def radius_grid(runs):
-    """0, .25, … up to the largest certified radius, or a finer grid where that would be fewer than four columns."""
+    """0, .25, … up to the largest certified radius; a finer or wider grid where that would not give 4 to 13 columns."""
     largest = max(float(run.table.radius.max()) for run in runs)
-    step = next((step for step in (0.25, 0.1, 0.05) if largest / step >= 3), 0.05)
-    step = next((wide for wide in (0.25, 0.5, 1.0, 2.0, 5.0) if step == 0.25 and largest / wide <= 12), step)
-    return [round(step * i, 4) for i in range(int(largest / step) + 1)]
+    if 0.75 <= largest <= 3:
+        step = 0.25
+    else:
+        magnitude = 10.0 ** math.floor(math.log10(max(largest, 1e-6) / 4))
+        step = next(step * magnitude for step in (1, 2, 5, 10) if largest / (step * magnitude) <= 10)
+    return [float(f"{step * i:.6g}") for i in range(int(largest / step) + 1)]
 
 
 def markdown(runs, radii):
@@ -101,6 +109,10 @@ def notes(runs):
     for run in runs[1:]:
         if not np.array_equal(np.sort(run.table.idx), np.sort(first.table.idx)):
             found.append(f"{run.label} and {first.label} are certified on different images.")
+            continue
+        order, other = np.argsort(run.table.idx), np.argsort(first.table.idx)
+        if not np.array_equal(run.table.label[order], first.table.label[other]):
+            found.append(f"{run.label} and {first.label} have different labels: they come from different data.")
     return found
 
 
@@ -145,7 +157,7 @@ def run(arguments):
     """The command; see the module's docstring."""
     parser = command.parser("report", __doc__)
     parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN")
-    parser.add_argument("--out", required=True, type=Path, help="folder for report.md and the curve")
+    parser.add_argument("--out", required=True, type=command.folder, help="folder for report.md and the curve")
     parser.add_argument("--radii", help="radii of the table, e.g. 0,0.25,0.5")
     options = parser.parse_args(arguments)
     runs = load_runs(options.runs)
@@ -162,7 +174,11 @@ def run(arguments):
     write_atomic(options.out / "report.md", "\n\n".join(parts) + "\n")
     print("\n".join([table, *below]))
     print(f"table: {options.out / 'report.md'}")
-    print(f"curve: {options.out / 'curve.png'}" if drawn else "no curve: pip install 'lsrs_jax[plots]'")
+    print(
+        f"curve: {options.out / 'curve.png'}"
+        if drawn
+        else "no curve: Matplotlib is not installed (pip install matplotlib)"
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ with the exact next batch.
 """
 
 import json
-from pathlib import Path
 
 import jax
 
@@ -38,7 +37,7 @@ class _Metrics:
     def __init__(self, workdir, first):
         self._path = workdir / "metrics.jsonl"
         # Steps after the checkpoint run again; a line half-written by a kill is dropped with them.
-        kept = [line for line in _complete_lines(self._path) if json.loads(line).get("step", 0) <= first]
+        kept = [line for line in _complete_lines(self._path) if json.loads(line)["step"] <= first]
         write_atomic(self._path, "".join(f"{line}\n" for line in kept))
         self._file = self._path.open("a", encoding="utf-8")
         try:
@@ -68,45 +67,51 @@ def _complete_lines(path):
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8", errors="replace")
-    return [line for line in text[: text.rfind("\n") + 1].splitlines() if _is_json(line)]
+    return [line for line in text[: text.rfind("\n") + 1].splitlines() if _is_metrics(line)]
 
 
-def _is_json(line):
+def _is_metrics(line):
     try:
-        return isinstance(json.loads(line), dict)
-    except json.JSONDecodeError:
+        return isinstance(json.loads(line)["step"], int)
+    except (ValueError, KeyError, TypeError):
         return False
 
 
 def run(arguments):
     """The command; see the module's docstring."""
     parser = command.parser("train", __doc__)
-    parser.add_argument("--workdir", required=True, type=Path, help="folder of this training; made if missing")
+    parser.add_argument(
+        "--workdir", required=True, type=command.folder, help="folder of this training; made if missing"
+    )
     options, rest = parser.parse_known_args(arguments)
     config = command.config_from_flags(rest)
-    stored = options.workdir / "config.json"
-    if stored.exists():
-        old = configuration.to_dict(configuration.load(stored))
-        difference = configuration.first_difference(old, configuration.to_dict(config), _MAY_CHANGE)
-        if difference:
-            raise UserError(
-                f"{options.workdir} was trained with {difference[0]}={difference[1]!r}, not {difference[2]!r}: "
-                "use another --workdir, or the old value to resume"
-            )
     data = config.data
     train_set = datasets.load(data.name, data.train_split, data.dir)
     test_set = datasets.load(data.name, data.split, data.dir)
     model = models.build(config.model, train_set.shape, train_set.num_classes)
-    datasets.batch_indices(len(train_set), data.batch_size, config.seed, 0)
+    loop.check_batch(config, train_set)
     with locked(options.workdir / ".train.lock", f"training in {options.workdir}"):
-        configuration.save(config, stored)
         _train(options.workdir, config, model, train_set, test_set)
     print(f"next: python -m lsrs_jax.certify --workdir={options.workdir}")
+
+
+def _check_same_training(workdir, config):
+    """A workdir with a checkpoint belongs to the configuration that made it."""
+    old = configuration.to_dict(configuration.load(workdir / "config.json"))
+    difference = configuration.first_difference(old, configuration.to_dict(config), _MAY_CHANGE)
+    if difference:
+        raise UserError(
+            f"{workdir} was trained with {difference[0]}={difference[1]!r}, not {difference[2]!r}: "
+            "use another --workdir, or the old value to resume"
+        )
 
 
 def _train(workdir, config, model, train_set, test_set):
     with Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints:
         first = checkpoints.latest() or 0
+        if first:
+            _check_same_training(workdir, config)
+        configuration.save(config, workdir / "config.json")
         if first >= config.train.steps:
             print(f"already trained to step {first}: {workdir}")
             return

@@ -1,16 +1,26 @@
 """The way of the data, end to end: real processes, real digits, kills, and wrong input."""
 
+import hashlib
 import json
 import random
 import shutil
 import signal
 import time
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import QUICK, fingerprint, finish, refused, run, start, without_time
+from scipy import stats
 
+from lsrs_jax import certify, checkpoint, command, data, models, smoothing
+from lsrs_jax import config as configuration
+from lsrs_jax.errors import UserError
 from lsrs_jax.files import locked
+from lsrs_jax.keys import domain_key, pinned, root_key
+from lsrs_jax.materialize import Float64Encoder
 from lsrs_jax.smoothing.table import read_table
 
 
@@ -211,6 +221,13 @@ def truncate_checkpoint(workdir):
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def edit_json(path, field, value):
+    """Sets a field to a JSON text, or removes it."""
+    content = json.loads(path.read_text())
+    del content[field]
+    path.write_text(json.dumps(content | ({} if value is None else {field: json.loads(value)})))
+
+
 def damage_ledger(workdir):
     path = workdir / "certify" / "base" / "votes.0.tsv"
     lines = path.read_text().splitlines()
@@ -218,7 +235,7 @@ def damage_ledger(workdir):
 
 
 BAD_CERTIFY = {
-    "misspelt field": ([], "--config.certify.alhpa=0.1", "alhpa"),
+    "misspelt field": ([], "--config.certify.alhpa=0.1", 'Did you mean "alpha"'),
     "wrong type": ([], "--config.certify.n=many", "n"),
     "negative sigma": ([], "--config.sigma=-1.0", "sigma must be a positive number"),
     "no votes": ([], "--config.certify.n=0", "certify.n must be between 1"),
@@ -227,8 +244,9 @@ BAD_CERTIFY = {
     "name": ([], "--config.certify.name=../x", "certify.name"),
     "stray argument": ([], "--n=5", "unknown argument"),
     "stray word": ([], "fast", "unknown argument"),
-    "no images": ([], "--config.certify.start=5000", "certify.stop must be above"),
+    "no images": ([], "--config.certify.start=5000", "0 or above certify.start=5000"),
     "missing data": ([], "--config.data.name=svhn", "tfds build svhn"),
+    "no name": ([], "--config.data.name=", "data.name must be the name"),
     "other sigma": ([], "--config.sigma=0.25", "sigma was 0.5 and is now 0.25"),
     "other n": ([], "--config.certify.n=2000", "n was 1000 and is now 2000"),
     "other seed": ([], "--config.seed=1", "seed was 0 and is now 1"),
@@ -237,9 +255,19 @@ BAD_CERTIFY = {
     "no provenance": ([lambda w: (w / "certify/base/certificates.json").unlink()], "", "holds votes but no"),
     "damaged provenance": ([lambda w: (w / "certify/base/certificates.json").write_text("{")], "", "is damaged"),
     "damaged config": ([lambda w: (w / "config.json").write_text("{")], "", "not a stored configuration"),
-    "foreign config": ([lambda w: (w / "config.json").write_text('{"sgima": 1}')], "", "did you mean sigma"),
+    "foreign config": ([lambda w: (w / "config.json").write_text('{"sgima": 1}')], "", "is missing"),
+    "tile of halves": ([], "--config.certify.tile=(8,8.5)", "certify.tile has the wrong type"),
+    "tile of words": ([], "--config.certify.tile=('a',3)", "tile"),
+    "huge tile": ([], "--config.certify.tile=(4096,65536)", "tile was"),
+    "no ledger": ([lambda w: (w / "certify/base/votes.0.tsv").unlink()], "", "holds certificates but no votes"),
+    "config without sigma": ([lambda w: edit_json(w / "config.json", "sigma", None)], "", "sigma"),
+    "null": ([lambda w: edit_json(w / "config.json", "seed", "null")], "", "seed"),
+    "no identity": ([lambda w: edit_json(w / "certify/base/certificates.json", "identity", None)], "", "is damaged"),
+    "empty workdir": ([], "--workdir=", "is not a folder"),
+    "other normalisation": ([], "--config.model.mean=(0.5,)", "trained with model.mean="),
+    "other encoder": ([], "--config.model.encoder=identity", "trained with model.encoder='shallow'"),
     "no checkpoint": ([lambda w: shutil.rmtree(w / "checkpoints")], "", "no checkpoint"),
-    "other network": ([], "--config.model.head=linear", "cannot read checkpoint"),
+    "other network": ([], "--config.model.head=linear", "trained with model.head='mlp'"),
 }
 
 
@@ -256,11 +284,15 @@ def test_bad_input_to_certify(copy, case, tmp_path):
 
 BAD_TRAIN = {
     "no config": ([], "no configuration"),
-    "file that is no config": (["--config=tests/commands.py"], "bad configuration flag"),
+    "file that is no config": (["--config=tests/commands.py"], "has no attribute 'get_config'"),
     "missing config": (["--config=configs/nothing.py"], "no configuration file 'configs/nothing.py'"),
     "unknown variant": (["--config=configs/digits.py:lsr"], "choose one of lsrs, cayley, isrs, isrs_split"),
     "misspelt field": (["--config=configs/digits.py", "--config.sgima=1.0"], "sgima"),
     "wrong type": (["--config=configs/digits.py", "--config.train.steps=ten"], "steps"),
+    "letters as mean": (["--config=configs/digits.py", "--config.model.mean=('a',)"], "mean"),
+    "nan as std": (["--config=configs/digits.py", "--config.model.std=(nan,)"], "std"),
+    "crop": (["--config=configs/digits.py", "--config.data.crop=9"], "data.crop 9"),
+    "config that fails": (["--config=tests/failing_config.py"], "division by zero"),
     "zero sigma": (["--config=configs/digits.py", "--config.sigma=0.0"], "sigma must be a positive number"),
     "batch too large": (["--config=configs/digits.py", "--config.data.batch_size=5000"], "1437 training images"),
     "missing data": (["--config=configs/mnist.py"], "tfds build mnist --file_format=array_record"),
@@ -280,16 +312,111 @@ def test_bad_input_to_train(copy, case, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_diverging_training_names_the_step(tmp_path):
-    arguments = [*QUICK, "--config.train.learning_rate=1e30", "--config.train.optimizer=sgd"]
-    line = refused("train", *arguments, f"--workdir={tmp_path / 'new'}")
+def test_a_diverging_training_names_the_step_and_its_advice_works(tmp_path):
+    arguments = [*QUICK, "--config.train.optimizer=sgd", f"--workdir={tmp_path / 'new'}"]
+    line = refused("train", *arguments, "--config.train.learning_rate=1e30")
     assert "at step" in line
-    assert "learning_rate" in line
+    assert "lower train.learning_rate" in line
+    run("train", *arguments, "--config.train.learning_rate=0.01")
 
 
 def test_a_batch_that_does_not_divide_over_devices_is_refused(tmp_path):
     line = refused("train", *QUICK, "--config.data.batch_size=100", f"--workdir={tmp_path / 'new'}", devices=8)
     assert "not divisible by the 8 local devices" in line
+    assert not (tmp_path / "new").exists()
+
+
+class SmallHead(nn.Module):
+    """A dense layer, and what a certification must refuse in a head."""
+
+    num_classes: int
+    mistake: str = ""
+
+    @nn.compact
+    def __call__(self, z):
+        logits = nn.Dense(self.num_classes)(z.reshape(z.shape[0], -1))
+        if self.mistake == "coupled":
+            return logits - logits.mean(axis=0)
+        far = jnp.abs(z).max(axis=(1, 2, 3))[:, None] > 2.5
+        return jnp.where(far, jnp.nan, logits) if self.mistake == "nan" else logits
+
+
+@pytest.mark.parametrize(("mistake", "why"), [("coupled", "rows depend on each other"), ("nan", "NaN logits")])
+def test_a_head_that_cannot_be_certified_leaves_nothing_behind(tmp_path, monkeypatch, mistake, why):
+    monkeypatch.setitem(models.HEADS, "small", lambda classes: SmallHead(classes, mistake))
+    config = command.config_from_flags([*QUICK, "--config.model.head=small", "--config.train.steps=2"])
+    model = models.build(config.model, (8, 8, 1), 10)
+    configuration.save(config, tmp_path / "config.json")
+    with pinned(), checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(2, model.init(domain_key(0, "init")), {"m": np.zeros(1)})
+    before = fingerprint(tmp_path)
+    with pytest.raises(UserError, match=why):
+        certify.run([f"--workdir={tmp_path}"])
+    left = fingerprint(tmp_path)
+    assert {name: left[name] for name in before} == before
+    assert set(left) - set(before) == {"certify/default/votes.0.tsv"}
+    # A mended head, and another tile, start afresh in the same place.
+    monkeypatch.setitem(models.HEADS, "small", SmallHead)
+    certify.run([f"--workdir={tmp_path}", "--config.certify.stop=3", "--config.certify.tile=(2,8)"])
+
+
+def test_every_charge_reaches_the_certificates(tmp_path):
+    """Recomputes radii from the ledger with SciPy alone, for an encoder that stretches by 2."""
+    workdir = tmp_path / "run"
+    run("train", *QUICK, "--config.model.std=(0.5,)", "--config.model.mean=(0.2,)", f"--workdir={workdir}")
+    run("certify", f"--workdir={workdir}")
+    folder = workdir / "certify" / "default"
+    votes, slack = {}, {}
+    for line in (folder / "votes.0.tsv").read_text().splitlines()[1:]:
+        idx, _, charge, purpose, _, _, pairs, *_ = line.split("\t")
+        counts = votes.setdefault((int(idx), purpose), np.zeros(10, int))
+        for pair in pairs.split(","):
+            name, number = pair.split(":")
+            counts[int(name)] += int(number)
+        slack[int(idx)] = float(charge)
+    table = read_table(folder / "certificates.tsv")
+    certified = 0
+    for idx, predict, radius in zip(table.idx, table.predict, table.radius, strict=True):
+        candidate = votes[idx, "selection"].argmax()
+        k, n = votes[idx, "estimation"][candidate], votes[idx, "estimation"].sum()
+        p = stats.beta.ppf(0.001, k, n - k + 1) if k else 0.0
+        expected = (0.5 * stats.norm.ppf(p) - slack[idx]) / 2
+        assert predict == (candidate if expected > 0 else -1)
+        if expected > 0:
+            assert radius < expected
+            assert radius == pytest.approx(expected, rel=1e-6, abs=1e-8)
+            certified += 1
+    assert certified > 10
+    # The charge covers the rounding of the very latents, and the votes come from the seed's certification domain.
+    config = configuration.load(workdir / "config.json")
+    model = models.build(config.model, (8, 8, 1), 10)
+    with pinned():
+        params, _ = checkpoint.restore_model(workdir, jax.eval_shape(model.init, root_key(0)))
+    encoder, head = model.for_certification(params)
+    latents = Float64Encoder(encoder, 5)(data.load("digits", "test").pixels(np.arange(40), np.float64))
+    moved = np.linalg.norm((latents.astype(np.float32) - latents).reshape(40, -1), axis=1)
+    assert all(2 * moved[idx] < slack[idx] < 1e-4 for idx in range(40))
+    again = smoothing.certify(head, latents, sigma=0.5, key=root_key(0), n=1000, tile=config.certify.tile)
+    np.testing.assert_array_equal(again.counts, [votes[idx, "estimation"] for idx in range(40)])
+
+
+def test_an_interrupted_change_of_alpha_never_mixes_tables(copy):
+    """Killed at any moment, certificates.json names the alpha of the table beside it, or none."""
+    folder = copy / "certify" / "base"
+    for attempt in range(4):
+        alpha = (0.05, 0.001)[attempt % 2]
+        flags = [f"--config.certify.alpha={alpha}", f"--config.certify.stop={60 + 60 * attempt}"]
+        before = (folder / "certificates.json").read_bytes()
+        process = start("certify", f"--workdir={copy}", "--config.certify.name=base", *flags)
+        while process.poll() is None and (folder / "certificates.json").read_bytes() == before:
+            time.sleep(0.001)
+        time.sleep(0.003 * attempt)
+        process.kill()
+        finish(process)
+        derivation = json.loads((folder / "certificates.json").read_text())["derivation"]
+        if derivation:
+            digest = hashlib.sha256((folder / "certificates.tsv").read_bytes()).hexdigest()
+            assert derivation["certificates"] == digest
 
 
 def test_a_second_training_in_one_workdir_is_refused(tmp_path):
@@ -300,8 +427,8 @@ def test_a_second_training_in_one_workdir_is_refused(tmp_path):
 
 
 def test_help_and_missing_workdir():
-    for command in ("train", "certify", "report"):
-        code, out, _ = finish(start(command, "--help"))
+    for name in ("train", "certify", "report"):
+        code, out, _ = finish(start(name, "--help"))
         assert code == 0
         assert "python -m lsrs_jax" in out
     assert "--workdir" in refused("train", "--config=configs/digits.py")

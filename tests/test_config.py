@@ -1,4 +1,5 @@
 import importlib.util
+import json
 
 import pytest
 from conftest import ROOT
@@ -36,11 +37,35 @@ def test_every_experiment_is_a_valid_config(path):
         ({"certify": 3}, "holds fields"),
         ({"sigma": "large"}, "wrong type"),
         ({"certify": {"n": 1.5}}, "wrong type"),
+        ({"certify": {"tile": [8, 8.5]}}, "wrong type"),
+        ({"certify": {"tile": ["a", 3]}}, "wrong type"),
+        ({"certify": {"tile": [True, 4]}}, "wrong type"),
+        ({"model": {"mean": ["a"]}}, "wrong type"),
+        ({"seed": None}, "wrong type"),
+        ({"seed": True}, "wrong type"),
+        ({"model": {"mean": None}}, "wrong type"),
+        ({"data": {"name": None}}, "wrong type"),
     ],
 )
 def test_foreign_values_are_refused(values, why):
+    complete = configuration.to_dict(configuration.default())
+    for key, value in values.items():
+        complete[key] = complete[key] | value if isinstance(value, dict) else value
     with pytest.raises(UserError, match=why):
-        configuration.from_dict(values)
+        configuration.from_dict(complete)
+
+
+def test_a_missing_field_is_refused_not_guessed(tmp_path):
+    for section, field in ((None, "sigma"), ("model", "encoder")):
+        values = configuration.to_dict(configuration.default())
+        del (values[section] if section else values)[field]
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(values))
+        with pytest.raises(UserError, match=f"{field} is missing"):
+            configuration.load(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="not a stored configuration"):
+        configuration.load(path)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +80,10 @@ def test_foreign_values_are_refused(values, why):
         ("train.warmup_steps", 1000),
         ("certify.n0", 0),
         ("certify.alpha", float("nan")),
-        ("certify.stop", 0),
+        ("certify.stop", -1),
+        ("certify.tile", (1, 1)),
+        ("data.name", ""),
+        ("data.name", "../x"),
         ("certify.step", 0),
         ("certify.tile", (4,)),
         ("certify.name", "a/b"),

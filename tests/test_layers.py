@@ -137,6 +137,8 @@ def test_the_encoder_never_stretches_beyond_its_constant():
 
 
 def test_materialize_refuses_what_it_cannot_prove():
+    with pytest.raises(UserError, match=r"takes an lsrs_jax\.layers\.Encoder"):
+        materialize(nn.Dense(3), {}, (4, 4, 1))
     with pytest.raises(UserError, match="no proven Lipschitz constant"):
         materialize(layers.Encoder((nn.Dense(3),)), {}, (4, 4, 1))
     encoder, params = encoder_and_params((4, 4, 2), (layers.OrthogonalConv(2, (3, 3)),))

@@ -44,12 +44,30 @@ def test_bad_arguments_are_one_line(tmp_path):
         ([str(tmp_path / "empty")], "no certificates in"),
         ([str(log), str(log)], "two runs are called"),
         ([str(log), "--radii=a"], "numbers >= 0"),
+        ([f"a|b={log}"], "bad name"),
+        ([f"={log}"], "bad name"),
         ([str(log), "--radii=-1,0"], "numbers >= 0"),
         ([str(log), "--rradii=1"], "unrecognized arguments"),
     ):
         with pytest.raises(UserError, match=why):
             report.run([*arguments, f"--out={tmp_path / 'out'}"])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("largest", [0.0, 1e-3, 0.3, 0.9, 2.4, 3.8, 60.0, 100.0, 1e300])
+def test_the_radius_grid_is_readable_whatever_the_radii(tmp_path, largest):
+    grid = report.radius_grid([report.Run("a", read_table(write_log(tmp_path / "x.tsv", [0.0, largest])))])
+    assert grid[0] == 0
+    assert grid[-1] <= largest
+    assert len(grid) <= 13
+    assert len(grid) >= 4 or largest == 0
+
+
+def test_other_data_under_the_same_indices_is_noted(tmp_path):
+    first, second = write_log(tmp_path / "x.tsv", [0.1, 0.2]), write_log(tmp_path / "y.tsv", [0.1, 0.2])
+    second.write_text(second.read_text().replace("\t1\t1\t0.2", "\t2\t2\t0.2"))
+    assert "different labels" in report.notes(report.load_runs([str(first), str(second)]))[0]
+    assert [run.label for run in report.load_runs([str(write_log(tmp_path / "sigma_0.25", [0.5]))])] == ["sigma_0.25"]
 
 
 def cohen_table(path):

@@ -21,12 +21,12 @@ def _check(k, n, alpha):
 
 def check_alpha(alpha):
     """Raises UserError unless 0 < alpha < 1."""
-    if not 0 < alpha < 1:
-        raise UserError(f"alpha must lie strictly between 0 and 1, got {alpha}")
+    if not isinstance(alpha, int | float | np.number) or not 0 < alpha < 1:
+        raise UserError(f"alpha must lie strictly between 0 and 1, got {alpha!r}")
 
 
 # Far above the error of SciPy's inverse beta function, far below anything a radius shows.
-_MARGIN = 1e-12
+_MARGIN = 1e-10
 
 
 def lower(k, n, alpha):

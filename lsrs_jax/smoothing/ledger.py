@@ -1,13 +1,15 @@
 """Votes on disk: append-only, resumable. Every certificate is derived from these rows.
 
-A ledger is a TSV file with the header ``idx label slack purpose first stop votes seconds``. A row says: for image
+A ledger is a TSV file with the header ``idx label slack purpose first stop votes seconds crc``. A row says: for image
 ``idx``, the chunks [first, stop) of this purpose gave these votes (``class:count`` pairs). ``slack`` is the ℓ2
-distance in the latent charged to this image, ``seconds`` the time charged to it for these chunks.
+distance in the latent charged to this image, ``seconds`` the time charged to it for these chunks, ``crc`` the CRC-32 of
+the row before it.
 """
 
 import dataclasses
 import math
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ import numpy as np
 from lsrs_jax.errors import UserError
 from lsrs_jax.files import lock
 
-COLUMNS = ("idx", "label", "slack", "purpose", "first", "stop", "votes", "seconds")
+COLUMNS = ("idx", "label", "slack", "purpose", "first", "stop", "votes", "seconds", "crc")
 _HEADER = "\t".join(COLUMNS) + "\n"
 
 
@@ -35,7 +37,13 @@ class Row:
     def line(self):
         votes = ",".join(f"{index}:{self.votes[index]}" for index in np.flatnonzero(self.votes))
         fields = (self.idx, self.label, repr(self.slack), self.purpose, self.first, self.stop, votes)
-        return "\t".join(map(str, fields)) + f"\t{self.seconds:.6f}\n"
+        content = "\t".join(map(str, fields)) + f"\t{self.seconds:.6f}"
+        return f"{content}\t{_crc(content)}\n"
+
+
+def has_rows(path):
+    """Whether a ledger holds more than its header. Cheap, and without the lock."""
+    return path.exists() and path.stat().st_size > len(_HEADER)
 
 
 class Tally:
@@ -95,9 +103,9 @@ class Ledger:
         self._file.seek(0)
         content = self._file.read()
         whole = content[: content.rfind(b"\n") + 1]
-        if whole and not whole.startswith(_HEADER.encode()):
+        if not (whole.startswith(_HEADER.encode()) or (not whole and _HEADER.encode().startswith(content))):
             raise UserError(f"{self.path} is not a vote ledger: its first line differs; restore it or remove it")
-        for number, line in enumerate(whole[len(_HEADER) :].splitlines(), start=2):
+        for number, line in enumerate(whole[len(_HEADER) :].split(b"\n")[:-1], start=2):
             try:
                 row = self._parse(line.decode("utf-8"))
                 self._take(row)
@@ -116,7 +124,9 @@ class Ledger:
         fields = line.split("\t")
         if len(fields) != len(COLUMNS):
             raise ValueError(f"{len(fields)} columns instead of {len(COLUMNS)}")
-        idx, label, slack, purpose, first, stop, votes, seconds = fields
+        idx, label, slack, purpose, first, stop, votes, seconds, crc = fields
+        if crc != _crc(line.rpartition("\t")[0]):
+            raise ValueError("its checksum differs")
         if purpose not in self._plan:
             raise ValueError(f"unknown purpose {purpose!r}")
         counts = np.zeros(self._num_classes, np.int64)
@@ -157,8 +167,13 @@ class Ledger:
 
     def append(self, rows):
         """Checks and writes rows, and waits until they are on disk."""
-        for row in rows:
-            self._take(row)
+        try:
+            for row in rows:
+                self._take(row)
+        except ValueError as error:
+            raise UserError(
+                f"{self.path} does not fit what was sampled ({error}); certify under another name"
+            ) from error
         self._file.write("".join(row.line() for row in rows).encode())
         self._sync()
 
@@ -181,7 +196,11 @@ class Ledger:
         return [self.tallies[idx] for idx in sorted(self.tallies) if self.complete(idx)]
 
 
+def _crc(content):
+    return f"{zlib.crc32(content.encode()):08x}"
+
+
 def _natural(text):
-    if not (text.isascii() and text.isdigit()):
+    if not (text.isascii() and text.isdigit() and len(text) <= 18):
         raise ValueError(f"{text!r} is not a natural number")
     return int(text)

@@ -12,9 +12,16 @@ _MARGIN = 1e-12
 
 
 def check_sigma(sigma):
-    """Raises UserError unless sigma is a positive finite number."""
-    if not (isinstance(sigma, int | float | np.number) and math.isfinite(sigma) and sigma > 0):
-        raise UserError(f"sigma must be a positive number, got {sigma!r}")
+    """Raises UserError unless sigma is a positive number that float32 holds with full precision."""
+    number = isinstance(sigma, int | float | np.number) and not isinstance(sigma, bool)
+    if not (number and 2.0**-60 <= sigma <= 2.0**60):
+        raise UserError(f"sigma must be a positive number (between 1e-18 and 1e18), got {sigma!r}")
+
+
+def sampled_sigma(sigma):
+    """The σ a certificate may claim when noise is scaled in float32: the smaller of σ and its float32 neighbour."""
+    check_sigma(sigma)
+    return min(float(sigma), float(np.float32(sigma)))
 
 
 def check_lipschitz(lipschitz):
@@ -29,7 +36,7 @@ def certified_radius(p_a_lower, p_b_upper, sigma, lipschitz=1.0, slack=0.0):
     Args:
       p_a_lower: lower bound on the probability of the class.
       p_b_upper: upper bound on the probability of every other class; 1 − p_a_lower gives the binary bound σΦ⁻¹(p_A).
-      sigma: standard deviation of the noise, in units of the latent.
+      sigma: standard deviation of the noise that was sampled, in units of the latent (`sampled_sigma`).
       lipschitz: constant of the encoder from images to latents.
       slack: ℓ2 distance in the latent charged for rounding, per image or one number.
 

@@ -88,7 +88,11 @@ def read_table(path):
     lines = text.split("\n")
     ended = lines[-1] == ""
     lines = [line.rstrip("\r") for line in (lines[:-1] if ended else lines)]
+    while len(lines) > 1 and not lines[-1]:
+        lines.pop()
     header = lines[0].split("\t") if lines else []
+    if len(set(header)) < len(header):
+        raise UserError(f"{path}: its first line names a column twice")
     missing = [name for name in FIELD_COLUMNS if name not in header]
     if missing:
         raise UserError(f"{path} is not a table of certificates: its first line has no column {missing[0]!r}")
@@ -97,7 +101,7 @@ def read_table(path):
         try:
             rows.append(_parse(dict(zip(header, line.split("\t"), strict=True))))
         except ValueError as error:
-            if number == len(lines):
+            if number == len(lines) and not ended:
                 truncated = True
                 break
             raise UserError(f"{path} line {number} cannot be read ({error})") from error
@@ -106,22 +110,29 @@ def read_table(path):
     columns = [np.asarray(column) for column in zip(*rows, strict=True)]
     idx = columns[0]
     if len(np.unique(idx)) != len(idx):
-        raise UserError(f"{path} names image {idx[np.flatnonzero(np.bincount(idx)[idx] > 1)[0]]} twice")
+        values, counts = np.unique(idx, return_counts=True)
+        raise UserError(f"{path} names image {values[counts > 1][0]} twice")
     votes = columns[6] if "n" in header else None
     return Table(*columns[:6], votes=votes, truncated=truncated)
 
 
 def _parse(row):
-    radius, predict, label = float(row["radius"]), int(row["predict"]), int(row["label"])
+    radius, predict, label = _number(row["radius"]), int(row["predict"]), int(row["label"])
     correct = {"0": False, "1": True}.get(row["correct"])
     if correct is None or not (0 <= radius < math.inf) or predict < -1:
         raise ValueError("a field is out of range")
     idx, votes = int(row["idx"]), int(row.get("n", 0))
-    if idx < 0:
-        raise ValueError("negative idx")
+    if not (0 <= idx < 2**53 and 0 <= label < 2**31 and predict < 2**31 and 0 <= votes < 2**53):
+        raise ValueError("a field is out of range")
     if correct != (predict == label):
         raise ValueError("the column correct contradicts predict and label")
     return idx, label, predict, radius, correct, _seconds(row["time"]), votes
+
+
+def _number(text):
+    if "_" in text:
+        raise ValueError(f"{text!r} is not a number")
+    return float(text)
 
 
 def _seconds(text):
@@ -129,7 +140,7 @@ def _seconds(text):
     if match:
         days, hours, minutes, seconds = match.groups()
         return ((int(days or 0) * 24 + int(hours)) * 60 + int(minutes)) * 60 + float(seconds)
-    seconds = float(text)
+    seconds = _number(text)
     if not 0 <= seconds < math.inf:
         raise ValueError("time is out of range")
     return seconds

@@ -10,11 +10,12 @@ from jax.sharding import PartitionSpec as P
 
 from lsrs_jax.distributed import AXIS, local_mesh, replicated
 from lsrs_jax.errors import UserError
-from lsrs_jax.keys import check_key, domain_key, pinned
+from lsrs_jax.keys import DOMAINS, check_key, domain_key, pinned
 from lsrs_jax.smoothing.radius import check_sigma
 
 PURPOSES = {"selection": 1, "estimation": 2}
-MAX_VOTES = 2**30  # int32 sample indices and counts stay exact
+MAX_VOTES = 2**27  # int32 sample indices and counts stay exact, and so does the inverse beta function
+_MAX_ENTRIES = 2**31  # of one tile of noisy latents, 8 GiB
 SPMD = ("shard_map", "pmap")
 
 
@@ -51,14 +52,16 @@ class Votes:
         deterministic.
       latent_shape: without the batch axis.
       sigma: standard deviation of the noise.
-      key: one typed threefry key; selection and estimation use different children of it.
+      key: one typed threefry key, such as that of the training's seed: certification draws from a domain of its own
+        under it, selection and estimation from different children of that.
       tile: ``(images, samples)``, the constant batch.
       spmd: ``"shard_map"`` or ``"pmap"``; both run the same per-device function.
       devices: the local devices to use; all of them by default.
 
     Raises:
       UserError: for a bad argument, a head that returns anything but ``(B, K ≥ 2)`` logits, NaN logits, or a head
-        whose rows depend on each other.
+        whose rows are seen to depend on each other (`_probe` tries random companions; it finds batch statistics over
+        the whole batch or over groups, not every imaginable coupling).
 
     **Guarantee**: the vote of sample i on image z is argmax head(z + σεᵢ), with εᵢ standard normal (float32 draws of
     threefry), different for every (purpose, i). The noise is shared across images: each image's votes are
@@ -67,21 +70,28 @@ class Votes:
 
     def __init__(self, head, latent_shape, *, sigma, key, tile=(16, 16), spmd="shard_map", devices=None):
         check_sigma(sigma)
+        whole = isinstance(tile, tuple | list) and all(type(size) is int and size >= 1 for size in tile)
+        if not whole or len(tile) != 2 or tile[0] * tile[1] < 2:
+            raise UserError(f"tile must be two whole numbers (images, samples) that hold at least 2 rows, got {tile!r}")
         images, samples = tile
-        if images < 1 or samples < 1 or images * samples < 2:
-            raise UserError(f"the tile (images, samples) must hold at least 2 rows, got {tuple(tile)}")
         if spmd not in SPMD:
             raise UserError(f"unknown spmd {spmd!r}: choose one of {', '.join(SPMD)}")
         if np.prod(latent_shape) < 1:
             raise UserError(f"latents of shape {tuple(latent_shape)} are empty")
+        entries = images * samples * np.prod(latent_shape, dtype=float)
+        if entries > _MAX_ENTRIES:
+            raise UserError(
+                f"the tile {tuple(tile)} needs {entries / 2**28:,.0f} GiB for its noisy latents alone; make it smaller"
+            )
         self.tile = (int(images), int(samples))
         self.latent_shape = tuple(latent_shape)
         self.traces = 0  # how often the loop was traced; tests hold it at one
         self._head = head
         self._mesh = local_mesh(devices)
         with _pinned():
+            domain = jax.random.fold_in(check_key(key), DOMAINS["certify"])
             self._keys = {
-                purpose: jax.device_put(jax.random.fold_in(check_key(key), number), replicated(self._mesh))
+                purpose: jax.device_put(jax.random.fold_in(domain, number), replicated(self._mesh))
                 for purpose, number in PURPOSES.items()
             }
             self.num_classes = self._probe()
@@ -94,26 +104,36 @@ class Votes:
         spec = jax.ShapeDtypeStruct((rows, *self.latent_shape), jnp.float32)
         try:
             out = jax.eval_shape(self._head, spec)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"the head does not accept latents {spec.shape}: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # whatever the caller's function raises
+            line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                "the head must be a function latents -> logits (for a Flax module: lambda z: net.apply(variables, z)) "
+                f"and does not accept latents {spec.shape}: {line}"
+            ) from error
         if not hasattr(out, "shape") or len(out.shape) != 2 or out.shape[0] != rows or out.shape[1] < 2:
             raise UserError(f"the head must return logits (B, K >= 2) for latents {spec.shape}, got {out}")
         head = jax.jit(self._head)
         key = domain_key(0, "probe")
-        half = rows // 2
-        latents = np.array(jax.random.normal(key, spec.shape, jnp.float32))
-        first = np.asarray(head(latents), np.float32)
-        # The first half moves to the back, among companions of another scale.
-        moved = np.concatenate([100 * latents[: rows - half] + 1, latents[:half]])
-        second = np.asarray(head(moved), np.float32)[rows - half :]
+        rng = np.random.default_rng(0)
+
+        def logits(latents):
+            return np.asarray(head(latents), np.float32)
+
+        latents = np.asarray(jax.random.normal(key, spec.shape, jnp.float32))
+        first = logits(latents)
         if np.isnan(first).any():
             raise UserError("the head returns NaN logits; a NaN never certifies")
-        scale = max(np.abs(first).max(), 1e-6)
-        if half and not np.abs(first[:half] - second).max() <= 1e-3 * scale:
-            raise UserError(
-                "the head's rows depend on each other (batch statistics?): each row must be a function of its own "
-                "latent alone; evaluate normalisation with stored statistics"
-            )
+        for scale in (0.01, 1.0, 100.0, 0.0, 1.0, 1.0):
+            # One row moves to a random place among companions it has not seen before.
+            row, place = rng.integers(rows, size=2)
+            companions = (scale * rng.standard_normal(spec.shape)).astype(np.float32)
+            companions[place] = latents[row]
+            second = logits(companions)[place]
+            if not (np.abs(second - first[row]) <= 1e-4 * (1 + np.abs(first[row]))).all():
+                raise UserError(
+                    "the head's rows depend on each other (batch statistics?): each row must be a function of its own "
+                    "latent alone; evaluate normalisation with stored statistics"
+                )
         return out.shape[1]
 
     def _device_votes(self, device, latents, key, sigma, first, stop, n):
@@ -175,7 +195,7 @@ class Votes:
           a device array for `collect`.
         """
         if not 1 <= n <= MAX_VOTES:
-            raise UserError(f"the number of votes must lie between 1 and 2**30, got {n}")
+            raise UserError(f"the number of votes must lie between 1 and 2**27, got {n}")
         if not 0 <= first < stop <= chunks(n, self.tile[1]):
             raise UserError(f"chunks [{first}, {stop}) are not among the {chunks(n, self.tile[1])} of {n} votes")
         numbers = [jax.device_put(np.int32(value), replicated(self._mesh)) for value in (first, stop, n)]

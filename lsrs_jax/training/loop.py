@@ -61,6 +61,17 @@ class Evaluator:
         return totals / size
 
 
+def check_batch(config, dataset):
+    """Raises UserError unless batch and crop fit the data and the batch divides over the local devices."""
+    size, (height, width, _) = len(dataset), dataset.shape
+    datasets.batch_indices(size, config.data.batch_size, config.seed, 0)
+    if config.data.crop >= min(height, width):
+        raise UserError(f"data.crop {config.data.crop} shifts images of {height}x{width} out of sight; make it smaller")
+    devices = jax.local_device_count()
+    if config.data.batch_size % devices:
+        raise UserError(f"data.batch_size {config.data.batch_size} is not divisible by the {devices} local devices")
+
+
 def train(model, config, train_set, test_set, checkpoints, log):
     """Trains to ``config.train.steps``, from the newest checkpoint if there is one.
 
@@ -75,12 +86,9 @@ def train(model, config, train_set, test_set, checkpoints, log):
       the final parameters.
 
     Raises:
-      UserError: if the batch does not divide over the devices, or the loss stops being finite (the last checkpoint
-        is kept).
+      UserError: if the loss stops being finite (the last checkpoint is kept).
     """
     mesh, settings = local_mesh(), config.train
-    if config.data.batch_size % mesh.size:
-        raise UserError(f"data.batch_size {config.data.batch_size} is not divisible by the {mesh.size} local devices")
     with pinned():
         transformation = optimizer.build(settings)
         params = jax.device_put(model.init(domain_key(config.seed, "init")), replicated(mesh))
@@ -106,12 +114,16 @@ def train(model, config, train_set, test_set, checkpoints, log):
             if not np.isfinite(losses).all():
                 bad = done - len(losses) + 1 + int(np.argmin(np.isfinite(losses)))
                 raise UserError(
-                    f"the loss became {losses[~np.isfinite(losses)][0]} at step {bad}: lower train.learning_rate (now "
-                    f"{settings.learning_rate}); earlier checkpoints are kept"
+                    f"the loss became {losses[~np.isfinite(losses)][0]} at step {bad}: train again with a lower "
+                    f"train.learning_rate (now {settings.learning_rate}), or check sigma and model.std"
+                    + (" into another --workdir; its checkpoints are kept" if checkpoints.latest() else "")
                 )
             values = {"step": done, "loss": losses.mean(), "accuracy": accuracies.mean()}
             speed = round(progress.rate(done) * config.data.batch_size, 1)
-            log(values | {"learning_rate": rate(step), "images_per_second": speed}, progress.left(done))
+            log(
+                values | {"learning_rate": rate(step), "images_per_second": speed},
+                progress.left(done) if done < settings.steps else None,
+            )
 
         start, window = time.monotonic(), []
         for step in range(first, settings.steps):

@@ -3,6 +3,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import threefry
 from test_matrix import precisions
@@ -41,6 +42,13 @@ def legal(family, shape):
     return True
 
 
+def skip_if_refused(method, arguments):
+    """A new family may refuse shapes; the two of the start take every shape here."""
+    if not legal(FAMILIES[method], ConvShape(*arguments)):
+        assert method not in ("paraunitary", "cayley")
+        pytest.skip("the family refuses this shape")
+
+
 def deviations(method, arguments, mode, dtype, seed=0):
     """max(σ − 1) and max|σ − 1| of a freshly built layer."""
     family, shape = FAMILIES[method], ConvShape(*arguments)
@@ -54,9 +62,7 @@ def deviations(method, arguments, mode, dtype, seed=0):
 @pytest.mark.parametrize("method", FAMILIES)
 @pytest.mark.parametrize("arguments", SAMPLE, ids=str)
 def test_singular_values_are_one(method, arguments):
-    if not legal(FAMILIES[method], ConvShape(*arguments)):
-        assert method == "paraunitary"
-        return
+    skip_if_refused(method, arguments)
     for mode in ("identity", "random"):
         over, off = deviations(method, arguments, mode, np.float32)
         assert over <= 5e-6
@@ -102,6 +108,7 @@ def test_singular_values_are_one_on_the_full_grid(method):
     ids=str,
 )
 def test_the_layer_as_run_has_the_reported_spectrum(method, arguments):
+    skip_if_refused(method, arguments)
     family, shape = FAMILIES[method], ConvShape(*arguments)
     plain = family.build(family.init(threefry(1), shape, "random"), shape)
     size = (*shape.input_hw, shape.c_in)
@@ -120,10 +127,10 @@ def test_identity_initialisation_is_the_identity(size, channels, key):
     x = jax.random.normal(key, (2, 5, 4, c_in))
     kept = np.zeros((2, 5, 4, c_out), np.float32)
     kept[..., : min(channels)] = x[..., : min(channels)]
-    for method, tolerance in (("paraunitary", 1e-5), ("cayley", 1.0)):
+    for method, tolerance in (("paraunitary", 1e-5), ("cayley", 0.25)):
         family = FAMILIES[method]
         y = family.apply(family.build(family.init(key, shape, "identity"), shape), x, shape)
-        assert np.abs(y - kept).max() <= tolerance
+        assert np.linalg.norm(y - kept) <= tolerance * np.linalg.norm(x)
 
 
 @pytest.mark.parametrize("method", FAMILIES)
@@ -136,23 +143,29 @@ def test_initialisations_differ(method, key):
 
 
 @pytest.mark.parametrize("method", FAMILIES)
-def test_training_does_not_leave_the_manifold(method, key):
-    shape = ConvShape((3, 3), (1, 1), 3, 6, (6, 6))
-    family = FAMILIES[method]
-    x, target = jax.random.normal(key, (8, 6, 6, 3)), jax.random.normal(threefry(9), (8, 6, 6, 6))
+@pytest.mark.parametrize("arguments", [SAMPLE[0], SAMPLE[2], SAMPLE[4], SAMPLE[8], SAMPLE[12], SAMPLE[14]], ids=str)
+def test_25_optimizer_steps_do_not_leave_the_manifold(method, arguments, key):
+    skip_if_refused(method, arguments)
+    family, shape = FAMILIES[method], ConvShape(*arguments)
+    x = jax.random.normal(key, (8, *shape.input_hw, shape.c_in))
+    target = jax.random.normal(threefry(9), (8, *shape.output_shape))
+    optimizer = optax.adam(0.05)
 
     @jax.jit
-    def step(raw):
+    def step(raw, state):
         gradient = jax.grad(lambda raw: jnp.mean((family.apply(family.build(raw, shape), x, shape) - target) ** 2))(raw)
-        return jax.tree.map(lambda leaf, slope: leaf - 3.0 * slope, raw, gradient)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(raw, updates), state
 
     start = raw = family.init(key, shape, "identity")
+    state = optimizer.init(raw)
     for _ in range(25):
-        raw = step(raw)
+        raw, state = step(raw, state)
     moved = max(float(jnp.abs(a - b).max()) for a, b in zip(jax.tree.leaves(raw), jax.tree.leaves(start), strict=True))
     sigma = family.singular_values(jax.tree.map(np.asarray, family.build(raw, shape)), shape)
-    assert moved > 0.05
+    assert moved > 0.05 or shape.c_in == shape.c_out == 1  # the only orthogonal 1x1 matrix near 1 is 1
     assert np.abs(sigma - 1).max() <= 1e-5
+    assert sigma.max() <= 1 + 5e-6
 
 
 @pytest.mark.parametrize("method", FAMILIES)

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.linalg
 from jax.test_util import check_grads
@@ -15,7 +16,7 @@ def gaussian(shape, scale, dtype=np.float32, seed=0):
 
 @pytest.mark.parametrize("method", orthogonal.METHODS)
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (5, 1), (2, 2), (3, 8), (8, 3), (17, 17), (64, 48)])
-@pytest.mark.parametrize("scale", [0.0, 1e-4, 1.0, 30.0, 1000.0])
+@pytest.mark.parametrize("scale", [0.0, 1e-4, 1.0, 30.0, 1000.0, 1e6])
 def test_singular_values_are_one(method, shape, scale):
     build = orthogonal.METHODS[method]
     for dtype, tolerance in ((np.float32, 5e-6), (np.float64, 1e-10)):
@@ -67,6 +68,20 @@ def test_gradients_are_right(method, shape):
         check_grads(
             orthogonal.METHODS[method], (jnp.asarray(gaussian(shape, 2.0, np.float64)),), order=1, modes=["rev"]
         )
+
+
+@pytest.mark.parametrize("method", orthogonal.METHODS)
+@pytest.mark.parametrize("shape", [(6, 6), (7, 3), (3, 7)])
+def test_25_optimizer_steps_do_not_leave_the_manifold(method, shape):
+    build, optimizer = orthogonal.METHODS[method], optax.adam(0.05)
+    start = w = jnp.asarray(gaussian(shape, 1.0))
+    state = optimizer.init(w)
+    step = jax.jit(jax.grad(lambda w: jnp.sum((build(w) - gaussian(shape, 1.0, seed=3)) ** 2)))
+    for _ in range(25):
+        updates, state = optimizer.update(step(w), state)
+        w = optax.apply_updates(w, updates)
+    assert jnp.abs(w - start).max() > 0.1
+    assert np.abs(orthogonal.dense_singular_values(build(w)) - 1).max() <= 5e-6
 
 
 @pytest.mark.parametrize("method", orthogonal.METHODS)

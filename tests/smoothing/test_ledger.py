@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from lsrs_jax.errors import UserError
-from lsrs_jax.smoothing.ledger import COLUMNS, Ledger, Row
+from lsrs_jax.smoothing.ledger import Ledger, Row, _crc
 from lsrs_jax.smoothing.table import read_table
 
 PLAN = {"selection": 10, "estimation": 100}
@@ -57,19 +57,12 @@ def test_any_torn_tail_is_cut_off_and_nothing_else(path):
         assert kept == {0: 0, 1: 0, 2: 1, 3: 1, 4: 1, 5: 2, 6: 2}[whole]
 
 
-def test_a_changed_digit_of_a_count_or_a_range_is_found(path):
+def test_any_changed_character_is_found(path):
     content = path.read_text()
-    places = []
     for place in range(len(content.splitlines()[0]) + 1, len(content)):
-        start = content.rfind("\n", 0, place) + 1
-        column = COLUMNS[content[start:place].count("\t")]
-        count = column == "votes" and content[start:place].rfind(":") > content[start:place].rfind(",")
-        if content[place].isdigit() and (count or column in ("first", "stop")):
-            places.append(place)
-    assert len(places) > 20
-    for place in places:
-        other = str((int(content[place]) + 1) % 10)
-        path.write_text(content[:place] + other + content[place + 1 :])
+        if content[place] == "\n":
+            continue
+        path.write_text(content[:place] + ("1" if content[place] != "1" else "2") + content[place + 1 :])
         with pytest.raises(UserError, match="line"):
             open_ledger(path)
 
@@ -89,13 +82,18 @@ def test_a_changed_digit_of_a_count_or_a_range_is_found(path):
         ("5\t1\t-1.0\tselection\t0\t1\t1:10\t0.1", "out of range"),
         ("2\t2\t1e-06\testimation\t4\t7\t1:36\t0.1", "label or slack changes"),
         ("2\t1\t2e-06\testimation\t4\t7\t1:36\t0.1", "label or slack changes"),
-        ("5\t1\t1e-06\tselection\t0\t1\t1:10", "7 columns"),
+        ("5\t1\t1e-06\tselection\t0\t1\t1:10", "8 columns"),
+        ("5\t1\t1e-06\tselection\t0\t1\t1:10\t0.1\t0000000X", "checksum"),
+        (rows(5)[0].line().strip() + "\rX", "checksum"),
+        (f"5\t1\t1e-06\tselection\t0\t1\t1:{'9' * 30}\t0.1", "not a natural number"),
         ("", "1 columns"),
         ("\xff", "line 7"),
     ],
 )
 def test_damaged_rows_are_refused_and_the_file_is_kept(path, line, why):
-    path.write_bytes(path.read_bytes() + line.encode("latin-1") + b"\n" + rows(9)[0].line().encode())
+    checked = line and line.isascii() and not line.endswith("X")
+    line = f"{line}\t{_crc(line)}".encode("latin-1") if checked else line.encode("latin-1")
+    path.write_bytes(path.read_bytes() + line + b"\n" + rows(9)[0].line().encode())
     before = path.read_bytes()
     with pytest.raises(UserError, match=why) as caught:
         open_ledger(path)
@@ -106,9 +104,11 @@ def test_damaged_rows_are_refused_and_the_file_is_kept(path, line, why):
 def test_a_foreign_file_is_refused(tmp_path):
     path = tmp_path / "votes.0.tsv"
     path.write_text("something else\nentirely\n")
-    with pytest.raises(UserError, match="not a vote ledger"):
-        open_ledger(path)
-    assert path.read_text() == "something else\nentirely\n"
+    for text in ("something else\nentirely\n", "no line at all", "idx\tlabels"):
+        path.write_text(text)
+        with pytest.raises(UserError, match="not a vote ledger"):
+            open_ledger(path)
+        assert path.read_text() == text
 
 
 def test_a_second_writer_is_refused(path):
@@ -118,7 +118,7 @@ def test_a_second_writer_is_refused(path):
 
 
 def test_appending_the_same_chunks_twice_is_refused(path):
-    with open_ledger(path) as ledger, pytest.raises(ValueError, match="come next"):
+    with open_ledger(path) as ledger, pytest.raises(UserError, match="come next"):
         ledger.append(rows(4)[2:])
 
 
@@ -167,6 +167,11 @@ def test_truncated_tables_are_read_without_their_last_line(tmp_path, cut):
         (HEADER + "0\t3\t3\t-0.5\t1\t1.0\n1\t3\t3\t0.5\t1\t1.0\n", "line 2"),
         (HEADER + "0\t3\t3\t0.5\tTrue\t1.0\n1\t3\t3\t0.5\t1\t1.0\n", "line 2"),
         (HEADER + "0\t3\t2\t0.5\t1\t1.0\n1\t3\t3\t0.5\t1\t1.0\n", "contradicts"),
+        (HEADER + "0\t3\t3\t0.5\t1\t1.0\n1\t3\t3\tnan\t1\t1.0\n", "line 3"),
+        (HEADER + "0\t3\t3\t1_0.5\t1\t1.0\n1\t3\t3\t0.5\t1\t1.0\n", "line 2"),
+        (HEADER + "0\t-1\t-1\t0.0\t1\t1.0\n1\t3\t3\t0.5\t1\t1.0\n", "line 2"),
+        (HEADER.replace("label", "idx\tlabel"), "names a column twice"),
+        (HEADER + "1000000000000\t3\t3\t0.5\t1\t1.0\n" * 2, "image 1000000000000 twice"),
         (HEADER + "0\t3\t3\t0.5\t1\t1.0\n0\t3\t3\t0.5\t1\t1.0\n", "image 0 twice"),
     ],
 )
