@@ -1,6 +1,6 @@
 # make demo   train, certify and compare on the embedded digits (a few minutes on 2 cores)
 # make test   the test suite
-# make soak   full grids, long simulations, kill campaigns (an hour or so)
+# make soak   full grids, long simulations, kill campaigns (up to an hour)
 # make lint   ruff
 # All of them make their own environment in .venv first; PYTHON picks the interpreter (3.11 or newer).
 PYTHON ?= python3
@@ -19,9 +19,12 @@ DEMO := runs/demo
 demo: .venv/ready
 	$(BIN)/python -m lsrs_jax.train --config=configs/digits.py --workdir=$(DEMO)/lsrs
 	$(BIN)/python -m lsrs_jax.train --config=configs/digits.py:isrs --workdir=$(DEMO)/isrs
+	$(BIN)/python -m lsrs_jax.train --config=configs/digits.py:isrs_split --workdir=$(DEMO)/isrs_split
 	$(BIN)/python -m lsrs_jax.certify --workdir=$(DEMO)/lsrs
 	$(BIN)/python -m lsrs_jax.certify --workdir=$(DEMO)/isrs
-	$(BIN)/python -m lsrs_jax.report LSRS=$(DEMO)/lsrs ISRS=$(DEMO)/isrs --out=$(DEMO)/report
+	$(BIN)/python -m lsrs_jax.certify --workdir=$(DEMO)/isrs_split
+	$(BIN)/python -m lsrs_jax.report LSRS=$(DEMO)/lsrs 'ISRS, same network'=$(DEMO)/isrs_split \
+	  'ISRS, head on the image'=$(DEMO)/isrs --out=$(DEMO)/report
 
 test: .venv/ready
 	$(BIN)/python -m ruff check .

@@ -5,7 +5,7 @@
 
 Certifies every 20th test image with n = 10,000. Variants: ``lsrs`` (default; space-to-depth, two orthogonal
 convolutions, noise on the 16x16x12 latent), ``cayley``, ``isrs`` (the same head under noise on the 32x32x3 image),
-``isrs_split`` (the network of ``lsrs`` smoothed in input space). Measured results are in the README.
+``isrs_split`` (the network of ``lsrs`` smoothed in input space). Measured results: README.md.
 """
 
 from lsrs_jax.config import choose, default
