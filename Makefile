@@ -1,6 +1,6 @@
 # make demo   train, certify and compare on the embedded digits (a few minutes on 2 cores)
 # make test   the test suite
-# make soak   full grids, long simulations, kill campaigns (up to an hour)
+# make soak   full grids, long simulations, kill campaigns (an hour or two)
 # make lint   ruff
 # All of them make their own environment in .venv first; PYTHON picks the interpreter (3.11 or newer).
 PYTHON ?= python3
