@@ -84,7 +84,7 @@ def materialize(encoder, params, input_shape):
     shape, plains, rows = tuple(input_shape), [], []
     for index, layer in enumerate(encoder.layers):
         name = f"{index} {type(layer).__name__}"
-        if not hasattr(layer, "materialize"):
+        if not isinstance(layer, layers.Layer):
             raise UserError(f"layer {name} of the encoder has no proven Lipschitz constant; use lsrs_jax.layers")
         values = params.get(f"layers_{index}", {})
         if not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(values)):
@@ -95,7 +95,7 @@ def materialize(encoder, params, input_shape):
             raise UserError(f"the singular values of layer {name} cannot be computed ({error}); train again") from error
         plains.append(plain)
         rows.append(LayerBound(name, plain.sigma_max, plain.sigma_min, plain.proof))
-        shape = plain.output_shape
+        shape = layer.output_shape(shape)
     report = LipschitzReport(tuple(rows), tuple(input_shape), shape)
 
     def apply(plain_params, x):

@@ -1,19 +1,28 @@
 """Orthogonal convolutions by the Cayley transform in the Fourier domain (Trockman and Kolter 2021).
 
-Conventions: NHWC, HWIO, cross-correlation, circular padding; strides by space-to-depth. The plain form is the stack
-of orthogonal matrices per frequency of the half spectrum, so it is bound to one input size.
+Circular padding; strides by space-to-depth. The plain form is the stack of orthogonal matrices per frequency of the
+half spectrum, so it is bound to one input size.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lsrs_jax.errors import UserError
+from lsrs_jax.orthogonal.families.family import ConvFamily
 from lsrs_jax.orthogonal.matrix import adjoint, cayley, highest_precision
-from lsrs_jax.orthogonal.reshape import space_to_depth
+from lsrs_jax.orthogonal.resize import space_to_depth
 from lsrs_jax.orthogonal.shape import check_common
-from lsrs_jax.orthogonal.spectrum import frequency_singular_values
+from lsrs_jax.orthogonal.spectrum import Spectrum, frequency_singular_values
 
-check = check_common
+
+def check(shape):
+    """Raises UserError for zero padding: the transform lives on a torus."""
+    check_common(shape)
+    if shape.padding != "circular":
+        raise UserError(
+            "cayley: the Fourier transform needs padding='circular'; use method='adaptive' for zero padding"
+        )
 
 
 def init(key, shape, mode):
@@ -22,9 +31,8 @@ def init(key, shape, mode):
     ``mode="identity"`` starts with a small norm, where the Cayley transform is close to the identity (cropped or
     zero-padded in the channels); ``"random"`` with the norm of a Gaussian kernel.
     """
-    taps = tuple(-(-k // s) for k, s in zip(shape.kernel_size, shape.strides, strict=True))
-    std = (taps[0] * taps[1] * max(shape.phases, shape.c_out)) ** -0.5
-    kernel = std * jax.random.normal(key, (*taps, shape.phases, shape.c_out), jnp.float32)
+    std = (shape.taps[0] * shape.taps[1] * max(shape.phases, shape.c_out)) ** -0.5
+    kernel = std * jax.random.normal(key, (*shape.taps, shape.phases, shape.c_out), jnp.float32)
     norm = jnp.sqrt(jnp.sum(kernel**2))
     return {"kernel": kernel, "norm": norm * (0.1 if mode == "identity" else 1.0)}
 
@@ -46,7 +54,7 @@ def build(raw, shape):
     with the conjugate of its mirror frequency (equal up to rounding), so no singular value exceeds the largest of the
     blocks.
     """
-    rows, columns, _ = shape.output_shape
+    rows, columns = shape.output_hw
     kernel = raw["kernel"]
     # The constant keeps the gradient finite at a zero kernel.
     kernel = kernel * (raw["norm"] * jax.lax.rsqrt(jnp.sum(kernel**2) + 1e-12))
@@ -63,7 +71,10 @@ def apply(plain, x, shape):
     return jnp.fft.irfft2(spectrum, s=x.shape[1:3], axes=(1, 2))
 
 
-def singular_values(plain, shape):
-    """Singular values of every block of the half spectrum, float64."""
+def spectrum(plain, shape):
+    """From the singular values of every block of the half spectrum, float64."""
     blocks = np.asarray(plain["real"], np.float64) + 1j * np.asarray(plain["imag"], np.float64)
-    return frequency_singular_values(blocks)
+    return Spectrum.of(frequency_singular_values(blocks), "SVD per frequency of the spectrum")
+
+
+FAMILY = ConvFamily(check, init, build, apply, spectrum)

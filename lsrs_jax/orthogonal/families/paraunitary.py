@@ -1,17 +1,16 @@
 """Paraunitary convolutions from matrix exponentials: separable complete factorisation, SC-Fac (Su et al. 2022).
 
-Conventions: NHWC, HWIO, cross-correlation, circular padding. Matrices act from the left on columns of C channels,
-C = max(c_out, c_in·s·s); the kernel is cropped to the channels asked for.
+Matrices act from the left on columns of C channels, C = max(c_out, c_in·s·s); the kernel is cropped to the channels
+asked for.
 """
 
 import jax
 import jax.numpy as jnp
 
 from lsrs_jax.errors import UserError
+from lsrs_jax.orthogonal.families.family import ConvFamily
 from lsrs_jax.orthogonal.matrix import adjoint, exponential, highest_precision
-from lsrs_jax.orthogonal.reshape import circular_conv
 from lsrs_jax.orthogonal.shape import check_common
-from lsrs_jax.orthogonal.spectrum import conv_singular_values
 
 
 def check(shape):
@@ -20,12 +19,8 @@ def check(shape):
     if shape.kernel_size[0] % shape.strides[0] or shape.kernel_size[1] % shape.strides[1]:
         raise UserError(
             f"paraunitary: kernel size {shape.kernel_size} must be a multiple of the strides {shape.strides}; "
-            "choose such a kernel size or method='cayley'"
+            "choose such a kernel size or method='adaptive'"
         )
-
-
-def _taps(shape):
-    return shape.kernel_size[0] // shape.strides[0], shape.kernel_size[1] // shape.strides[1]
 
 
 def init(key, shape, mode):
@@ -46,7 +41,7 @@ def init(key, shape, mode):
         return gaussian(key, taps - 1, width, width // 2)
 
     rotations = gaussian(rotation_key, 2, width, width)
-    height, wide = (projectors(*pair) for pair in zip(axis_keys, _taps(shape), strict=True))
+    height, wide = (projectors(*pair) for pair in zip(axis_keys, shape.taps, strict=True))
     return {"rotations": rotations * (mode != "identity"), "height": height, "width": wide}
 
 
@@ -66,7 +61,7 @@ def build(raw, shape):
     """Raw parameters → kernel ``(kh, kw, c_in, c_out)``, differentiable.
 
     **Guarantee**: as a circular convolution with these strides on any size they divide, the kernel has all singular
-    values 1 up to rounding (isometry where c_out ≥ c_in·s·s, co-isometry otherwise).
+    values 1 up to rounding (isometry where c_out ≥ c_in·s·s, co-isometry otherwise); under zero padding none exceeds 1.
     """
     width, rank = raw["rotations"].shape[-1], raw["height"].shape[-1]
     # One batched matrix exponential serves both rotations and every projector of the layer.
@@ -79,17 +74,9 @@ def build(raw, shape):
     horizontal = _filter(orthogonal[1], projectors[split:])
     kernel = jnp.einsum("hij,wjk->hwik", vertical, horizontal)
     kernel = kernel[:, :, : shape.c_out, : shape.phases]
-    (th, tw), (sh, sw) = _taps(shape), shape.strides
+    (th, tw), (sh, sw) = shape.taps, shape.strides
     kernel = kernel.reshape(th, tw, shape.c_out, sh, sw, shape.c_in).transpose(0, 3, 1, 4, 5, 2)
     return kernel.reshape(th * sh, tw * sw, shape.c_in, shape.c_out)
 
 
-def apply(kernel, x, shape):
-    """The convolution itself, centred."""
-    before = tuple(s * ((taps - 1) // 2) for s, taps in zip(shape.strides, _taps(shape), strict=True))
-    return circular_conv(x, kernel, shape.strides, before)
-
-
-def singular_values(kernel, shape):
-    """All singular values, float64."""
-    return conv_singular_values(kernel, shape.input_hw, shape.strides)
+FAMILY = ConvFamily(check, init, build)

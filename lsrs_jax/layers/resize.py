@@ -1,0 +1,134 @@
+"""Resizing as modules: permutations, padding, cropping, pooling; and the scaling of the input."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from lsrs_jax.errors import UserError
+from lsrs_jax.layers.base import Fixed, Layer, Plain, check_image
+from lsrs_jax.orthogonal import resize, spectrum
+from lsrs_jax.orthogonal.shape import check_divisible
+
+
+class SpaceToDepth(Fixed):
+    """``(B, H, W, C)`` → ``(B, H/sh, W/sw, sh·sw·C)``. **Guarantee**: an isometry (a permutation of entries)."""
+
+    strides: tuple[int, int] = (2, 2)
+    proof = "permutes entries"
+
+    def __call__(self, x):
+        self.output_shape(x.shape[1:])
+        return resize.space_to_depth(x, tuple(self.strides))
+
+    def output_shape(self, input_shape):
+        check_image(input_shape, "SpaceToDepth")
+        (height, width, channels), (sh, sw) = input_shape, self.strides
+        check_divisible(height, width, self.strides)
+        return (height // sh, width // sw, channels * sh * sw)
+
+
+class DepthToSpace(Fixed):
+    """The inverse of `SpaceToDepth`. **Guarantee**: an isometry (a permutation of entries)."""
+
+    strides: tuple[int, int] = (2, 2)
+    proof = "permutes entries"
+
+    def __call__(self, x):
+        self.output_shape(x.shape[1:])
+        return resize.depth_to_space(x, tuple(self.strides))
+
+    def output_shape(self, input_shape):
+        check_image(input_shape, "DepthToSpace")
+        (height, width, channels), (sh, sw) = input_shape, self.strides
+        if channels % (sh * sw):
+            raise UserError(f"DepthToSpace: {channels} channels are not divisible by {sh}x{sw}")
+        return (height * sh, width * sw, channels // (sh * sw))
+
+
+class Channels(Fixed):
+    """Pads (zeros) or crops the last axis to `features`. **Guarantee**: 1-Lipschitz; an isometry when it pads."""
+
+    features: int
+    proof = "pads or crops"
+
+    def __call__(self, x):
+        return resize.resize_channels(x, self.features)
+
+    def output_shape(self, input_shape):
+        return (*input_shape[:-1], self.features)
+
+
+class AveragePool(Fixed):
+    """Sum over non-overlapping windows over √(h·w). **Guarantee**: all singular values are 1 (a co-isometry)."""
+
+    window: tuple[int, int] = (2, 2)
+    proof = "orthonormal rows"
+
+    def __call__(self, x):
+        self.output_shape(x.shape[1:])
+        return resize.average_pool(x, tuple(self.window))
+
+    def output_shape(self, input_shape):
+        check_image(input_shape, type(self).__name__)
+        height, width, channels = input_shape
+        check_divisible(height, width, self.window)
+        return (height // self.window[0], width // self.window[1], channels)
+
+    def materialize(self, params, input_shape):
+        # Division by √(h·w) rounds in the last place.
+        bound = spectrum.upper_bound(1.0)
+        return super().materialize(params, input_shape)._replace(sigma_max=bound, sigma_min=2 - bound)
+
+
+class L2Pool(AveragePool):
+    """√(Σ x² + ε) over non-overlapping windows. **Guarantee**: 1-Lipschitz."""
+
+    epsilon: float = 1e-6
+    proof = "gradient ‖x‖/√(‖x‖² + ε)"
+
+    def __call__(self, x):
+        self.output_shape(x.shape[1:])
+        return resize.l2_pool(x, tuple(self.window), self.epsilon)
+
+    def materialize(self, params, input_shape):
+        return super().materialize(params, input_shape)._replace(sigma_min=0.0)
+
+
+class Flatten(Fixed):
+    """``(B, …)`` → ``(B, n)``. **Guarantee**: an isometry."""
+
+    proof = "reshapes"
+
+    def __call__(self, x):
+        return x.reshape(x.shape[0], -1)
+
+    def output_shape(self, input_shape):
+        return (int(np.prod(input_shape)),)
+
+
+class Normalize(Layer):
+    """(x − mean) / std per channel. **Guarantee**: Lipschitz constant 1/min(std), which the report counts.
+
+    Attributes:
+      mean, std: one number, or one per channel; std > 0.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, x):
+        self.output_shape(x.shape[1:])
+        return (x - jnp.asarray(self.mean, x.dtype)) / jnp.asarray(self.std, x.dtype)
+
+    def output_shape(self, input_shape):
+        if not all(0 < s < np.inf for s in self.std) or not np.all(np.isfinite(self.mean)):
+            raise UserError(f"model.std must be positive and model.mean finite, got {self.std} and {self.mean}")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, input_shape[-1]):
+                raise UserError(f"model.{name} has {len(values)} entries for images of {input_shape[-1]} channels")
+        return tuple(input_shape)
+
+    def materialize(self, params, input_shape):
+        self.output_shape(input_shape)
+        scale = 1 / np.asarray(self.std, np.float64)
+        largest = 1.0 if scale.max() == 1.0 else spectrum.upper_bound(scale.max())
+        return Plain(lambda _, x: self(x), {}, largest, float(scale.min()), "1/min(std)")

@@ -1,0 +1,54 @@
+"""Gradient-norm-preserving activations over the last axis."""
+
+import jax.numpy as jnp
+
+from lsrs_jax.errors import UserError
+
+
+def maxmin(x):
+    """Sorts pairs (c, c + C//2) of the last axis: maxima first, minima second (Anil, Lucas and Grosse 2019).
+
+    **Guarantee**: 1-Lipschitz, and an isometry wherever it is differentiable (its Jacobian is a permutation). The
+    last channel of an odd number passes through.
+    """
+    half = x.shape[-1] // 2
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return jnp.concatenate([jnp.maximum(a, b), jnp.minimum(a, b), rest], axis=-1)
+
+
+def group_sort(x, size):
+    """Sorts groups of `size` channels (c, c + C//size, …), largest first (Anil, Lucas and Grosse 2019).
+
+    ``size=2`` is `maxmin`; ``size=C`` sorts all channels. Channels beyond a multiple of `size` pass through.
+
+    **Guarantee**: 1-Lipschitz, and an isometry wherever it is differentiable (its Jacobian is a permutation).
+    """
+    if size < 2:
+        raise UserError(f"group_sort needs groups of at least 2 channels, got {size}")
+    if size == 2:
+        return maxmin(x)
+    groups = x.shape[-1] // size
+    sorted_part = x[..., : groups * size].reshape(*x.shape[:-1], size, groups)
+    sorted_part = jnp.flip(jnp.sort(sorted_part, axis=-2), axis=-2).reshape(*x.shape[:-1], groups * size)
+    return jnp.concatenate([sorted_part, x[..., groups * size :]], axis=-1)
+
+
+def householder(x, theta):
+    """Reflects each pair (a, b) = (c, c + C//2) with a·sin(θ/2) < b·cos(θ/2) into the other half plane.
+
+    Singla, Singla and Feizi 2021. The half plane's normal is v = (sin θ/2, −cos θ/2), the reflection I − 2vvᵀ.
+
+    Args:
+      x: ``(…, C)``.
+      theta: angles ``(C//2,)``; π/2 is `maxmin`. The last channel of an odd number passes through.
+
+    **Guarantee**: 1-Lipschitz for every θ, and an isometry wherever it is differentiable: both branches are orthogonal
+    and agree on the line between them.
+    """
+    half = x.shape[-1] // 2
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    theta = theta.astype(x.dtype)
+    cos, sin = jnp.cos(theta), jnp.sin(theta)
+    kept = a * jnp.sin(theta / 2) >= b * jnp.cos(theta / 2)
+    first, second = jnp.where(kept, a, cos * a + sin * b), jnp.where(kept, b, sin * a - cos * b)
+    return jnp.concatenate([first, second, rest], axis=-1)

@@ -1,0 +1,90 @@
+"""Plain orthogonal kernels from projectors and one rotation: BCOP after a strided rotation, BCOP ∘ RKO.
+
+Block convolutions of two-tap projector filters (BCOP: Xiao et al. 2018; Li et al. 2019) give the taps, a
+semi-orthogonal s×s kernel (RKO: Serrurier et al. 2021) the stride and the change of channels; their product is
+orthogonal for any stride and any channels (Boissin et al. 2025). Matrices act from the left on columns of channels.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from lsrs_jax.errors import UserError
+from lsrs_jax.orthogonal.families.family import ConvFamily
+from lsrs_jax.orthogonal.matrix import adjoint, bjorck, exponential, highest_precision
+from lsrs_jax.orthogonal.shape import check_common
+
+
+def _extra(shape):
+    """How many two-tap filters lengthen the kernel, per axis."""
+    return tuple(k - s for k, s in zip(shape.kernel_size, shape.strides, strict=True))
+
+
+def _width(shape):
+    """Channels between the filters and the rotation: more than c_in only where that stays an isometry."""
+    return max(shape.c_in, shape.c_out // (shape.strides[0] * shape.strides[1]))
+
+
+def check(shape):
+    """Raises UserError where the filters would have a single channel: they could only shift the image."""
+    check_common(shape)
+    if _width(shape) == 1 and max(_extra(shape)) > 0:
+        raise UserError(
+            f"adaptive: from 1 to {shape.c_out} channels a kernel of {shape.kernel_size} with strides {shape.strides} "
+            "could only shift the image; use more output channels, kernel_size=strides, or method='cayley'"
+        )
+
+
+def init(key, shape, mode):
+    """Raw parameters: a rotation ``(c_out, s·s·m)`` and projector factors ``(taps, m, m//2)`` per axis.
+
+    ``mode="identity"`` sets the rotation to I and matches the projectors in pairs, so that a kernel with k − s even is
+    exactly the identity (space-to-depth, cropped or zero-padded in the channels) at the start; ``"random"`` draws
+    everything.
+    """
+    width, (rows, columns) = _width(shape), _extra(shape)
+    rotation_key, factor_key, *axis_keys = jax.random.split(key, 4)
+
+    def gaussian(key, *size):
+        return size[-2] ** -0.5 * jax.random.normal(key, size, jnp.float32)
+
+    rotation = gaussian(rotation_key, shape.c_out, width * shape.strides[0] * shape.strides[1])
+    if mode == "identity":
+        pairs = gaussian(factor_key, -(-max(rows, columns) // 2), width, width // 2)
+        matched = jnp.repeat(pairs, 2, axis=0)
+        return {"rotation": 0 * rotation, "height": matched[:rows], "width": matched[:columns]}
+    height, wide = (gaussian(axis_keys[i], count, width, width // 2) for i, count in enumerate((rows, columns)))
+    return {"rotation": rotation, "height": height, "width": wide}
+
+
+def _lengthen(kernel, factor, axis, flipped):
+    """Composes a kernel ``(kh, kw, c_out, m)`` with the filter (P, I − P) along `axis`, P = UUᵀ.
+
+    Every second filter runs the other way round, (I − P, P), so that matched pairs cancel for odd m as well.
+    """
+    projected = kernel @ factor @ adjoint(factor)
+    first, second = (kernel - projected, projected) if flipped else (projected, kernel - projected)
+    after, before = [[(0, 0)] * 4 for _ in range(2)]
+    after[axis], before[axis] = (0, 1), (1, 0)
+    return jnp.pad(first, after) + jnp.pad(second, before)
+
+
+@highest_precision
+def build(raw, shape):
+    """Raw parameters → kernel ``(kh, kw, c_in, c_out)``, differentiable.
+
+    **Guarantee**: as a circular convolution with these strides on any size they divide, the kernel has all singular
+    values 1 up to rounding (isometry where c_out ≥ c_in·s·s, co-isometry otherwise), provided the Björck iteration
+    of the projector factors has converged; where it has not, and under zero padding, none exceeds 1.
+    """
+    (sh, sw), (rows, columns) = shape.strides, _extra(shape)
+    kernel = exponential(raw["rotation"]).reshape(shape.c_out, sh, sw, _width(shape)).transpose(1, 2, 0, 3)
+    # One batched iteration orthonormalises all the factors.
+    factors = bjorck(jnp.concatenate([raw["height"], raw["width"]]))
+    for index in range(max(rows, columns)):
+        for axis, count, start in ((0, rows, 0), (1, columns, rows)):
+            if index < count:
+                kernel = _lengthen(kernel, factors[start + index], axis, index % 2 == 1)
+    return jnp.swapaxes(kernel[..., : shape.c_in], -1, -2)
+
+
+FAMILY = ConvFamily(check, init, build)

@@ -1,0 +1,62 @@
+"""Maps that move, pad, crop or pool entries, each 1-Lipschitz in ℓ2. NHWC throughout."""
+
+import math
+
+import jax.numpy as jnp
+
+from lsrs_jax.errors import UserError
+from lsrs_jax.orthogonal.shape import check_divisible
+
+
+def _windows(x, window):
+    """``(B, H, W, C)`` → ``(B, H/h, W/w, h, w, C)``."""
+    batch, height, width, channels = x.shape
+    check_divisible(height, width, window)
+    rows, columns = window
+    x = x.reshape(batch, height // rows, rows, width // columns, columns, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5)
+
+
+def space_to_depth(x, strides):
+    """``(B, H, W, C)`` → ``(B, H/s, W/s, s·s·C)``, channels ordered (row, column, C).
+
+    **Guarantee**: a permutation of entries, hence an isometry.
+    """
+    x = _windows(x, strides)
+    return x.reshape(*x.shape[:3], -1)
+
+
+def depth_to_space(x, strides):
+    """The inverse of `space_to_depth`, an isometry as well."""
+    batch, height, width, channels = x.shape
+    sh, sw = strides
+    if channels % (sh * sw):
+        raise UserError(f"depth_to_space: {channels} channels are not divisible by {sh}x{sw}")
+    x = x.reshape(batch, height, width, sh, sw, channels // (sh * sw))
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height * sh, width * sw, channels // (sh * sw))
+
+
+def resize_channels(x, channels):
+    """Pads the last axis with zeros (an isometry) or crops it (a co-isometry, 1-Lipschitz) to `channels`."""
+    current = x.shape[-1]
+    if current == channels:
+        return x
+    if current > channels:
+        return x[..., :channels]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, channels - current)])
+
+
+def average_pool(x, window):
+    """Sum over windows that do not overlap, divided by √(h·w): ``(B, H, W, C)`` → ``(B, H/h, W/w, C)``.
+
+    **Guarantee**: all singular values are 1 (a co-isometry). The plain mean would divide by h·w and lose √(h·w).
+    """
+    return _windows(x, window).sum(axis=(3, 4)) / math.sqrt(math.prod(window))
+
+
+def l2_pool(x, window, epsilon=1e-6):
+    """√(Σ x² + ε) over windows that do not overlap: ``(B, H, W, C)`` → ``(B, H/h, W/w, C)``.
+
+    **Guarantee**: 1-Lipschitz: ‖x‖/√(‖x‖² + ε) < 1 bounds its gradient. ε keeps the gradient finite at 0.
+    """
+    return jnp.sqrt(jnp.square(_windows(x, window)).sum(axis=(3, 4)) + epsilon)
