@@ -26,14 +26,20 @@ def default():
 
     config.model = ConfigDict()
     config.model.encoder = "shallow"  # lsrs_jax.models.ENCODERS; "identity" is input-space smoothing
-    config.model.method = "paraunitary"  # family of the orthogonal convolutions, or "cayley"
-    config.model.head = "convnet"  # lsrs_jax.models.HEADS
+    config.model.method = "adaptive"  # lsrs_jax.orthogonal.FAMILIES: how orthogonal convolutions are built
+    config.model.initializer = "identity"  # of the orthogonal convolutions, or "random"
+    config.model.padding = "circular"  # of the orthogonal convolutions, or "zero"
+    config.model.activation = "maxmin"  # lsrs_jax.models.ACTIVATIONS: after each of them
+    config.model.head = "convnet"  # lsrs_jax.heads.HEADS
     config.model.noise = "latent"  # "input": the same network smoothed in input space
     config.model.mean = (0.0,)  # input normalisation, per channel; 1/min(std) counts in the Lipschitz constant
     config.model.std = (1.0,)
 
     config.train = ConfigDict()
     config.train.steps = 1000
+    config.train.loss = "gaussian"  # cross entropy under noise; "margin": without noise, for deterministic certificates
+    config.train.radius = 36 / 255  # margin: the radius asked for, with a temperature for the logits
+    config.train.temperature = 0.25
     config.train.optimizer = "adam"  # or "sgd" (Nesterov momentum 0.9)
     config.train.learning_rate = 1e-3
     config.train.schedule = "cosine"  # or "constant"
@@ -46,6 +52,7 @@ def default():
 
     config.certify = ConfigDict()
     config.certify.name = "default"  # results go to <workdir>/certify/<name>
+    config.certify.certificate = "smoothed"  # or "deterministic": the margin of a linear head, without noise
     config.certify.n0 = 100
     config.certify.n = 100_000
     config.certify.alpha = 0.001  # failure probability per image
@@ -60,7 +67,7 @@ def default():
 def choose(config, variant):
     """Turns a configuration with an orthogonal encoder into one of the comparisons every experiment offers.
 
-    ``lsrs`` (as it is), ``cayley`` (the other family of convolutions), ``isrs`` (no encoder: the head smoothed in input
+    ``lsrs`` (as it is), ``cayley`` (another family of convolutions), ``isrs`` (no encoder: the head smoothed in input
     space), ``isrs_split`` (the same network smoothed in input space).
     """
     changes = {
@@ -85,6 +92,9 @@ def _limits(config):
         ("data.batch_size", data.batch_size >= 1, "at least 1"),
         ("data.crop", data.crop >= 0, "at least 0"),
         ("train.steps", train.steps >= 1, "at least 1"),
+        ("train.loss", train.loss in ("gaussian", "margin"), "'gaussian' or 'margin'"),
+        ("train.radius", 0 <= train.radius < float("inf"), "at least 0"),
+        ("train.temperature", 0 < train.temperature < float("inf"), "a positive number"),
         ("train.optimizer", train.optimizer in ("adam", "sgd"), "'adam' or 'sgd'"),
         ("train.schedule", train.schedule in ("cosine", "constant"), "'cosine' or 'constant'"),
         ("train.learning_rate", 0 < train.learning_rate < float("inf"), "a positive number"),
@@ -95,6 +105,11 @@ def _limits(config):
         ("train.checkpoint_every", train.checkpoint_every >= 1, "at least 1"),
         ("train.keep_checkpoints", train.keep_checkpoints >= 1, "at least 1"),
         ("certify.name", _is_plain_name(certify.name), "a plain folder name (letters, digits, . _ -)"),
+        (
+            "certify.certificate",
+            certify.certificate in ("smoothed", "deterministic"),
+            "'smoothed' or 'deterministic'",
+        ),
         ("certify.n0", 1 <= certify.n0 <= 2**27, "between 1 and 2**27"),
         ("certify.n", 1 <= certify.n <= 2**27, "between 1 and 2**27"),
         ("certify.alpha", 0 < certify.alpha < 1, "strictly between 0 and 1"),

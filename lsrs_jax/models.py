@@ -1,4 +1,4 @@
-"""Encoders, heads, and the pair of them: a classifier split at its latent. Presets by name.
+"""Encoders, and the pair of an encoder and a head: a classifier split at its latent. Presets by name.
 
 The split is a dial: encoder ``identity`` puts the noise on the image (ISRS, Cohen et al. 2019) through the very same
 code. ``noise="input"`` is the other baseline, ISRS of a split model: the same encoder and head with the noise moved in
@@ -6,6 +6,7 @@ front of both.
 """
 
 import dataclasses
+import functools
 import math
 
 import flax.linen as nn
@@ -15,81 +16,38 @@ import numpy as np
 
 from lsrs_jax import layers
 from lsrs_jax.errors import UserError
+from lsrs_jax.heads import HEADS
 from lsrs_jax.materialize import materialize
 
 
-def _orthogonal_encoder(convolutions):
-    """Per entry: space-to-depth by 2, then so many 3x3 orthogonal convolutions with MaxMin, at constant width."""
+def _orthogonal_encoder(stages):
+    """Per stage ``(count, width)``: space-to-depth by 2, then so many 3x3 orthogonal convolutions with an activation.
 
-    def encoder(input_shape, method):
-        height, width, channels = input_shape
-        chain = []
-        for count in convolutions:
+    The width is in channels; None keeps those of the space-to-depth, and with them the number of entries.
+    """
+
+    def encoder(input_shape, conv, activation):
+        channels, chain = input_shape[2], []
+        for count, width in stages:
             chain.append(layers.SpaceToDepth((2, 2)))
-            height, width, channels = height // 2, width // 2, 4 * channels
+            channels = width or 4 * channels
             for _ in range(count):
-                chain += [layers.OrthogonalConv(channels, (3, 3), method=method), layers.MaxMin()]
+                chain += [conv(channels, (3, 3)), activation()]
         return tuple(chain)
 
     return encoder
 
 
-# (input_shape, method) -> layers; every latent has exactly as many entries as the image.
+# (input_shape, conv, activation) -> layers. Only `pyramid` changes the number of entries: 1,024 of a CIFAR image.
 ENCODERS = {
-    "identity": lambda input_shape, method: (),
-    "space_to_depth": _orthogonal_encoder((0,)),
-    "shallow": _orthogonal_encoder((2,)),
-    "deep": _orthogonal_encoder((4, 4)),
+    "identity": lambda input_shape, conv, activation: (),
+    "space_to_depth": _orthogonal_encoder(((0, None),)),
+    "shallow": _orthogonal_encoder(((2, None),)),
+    "deep": _orthogonal_encoder(((4, None), (4, None))),
+    "pyramid": _orthogonal_encoder(((3, 32), (3, 64), (3, 64))),
 }
 
-
-class LinearHead(nn.Module):
-    """One dense layer on the flattened latent."""
-
-    num_classes: int
-
-    @nn.compact
-    def __call__(self, z):
-        return nn.Dense(self.num_classes)(z.reshape(z.shape[0], -1))
-
-
-class MLPHead(nn.Module):
-    """Dense layers with ReLU on the flattened latent."""
-
-    num_classes: int
-    widths: tuple[int, ...]
-
-    @nn.compact
-    def __call__(self, z):
-        z = z.reshape(z.shape[0], -1)
-        for width in self.widths:
-            z = nn.relu(nn.Dense(width)(z))
-        return nn.Dense(self.num_classes)(z)
-
-
-class ConvHead(nn.Module):
-    """3x3 convolutions with ReLU, the mean over positions, a dense layer. No batch statistics: rows stay independent.
-
-    Attributes:
-      stages: ``(channels, stride)`` of each convolution.
-    """
-
-    num_classes: int
-    stages: tuple[tuple[int, int], ...]
-
-    @nn.compact
-    def __call__(self, z):
-        for channels, stride in self.stages:
-            z = nn.relu(nn.Conv(channels, (3, 3), (stride, stride), kernel_init=nn.initializers.he_normal())(z))
-        return nn.Dense(self.num_classes)(z.mean(axis=(1, 2)))
-
-
-HEADS = {
-    "linear": LinearHead,
-    "mlp": lambda classes: MLPHead(classes, (256, 256)),
-    "convnet": lambda classes: ConvHead(classes, ((32, 1), (64, 2), (64, 1))),
-    "convnet_small": lambda classes: ConvHead(classes, ((16, 1), (32, 2), (32, 1))),
-}
+ACTIVATIONS = {"maxmin": layers.MaxMin, "householder": layers.Householder}
 
 
 def _choose(kind, table, name):
@@ -146,6 +104,16 @@ class Model:
             noisy = self._encoder_apply(params["encoder"], self._normalized(noisy))
         return self.head.apply({"params": params["head"]}, noisy)
 
+    def _materialized(self, params):
+        """Normalisation and encoder as one `Materialized`."""
+        chain = self.encoder.layers if self.normalize is None else (self.normalize, *self.encoder.layers)
+        shift = len(chain) - len(self.encoder.layers)
+        named = {
+            f"layers_{index + shift}": params["encoder"].get(f"layers_{index}", {})
+            for index in range(len(self.encoder.layers))
+        }
+        return materialize(layers.Encoder(chain), named, self.input_shape)
+
     def for_certification(self, params):
         """The same two functions on plain parameters.
 
@@ -157,13 +125,7 @@ class Model:
         **Guarantee**: ``head(encoder.apply(·))`` without noise is the trained classifier up to float rounding; the
         certificate is about the functions returned here.
         """
-        chain = self.encoder.layers if self.normalize is None else (self.normalize, *self.encoder.layers)
-        shift = len(chain) - len(self.encoder.layers)
-        named = {
-            f"layers_{index + shift}": params["encoder"].get(f"layers_{index}", {})
-            for index in range(len(self.encoder.layers))
-        }
-        plain = materialize(layers.Encoder(chain), named, self.input_shape)
+        plain = self._materialized(params)
         head_params = {"params": jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), params["head"])}
 
         def head(latents):
@@ -175,6 +137,21 @@ class Model:
         identity = materialize(layers.Encoder(), {}, self.input_shape)
         return identity, lambda noisy: head(plain.apply(base, noisy))
 
+    def with_linear_head(self, params):
+        """The noise-free classifier for its deterministic certificate.
+
+        Returns:
+          ``(encoder, weights, bias)``: normalisation and encoder as a `Materialized`, and the head on the flattened
+          latent, float64 ``(d, K)`` and ``(K,)``.
+
+        Raises:
+          UserError: for a head that is not linear.
+        """
+        if not hasattr(self.head, "matrix"):
+            linear = ", ".join(name for name, head in HEADS.items() if hasattr(head, "matrix"))
+            raise UserError(f"a deterministic certificate needs a linear head (model.head one of {linear})")
+        return self._materialized(params), *self.head.matrix(params["head"])
+
 
 def build(config, input_shape, num_classes):
     """The `Model` of a config's ``model`` section, for images ``(H, W, C)``.
@@ -182,7 +159,11 @@ def build(config, input_shape, num_classes):
     Raises:
       UserError: for an unknown name, or an encoder that does not fit the image.
     """
-    encoder = _choose("encoder", ENCODERS, config.encoder)(tuple(input_shape), config.method)
+    conv = functools.partial(
+        layers.OrthogonalConv, method=config.method, initializer=config.initializer, padding=config.padding
+    )
+    activation = _choose("activation", ACTIVATIONS, config.activation)
+    encoder = _choose("encoder", ENCODERS, config.encoder)(tuple(input_shape), conv, activation)
     head = _choose("head", HEADS, config.head)(num_classes)
     if config.noise not in ("latent", "input"):
         raise UserError(f"unknown model.noise {config.noise!r}: choose 'latent' or 'input'")

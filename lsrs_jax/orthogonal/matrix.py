@@ -152,14 +152,67 @@ def exponential(w):
     return expm_skew(skew(jnp.pad(w, padding)))[..., :columns]
 
 
+_BLOCK = 16
+
+
+def _sweep(m):
+    """Inverse by Gauss-Jordan elimination on the diagonal, in place."""
+
+    def eliminate(k, m):
+        column, row = m[..., :, k], m[..., k, :]
+        pivot = 1 / row[..., k]
+        row = row * pivot[..., None]
+        m = m - column[..., :, None] * row[..., None, :]
+        m = m.at[..., k, :].set(row).at[..., :, k].set(-column * pivot[..., None])
+        return m.at[..., k, k].set(pivot)
+
+    return jax.lax.fori_loop(0, m.shape[-1], eliminate, m)
+
+
+def _eliminate(m):
+    """Inverse by halves: both the first diagonal block and its Schur complement keep a Hermitian part ≥ I."""
+    n = m.shape[-1]
+    if n <= _BLOCK:
+        return _sweep(m)
+    half = n // 2
+    a, b, c, d = m[..., :half, :half], m[..., :half, half:], m[..., half:, :half], m[..., half:, half:]
+    a = _eliminate(a)
+    left, right = c @ a, a @ b
+    d = _eliminate(d - left @ b)
+    b = -right @ d
+    return jnp.concatenate([jnp.concatenate([a - b @ left, b], -1), jnp.concatenate([-d @ left, d], -1)], -2)
+
+
+@jax.custom_jvp
+@highest_precision
+def accretive_inverse(m):
+    """Inverse of ``(..., n, n)`` whose Hermitian part (M + Mᴴ)/2 is at least the identity.
+
+    Such matrices need no pivoting, so that products and one small loop do: no LAPACK, whose concurrent triangular
+    solves can wait for each other for ever on a CPU of few cores (as of jax 0.10). The error of the elimination grows
+    with the square of ‖M‖; two Newton steps square it twice.
+    """
+    inverse, identity = _eliminate(m), jnp.eye(m.shape[-1], dtype=m.dtype)
+    for _ in range(2):
+        inverse = inverse + inverse @ (identity - m @ inverse)
+    return inverse
+
+
+@accretive_inverse.defjvp
+@highest_precision
+def _accretive_inverse_jvp(primals, tangents):
+    inverse = accretive_inverse(*primals)
+    return inverse, -inverse @ tangents[0] @ inverse
+
+
 @highest_precision
 def cayley(w):
     """Semi-orthogonal ``(..., m, n)`` from unconstrained W of the same shape by the Cayley transform.
 
     With W = [U; V] tall and A = U − Uᴴ + VᴴV the result is [(I+A)⁻¹(I−A); −2V(I+A)⁻¹] (Trockman and Kolter 2021,
     appendix); wide W goes through its adjoint. I + A is invertible for every W because A + Aᴴ = 2VᴴV ≥ 0. W = 0 gives
-    the (rectangular) identity. A Björck step removes the error of the solve, which grows with ‖A‖ (float32: none left
-    at weights of 1,000, 1e-4 at weights of 1e6).
+    the (rectangular) identity. A Björck step removes the error of the inverse, which grows with ‖A‖ (float32: none left
+    at ‖A‖ of some 1,000 whatever the size, 3e-4 at 3,000 for n = 128).
 
     **Guarantee**: all min(m, n) singular values are 1 up to the rounding of the dtype.
     """
@@ -170,7 +223,7 @@ def cayley(w):
         return w
     top, bottom = w[..., :columns, :], w[..., columns:, :]
     identity = jnp.eye(columns, dtype=w.dtype)
-    inverse = jnp.linalg.inv(identity + skew(top) + adjoint(bottom) @ bottom)
+    inverse = accretive_inverse(identity + skew(top) + adjoint(bottom) @ bottom)
     return bjorck_step(jnp.concatenate([2 * inverse - identity, -2 * bottom @ inverse], axis=-2))
 
 

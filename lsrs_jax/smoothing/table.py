@@ -10,7 +10,6 @@ import numpy as np
 from lsrs_jax.errors import UserError
 
 FIELD_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
-COLUMNS = (*FIELD_COLUMNS, "n", "p_a_lower", "p_b_upper", "lipschitz", "slack", "abstain")
 
 
 def format_table(tallies, certificates, lipschitz):
@@ -18,25 +17,41 @@ def format_table(tallies, certificates, lipschitz):
 
     The six columns of Cohen et al. 2019 come first. Radii are printed with full precision, never rounded up.
     """
-    lines = ["\t".join(COLUMNS)]
-    for row, tally in enumerate(tallies):
-        predict, radius = int(certificates.predict[row]), float(certificates.radius[row])
-        values = (
-            tally.idx,
-            tally.label,
-            predict,
-            repr(radius),
-            int(predict == tally.label),
-            f"{tally.seconds:.6f}",
-            int(certificates.n[row]),
-            repr(float(certificates.p_a_lower[row])),
-            repr(float(certificates.p_b_upper[row])),
-            repr(float(lipschitz)),
-            repr(float(tally.slack)),
-            int(certificates.abstain[row]),
-        )
-        lines.append("\t".join(map(str, values)))
+    columns = {
+        "idx": [tally.idx for tally in tallies],
+        "label": [tally.label for tally in tallies],
+        "predict": certificates.predict,
+        "radius": certificates.radius,
+        "time": [tally.seconds for tally in tallies],
+        "n": certificates.n,
+        "p_a_lower": certificates.p_a_lower,
+        "p_b_upper": certificates.p_b_upper,
+        "lipschitz": np.full(len(tallies), lipschitz),
+        "slack": [tally.slack for tally in tallies],
+        "abstain": certificates.abstain,
+    }
+    return format_columns(columns)
+
+
+def format_columns(columns):
+    """The text of a table in the field's format from arrays over images, sorted as given.
+
+    Args:
+      columns: name → array; at least `FIELD_COLUMNS` without ``correct``, which follows from label and predict.
+    """
+    columns = {name: np.asarray(values) for name, values in columns.items()}
+    columns["correct"] = columns["predict"] == columns["label"]
+    names = [*FIELD_COLUMNS, *(name for name in columns if name not in FIELD_COLUMNS)]
+    lines = ["\t".join(names)]
+    for row in range(len(columns["idx"])):
+        lines.append("\t".join(_print(name, columns[name][row]) for name in names))
     return "\n".join(lines) + "\n"
+
+
+def _print(name, value):
+    if name == "time":
+        return f"{value:.6f}"
+    return repr(float(value)) if isinstance(value, np.floating) else str(int(value))
 
 
 @dataclasses.dataclass(frozen=True)

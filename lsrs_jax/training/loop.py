@@ -18,12 +18,15 @@ from lsrs_jax.training import losses, optimizer
 
 def _step_function(model, config, update):
     """One jitted optimizer step. The noise of step s comes from the key of (seed, "train", s) alone."""
+    settings = config.train
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def train_step(params, opt_state, images, labels, key, step):
         noise_key = jax.random.fold_in(key, step)
 
         def loss_of(params):
+            if settings.loss == "margin":
+                return losses.margin_cross_entropy(model, params, images, labels, settings.radius, settings.temperature)
             return losses.gaussian_cross_entropy(model, params, images, labels, config.sigma, noise_key)
 
         (loss, accuracy), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)

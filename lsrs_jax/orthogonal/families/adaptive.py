@@ -51,7 +51,9 @@ def init(key, shape, mode):
     if mode == "identity":
         pairs = gaussian(factor_key, -(-max(rows, columns) // 2), width, width // 2)
         matched = jnp.repeat(pairs, 2, axis=0)
-        return {"rotation": 0 * rotation, "height": matched[:rows], "width": matched[:columns]}
+        # Copies: two leaves that share a buffer cannot be donated.
+        height, wide = jnp.array(matched[:rows], copy=True), jnp.array(matched[:columns], copy=True)
+        return {"rotation": 0 * rotation, "height": height, "width": wide}
     height, wide = (gaussian(axis_keys[i], count, width, width // 2) for i, count in enumerate((rows, columns)))
     return {"rotation": rotation, "height": height, "width": wide}
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsrs_jax.errors import UserError
+from lsrs_jax.orthogonal import fourier
 from lsrs_jax.orthogonal.families.family import ConvFamily
 from lsrs_jax.orthogonal.matrix import adjoint, cayley, highest_precision
 from lsrs_jax.orthogonal.resize import space_to_depth
@@ -37,15 +38,6 @@ def init(key, shape, mode):
     return {"kernel": kernel, "norm": norm * (0.1 if mode == "identity" else 1.0)}
 
 
-def _fold(kernel, rows, columns):
-    """Wraps a kernel ``(kh, kw, ...)`` onto a torus of rows × columns and centres it."""
-    kh, kw = kernel.shape[:2]
-    row = (np.arange(kh) - kh // 2) % rows
-    column = (np.arange(kw) - kw // 2) % columns
-    folded = jnp.zeros((rows, columns, *kernel.shape[2:]), kernel.dtype)
-    return folded.at[row[:, None], column[None, :]].add(kernel)
-
-
 @highest_precision
 def build(raw, shape):
     """Raw parameters → ``{"real", "imag"}``, each ``(H/s, W/s//2 + 1, c_out, c_in·s·s)``, differentiable.
@@ -54,21 +46,22 @@ def build(raw, shape):
     with the conjugate of its mirror frequency (equal up to rounding), so no singular value exceeds the largest of the
     blocks.
     """
-    rows, columns = shape.output_hw
     kernel = raw["kernel"]
     # The constant keeps the gradient finite at a zero kernel.
     kernel = kernel * (raw["norm"] * jax.lax.rsqrt(jnp.sum(kernel**2) + 1e-12))
-    blocks = cayley(adjoint(jnp.fft.rfft2(_fold(kernel, rows, columns), axes=(0, 1))))
+    kh, kw, inputs, outputs = kernel.shape
+    taps = fourier.transform(kernel.reshape(kh, kw, -1), shape.output_hw, (kh // 2, kw // 2))
+    blocks = cayley(adjoint(taps.reshape(*taps.shape[:2], inputs, outputs)))
     return {"real": blocks.real, "imag": blocks.imag}
 
 
 @highest_precision
 def apply(plain, x, shape):
-    """Multiplies every frequency of the input by its block. ``s=(H, W)`` keeps odd sizes exact."""
+    """Multiplies every frequency of the input by its block."""
     x = space_to_depth(x, shape.strides)
     blocks = jax.lax.complex(plain["real"], plain["imag"])
-    spectrum = jnp.einsum("hwoi,bhwi->bhwo", blocks, jnp.fft.rfft2(x, axes=(1, 2)))
-    return jnp.fft.irfft2(spectrum, s=x.shape[1:3], axes=(1, 2))
+    spectrum = jnp.einsum("hwoi,bhwi->bhwo", blocks, fourier.transform(x, shape.output_hw))
+    return fourier.inverse(spectrum, shape.output_hw[1])
 
 
 def spectrum(plain, shape):

@@ -1,0 +1,102 @@
+"""Heads: what classifies the latent. Any Linen module ``(B, …) → (B, num_classes)`` with independent rows will do.
+
+A head that is linear in the latent also has ``matrix(params)``, float64 ``(weights (d, K), bias (K,))`` on the flat
+latent: with it the classifier has a deterministic certificate as well.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from lsrs_jax.layers import OrthogonalDense
+
+
+def _float64(values):
+    return np.asarray(values, np.float64)
+
+
+class LinearHead(nn.Module):
+    """One dense layer on the flattened latent."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, z):
+        return nn.Dense(self.num_classes)(z.reshape(z.shape[0], -1))
+
+    def matrix(self, params):
+        return _float64(params["Dense_0"]["kernel"]), _float64(params["Dense_0"]["bias"])
+
+
+class NormalizedHead(nn.Module):
+    """A linear head whose K weight vectors have length 1 (last-layer normalisation, Singla, Singla and Feizi 2021)."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, z):
+        z = z.reshape(z.shape[0], -1)
+        weights = self.param("kernel", nn.initializers.orthogonal(), (z.shape[-1], self.num_classes))
+        bias = self.param("bias", nn.initializers.zeros, (self.num_classes,))
+        # The constant keeps the gradient finite at zero weights.
+        return z @ (weights / jnp.sqrt(jnp.sum(weights**2, axis=0) + 1e-12)) + bias
+
+    def matrix(self, params):
+        weights = _float64(params["kernel"])
+        return weights / np.sqrt(np.sum(weights**2, axis=0) + 1e-12), _float64(params["bias"])
+
+
+class OrthogonalHead(nn.Module):
+    """A linear head with orthonormal weight vectors (a Cayley transform), so that logits are 1-Lipschitz jointly."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, z):
+        return OrthogonalDense(self.num_classes, method="cayley")(z.reshape(z.shape[0], -1))
+
+    def matrix(self, params):
+        raw = params["OrthogonalDense_0"]
+        weights = OrthogonalDense(self.num_classes, method="cayley").materialize(raw, raw["raw"].shape[:1]).params
+        return weights, np.zeros(self.num_classes)
+
+
+class MLPHead(nn.Module):
+    """Dense layers with ReLU on the flattened latent."""
+
+    num_classes: int
+    widths: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, z):
+        z = z.reshape(z.shape[0], -1)
+        for width in self.widths:
+            z = nn.relu(nn.Dense(width)(z))
+        return nn.Dense(self.num_classes)(z)
+
+
+class ConvHead(nn.Module):
+    """3x3 convolutions with ReLU, the mean over positions, a dense layer. No batch statistics: rows stay independent.
+
+    Attributes:
+      stages: ``(channels, stride)`` of each convolution.
+    """
+
+    num_classes: int
+    stages: tuple[tuple[int, int], ...]
+
+    @nn.compact
+    def __call__(self, z):
+        for channels, stride in self.stages:
+            z = nn.relu(nn.Conv(channels, (3, 3), (stride, stride), kernel_init=nn.initializers.he_normal())(z))
+        return nn.Dense(self.num_classes)(z.mean(axis=(1, 2)))
+
+
+HEADS = {
+    "linear": LinearHead,
+    "normalized": NormalizedHead,
+    "orthogonal": OrthogonalHead,
+    "mlp": lambda classes: MLPHead(classes, (256, 256)),
+    "convnet": lambda classes: ConvHead(classes, ((32, 1), (64, 2), (64, 1))),
+    "convnet_small": lambda classes: ConvHead(classes, ((16, 1), (32, 2), (32, 1))),
+}
