@@ -57,8 +57,8 @@ class OrthogonalHead(nn.Module):
 
     def matrix(self, params):
         raw = params["OrthogonalDense_0"]
-        weights = OrthogonalDense(self.num_classes, method="cayley").materialize(raw, raw["raw"].shape[:1]).params
-        return weights, np.zeros(self.num_classes)
+        dense = OrthogonalDense(self.num_classes, method="cayley", parent=None)
+        return dense.materialize(raw, raw["raw"].shape[:1]).params, np.zeros(self.num_classes)
 
 
 class MLPHead(nn.Module):

@@ -400,6 +400,66 @@ def test_every_charge_reaches_the_certificates(tmp_path):
     np.testing.assert_array_equal(again.counts, [votes[idx, "estimation"] for idx in range(40)])
 
 
+@pytest.fixture(scope="module")
+def margins(tmp_path_factory):
+    """A 1-Lipschitz classifier with both kinds of certificates."""
+    workdir = tmp_path_factory.mktemp("margins") / "run"
+    run("train", *QUICK, "--config.train.loss=margin", "--config.model.head=normalized", f"--workdir={workdir}")
+    run("certify", f"--workdir={workdir}", "--config.certify.name=smoothed")
+    flags = ["--config.certify.certificate=deterministic", "--config.certify.name=margin"]
+    assert "no noise" in run("certify", f"--workdir={workdir}", *flags, devices=2)
+    return workdir
+
+
+def test_deterministic_and_smoothed_certificates_meet_in_one_report(margins, tmp_path):
+    tables = {name: read_table(margins / "certify" / name / "certificates.tsv") for name in ("margin", "smoothed")}
+    table = tables["margin"]
+    np.testing.assert_array_equal(table.idx, tables["smoothed"].idx)
+    assert (table.votes == 0).all()
+    assert table.certified_accuracy(0) > 0.3
+    provenance = json.loads((margins / "certify" / "margin" / "certificates.json").read_text())
+    assert provenance["identity"]["certificate"] == "deterministic"
+    assert len(provenance["lipschitz"]["layers"]) == 5
+    assert provenance["derivation"]["bound"] == "margin"
+    out = run("report", margins, f"--out={tmp_path / 'report'}")
+    assert "| run/margin | 40 |" in out
+    assert "| run/smoothed | 40 |" in out
+
+    # Recomputed from the trained functions: the nearest rival, at the distance of the weights, none beyond the radius.
+    config = configuration.load(margins / "config.json")
+    model = models.build(config.model, (8, 8, 1), 10)
+    with pinned():
+        params, _ = checkpoint.restore_model(margins, jax.eval_shape(model.init, root_key(0)))
+    images = data.load("digits", "test").pixels(np.arange(40), np.float32)
+    logits = np.asarray(model.classify(params, model.encode(params, images)), np.float64)
+    kernel = np.asarray(params["head"]["kernel"], np.float64)
+    kernel /= np.linalg.norm(kernel, axis=0)
+    for row, (predict, radius) in enumerate(zip(table.predict, table.radius, strict=True)):
+        rivals = [j for j in range(10) if j != predict]
+        distances = [np.linalg.norm(kernel[:, predict] - kernel[:, j]) for j in rivals]
+        expected = min((logits[row, predict] - logits[row, j]) / d for j, d in zip(rivals, distances, strict=True))
+        assert radius == pytest.approx(max(expected, 0), abs=2e-5)
+        assert predict == logits[row].argmax()
+
+
+def test_kinds_of_certificates_are_not_mixed(margins, copy, certified):
+    deterministic = "--config.certify.certificate=deterministic"
+    before = fingerprint(margins)
+    for flags, why in (
+        ([deterministic, "--config.certify.name=smoothed"], "certificate was 'smoothed' and is now 'deterministic'"),
+        (["--config.certify.name=margin"], "certificate was 'deterministic' and is now 'smoothed'"),
+    ):
+        assert why in refused("certify", f"--workdir={margins}", *flags)
+    assert fingerprint(margins) == before
+    assert "needs a linear head" in refused("certify", f"--workdir={copy}", deterministic, "--config.certify.name=x")
+    assert not (copy / "certify" / "x").exists()
+    shutil.copytree(copy / "certify" / "base", margins / "certify" / "y")
+    (margins / "certify" / "y" / "certificates.json").unlink()
+    assert "another certification" in refused(
+        "certify", f"--workdir={margins}", deterministic, "--config.certify.name=y"
+    )
+
+
 def test_an_interrupted_change_of_alpha_never_mixes_tables(copy):
     """Killed at any moment, certificates.json names the alpha of the table beside it, or none."""
     folder = copy / "certify" / "base"

@@ -21,12 +21,28 @@ def test_every_experiment_is_a_valid_config(path):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    variants = ("lsrs", "cayley", "isrs", "isrs_split")
+    named = {"cifar10_orthogonal": ("adaptive", "paraunitary", "exponential", "cayley")}
+    variants = named.get(path.stem, ("lsrs", "cayley", "isrs", "isrs_split"))
     seen = {str(configuration.to_dict(configuration.check(module.get_config(variant)))) for variant in variants}
     assert len(seen) == len(variants)
     assert all(f"``{variant}``" in module.__doc__ for variant in variants)
     with pytest.raises(ValueError, match="unknown variant"):
         module.get_config("lrss")
+
+
+def test_variants_of_the_comparison_of_families_change_what_they_say():
+    spec = importlib.util.spec_from_file_location("cifar10_orthogonal", ROOT / "configs" / "cifar10_orthogonal.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    base = configuration.to_dict(module.get_config("cayley"))
+    for change, field, value in (
+        ("random", "initializer", "random"),
+        ("zero", "padding", "zero"),
+        ("householder", "activation", "householder"),
+    ):
+        changed = configuration.to_dict(module.get_config(f"cayley_{change}"))
+        assert changed["model"] == base["model"] | {field: value}
+        assert changed["train"] == base["train"]
 
 
 @pytest.mark.parametrize(
@@ -79,6 +95,10 @@ def test_a_missing_field_is_refused_not_guessed(tmp_path):
         ("train.learning_rate", float("nan")),
         ("train.warmup_steps", 1000),
         ("certify.n0", 0),
+        ("certify.certificate", "exact"),
+        ("train.loss", "hinge"),
+        ("train.radius", -0.1),
+        ("train.temperature", 0.0),
         ("certify.alpha", float("nan")),
         ("certify.stop", -1),
         ("certify.tile", (1, 1)),

@@ -7,20 +7,39 @@ import pytest
 from absl.testing import parameterized
 from conftest import threefry
 
-from lsrs_jax import layers, models
+from lsrs_jax import layers, models, orthogonal
 from lsrs_jax.config import default
 from lsrs_jax.errors import UserError
 from lsrs_jax.materialize import Float64Encoder, materialize
+from lsrs_jax.orthogonal import depth_to_space, space_to_depth
 
+# layer, input shape, whether it keeps norms
 LAYERS = {
-    "paraunitary": (layers.OrthogonalConv(6, (3, 3)), (6, 6, 3), True),
-    "paraunitary strided": (layers.OrthogonalConv(5, (4, 4), (2, 2), initializer="random"), (6, 8, 2), False),
+    "adaptive": (layers.OrthogonalConv(6, (3, 3)), (6, 6, 3), True),
+    "adaptive strided": (layers.OrthogonalConv(14, (3, 3), (2, 2), initializer="random"), (6, 8, 3), True),
+    "adaptive zero": (layers.OrthogonalConv(4, (3, 3), initializer="random", padding="zero"), (5, 4, 3), False),
+    "paraunitary strided": (
+        layers.OrthogonalConv(5, (4, 4), (2, 2), method="paraunitary", initializer="random"),
+        (6, 8, 2),
+        False,
+    ),
+    "exponential": (layers.OrthogonalConv(6, (3, 3), method="exponential", initializer="random"), (5, 4, 3), True),
+    "exponential zero": (
+        layers.OrthogonalConv(9, (2, 2), (2, 1), method="exponential", initializer="random", padding="zero"),
+        (4, 4, 3),
+        True,
+    ),
     "cayley": (layers.OrthogonalConv(6, (3, 3), method="cayley", initializer="random"), (5, 4, 3), True),
     "exponential dense": (layers.OrthogonalDense(7), (5,), True),
     "cayley dense": (layers.OrthogonalDense(3, method="cayley"), (8,), False),
     "identity dense": (layers.OrthogonalDense(4, initializer="identity"), (4,), True),
     "maxmin": (layers.MaxMin(), (3, 3, 5), True),
+    "group sort": (layers.GroupSort(3), (3, 3, 7), True),
+    "householder": (layers.Householder(), (3, 3, 5), True),
     "space to depth": (layers.SpaceToDepth((2, 1)), (4, 3, 2), True),
+    "depth to space": (layers.DepthToSpace((2, 1)), (4, 3, 4), True),
+    "average pool": (layers.AveragePool((2, 3)), (4, 3, 2), False),
+    "l2 pool": (layers.L2Pool((2, 1)), (4, 3, 2), False),
     "pad": (layers.Channels(6), (2, 2, 4), True),
     "crop": (layers.Channels(2), (2, 2, 4), False),
     "flatten": (layers.Flatten(), (2, 3, 4), True),
@@ -47,10 +66,59 @@ class LayerTest(chex.TestCase, parameterized.TestCase):
             np.linalg.norm(np.asarray(y).reshape(4, -1), axis=1),
         )
         if isometry:
-            assert plain.sigma_min >= 1 - 1e-10
+            assert plain.sigma_min >= 1 - (3e-6 if "exponential" in getattr(layer, "method", "") else 1e-10)
             np.testing.assert_allclose(norms[1], norms[0], rtol=1e-5)
         else:
             assert (norms[1] <= norms[0] * (1 + 1e-05)).all()
+
+    @parameterized.named_parameters(*((name, *case) for name, case in LAYERS.items()))
+    def test_no_pair_of_inputs_is_stretched(self, layer, shape, isometry):
+        """The definition, on pairs near and far, around zero too."""
+        rng = np.random.default_rng(0)
+        x = rng.standard_normal((64, *shape)) * 10.0 ** rng.uniform(-3, 1, (64, *[1] * len(shape)))
+        step = rng.standard_normal(x.shape) * 10.0 ** rng.uniform(-6, 1, (64, *[1] * len(shape)))
+        x[:8] = 0
+        variables = layer.init(threefry(0), jnp.asarray(x[:1], jnp.float32))
+        plain = layer.materialize(variables.get("params", {}), shape)
+        with jax.enable_x64(True):
+            near, far = (np.asarray(plain.apply(plain.params, jnp.asarray(point))) for point in (x, x + step))
+        ratio = np.linalg.norm((far - near).reshape(64, -1), axis=1) / np.linalg.norm(step.reshape(64, -1), axis=1)
+        assert ratio.max() <= plain.sigma_max + 1e-9
+
+
+def test_group_sort_sorts_groups():
+    x = jnp.array([[1.0, 5.0, 3.0, 2.0, 4.0, 6.0, -7.0]])
+    # groups (c, c + 2, c + 4), largest first; the seventh channel passes
+    np.testing.assert_array_equal(layers.GroupSort(3).apply({}, x), [[4.0, 6.0, 3.0, 5.0, 1.0, 2.0, -7.0]])
+    np.testing.assert_array_equal(layers.GroupSort(2).apply({}, x), layers.MaxMin().apply({}, x))
+    np.testing.assert_array_equal(layers.GroupSort(7).apply({}, x), -np.sort(-np.asarray(x)))
+
+
+@pytest.mark.parametrize("theta", [0.0, 0.3, np.pi / 2, 2.0, np.pi, 5.0, -1.0])
+def test_householder_reflects_one_half_plane_into_the_other(theta):
+    x = np.random.default_rng(0).standard_normal((50, 2))
+    y = np.asarray(orthogonal.householder(jnp.asarray(x, jnp.float32), jnp.array([theta], jnp.float32)))
+    normal = np.array([np.sin(theta / 2), -np.cos(theta / 2)])
+    reflection = np.eye(2) - 2 * np.outer(normal, normal)
+    np.testing.assert_allclose(y, np.where(x @ normal[:, None] >= 0, x, x @ reflection), atol=1e-5)
+    assert (y @ normal >= -1e-5).all()
+
+
+def test_householder_starts_as_maxmin_and_learns_its_angle():
+    x = jax.random.normal(threefry(0), (4, 5))
+    variables = layers.Householder().init(threefry(1), x)
+    np.testing.assert_allclose(layers.Householder().apply(variables, x), layers.MaxMin().apply({}, x), atol=1e-6)
+    gradient = jax.grad(lambda v: jnp.sum(layers.Householder().apply(v, x) ** 3))(variables)
+    assert jnp.abs(gradient["params"]["theta"]).min() > 0
+
+
+def test_pools():
+    x = jnp.arange(8.0).reshape(1, 2, 4, 1)
+    np.testing.assert_allclose(layers.AveragePool().apply({}, x)[0, 0, :, 0], [10 / 2, 18 / 2])
+    expected = np.sqrt([0 + 1 + 16 + 25, 4 + 9 + 36 + 49])
+    np.testing.assert_allclose(layers.L2Pool(epsilon=0.0).apply({}, x)[0, 0, :, 0], expected)
+    gradient = jax.grad(lambda x: layers.L2Pool().apply({}, x).sum())(jnp.zeros((1, 2, 2, 1)))
+    assert np.isfinite(gradient).all()
 
 
 def test_maxmin_sorts_pairs_and_passes_the_odd_channel():
@@ -59,8 +127,6 @@ def test_maxmin_sorts_pairs_and_passes_the_odd_channel():
 
 
 def test_space_to_depth_has_an_inverse():
-    from lsrs_jax.orthogonal import depth_to_space, space_to_depth
-
     x = jax.random.normal(threefry(0), (2, 4, 6, 3))
     np.testing.assert_array_equal(depth_to_space(space_to_depth(x, (2, 3)), (2, 3)), x)
     # Each output pixel holds exactly the pixels of its block.
@@ -77,6 +143,11 @@ def test_space_to_depth_has_an_inverse():
         (layers.OrthogonalConv(3, (3,)), (1, 4, 4, 1), "two numbers each"),
         (layers.OrthogonalConv(3, (3, 3)), (1, 4, 4), "takes images"),
         (layers.OrthogonalDense(3, method="bjorck"), (1, 4), "unknown dense method"),
+        (layers.OrthogonalConv(3, (3, 3), padding="reflect"), (1, 4, 4, 1), "would not be 1-Lipschitz"),
+        (layers.DepthToSpace((2, 2)), (1, 4, 4, 3), "not divisible"),
+        (layers.AveragePool((2, 2)), (1, 4, 5, 3), "do not divide"),
+        (layers.L2Pool((2, 2)), (1, 4), "takes images"),
+        (layers.GroupSort(1), (1, 4), "at least 2"),
         (layers.Normalize((0.0,), (0.0,)), (1, 4, 4, 3), "must be positive"),
         (layers.Normalize((0.0, 0.0), (1.0,)), (1, 4, 4, 3), "2 entries for images of 3 channels"),
     ],
@@ -95,7 +166,7 @@ CHAIN = (
     layers.Normalize((0.5, 0.4, 0.3), (0.5, 0.25, 1.0)),
     layers.SpaceToDepth((2, 2)),
     layers.OrthogonalConv(12, (3, 3), initializer="random"),
-    layers.MaxMin(),
+    layers.Householder(),
     layers.OrthogonalConv(8, (3, 3), method="cayley", initializer="random"),
     layers.MaxMin(),
 )
@@ -113,6 +184,47 @@ def test_materialize_counts_every_factor_and_runs_in_float64():
     assert latents.dtype == np.float64
     np.testing.assert_allclose(latents, encoder.apply({"params": params}, x.astype(np.float32)), atol=2e-5)
     np.testing.assert_allclose(latents, Float64Encoder(plain, batch=7)(x), atol=1e-13)
+
+
+def test_an_encoder_builds_its_kernels_together_and_computes_the_same():
+    first, second, third, fourth = (layers.OrthogonalConv(12, (3, 3), initializer="random") for _ in range(4))
+    # What follows a layer of unknown shape is built on its own.
+    chain = (layers.SpaceToDepth((2, 2)), first, layers.MaxMin(), second, layers.MaxMin(), third, nn.Dense(12), fourth)
+    encoder, params = encoder_and_params((8, 8, 3), chain)
+    x = jax.random.normal(threefry(2), (3, 8, 8, 3))
+    one_by_one = x
+    for index, layer in enumerate(chain):
+        one_by_one = layer.apply({"params": params.get(f"layers_{index}", {})}, one_by_one)
+    np.testing.assert_allclose(encoder.apply({"params": params}, x), one_by_one, atol=1e-5)
+    assert len({np.asarray(params[f"layers_{i}"]["raw"]["rotation"]).tobytes() for i in (1, 3, 5, 7)}) == 4
+
+    gradient = jax.grad(lambda p: jnp.sum(encoder.apply({"params": p}, x) ** 3))(params)
+    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("method", orthogonal.FAMILIES)
+def test_training_kernel_and_materialised_kernel_agree(method):
+    layer = layers.OrthogonalConv(12, (3, 3), method=method, initializer="random")
+    x = jnp.zeros((1, 8, 8, 8))
+    params = layer.init(threefry(3), x)["params"]
+    shape = layer.conv_shape((8, 8, 8))
+    trained = orthogonal.family(method).build(params["raw"], shape)
+    certified = layer.materialize(params, (8, 8, 8)).params
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), trained, certified)
+
+
+def test_a_layer_works_in_another_network():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.remat(layers.OrthogonalConv)(8, (3, 3), strides=(2, 2))(x)
+            return layers.OrthogonalDense(3)(nn.relu(nn.Conv(4, (3, 3))(x)).reshape(x.shape[0], -1))
+
+    x = jax.random.normal(threefry(0), (2, 6, 6, 2), jnp.bfloat16)
+    variables = Net().init(threefry(1), x)
+    assert jax.jit(Net().apply)(variables, x).shape == (2, 3)
+    gradient = jax.grad(lambda v: jnp.sum(Net().apply(v, x).astype(jnp.float32) ** 2))(variables)
+    assert all(leaf.dtype == jnp.float32 and np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
 def test_the_encoder_never_stretches_beyond_its_constant():
@@ -163,7 +275,7 @@ def model_of(shape=(8, 8, 1), **fields):
     return models.build(config, shape, 10)
 
 
-@pytest.mark.parametrize("encoder", models.ENCODERS)
+@pytest.mark.parametrize("encoder", ["identity", "space_to_depth", "shallow", "deep"])
 @pytest.mark.parametrize("noise", ["latent", "input"])
 def test_certified_functions_are_the_trained_ones(encoder, noise):
     model = model_of(encoder=encoder, noise=noise, mean=(0.3,), std=(0.5,), head="mlp")
@@ -184,6 +296,9 @@ def test_heads_treat_rows_independently(head):
     params = model.init(threefry(0))
     z = jax.random.normal(threefry(1), (4, 8, 8, 1))
     logits = model.classify(params, z)
+    if hasattr(model.head, "matrix"):
+        weights, bias = model.head.matrix(params["head"])
+        np.testing.assert_allclose(np.asarray(z, np.float64).reshape(4, -1) @ weights + bias, logits, atol=1e-5)
     assert logits.shape == (4, 10)
     np.testing.assert_allclose(model.classify(params, z.at[1:].set(7.0))[0], logits[0], atol=1e-6)
 
@@ -195,6 +310,9 @@ def test_heads_treat_rows_independently(head):
         ({"head": "resnet"}, "unknown model.head 'resnet'"),
         ({"noise": "both"}, "unknown model.noise"),
         ({"method": "qr"}, "unknown convolution method"),
+        ({"padding": "same"}, "unknown padding"),
+        ({"initializer": "zeros"}, "unknown initializer"),
+        ({"activation": "relu"}, "unknown model.activation"),
         ({"std": (-1.0,)}, "must be positive"),
         ({"mean": (0.0, 0.0)}, "2 entries"),
     ],
@@ -207,3 +325,23 @@ def test_bad_models_are_refused(fields, why):
 def test_an_image_the_encoder_cannot_split_is_refused():
     with pytest.raises(UserError, match="do not divide"):
         model_of(shape=(7, 8, 1))
+
+
+def test_the_pyramid_ends_in_a_latent_of_1024_numbers():
+    model = model_of((32, 32, 3), encoder="pyramid", activation="householder")
+    params = jax.eval_shape(model.init, threefry(0))
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    assert jax.eval_shape(model.encode, params, image).shape == (1, 4, 4, 64)
+
+
+def test_a_deterministic_certificate_needs_a_linear_head_and_counts_the_normalisation():
+    with pytest.raises(UserError, match="needs a linear head"):
+        model_of(head="mlp").with_linear_head({})
+    for noise in ("latent", "input"):
+        model = model_of(head="orthogonal", noise=noise, mean=(0.3,), std=(0.5,))
+        params = model.init(threefry(0))
+        encoder, weights, bias = model.with_linear_head(params)
+        assert encoder.report.constant == pytest.approx(2.0, rel=1e-9)
+        x = np.random.default_rng(0).random((5, 8, 8, 1)).astype(np.float32)
+        logits = Float64Encoder(encoder, 5)(x).reshape(5, -1) @ weights + bias
+        np.testing.assert_allclose(logits, model.classify(params, model.encode(params, x)), atol=2e-4)

@@ -35,6 +35,23 @@ def test_the_loss_is_cross_entropy_under_the_certification_noise(noise):
     assert float(accuracy) == pytest.approx(np.mean(logits.argmax(1) == labels))
 
 
+def test_the_margin_loss_handicaps_the_true_class():
+    model = small_model(head="orthogonal")
+    params = model.init(threefry(0))
+    images = np.random.default_rng(0).random((6, 4, 4, 1)).astype(np.float32)
+    labels = np.array([0, 1, 2, 0, 1, 2])
+    loss, accuracy = losses.margin_cross_entropy(model, params, images, labels, 0.3, 0.5)
+    logits = np.asarray(model.classify(params, model.encode(params, images)), np.float64)
+    rows = np.arange(6)
+    handicapped = logits.copy()
+    handicapped[rows, labels] -= np.sqrt(2) * 0.3
+    scaled = handicapped / 0.5
+    expected = -0.5 * np.mean((scaled - np.log(np.exp(scaled).sum(1, keepdims=True)))[rows, labels])
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    assert float(accuracy) == pytest.approx(np.mean(logits.argmax(1) == labels))
+    assert float(losses.margin_cross_entropy(model, params, images, labels, 0.0, 0.5)[0]) < float(loss)
+
+
 def test_weight_decay_touches_the_heads_kernels_only():
     model = small_model()
     params = model.init(threefry(0))

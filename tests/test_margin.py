@@ -1,0 +1,125 @@
+"""Deterministic certificates against closed-form and gradient attacks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import threefry
+
+from lsrs_jax import layers
+from lsrs_jax.errors import UserError
+from lsrs_jax.margin import certified_margin, float64_slack
+from lsrs_jax.materialize import materialize
+
+
+def classifier(seed, dimensions=6, classes=4, normalized=False):
+    rng = np.random.default_rng(seed)
+    weights = rng.standard_normal((dimensions, classes)) * 10.0 ** rng.uniform(-1, 1, classes)
+    if normalized:
+        weights /= np.linalg.norm(weights, axis=0)
+    return weights, rng.standard_normal(classes), rng.standard_normal((40, dimensions))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("normalized", [True, False])
+def test_the_radius_of_a_linear_classifier_is_the_distance_to_its_boundary(seed, normalized):
+    """Tight from both sides: just within the radius nothing flips, just beyond it the nearest rival wins."""
+    weights, bias, x = classifier(seed, normalized=normalized)
+    predict, radius = certified_margin(x @ weights + bias, weights)
+    assert (radius > 0).all()
+    for point, label, r in zip(x, predict, radius, strict=True):
+        flips = {}
+        for rival in set(range(4)) - {label}:
+            direction = weights[:, rival] - weights[:, label]
+            direction /= np.linalg.norm(direction)
+            for scale in (1 - 1e-9, 1 + 1e-9):
+                flips.setdefault(scale, []).append(np.argmax((point + scale * r * direction) @ weights + bias))
+        assert all(found == label for found in flips[1 - 1e-9])
+        assert any(found != label for found in flips[1 + 1e-9])
+
+
+def test_an_orthogonal_head_needs_no_weights():
+    q = np.linalg.qr(np.random.default_rng(0).standard_normal((9, 5)))[0]
+    logits = np.random.default_rng(1).standard_normal((30, 9)) @ q
+    predict, radius = certified_margin(logits)
+    top = np.sort(logits, axis=1)
+    np.testing.assert_allclose(radius, (top[:, -1] - top[:, -2]) / np.sqrt(2), rtol=1e-9)
+    with_weights = certified_margin(logits, q)
+    np.testing.assert_array_equal(with_weights[0], predict)
+    np.testing.assert_allclose(with_weights[1], radius, rtol=1e-9)
+
+
+def test_a_lipschitz_network_is_not_flipped_within_the_radius_and_is_beyond_it():
+    """A gradient attack on a certified network: never inside, often at twice the radius; half of L would be caught."""
+    chain = (layers.OrthogonalConv(4, (3, 3), initializer="random"), layers.MaxMin(), layers.Flatten())
+    encoder = layers.Encoder(chain)
+    params = encoder.init(threefry(0), jnp.zeros((1, 5, 5, 2)))["params"]
+    plain = materialize(encoder, params, (5, 5, 2))
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((100, 3))
+    with jax.enable_x64(True):
+
+        @jax.jit
+        def logits(x):
+            return plain.apply(plain.params, x) @ weights
+
+        x = jnp.asarray(rng.standard_normal((64, 5, 5, 2)))
+        predict, radius = certified_margin(
+            logits(x),
+            weights,
+            lipschitz=plain.report.constant,
+            slack=float64_slack(plain.apply(plain.params, x).reshape(64, -1)),
+        )
+        target = np.argsort(np.asarray(logits(x)), axis=1)[:, -2]
+        rows = jnp.arange(64)
+        gradient = jax.jit(jax.grad(lambda x: jnp.sum(logits(x)[rows, target] - logits(x)[rows, predict])))
+
+        def attack(scale):
+            limit = (scale * radius)[:, None, None, None]
+            moved = x
+            for _ in range(30):
+                step = gradient(moved)
+                step = step / jnp.linalg.norm(step.reshape(64, -1), axis=1)[:, None, None, None]
+                moved = moved + 0.3 * limit * step
+                offset = moved - x
+                length = jnp.linalg.norm(offset.reshape(64, -1), axis=1)[:, None, None, None]
+                moved = x + offset * jnp.minimum(1, limit / jnp.maximum(length, 1e-300))
+            return np.mean(np.argmax(np.asarray(logits(moved)), axis=1) != predict)
+
+        assert attack(1.0) == 0
+        assert attack(2.0) > 0.5
+
+
+def test_lipschitz_constant_and_slack_shrink_the_radius():
+    weights, bias, x = classifier(7)
+    plain = certified_margin(x @ weights + bias, weights)[1]
+    charged = certified_margin(x @ weights + bias, weights, lipschitz=2.0, slack=0.01)[1]
+    np.testing.assert_allclose(charged, np.maximum(plain - 0.01, 0) / 2, rtol=1e-9)
+    assert (charged == 0).any() or plain.min() > 0.01
+    slack = float64_slack(x)
+    assert (slack > 1e-10 * np.linalg.norm(x, axis=1)).all()
+    assert slack.max() < 1e-6
+
+
+def test_ties_certify_nothing():
+    predict, radius = certified_margin(np.array([[1.0, 1.0, 0.0]]))
+    assert predict[0] == 0
+    assert radius[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "why"),
+    [
+        ((np.zeros((3, 1)),), {}, "classes >= 2"),
+        ((np.zeros(3),), {}, "finite numbers of shape"),
+        ((np.full((3, 2), np.nan),), {}, "finite numbers"),
+        ((np.zeros((3, 2)), np.zeros((4, 3))), {}, r"shape \(d, 2\)"),
+        ((np.zeros((3, 2)), np.ones((4, 2))), {}, "equal weights"),
+        ((np.zeros((3, 2)), np.full((4, 2), np.inf)), {}, "finite numbers"),
+        ((np.zeros((3, 2)),), {"lipschitz": 0.0}, "Lipschitz constant must be"),
+        ((np.zeros((3, 2)),), {"slack": -1.0}, "slack must be"),
+    ],
+)
+def test_bad_input_is_refused(arguments, settings, why):
+    with pytest.raises(UserError, match=why):
+        certified_margin(*arguments, **settings)
