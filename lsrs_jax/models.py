@@ -83,10 +83,11 @@ class Model:
         """Fresh parameters, float32."""
         encoder_key, head_key = jax.random.split(key)
         x = jnp.zeros((1, *self.input_shape), jnp.float32)
-        # An encoder without parameters (identity) has no collection at all.
-        encoder = self.encoder.init(encoder_key, x).get("params", {})
-        latent = self._encoder_apply(encoder, x)
-        return {"encoder": encoder, "head": self.head.init(head_key, latent)["params"]}
+        # Compiled whole: one by one, the many small operations of a kernel's construction take seconds to compile. An
+        # encoder without parameters (identity) has no collection at all.
+        encoder = jax.jit(self.encoder.init)(encoder_key, x).get("params", {})
+        latent = jax.eval_shape(self._encoder_apply, encoder, x)
+        return {"encoder": encoder, "head": self.head.init(head_key, jnp.zeros(latent.shape, latent.dtype))["params"]}
 
     def _encoder_apply(self, params, x):
         return self.encoder.apply({"params": params}, x)

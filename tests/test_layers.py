@@ -51,7 +51,7 @@ class LayerTest(chex.TestCase, parameterized.TestCase):
     @parameterized.named_parameters(*((name, *case) for name, case in LAYERS.items()))
     def test_layer_keeps_its_promises(self, layer, shape, isometry):
         x = jax.random.normal(threefry(1), (4, *shape))
-        variables = layer.init(threefry(0), x)
+        variables = jax.jit(layer.init)(threefry(0), x)
         assert set(variables) <= {"params"}
         y = self.variant(layer.apply)(variables, x)
 
@@ -159,7 +159,7 @@ def test_bad_layers_are_refused(layer, shape, why):
 
 def encoder_and_params(shape, chain, seed=0):
     encoder = layers.Encoder(chain)
-    return encoder, encoder.init(threefry(seed), jnp.zeros((1, *shape)))["params"]
+    return encoder, jax.jit(encoder.init)(threefry(seed), jnp.zeros((1, *shape)))["params"]
 
 
 CHAIN = (
@@ -182,7 +182,7 @@ def test_materialize_counts_every_factor_and_runs_in_float64():
     x = np.random.default_rng(0).random((5, 8, 8, 3))
     latents = Float64Encoder(plain, batch=2)(x)
     assert latents.dtype == np.float64
-    np.testing.assert_allclose(latents, encoder.apply({"params": params}, x.astype(np.float32)), atol=2e-5)
+    np.testing.assert_allclose(latents, jax.jit(encoder.apply)({"params": params}, x.astype(np.float32)), atol=2e-5)
     np.testing.assert_allclose(latents, Float64Encoder(plain, batch=7)(x), atol=1e-13)
 
 
@@ -194,11 +194,11 @@ def test_an_encoder_builds_its_kernels_together_and_computes_the_same():
     x = jax.random.normal(threefry(2), (3, 8, 8, 3))
     one_by_one = x
     for index, layer in enumerate(chain):
-        one_by_one = layer.apply({"params": params.get(f"layers_{index}", {})}, one_by_one)
-    np.testing.assert_allclose(encoder.apply({"params": params}, x), one_by_one, atol=1e-5)
+        one_by_one = jax.jit(layer.apply)({"params": params.get(f"layers_{index}", {})}, one_by_one)
+    np.testing.assert_allclose(jax.jit(encoder.apply)({"params": params}, x), one_by_one, atol=1e-5)
     assert len({np.asarray(params[f"layers_{i}"]["raw"]["rotation"]).tobytes() for i in (1, 3, 5, 7)}) == 4
 
-    gradient = jax.grad(lambda p: jnp.sum(encoder.apply({"params": p}, x) ** 3))(params)
+    gradient = jax.jit(jax.grad(lambda p: jnp.sum(encoder.apply({"params": p}, x) ** 3)))(params)
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradient))
 
 
@@ -208,7 +208,7 @@ def test_training_kernel_and_materialised_kernel_agree(method):
     x = jnp.zeros((1, 8, 8, 8))
     params = layer.init(threefry(3), x)["params"]
     shape = layer.conv_shape((8, 8, 8))
-    trained = orthogonal.family(method).build(params["raw"], shape)
+    trained = jax.jit(lambda raw: orthogonal.family(method).build(raw, shape))(params["raw"])
     certified = layer.materialize(params, (8, 8, 8)).params
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), trained, certified)
 
@@ -221,9 +221,9 @@ def test_a_layer_works_in_another_network():
             return layers.OrthogonalDense(3)(nn.relu(nn.Conv(4, (3, 3))(x)).reshape(x.shape[0], -1))
 
     x = jax.random.normal(threefry(0), (2, 6, 6, 2), jnp.bfloat16)
-    variables = Net().init(threefry(1), x)
+    variables = jax.jit(Net().init)(threefry(1), x)
     assert jax.jit(Net().apply)(variables, x).shape == (2, 3)
-    gradient = jax.grad(lambda v: jnp.sum(Net().apply(v, x).astype(jnp.float32) ** 2))(variables)
+    gradient = jax.jit(jax.grad(lambda v: jnp.sum(Net().apply(v, x).astype(jnp.float32) ** 2)))(variables)
     assert all(leaf.dtype == jnp.float32 and np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
@@ -283,7 +283,8 @@ def test_certified_functions_are_the_trained_ones(encoder, noise):
     x = np.random.default_rng(0).random((6, 8, 8, 1)).astype(np.float32)
     plain, head = model.for_certification(params)
     latents = Float64Encoder(plain, 6)(x).astype(np.float32)
-    np.testing.assert_allclose(head(latents), model.classify(params, model.encode(params, x)), atol=2e-4)
+    trained = jax.jit(lambda params, x: model.classify(params, model.encode(params, x)))(params, x)
+    np.testing.assert_allclose(jax.jit(head)(latents), trained, atol=2e-4)
     smooths_input = encoder == "identity" or noise == "input"
     assert model.smooths_input == smooths_input
     assert plain.report.constant == pytest.approx(1.0 if smooths_input else 2.0, rel=1e-9)
