@@ -4,8 +4,8 @@
   python -m lsrs_jax.certify --workdir=runs/adaptive --config.certify.certificate=deterministic
 
 Eight orthogonal 3x3 convolutions in two stages, a linear head with normalised rows, no noise. Variants: the families
-``adaptive`` (default), ``paraunitary``, ``exponential`` and ``cayley`` from an identity start; ``…_random`` the same from
-a random start; ``…_zero`` with zero padding; ``…_householder`` with learnable reflections instead of MaxMin. Data as in
+``adaptive`` (default), ``paraunitary``, ``exponential`` and ``cayley`` from an identity start; ``…_random`` the same
+from a random start; ``…_zero`` with zero padding; ``…_householder`` with learnable reflections instead of MaxMin. Data as in
 configs/cifar10_small.py. Measured results: docs/results/orthogonal.md.
 """
 
