@@ -5,8 +5,8 @@
 
 Eight orthogonal 3x3 convolutions in two stages, a linear head with normalised rows, no noise. Variants: the families
 ``adaptive`` (default), ``paraunitary``, ``exponential`` and ``cayley`` from an identity start; ``…_random`` the same
-from a random start; ``…_zero`` with zero padding; ``…_householder`` with learnable reflections instead of MaxMin. Data as in
-configs/cifar10_small.py. Measured results: docs/results/orthogonal.md.
+from a random start; ``…_zero`` with zero padding; ``…_householder`` with learnable reflections instead of MaxMin.
+Data as in configs/cifar10_small.py. Measured results: docs/results/orthogonal.md.
 """
 
 from lsrs_jax.config import default

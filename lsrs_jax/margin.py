@@ -37,8 +37,8 @@ def certified_margin(logits, weights=None, *, lipschitz=1.0, slack=0.0):
     logits, slack = np.asarray(logits, np.float64), np.asarray(slack, np.float64)
     if logits.ndim != 2 or logits.shape[1] < 2 or not np.isfinite(logits).all():
         raise UserError(f"logits must be finite numbers of shape (images, classes >= 2), got {logits.shape}")
-    if np.any(~((slack >= 0) & np.isfinite(slack))):
-        raise UserError("slack must be finite and not negative")
+    if slack.shape not in ((), logits.shape[:1]) or np.any(~((slack >= 0) & np.isfinite(slack))):
+        raise UserError("slack must be finite and not negative, one number or one per image")
     distances = _distances(weights, logits.shape[1])
     predict, rows = logits.argmax(axis=1), np.arange(len(logits))
     latent = (logits[rows, predict, None] - logits) / distances[predict]
@@ -48,24 +48,42 @@ def certified_margin(logits, weights=None, *, lipschitz=1.0, slack=0.0):
 
 
 def _distances(weights, classes):
-    """‖w_i − w_j‖ ``(K, K)``, rounded up; 1 on the diagonal, which nobody divides by in earnest."""
+    """‖w_i − w_j‖ ``(K, K)``, rounded up; ∞ on the diagonal."""
     if weights is None:
         distances = np.full((classes, classes), np.sqrt(2.0))
     else:
         weights = np.asarray(weights, np.float64)
         if weights.ndim != 2 or weights.shape[1] != classes or not np.isfinite(weights).all():
             raise UserError(f"weights must be finite numbers of shape (d, {classes}), got {weights.shape}")
-        distances = np.stack([np.linalg.norm(weights - column[:, None], axis=0) for column in weights.T])
-    np.fill_diagonal(distances, 1.0)
+        # Scaled, so that no square underflows.
+        scale = max(float(np.abs(weights).max()), np.finfo(np.float64).tiny)
+        weights = weights / scale
+        distances = scale * np.stack([np.linalg.norm(weights - column[:, None], axis=0) for column in weights.T])
+    np.fill_diagonal(distances, np.inf)
     if not np.all(distances > 0):
         raise UserError("two classes have equal weights in the last layer: no finite margin separates them")
     return distances * (1 + _MARGIN)
 
 
-def float64_slack(latents):
-    """What float64 rounding may move latents ``(N, d)`` and the logits behind them, in ℓ2, for `certified_margin`.
+def float64_slack(images, latents, weights, bias, lipschitz):
+    """What float64 rounding may move latents and logits, in ℓ2 of the latent, for `certified_margin`.
 
-    **Guarantee**: 2⁻²⁸ of the latent's norm, for the clean and the perturbed input together: 10⁷ units in the last
-    place, above the worst case of sixteen layers with sums of a few thousand terms.
+    Args:
+      images: ``(N, …)`` with entries of order 1, as are the means an encoder subtracts.
+      latents: ``(N, d)``.
+      weights, bias: the last layer, ``(d, K)`` and ``(K,)``.
+      lipschitz: constant of the encoder.
+
+    Returns:
+      float64 ``(N,)``.
+
+    **Guarantee**: covers the rounding of encoder and logits at the clean and at a perturbed input, as long as the
+    encoder's own relative rounding stays below 2⁻³⁰ (10⁶ units in the last place; sixteen layers with sums of a few
+    thousand terms stay below in the worst case), measured against the norms that enter its layers, L(‖x‖ + √n). The
+    logits are charged with the bound of a sum of d + 1 terms, four times over.
     """
-    return 2.0**-28 * np.linalg.norm(latents, axis=1)
+    flat = np.reshape(np.asarray(images, np.float64), (len(latents), -1))
+    latent_norms = np.linalg.norm(latents, axis=1)
+    encoder = 2.0**-28 * (lipschitz * (np.linalg.norm(flat, axis=1) + np.sqrt(flat.shape[1])) + latent_norms)
+    terms = np.linalg.norm(weights, axis=0).max() * latent_norms + np.abs(bias).max()
+    return encoder + 8 * (len(weights) + 1) * 2.0**-53 * terms / _distances(weights, weights.shape[1]).min()

@@ -91,6 +91,13 @@ def materialize(encoder, params, input_shape):
             raise UserError(f"layer {name} of the encoder has non-finite parameters; train again")
         try:
             plain = layer.materialize(values, shape)
+        except UserError:
+            raise
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"layer {name} of the encoder finds no parameters that fit ({error}); give those of this very chain, "
+                "with an instance of its own for every layer"
+            ) from error
         except np.linalg.LinAlgError as error:
             raise UserError(f"the singular values of layer {name} cannot be computed ({error}); train again") from error
         plains.append(plain)

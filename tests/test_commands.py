@@ -450,6 +450,8 @@ def test_kinds_of_certificates_are_not_mixed(margins, copy, certified):
         (["--config.certify.name=margin"], "certificate was 'deterministic' and is now 'smoothed'"),
     ):
         assert why in refused("certify", f"--workdir={margins}", *flags)
+    fewer = ["--config.certify.name=margin", deterministic, "--config.certify.stop=5"]
+    assert "35 images outside" in refused("certify", f"--workdir={margins}", *fewer)
     assert fingerprint(margins) == before
     assert "needs a linear head" in refused("certify", f"--workdir={copy}", deterministic, "--config.certify.name=x")
     assert not (copy / "certify" / "x").exists()

@@ -140,7 +140,7 @@ def test_space_to_depth_has_an_inverse():
         (layers.SpaceToDepth((2, 2)), (1, 5, 4, 1), "do not divide"),
         (layers.OrthogonalConv(3, (3, 3), method="bcop"), (1, 4, 4, 1), "unknown convolution method 'bcop'"),
         (layers.OrthogonalConv(3, (3, 3), initializer="zeros"), (1, 4, 4, 1), "unknown initializer"),
-        (layers.OrthogonalConv(3, (3,)), (1, 4, 4, 1), "two numbers each"),
+        (layers.OrthogonalConv(3, (3,)), (1, 4, 4, 1), "kernel_size must be two positive integers"),
         (layers.OrthogonalConv(3, (3, 3)), (1, 4, 4), "takes images"),
         (layers.OrthogonalDense(3, method="bjorck"), (1, 4), "unknown dense method"),
         (layers.OrthogonalConv(3, (3, 3), padding="reflect"), (1, 4, 4, 1), "would not be 1-Lipschitz"),
@@ -148,6 +148,14 @@ def test_space_to_depth_has_an_inverse():
         (layers.AveragePool((2, 2)), (1, 4, 5, 3), "do not divide"),
         (layers.L2Pool((2, 2)), (1, 4), "takes images"),
         (layers.GroupSort(1), (1, 4), "at least 2"),
+        (layers.L2Pool((2, 2), -0.5), (1, 4, 4, 1), "would stretch"),
+        (layers.OrthogonalConv(3, 3), (1, 4, 4, 1), "kernel_size must be two"),
+        (layers.OrthogonalConv(4.0, (3, 3)), (1, 4, 4, 1), "features must be a positive integer"),
+        (layers.OrthogonalDense(0), (1, 4), "features must be"),
+        (layers.Channels(-1), (1, 4), "features must be"),
+        (layers.AveragePool(2), (1, 4, 4, 1), "window must be two"),
+        (layers.SpaceToDepth((0, 2)), (1, 4, 4, 1), "strides must be two"),
+        (layers.Normalize((0.0,), (1e-300,)), (1, 4, 4, 1), "must be positive"),
         (layers.Normalize((0.0,), (0.0,)), (1, 4, 4, 3), "must be positive"),
         (layers.Normalize((0.0, 0.0), (1.0,)), (1, 4, 4, 3), "2 entries for images of 3 channels"),
     ],
@@ -155,6 +163,24 @@ def test_space_to_depth_has_an_inverse():
 def test_bad_layers_are_refused(layer, shape, why):
     with pytest.raises(UserError, match=why):
         layer.init(threefry(0), jnp.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    "layer", [layers.OrthogonalConv(2, (3, 3)), layers.OrthogonalDense(2), layers.Normalize((0.5,), (0.5,))]
+)
+def test_integers_are_refused_instead_of_silenced(layer):
+    with pytest.raises(UserError, match="floating-point"):
+        layer.init(threefry(0), jnp.zeros((1, 4, 4, 2), jnp.uint8))
+
+
+@pytest.mark.parametrize("method", orthogonal.FAMILIES)
+def test_bfloat16_images_stay_bfloat16(method):
+    layer = layers.OrthogonalConv(4, (3, 3), method=method, initializer="random")
+    x = jax.random.normal(threefry(0), (2, 4, 4, 4))
+    variables = jax.jit(layer.init)(threefry(1), x)
+    exact, rough = (jax.jit(layer.apply)(variables, x.astype(dtype)) for dtype in (jnp.float32, jnp.bfloat16))
+    assert rough.dtype == jnp.bfloat16
+    np.testing.assert_allclose(rough.astype(jnp.float32), exact, atol=0.1)
 
 
 def encoder_and_params(shape, chain, seed=0):
@@ -257,6 +283,13 @@ def test_materialize_refuses_what_it_cannot_prove():
     plain = materialize(encoder, params, (4, 4, 2))
     with pytest.raises(UserError, match="materialized for inputs"):
         plain.apply(plain.params, jnp.zeros((1, 6, 6, 2)))
+    for wrong in ({}, {"layers_0": {}}, {"layers_0": {"raw": {"rotation": np.zeros((3, 3))}}}):
+        with pytest.raises(UserError, match="finds no parameters that fit"):
+            materialize(encoder, wrong, (4, 4, 2))
+    shared = layers.OrthogonalConv(2, (3, 3))
+    twice, params = encoder_and_params((4, 4, 2), (shared, layers.MaxMin(), shared))
+    with pytest.raises(UserError, match="an instance of its own"):
+        materialize(twice, params, (4, 4, 2))
     broken = jax.tree.map(lambda leaf: leaf * np.nan, params)
     with pytest.raises(UserError, match="non-finite"):
         materialize(encoder, broken, (4, 4, 2))

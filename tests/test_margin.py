@@ -1,5 +1,7 @@
 """Deterministic certificates against closed-form and gradient attacks."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,7 +70,7 @@ def test_a_lipschitz_network_is_not_flipped_within_the_radius_and_is_beyond_it()
             logits(x),
             weights,
             lipschitz=plain.report.constant,
-            slack=float64_slack(plain.apply(plain.params, x).reshape(64, -1)),
+            slack=float64_slack(x, plain.apply(plain.params, x).reshape(64, -1), weights, np.zeros(3), 1.0),
         )
         target = np.argsort(np.asarray(logits(x)), axis=1)[:, -2]
         rows = jnp.arange(64)
@@ -96,9 +98,24 @@ def test_lipschitz_constant_and_slack_shrink_the_radius():
     charged = certified_margin(x @ weights + bias, weights, lipschitz=2.0, slack=0.01)[1]
     np.testing.assert_allclose(charged, np.maximum(plain - 0.01, 0) / 2, rtol=1e-9)
     assert (charged == 0).any() or plain.min() > 0.01
-    slack = float64_slack(x)
+    slack = float64_slack(x, x, weights, bias, 1.0)
     assert (slack > 1e-10 * np.linalg.norm(x, axis=1)).all()
     assert slack.max() < 1e-6
+
+
+def test_slack_covers_cancellation_in_the_latent_and_in_the_weights():
+    """A latent that cancels to nothing keeps the charge of its input; nearly equal weights raise the charge."""
+    weights = np.eye(4)
+    tiny = float64_slack(np.ones((1, 100)), np.full((1, 4), 1e-17), weights, np.zeros(4), 1.0)
+    assert tiny[0] > 1e-9
+    rng = np.random.default_rng(0)
+    close = 1e9 * rng.standard_normal((1000, 1)) + rng.standard_normal((1000, 2))
+    z = rng.standard_normal((20, 1000))
+    exact = np.array([math.fsum(row * (close[:, 0] - close[:, 1])) for row in z])
+    computed = z @ close
+    error = np.abs(computed[:, 0] - computed[:, 1] - exact) / np.linalg.norm(close[:, 0] - close[:, 1])
+    assert (error <= float64_slack(z, z, close, np.zeros(2), 1.0)).all()
+    assert error.max() > 2.0**-28 * np.linalg.norm(z, axis=1).min()  # a charge on the norm alone would miss it
 
 
 def test_ties_certify_nothing():
@@ -118,8 +135,15 @@ def test_ties_certify_nothing():
         ((np.zeros((3, 2)), np.full((4, 2), np.inf)), {}, "finite numbers"),
         ((np.zeros((3, 2)),), {"lipschitz": 0.0}, "Lipschitz constant must be"),
         ((np.zeros((3, 2)),), {"slack": -1.0}, "slack must be"),
+        ((np.zeros((1, 2)),), {"slack": np.zeros(3)}, "one per image"),
     ],
 )
 def test_bad_input_is_refused(arguments, settings, why):
     with pytest.raises(UserError, match=why):
         certified_margin(*arguments, **settings)
+
+
+def test_weights_far_from_1_do_not_underflow():
+    radius = certified_margin(np.array([[3e-161, 0.0]]), np.array([[1e-161, 0.0], [1e-161, 0.0]]))[1]
+    assert radius[0] == pytest.approx(3 / np.sqrt(2), rel=1e-9)
+    assert radius[0] < 3 / np.sqrt(2)

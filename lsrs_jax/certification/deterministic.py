@@ -9,7 +9,7 @@ from lsrs_jax.errors import UserError
 from lsrs_jax.margin import certified_margin, float64_slack
 from lsrs_jax.materialize import Float64Encoder
 from lsrs_jax.progress import Progress, duration
-from lsrs_jax.smoothing.table import format_columns
+from lsrs_jax.smoothing.table import format_columns, read_table
 
 _BATCH = 50
 _SECONDS_PER_REPORT = 2.0
@@ -23,12 +23,14 @@ def run(job):
     record = folder.read_record(path, identity) if path.exists() else []
     if not path.exists() and any(job.folder.glob("*.tsv")):
         raise UserError(f"{job.folder} holds another certification; use another --config.certify.name")
+    _check_selection(job)
     print(encoder.report)
     dataset, indices = job.dataset, np.array(job.indices)
     print(f"{dataset.name} {dataset.split}: {len(indices):,} images, no noise", flush=True)
     start, session = time.monotonic(), folder.session(len(indices))
     latents = _encode(dataset, indices, Float64Encoder(encoder, min(_BATCH, len(indices))))
-    lipschitz, slack = encoder.report.constant, float64_slack(latents)
+    lipschitz = encoder.report.constant
+    slack = float64_slack(dataset.pixels(indices, np.float32), latents, weights, bias, lipschitz)
     predict, radius = certified_margin(latents @ weights + bias, weights, lipschitz=lipschitz, slack=slack)
     session["seconds"] = round(time.monotonic() - start, 3)
     text = format_columns(
@@ -51,6 +53,17 @@ def run(job):
         f"{np.where(correct, radius, 0).mean():.4f}, {duration(session['seconds'] / len(indices))} per image\n"
         f"{job.folder / 'certificates.tsv'}"
     )
+
+
+def _check_selection(job):
+    """Certificates on disk are extended or repeated, never dropped."""
+    path = job.folder / "certificates.tsv"
+    left_out = set(read_table(path).idx) - set(job.indices) if path.exists() else ()
+    if left_out:
+        raise UserError(
+            f"{path} holds {len(left_out):,} images outside certify.start, stop and step; choose a selection that "
+            "includes them, or use another --config.certify.name"
+        )
 
 
 def _encode(dataset, indices, encode):

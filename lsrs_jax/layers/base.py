@@ -4,6 +4,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
 
 from lsrs_jax.errors import UserError
 
@@ -38,6 +40,25 @@ class Fixed(Layer):
     def materialize(self, params, input_shape):
         self.output_shape(input_shape)
         return Plain(lambda _, x: self(x), {}, 1.0, 1.0, self.proof)
+
+
+def check_float(x, layer):
+    """Raises for integers: a kernel in their type would be all zeros."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise UserError(f"{layer} takes floating-point inputs, got {x.dtype}: scale images to [0, 1] first")
+
+
+def check_sizes(layer, **sizes):
+    """Raises unless every value is a positive integer, or a pair of them where its name ends in ``_pair``."""
+    for name, value in sizes.items():
+        values = tuple(value) if name.endswith("_pair") and isinstance(value, tuple | list) else (value,)
+        wanted = 2 if name.endswith("_pair") else 1
+        if len(values) != wanted or not all(isinstance(v, int | np.integer) and v >= 1 for v in values):
+            name = name.removesuffix("_pair")
+            raise UserError(
+                f"{layer}: {name} must be {'two positive integers' if wanted == 2 else 'a positive integer'}, "
+                f"got {value!r}"
+            )
 
 
 def check_image(shape, layer):

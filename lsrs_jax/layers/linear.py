@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsrs_jax.errors import UserError
-from lsrs_jax.layers.base import Layer, Plain, check_image
+from lsrs_jax.layers.base import Layer, Plain, check_float, check_image, check_sizes
 from lsrs_jax.orthogonal import families, matrix, spectrum
 from lsrs_jax.orthogonal.shape import ConvShape
 
@@ -50,9 +50,10 @@ class OrthogonalConv(Layer):
     Raises:
       UserError: where the layer would silently stop being 1-Lipschitz, skip pixels, or be useless.
 
-    **Guarantee**: 1-Lipschitz in ℓ2. Circular: all singular values are 1 up to rounding (≤ 1e-5 in float32). Zero
-    padding: none exceeds 1 by more than rounding; those of ``exponential`` still all are 1. What a checkpoint really
-    has is measured by ``materialize`` in float64 and multiplied into the certificate.
+    **Guarantee**: 1-Lipschitz in ℓ2. Circular: all singular values are 1 up to rounding (≤ 1e-5 in float32), except for
+    degenerate weights of ``adaptive`` (zero, or deficient in rank), where some fall below. Zero padding: none exceeds 1
+    by more than rounding; those of ``exponential`` still all are 1. What a checkpoint really has is measured by
+    ``materialize`` in float64 and multiplied into the certificate.
     """
 
     features: int
@@ -66,9 +67,9 @@ class OrthogonalConv(Layer):
         """The checked `ConvShape` for inputs ``(H, W, C)``."""
         check_image(input_shape, "OrthogonalConv")
         height, width, channels = input_shape
+        check_sizes("OrthogonalConv", kernel_size_pair=self.kernel_size, strides_pair=self.strides)
+        check_sizes("OrthogonalConv", features=self.features)
         pair = tuple(self.kernel_size), tuple(self.strides)
-        if len(pair[0]) != 2 or len(pair[1]) != 2:
-            raise UserError(f"kernel_size and strides need two numbers each, got {pair[0]} and {pair[1]}")
         shape = ConvShape(*pair, channels, self.features, (height, width), self.padding)
         families.family(self.method).check(shape)
         _check_initializer(self.initializer)
@@ -80,10 +81,11 @@ class OrthogonalConv(Layer):
     @nn.compact
     def __call__(self, x, plain=None):
         """Applies the layer; `plain` is what the family's ``build`` gave, where someone has built it already."""
+        check_float(x, "OrthogonalConv")
         shape, family = self.conv_shape(x.shape[1:]), families.family(self.method)
         if plain is None:
             plain = family.build(self.param("raw", lambda key: family.init(key, shape, self.initializer)), shape)
-        return family.apply(jax.tree.map(lambda leaf: leaf.astype(x.dtype), plain), x, shape)
+        return family.apply(plain, x, shape)
 
     def materialize(self, params, input_shape):
         shape, family = self.conv_shape(input_shape), families.family(self.method)
@@ -121,10 +123,13 @@ class OrthogonalDense(Layer):
 
     def output_shape(self, input_shape):
         self._matrix()
+        check_sizes("OrthogonalDense", features=self.features)
         return (*input_shape[:-1], self.features)
 
     @nn.compact
     def __call__(self, x):
+        check_float(x, "OrthogonalDense")
+        self.output_shape(x.shape[1:])
         rows = x.shape[-1]
         std = 0.0 if self.initializer == "identity" else max(rows, self.features) ** -0.5
         raw = self.param("raw", lambda key: std * jax.random.normal(key, (rows, self.features), jnp.float32))

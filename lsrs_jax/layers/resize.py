@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsrs_jax.errors import UserError
-from lsrs_jax.layers.base import Fixed, Layer, Plain, check_image
+from lsrs_jax.layers.base import Fixed, Layer, Plain, check_float, check_image, check_sizes
 from lsrs_jax.orthogonal import resize, spectrum
 from lsrs_jax.orthogonal.shape import check_divisible
 
@@ -21,6 +21,7 @@ class SpaceToDepth(Fixed):
 
     def output_shape(self, input_shape):
         check_image(input_shape, "SpaceToDepth")
+        check_sizes("SpaceToDepth", strides_pair=self.strides)
         (height, width, channels), (sh, sw) = input_shape, self.strides
         check_divisible(height, width, self.strides)
         return (height // sh, width // sw, channels * sh * sw)
@@ -38,6 +39,7 @@ class DepthToSpace(Fixed):
 
     def output_shape(self, input_shape):
         check_image(input_shape, "DepthToSpace")
+        check_sizes("DepthToSpace", strides_pair=self.strides)
         (height, width, channels), (sh, sw) = input_shape, self.strides
         if channels % (sh * sw):
             raise UserError(f"DepthToSpace: {channels} channels are not divisible by {sh}x{sw}")
@@ -51,9 +53,11 @@ class Channels(Fixed):
     proof = "pads or crops"
 
     def __call__(self, x):
+        self.output_shape(x.shape[1:])
         return resize.resize_channels(x, self.features)
 
     def output_shape(self, input_shape):
+        check_sizes("Channels", features=self.features)
         return (*input_shape[:-1], self.features)
 
 
@@ -69,6 +73,7 @@ class AveragePool(Fixed):
 
     def output_shape(self, input_shape):
         check_image(input_shape, type(self).__name__)
+        check_sizes(type(self).__name__, window_pair=self.window)
         height, width, channels = input_shape
         check_divisible(height, width, self.window)
         return (height // self.window[0], width // self.window[1], channels)
@@ -116,11 +121,12 @@ class Normalize(Layer):
     std: tuple[float, ...]
 
     def __call__(self, x):
+        check_float(x, "Normalize")
         self.output_shape(x.shape[1:])
         return (x - jnp.asarray(self.mean, x.dtype)) / jnp.asarray(self.std, x.dtype)
 
     def output_shape(self, input_shape):
-        if not all(0 < s < np.inf for s in self.std) or not np.all(np.isfinite(self.mean)):
+        if not all(1e-30 < s < np.inf for s in self.std) or not np.all(np.isfinite(self.mean)):
             raise UserError(f"model.std must be positive and model.mean finite, got {self.std} and {self.mean}")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, input_shape[-1]):

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from lsrs_jax.orthogonal.families import family
 
-# The intermediate matrices of a kernel take about thirty times the room of its raw parameters; from this many raw
-# numbers on (a 3x3 kernel of some 160 channels) they are computed again in the backward pass instead of stored.
+# The intermediate matrices of a kernel take some forty times the room of its raw parameters; from this many raw
+# numbers per kernel on (3x3 and some 140 channels) they are computed again in the backward pass instead of stored.
 _STORED_NUMBERS = 2**16
 
 

@@ -59,4 +59,6 @@ def l2_pool(x, window, epsilon=1e-6):
 
     **Guarantee**: 1-Lipschitz: ‖x‖/√(‖x‖² + ε) < 1 bounds its gradient. ε keeps the gradient finite at 0.
     """
+    if not 0 <= epsilon < math.inf:
+        raise UserError(f"l2_pool: epsilon must be at least 0, got {epsilon}; a negative one would stretch")
     return jnp.sqrt(jnp.square(_windows(x, window)).sum(axis=(3, 4)) + epsilon)

@@ -57,11 +57,12 @@ def build(raw, shape):
 
 @highest_precision
 def apply(plain, x, shape):
-    """Multiplies every frequency of the input by its block."""
-    x = space_to_depth(x, shape.strides)
-    blocks = jax.lax.complex(plain["real"], plain["imag"])
+    """Multiplies every frequency of the input by its block, in float32 where the input has less."""
+    dtype = x.dtype
+    x = space_to_depth(x, shape.strides).astype(jnp.promote_types(dtype, jnp.float32))
+    blocks = jax.lax.complex(plain["real"].astype(x.dtype), plain["imag"].astype(x.dtype))
     spectrum = jnp.einsum("hwoi,bhwi->bhwo", blocks, fourier.transform(x, shape.output_hw))
-    return fourier.inverse(spectrum, shape.output_hw[1])
+    return fourier.inverse(spectrum, shape.output_hw[1]).astype(dtype)
 
 
 def spectrum(plain, shape):

@@ -78,7 +78,7 @@ def _taylor(kernel, x, padding):
 def apply(kernel, x, shape):
     """T convolutions between a space-to-depth, a zero padding and a cropping of the channels."""
     x = resize_channels(space_to_depth(x, shape.strides), _width(shape))
-    return resize_channels(_taylor(kernel, x, shape.padding), shape.c_out)
+    return resize_channels(_taylor(kernel.astype(x.dtype), x, shape.padding), shape.c_out)
 
 
 def _taylor_range(norm):

@@ -9,7 +9,7 @@ from lsrs_jax.orthogonal.spectrum import kernel_spectrum
 
 def apply_kernel(kernel, x, shape):
     """The convolution itself."""
-    return convolve(x, kernel, shape.strides, shape.padding)
+    return convolve(x, kernel.astype(x.dtype), shape.strides, shape.padding)
 
 
 def spectrum_of_kernel(kernel, shape):
