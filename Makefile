@@ -29,7 +29,7 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
 soak: .venv/ready
 	$(BIN)/python -m pytest -m soak --timeout=7200 -s

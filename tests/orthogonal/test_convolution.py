@@ -65,6 +65,12 @@ def skip_if_refused(method, shape):
         pytest.skip("the family refuses this shape")
 
 
+def built(family, raw, shape):
+    """``family.build``; of so many small programs compiling is all the time, so the compiler is told to hurry."""
+    build = jax.jit(family.build, static_argnums=1).lower(raw, shape)
+    return build.compile(compiler_options={"xla_backend_optimization_level": 0})(raw)
+
+
 # Eight Taylor terms leave 2.2e-6 below 1, in float64 too; above 1 there is nothing.
 EXACT = {"exponential": 3e-6}
 
@@ -76,11 +82,10 @@ def test_singular_values_are_one(method, arguments):
     skip_if_refused(method, shape)
     padded = shape._replace(padding="zero")
     assert legal(family, padded) == (method != "cayley")
-    build = jax.jit(family.build, static_argnums=1)
     for mode, dtype in (("identity", np.float32), ("random", np.float32), ("random", np.float64)):
         with jax.enable_x64(dtype == np.float64):
             raw = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), family.init(threefry(0), shape, mode))  # noqa: B023
-            plain = jax.tree.map(np.asarray, build(raw, shape))
+            plain = jax.tree.map(np.asarray, built(family, raw, shape))
         single = dtype == np.float32
         above = 1e-10 if not single else 1e-6 if method == "exponential" else 5e-6
         below = 1e-5 if single else max(1e-10, EXACT.get(method, 0))
@@ -99,7 +104,6 @@ def test_singular_values_are_one(method, arguments):
 @pytest.mark.parametrize("method", FAMILIES)
 def test_singular_values_are_one_on_the_full_grid(method):
     family, worst, cases = FAMILIES[method], [0.0, 0.0], 0
-    build = jax.jit(family.build, static_argnums=1)
     for k, s, c_in, c_out in itertools.product((1, 2, 3, 4, 5, 7), (1, 2, 4), CHANNELS, CHANNELS):
         raw = plain = None
         if c_out == CHANNELS[0]:  # thousands of compiled programs exceed what a process may map
@@ -111,9 +115,7 @@ def test_singular_values_are_one_on_the_full_grid(method):
             if raw is None:
                 raw = family.init(threefry(cases), shape, "random")
             if plain is None or method == "cayley":  # the kernels of the others do not depend on the size
-                # Thousands of small programs: compiling them is all the time this takes.
-                compiled = build.lower(raw, shape).compile(compiler_options={"xla_backend_optimization_level": 0})
-                plain = jax.tree.map(np.asarray, compiled(raw))
+                plain = jax.tree.map(np.asarray, built(family, raw, shape))
             found = family.spectrum(plain, shape)
             worst[0], cases = max(worst[0], found.sigma_max - 1), cases + 1
             assert found.sigma_max <= 1 + (1e-6 if method == "exponential" else 5e-6), shape
