@@ -1,12 +1,12 @@
 """CIFAR-10: a deterministic 1-Lipschitz network per family of orthogonal convolutions, at equal training time.
 
   python -m lsrs_jax.train --config=configs/cifar10_orthogonal.py:adaptive --workdir=runs/adaptive
-  python -m lsrs_jax.certify --workdir=runs/adaptive --config.certify.certificate=deterministic
+  python -m lsrs_jax.certify --workdir=runs/adaptive
 
 Eight orthogonal 3x3 convolutions in two stages, a linear head with normalised rows, no noise. Variants: the families
 ``adaptive`` (default), ``paraunitary``, ``exponential`` and ``cayley`` from an identity start; ``…_random`` the same
-from a random start; ``…_zero`` with zero padding; ``…_householder`` with learnable reflections instead of MaxMin.
-Data as in configs/cifar10_small.py. Measured results: docs/results/orthogonal.md.
+from a random start; ``…_zero`` with zero padding (not ``cayley``); ``…_householder`` with learnable reflections
+instead of MaxMin. Data as in configs/cifar10_small.py. Measured results: docs/results/orthogonal.md.
 """
 
 from lsrs_jax.config import default
@@ -23,9 +23,10 @@ _CHANGES = {
 
 def get_config(variant="adaptive"):
     method, _, change = variant.partition("_")
-    if method not in _STEPS or change not in _CHANGES:
+    if method not in _STEPS or change not in _CHANGES or (method, change) == ("cayley", "zero"):
         raise ValueError(
-            f"unknown variant {variant!r}: one of {', '.join(_STEPS)}, alone or with _random, _zero or _householder"
+            f"unknown variant {variant!r}: one of {', '.join(_STEPS)}, alone or with _random, _zero (not cayley) or "
+            "_householder"
         )
     config = default()
     config.data.name = "cifar10"

@@ -3,7 +3,7 @@
   python -m lsrs_jax.train --config=configs/digits.py --workdir=runs/digits
   python -m lsrs_jax.certify --workdir=runs/digits
 
-Variants: ``lsrs`` (default; two orthogonal convolutions, noise on the latent), ``cayley`` (the same with the other
+Variants: ``lsrs`` (default; two orthogonal convolutions, noise on the latent), ``cayley`` (the same with another
 family), ``isrs`` (no encoder: input-space smoothing), ``isrs_split`` (the network of ``lsrs`` smoothed in input space).
 """
 

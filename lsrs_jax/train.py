@@ -92,7 +92,11 @@ def run(arguments):
     loop.check_batch(config, train_set)
     with locked(options.workdir / ".train.lock", f"training in {options.workdir}"):
         _train(options.workdir, config, model, train_set, test_set)
-    print(f"next: python -m lsrs_jax.certify --workdir={options.workdir}")
+    margin = config.train.loss == "margin" and config.certify.certificate == "smoothed"
+    print(
+        f"next: python -m lsrs_jax.certify --workdir={options.workdir}"
+        + (" --config.certify.certificate=deterministic --config.certify.name=margin" if margin else "")
+    )
 
 
 def _check_same_training(workdir, config):

@@ -34,13 +34,13 @@ def test_variants_of_the_comparison_of_families_change_what_they_say():
     spec = importlib.util.spec_from_file_location("cifar10_orthogonal", ROOT / "configs" / "cifar10_orthogonal.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    base = configuration.to_dict(module.get_config("cayley"))
+    base = configuration.to_dict(module.get_config("adaptive"))
     for change, field, value in (
         ("random", "initializer", "random"),
         ("zero", "padding", "zero"),
         ("householder", "activation", "householder"),
     ):
-        changed = configuration.to_dict(module.get_config(f"cayley_{change}"))
+        changed = configuration.to_dict(module.get_config(f"adaptive_{change}"))
         assert changed["model"] == base["model"] | {field: value}
         assert changed["train"] == base["train"]
 

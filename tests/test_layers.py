@@ -166,7 +166,14 @@ def test_bad_layers_are_refused(layer, shape, why):
 
 
 @pytest.mark.parametrize(
-    "layer", [layers.OrthogonalConv(2, (3, 3)), layers.OrthogonalDense(2), layers.Normalize((0.5,), (0.5,))]
+    "layer",
+    [
+        *(layers.OrthogonalConv(2, (3, 3), method=method) for method in orthogonal.FAMILIES),
+        layers.OrthogonalDense(2),
+        layers.Normalize((0.5,), (0.5,)),
+        layers.Householder(),
+        layers.L2Pool(),
+    ],
 )
 def test_integers_are_refused_instead_of_silenced(layer):
     with pytest.raises(UserError, match="floating-point"):

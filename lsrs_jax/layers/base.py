@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax.numpy as jnp
 import numpy as np
 
 from lsrs_jax.errors import UserError
@@ -40,12 +39,6 @@ class Fixed(Layer):
     def materialize(self, params, input_shape):
         self.output_shape(input_shape)
         return Plain(lambda _, x: self(x), {}, 1.0, 1.0, self.proof)
-
-
-def check_float(x, layer):
-    """Raises for integers: a kernel in their type would be all zeros."""
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise UserError(f"{layer} takes floating-point inputs, got {x.dtype}: scale images to [0, 1] first")
 
 
 def check_sizes(layer, **sizes):

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsrs_jax.errors import UserError
-from lsrs_jax.layers.base import Layer, Plain, check_float, check_image, check_sizes
+from lsrs_jax.layers.base import Layer, Plain, check_image, check_sizes
 from lsrs_jax.orthogonal import families, matrix, spectrum
-from lsrs_jax.orthogonal.shape import ConvShape
+from lsrs_jax.orthogonal.shape import ConvShape, check_float, check_mode
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -23,11 +23,6 @@ def build_float64(function, raw, shape=None):
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
         raw = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), raw)
         return jax.tree.map(np.asarray, _build(function, shape, raw))
-
-
-def _check_initializer(name):
-    if name not in ("identity", "random"):
-        raise UserError(f"unknown initializer {name!r}: choose 'identity' or 'random'")
 
 
 class OrthogonalConv(Layer):
@@ -72,7 +67,7 @@ class OrthogonalConv(Layer):
         pair = tuple(self.kernel_size), tuple(self.strides)
         shape = ConvShape(*pair, channels, self.features, (height, width), self.padding)
         families.family(self.method).check(shape)
-        _check_initializer(self.initializer)
+        check_mode(self.initializer)
         return shape
 
     def output_shape(self, input_shape):
@@ -118,7 +113,7 @@ class OrthogonalDense(Layer):
     def _matrix(self):
         if self.method not in matrix.METHODS:
             raise UserError(f"unknown dense method {self.method!r}: choose one of {', '.join(sorted(matrix.METHODS))}")
-        _check_initializer(self.initializer)
+        check_mode(self.initializer)
         return matrix.METHODS[self.method]
 
     def output_shape(self, input_shape):

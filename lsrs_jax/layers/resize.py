@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsrs_jax.errors import UserError
-from lsrs_jax.layers.base import Fixed, Layer, Plain, check_float, check_image, check_sizes
+from lsrs_jax.layers.base import Fixed, Layer, Plain, check_image, check_sizes
 from lsrs_jax.orthogonal import resize, spectrum
-from lsrs_jax.orthogonal.shape import check_divisible
+from lsrs_jax.orthogonal.shape import check_divisible, check_float
 
 
 class SpaceToDepth(Fixed):
@@ -75,7 +75,7 @@ class AveragePool(Fixed):
         check_image(input_shape, type(self).__name__)
         check_sizes(type(self).__name__, window_pair=self.window)
         height, width, channels = input_shape
-        check_divisible(height, width, self.window)
+        check_divisible(height, width, self.window, "windows")
         return (height // self.window[0], width // self.window[1], channels)
 
     def materialize(self, params, input_shape):

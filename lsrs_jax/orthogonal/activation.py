@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 from lsrs_jax.errors import UserError
+from lsrs_jax.orthogonal.shape import check_float
 
 
 def maxmin(x):
@@ -45,6 +46,7 @@ def householder(x, theta):
     **Guarantee**: 1-Lipschitz for every θ, and an isometry wherever it is differentiable: both branches are orthogonal
     and agree on the line between them.
     """
+    check_float(x, "householder")
     half = x.shape[-1] // 2
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     theta = theta.astype(x.dtype)

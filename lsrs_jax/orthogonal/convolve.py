@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lsrs_jax.orthogonal.shape import check_divisible, check_padding
+from lsrs_jax.orthogonal.shape import check_divisible, check_float, check_padding
 
 
 def convolve(x, kernel, strides=(1, 1), padding="circular"):
@@ -13,6 +13,7 @@ def convolve(x, kernel, strides=(1, 1), padding="circular"):
     Output (i, j) reads inputs ``i·s + t − (k−s)//2``, t = 0 … k−1: modulo the size when circular (k may exceed it),
     zeros outside the image otherwise. Exact singular values: `spectrum.kernel_spectrum`.
     """
+    check_float(x, "a convolution")
     check_padding(padding)
     height, width = x.shape[1:3]
     check_divisible(height, width, strides)

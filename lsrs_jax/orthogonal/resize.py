@@ -5,13 +5,13 @@ import math
 import jax.numpy as jnp
 
 from lsrs_jax.errors import UserError
-from lsrs_jax.orthogonal.shape import check_divisible
+from lsrs_jax.orthogonal.shape import check_divisible, check_float
 
 
 def _windows(x, window):
     """``(B, H, W, C)`` → ``(B, H/h, W/w, h, w, C)``."""
     batch, height, width, channels = x.shape
-    check_divisible(height, width, window)
+    check_divisible(height, width, window, "windows")
     rows, columns = window
     x = x.reshape(batch, height // rows, rows, width // columns, columns, channels)
     return x.transpose(0, 1, 3, 2, 4, 5)
@@ -22,6 +22,7 @@ def space_to_depth(x, strides):
 
     **Guarantee**: a permutation of entries, hence an isometry.
     """
+    check_divisible(*x.shape[1:3], strides)
     x = _windows(x, strides)
     return x.reshape(*x.shape[:3], -1)
 
@@ -59,6 +60,7 @@ def l2_pool(x, window, epsilon=1e-6):
 
     **Guarantee**: 1-Lipschitz: ‖x‖/√(‖x‖² + ε) < 1 bounds its gradient. ε keeps the gradient finite at 0.
     """
+    check_float(x, "l2_pool")
     if not 0 <= epsilon < math.inf:
         raise UserError(f"l2_pool: epsilon must be at least 0, got {epsilon}; a negative one would stretch")
     return jnp.sqrt(jnp.square(_windows(x, window)).sum(axis=(3, 4)) + epsilon)

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
+
 from lsrs_jax.errors import UserError
 
 PADDINGS = ("circular", "zero")
@@ -36,13 +38,19 @@ class ConvShape(NamedTuple):
         return (*self.output_hw, self.c_out)
 
 
-def check_divisible(height, width, strides):
-    """Raises where a stride does not divide the image: on a torus the layer would then not be 1-Lipschitz."""
+def check_divisible(height, width, strides, what="strides"):
+    """Raises where a stride or window does not divide the image: on a torus such a layer is not 1-Lipschitz."""
     if height % strides[0] or width % strides[1]:
         raise UserError(
-            f"strides {tuple(strides)} do not divide the input size {height}x{width}: with circular padding the "
-            "layer would not be 1-Lipschitz; choose a size divisible by the strides, or other strides"
+            f"{what} {tuple(strides)} do not divide the input size {height}x{width}, and the layer would lose its "
+            f"guarantee or cut off pixels; choose a size divisible by them, or other {what}"
         )
+
+
+def check_float(x, what):
+    """Raises for integers: a kernel in their type would be all zeros, and their squares overflow."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise UserError(f"{what} takes floating-point inputs, got {x.dtype}: scale images to [0, 1] first")
 
 
 def check_padding(padding):
@@ -65,3 +73,9 @@ def check_common(shape):
         )
     check_padding(shape.padding)
     check_divisible(*shape.input_hw, shape.strides)
+
+
+def check_mode(mode):
+    """Raises for an unknown way of initialising."""
+    if mode not in ("identity", "random"):
+        raise UserError(f"unknown initializer {mode!r}: choose 'identity' or 'random'")

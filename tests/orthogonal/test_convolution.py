@@ -243,6 +243,17 @@ def test_leaves_of_an_initialisation_can_be_donated(method, key):
     assert jax.tree.leaves(jax.jit(lambda raw: jax.tree.map(lambda leaf: leaf + 1, raw), donate_argnums=0)(raw))
 
 
+@pytest.mark.parametrize("method", FAMILIES)
+def test_the_pure_functions_refuse_what_the_module_refuses(method, key):
+    shape = ConvShape((3, 3), (1, 1), 4, 4, (4, 4))
+    family = FAMILIES[method]
+    with pytest.raises(UserError, match="unknown initializer"):
+        family.init(key, shape, "identty")
+    plain = family.build(family.init(key, shape, "identity"), shape)
+    with pytest.raises(UserError, match="floating-point"):
+        family.apply(plain, jnp.ones((1, 4, 4, 4), jnp.uint8), shape)
+
+
 @pytest.mark.parametrize("strides", [(2, 2), (4, 2)])
 def test_identity_initialisation_with_strides_is_space_to_depth(strides, key):
     kernel_size = tuple(s + 2 for s in strides)

@@ -1,4 +1,4 @@
-"""The registry of orthogonal convolution families. A new one is a file here and a line below."""
+"""The registry of orthogonal convolution families. A new one is a file here, imported, and a line below."""
 
 from lsrs_jax.errors import UserError
 from lsrs_jax.orthogonal.families import adaptive, cayley, exponential, paraunitary

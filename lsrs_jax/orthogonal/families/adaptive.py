@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lsrs_jax.errors import UserError
 from lsrs_jax.orthogonal.families.family import ConvFamily
 from lsrs_jax.orthogonal.matrix import adjoint, bjorck, exponential, highest_precision
-from lsrs_jax.orthogonal.shape import check_common
+from lsrs_jax.orthogonal.shape import check_common, check_mode
 
 
 def _extra(shape):
@@ -41,6 +41,7 @@ def init(key, shape, mode):
     exactly the identity (space-to-depth, cropped or zero-padded in the channels) at the start; ``"random"`` draws
     everything.
     """
+    check_mode(mode)
     width, (rows, columns) = _width(shape), _extra(shape)
     rotation_key, factor_key, *axis_keys = jax.random.split(key, 4)
 

@@ -13,7 +13,7 @@ from lsrs_jax.orthogonal import fourier
 from lsrs_jax.orthogonal.families.family import ConvFamily
 from lsrs_jax.orthogonal.matrix import adjoint, cayley, highest_precision
 from lsrs_jax.orthogonal.resize import space_to_depth
-from lsrs_jax.orthogonal.shape import check_common
+from lsrs_jax.orthogonal.shape import check_common, check_float, check_mode
 from lsrs_jax.orthogonal.spectrum import Spectrum, frequency_singular_values
 
 
@@ -32,6 +32,7 @@ def init(key, shape, mode):
     ``mode="identity"`` starts with a small norm, where the Cayley transform is close to the identity (cropped or
     zero-padded in the channels); ``"random"`` with the norm of a Gaussian kernel.
     """
+    check_mode(mode)
     std = (shape.taps[0] * shape.taps[1] * max(shape.phases, shape.c_out)) ** -0.5
     kernel = std * jax.random.normal(key, (*shape.taps, shape.phases, shape.c_out), jnp.float32)
     norm = jnp.sqrt(jnp.sum(kernel**2))
@@ -58,6 +59,7 @@ def build(raw, shape):
 @highest_precision
 def apply(plain, x, shape):
     """Multiplies every frequency of the input by its block, in float32 where the input has less."""
+    check_float(x, "a convolution")
     dtype = x.dtype
     x = space_to_depth(x, shape.strides).astype(jnp.promote_types(dtype, jnp.float32))
     blocks = jax.lax.complex(plain["real"].astype(x.dtype), plain["imag"].astype(x.dtype))

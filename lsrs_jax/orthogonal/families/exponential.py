@@ -18,7 +18,7 @@ from lsrs_jax.orthogonal.convolve import convolve
 from lsrs_jax.orthogonal.families.family import ConvFamily
 from lsrs_jax.orthogonal.matrix import adjoint, gram_bound, highest_precision
 from lsrs_jax.orthogonal.resize import resize_channels, space_to_depth
-from lsrs_jax.orthogonal.shape import check_common
+from lsrs_jax.orthogonal.shape import check_common, check_mode
 from lsrs_jax.orthogonal.spectrum import Spectrum, frequency_blocks, frequency_singular_values, kernel_spectrum
 
 # A multiple of 4: then |p(iλ)| ≤ 1 while λ ≤ 3.3, and 1 − |p(iλ)| ≤ 2.2e-6 for λ ≤ 1.
@@ -37,6 +37,7 @@ def init(key, shape, mode):
 
     ``mode="identity"`` starts at L = 0, the identity (cropped or zero-padded in the channels).
     """
+    check_mode(mode)
     taps = [count + 1 - count % 2 for count in shape.taps]
     width = _width(shape)
     std = (math.prod(taps) * width) ** -0.5 * (mode != "identity")

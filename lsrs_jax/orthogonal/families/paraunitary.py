@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from lsrs_jax.errors import UserError
 from lsrs_jax.orthogonal.families.family import ConvFamily
 from lsrs_jax.orthogonal.matrix import adjoint, exponential, highest_precision
-from lsrs_jax.orthogonal.shape import check_common
+from lsrs_jax.orthogonal.shape import check_common, check_mode
 
 
 def check(shape):
@@ -29,6 +29,7 @@ def init(key, shape, mode):
     ``mode="identity"`` sets the rotations to I and matches the projectors in pairs, so that an odd kernel is exactly
     the identity (cropped or zero-padded in the channels) at the start; ``"random"`` draws everything.
     """
+    check_mode(mode)
     width = max(shape.c_out, shape.phases)
     rotation_key, *axis_keys = jax.random.split(key, 3)
 
