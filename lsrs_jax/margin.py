@@ -77,10 +77,10 @@ def float64_slack(images, latents, weights, bias, lipschitz):
     Returns:
       float64 ``(N,)``.
 
-    **Guarantee**: covers the rounding of encoder and logits at the clean and at a perturbed input, as long as the
-    encoder's own relative rounding stays below 2⁻³⁰ (10⁶ units in the last place; sixteen layers with sums of a few
-    thousand terms stay below in the worst case), measured against the norms that enter its layers, L(‖x‖ + √n). The
-    logits are charged with the bound of a sum of d + 1 terms, four times over.
+    **Guarantee**: covers the rounding of encoder and logits at the clean and at a perturbed image (entries of order 1
+    both), as long as the encoder's own relative rounding stays below 2⁻³⁰ (10⁶ units in the last place; sixteen layers
+    with sums of a few thousand terms stay below in the worst case), measured against the norms that enter its layers,
+    L(‖x‖ + √n). The logits are charged with the bound of a sum of d + 1 terms, four times over.
     """
     flat = np.reshape(np.asarray(images, np.float64), (len(latents), -1))
     latent_norms = np.linalg.norm(latents, axis=1)

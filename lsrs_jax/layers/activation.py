@@ -3,7 +3,6 @@
 import flax.linen as nn
 import numpy as np
 
-from lsrs_jax.errors import UserError
 from lsrs_jax.layers.base import Fixed, Layer, Plain
 from lsrs_jax.orthogonal import activation, spectrum
 
@@ -34,8 +33,6 @@ class GroupSort(Fixed):
         return activation.group_sort(x, self.group_size)
 
     def output_shape(self, input_shape):
-        if self.group_size < 2:
-            raise UserError(f"GroupSort needs groups of at least 2 channels, got group_size={self.group_size}")
         return tuple(input_shape)
 
 

@@ -19,7 +19,13 @@ from lsrs_jax.orthogonal.families.family import ConvFamily
 from lsrs_jax.orthogonal.matrix import adjoint, gram_bound, highest_precision
 from lsrs_jax.orthogonal.resize import resize_channels, space_to_depth
 from lsrs_jax.orthogonal.shape import check_common, check_mode
-from lsrs_jax.orthogonal.spectrum import Spectrum, frequency_blocks, frequency_singular_values, kernel_spectrum
+from lsrs_jax.orthogonal.spectrum import (
+    Spectrum,
+    frequency_blocks,
+    frequency_singular_values,
+    kernel_spectrum,
+    upper_bound,
+)
 
 # A multiple of 4: then |p(iλ)| ≤ 1 while λ ≤ 3.3, and 1 − |p(iλ)| ≤ 2.2e-6 for λ ≤ 1.
 TERMS = 8
@@ -109,7 +115,7 @@ def spectrum(kernel, shape):
     if not np.array_equal(kernel, -np.flip(np.swapaxes(kernel, -1, -2), (0, 1))):
         raise UserError("exponential: the kernel is not antisymmetric, so nothing bounds it under zero padding")
     norm = kernel_spectrum(kernel, shape.output_hw, (1, 1), "zero").sigma_max
-    low, high = _taylor_range(norm)
+    low, high = _taylor_range(upper_bound(norm))
     return Spectrum(high, low, f"Taylor polynomial over skew spectra of norm {norm:.3g}")
 
 
