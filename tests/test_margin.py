@@ -97,7 +97,6 @@ def test_lipschitz_constant_and_slack_shrink_the_radius():
     plain = certified_margin(x @ weights + bias, weights)[1]
     charged = certified_margin(x @ weights + bias, weights, lipschitz=2.0, slack=0.01)[1]
     np.testing.assert_allclose(charged, np.maximum(plain - 0.01, 0) / 2, rtol=1e-9)
-    assert (charged == 0).any() or plain.min() > 0.01
     slack = float64_slack(x, x, weights, bias, 1.0)
     assert (slack > 1e-10 * np.linalg.norm(x, axis=1)).all()
     assert slack.max() < 1e-6

@@ -323,7 +323,7 @@ def test_gradients_through_the_construction_are_right(method, key):
 
 @pytest.mark.parametrize("method", FAMILIES)
 def test_kernels_built_together_are_those_built_alone(method, key):
-    """Also across two shapes, and for a layer large enough to be recomputed in the backward pass."""
+    """Also across two shapes."""
     family = FAMILIES[method]
     shapes = [ConvShape((3, 3), (1, 1), c, c, (3, 4)) for c in (4, 6, 4, 4)]
     raws = [family.init(threefry(i), shape, "random") for i, shape in enumerate(shapes)]
