@@ -73,6 +73,10 @@ def _reason(error):
     if "Traceback" in text:  # the library quotes the whole traceback of a failing file
         lines = lines[-1:]
     text = " ".join(lines).replace("Flags parsing error: ", "").replace("flag --config=None: ", "")
+    # A misspelt field arrives as the repr of a KeyError's message.
+    text = text.replace("\\'", "'").removeprefix("ValueError: ").strip()
+    if text[:2] == "''" and text[-1:] == "'":
+        text = text[1:-1]
     return text or type(error).__name__
 
 
