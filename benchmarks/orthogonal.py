@@ -251,7 +251,10 @@ def torch_cases(pair, options, notes):
         try:
             make = getattr(importlib.import_module(f"orthogonium.{module}"), name)
             convolutions = [make(channels, channels, 3, bias=False, **fields) for _ in range(options.layers)]
-            cases.append(torch_case(torch, f"orthogonium {name} {version}", convolutions, x, options.padding))
+            case = torch_case(torch, f"orthogonium {name} {version}", convolutions, x, options.padding)
+            for work in case.works.values():  # what does not run fails here, not in the middle of the measurement
+                work()
+            cases.append(case)
         except (ImportError, RuntimeError, ValueError) as error:
             notes.append(f"orthogonium {name} does not run ({error}).")
     notes.append(
