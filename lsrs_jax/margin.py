@@ -65,25 +65,21 @@ def _distances(weights, classes):
     return distances * (1 + _MARGIN)
 
 
-def float64_slack(images, latents, weights, bias, lipschitz):
+def float64_slack(rounding, latents, weights, bias):
     """What float64 rounding may move latents and logits, in ℓ2 of the latent, for `certified_margin`.
 
     Args:
-      images: ``(N, …)`` with entries of order 1, as are the means an encoder subtracts.
+      rounding: ℓ2 bound on the rounding of the encoder at the clean and at any perturbed image, per image or one number
+        (`materialize.LipschitzReport.rounding`).
       latents: ``(N, d)``.
       weights, bias: the last layer, ``(d, K)`` and ``(K,)``.
-      lipschitz: constant of the encoder.
 
     Returns:
       float64 ``(N,)``.
 
-    **Guarantee**: covers the rounding of encoder and logits at the clean and at a perturbed image (entries of order 1
-    both), as long as the encoder's own relative rounding stays below 2⁻³⁰ (10⁶ units in the last place; sixteen layers
-    with sums of a few thousand terms stay below in the worst case), measured against the norms that enter its layers,
-    L(‖x‖ + √n). The logits are charged with the bound of a sum of d + 1 terms, four times over.
+    **Guarantee**: covers the encoder twice, at the clean and at the perturbed image, and the logits with the bound of a
+    sum of d + 1 terms, four times over.
     """
-    flat = np.reshape(np.asarray(images, np.float64), (len(latents), -1))
     latent_norms = np.linalg.norm(latents, axis=1)
-    encoder = 2.0**-28 * (lipschitz * (np.linalg.norm(flat, axis=1) + np.sqrt(flat.shape[1])) + latent_norms)
     terms = np.linalg.norm(weights, axis=0).max() * latent_norms + np.abs(bias).max()
-    return encoder + 8 * (len(weights) + 1) * 2.0**-53 * terms / _distances(weights, weights.shape[1]).min()
+    return 2 * rounding + 8 * (len(weights) + 1) * 2.0**-53 * terms / _distances(weights, weights.shape[1]).min()

@@ -12,6 +12,8 @@ import numpy as np
 
 from lsrs_jax import layers
 from lsrs_jax.errors import UserError
+from lsrs_jax.orthogonal import spectrum
+from lsrs_jax.orthogonal.rounding import product_rounding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +24,8 @@ class LayerBound:
     sigma_max: float
     sigma_min: float
     proof: str
+    rounding: float = 0.0
+    offset: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +49,17 @@ class LipschitzReport:
                 product = math.nextafter(product * layer.sigma_max, math.inf)
         # Up to a multiple of 1e-12: the last places of an SVD differ between machines, certificates should not.
         return product if product == 1.0 else math.nextafter(math.ceil(product * 1e12) / 1e12, math.inf)
+
+    def rounding(self, norm):
+        """ℓ2 bound on what float64 arithmetic adds to the output, for inputs of at most this norm (array or number).
+
+        Each layer adds its own rounding and passes on what came before, stretched by at most its σ_max.
+        """
+        norm, error = np.asarray(norm, np.float64), 0.0
+        for layer in self.layers:
+            error = layer.sigma_max * error + layer.rounding * (layer.sigma_max * (norm + error) + layer.offset)
+            norm = layer.sigma_max * norm + layer.offset
+        return error * (1 + 1e-9)
 
     def to_dict(self):
         """Plain types for JSON, the constant included."""
@@ -101,7 +116,7 @@ def materialize(encoder, params, input_shape):
         except np.linalg.LinAlgError as error:
             raise UserError(f"the singular values of layer {name} cannot be computed ({error}); train again") from error
         plains.append(plain)
-        rows.append(LayerBound(name, plain.sigma_max, plain.sigma_min, plain.proof))
+        rows.append(_bound(name, plain))
         shape = layer.output_shape(shape)
     report = LipschitzReport(tuple(rows), tuple(input_shape), shape)
 
@@ -113,6 +128,31 @@ def materialize(encoder, params, input_shape):
         return x
 
     return Materialized(apply, tuple(plain.params for plain in plains), report)
+
+
+def _bound(name, plain):
+    return LayerBound(name, plain.sigma_max, plain.sigma_min, plain.proof, plain.rounding, plain.offset)
+
+
+def project(materialized, basis):
+    """Appends a linear map, a float64 matrix ``(d, m)``: latents, flattened, → their products with its columns."""
+    sigma = spectrum.dense_singular_values(basis)
+    plain = layers.Plain(
+        lambda basis, z: z.reshape(z.shape[0], -1) @ basis,
+        np.asarray(basis, np.float64),
+        spectrum.upper_bound(sigma.max()),
+        float(sigma.min()),
+        "SVD of the matrix",
+        product_rounding(max(basis.shape)),
+    )
+    report = materialized.report
+    bounds = (*report.layers, _bound(f"{len(report.layers)} span of the weights", plain))
+    report = dataclasses.replace(report, layers=bounds, output_shape=basis.shape[1:])
+
+    def apply(params, x):
+        return plain.apply(params[-1], materialized.apply(params[:-1], x))
+
+    return Materialized(apply, (*materialized.params, plain.params), report)
 
 
 class Float64Encoder:

@@ -192,7 +192,7 @@ def test_bfloat16_images_stay_bfloat16(method):
 
 def encoder_and_params(shape, chain, seed=0):
     encoder = layers.Encoder(chain)
-    return encoder, jax.jit(encoder.init)(threefry(seed), jnp.zeros((1, *shape)))["params"]
+    return encoder, jax.jit(encoder.init)(threefry(seed), jnp.zeros((1, *shape))).get("params", {})
 
 
 CHAIN = (
@@ -302,6 +302,97 @@ def test_materialize_refuses_what_it_cannot_prove():
         materialize(encoder, broken, (4, 4, 2))
 
 
+def extended_convolution(x, kernel, strides):
+    """`convolve.convolve` of one image in extended precision, circular."""
+    kernel, (sh, sw) = kernel.astype(np.longdouble), strides
+    (height, width, _), (kh, kw) = x.shape, kernel.shape[:2]
+    y = np.zeros((height // sh, width // sw, kernel.shape[3]), np.longdouble)
+    for i, j in np.ndindex(*y.shape[:2]):
+        for a, b in np.ndindex(kh, kw):
+            row, column = (i * sh + a - (kh - sh) // 2) % height, (j * sw + b - (kw - sw) // 2) % width
+            y[i, j] += x[row, column] @ kernel[a, b]
+    return y
+
+
+def extended_taylor(x, kernel, terms=8):
+    z = x
+    for term in range(terms, 0, -1):
+        z = x + extended_convolution(z, kernel, (1, 1)) / term
+    return z
+
+
+def extended_maxmin(x):
+    a, b = np.split(x, 2, axis=-1)
+    return np.concatenate([np.maximum(a, b), np.minimum(a, b)], axis=-1)
+
+
+def extended_windows(x):
+    height, width, channels = x.shape
+    return x.reshape(height // 2, 2, width // 2, 2, channels).transpose(0, 2, 1, 3, 4).reshape(-1, 4, channels)
+
+
+ROUNDED = {
+    "adaptive": (layers.OrthogonalConv(8, (3, 3), (2, 2)), lambda x, p: extended_convolution(x, p, (2, 2))),
+    "paraunitary": (
+        layers.OrthogonalConv(6, (4, 4), (2, 2), method="paraunitary"),
+        lambda x, p: extended_convolution(x, p, (2, 2)),
+    ),
+    "exponential": (layers.OrthogonalConv(4, (3, 3), method="exponential"), extended_taylor),
+    "maxmin": (layers.MaxMin(), lambda x, p: extended_maxmin(x)),
+    "average": (layers.AveragePool(), lambda x, p: extended_windows(x).sum(axis=1) / 2),
+    "l2": (
+        layers.L2Pool(),
+        lambda x, p: np.sqrt((extended_windows(x) ** 2).sum(axis=1) + np.longdouble(1e-6)),
+    ),
+    "normalize": (
+        layers.Normalize((0.3,), (0.7,)),
+        lambda x, p: (x - np.longdouble(0.3)) / np.longdouble(0.7),
+    ),
+    "dense": (layers.OrthogonalDense(5), lambda x, p: x @ p.astype(np.longdouble)),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_float64_rounding_stays_within_its_bound_and_float32_does_not(name):
+    layer, exact = ROUNDED[name]
+    layer = layer.clone(initializer="random") if hasattr(layer, "initializer") else layer
+    encoder, params = encoder_and_params((8, 8, 4), (layer,))
+    plain = materialize(encoder, params, (8, 8, 4))
+    x = np.random.default_rng(0).random((8, 8, 4))
+    truth = exact(x.astype(np.longdouble), plain.params[0])
+    bound = plain.report.rounding(np.linalg.norm(x))
+    error = Float64Encoder(plain, 1)(x[None])[0].astype(np.longdouble) - truth.reshape(plain.report.output_shape)
+    assert float(np.linalg.norm(error)) <= bound
+    assert bound < 1e-11
+    if name != "maxmin":
+        single = plain.apply(
+            jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), plain.params), jnp.float32(x[None])
+        )
+        error = np.asarray(single[0], np.longdouble) - truth.reshape(plain.report.output_shape)
+        assert float(np.linalg.norm(error)) > bound
+
+
+def test_cayleys_rounding_stays_within_its_bound():
+    """Its blocks applied as dense matrices per frequency in extended precision would need an extended FFT: two orders
+    of summation stand for the error instead."""
+    encoder, params = encoder_and_params((8, 8, 4), (layers.OrthogonalConv(4, (3, 3), method="cayley"),))
+    plain = materialize(encoder, params, (8, 8, 4))
+    x = np.random.default_rng(0).random((8, 8, 4))
+    y = Float64Encoder(plain, 1)(x[None])[0]
+    rolled = Float64Encoder(plain, 1)(np.roll(x, (3, 5), (0, 1))[None])[0]
+    error = np.linalg.norm(np.roll(rolled, (-3, -5), (0, 1)) - y)
+    assert 0 < error <= 2 * plain.report.rounding(np.linalg.norm(x)) < 1e-11
+
+
+def test_rounding_adds_up_along_the_chain_and_is_stretched_with_it():
+    encoder, params = encoder_and_params((8, 8, 4), (layers.OrthogonalConv(4, (3, 3)), layers.MaxMin()))
+    plain = materialize(encoder, params, (8, 8, 4)).report
+    chain = (layers.OrthogonalConv(4, (3, 3)), layers.MaxMin(), layers.Normalize((0.0,), (0.5,)))
+    stretched = materialize(*encoder_and_params((8, 8, 4), chain), (8, 8, 4)).report
+    assert plain.rounding(2.0) == pytest.approx(2 * plain.rounding(1.0), rel=1e-9)
+    assert 2 * plain.rounding(1.0) < stretched.rounding(1.0) < 2 * plain.rounding(1.0) + 1e-14
+
+
 def test_report_names_every_layer():
     encoder, params = encoder_and_params((8, 8, 3), CHAIN)
     text = str(materialize(encoder, params, (8, 8, 3)).report)
@@ -348,7 +439,7 @@ def test_heads_treat_rows_independently(head):
     ("fields", "why"),
     [
         ({"encoder": "deeper"}, "unknown model.encoder 'deeper'"),
-        ({"head": "resnet"}, "unknown model.head 'resnet'"),
+        ({"head": "vit"}, "unknown model.head 'vit'"),
         ({"noise": "both"}, "unknown model.noise"),
         ({"method": "qr"}, "unknown convolution method"),
         ({"padding": "same"}, "unknown padding"),

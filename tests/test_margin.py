@@ -70,7 +70,12 @@ def test_a_lipschitz_network_is_not_flipped_within_the_radius_and_is_beyond_it()
             logits(x),
             weights,
             lipschitz=plain.report.constant,
-            slack=float64_slack(x, plain.apply(plain.params, x).reshape(64, -1), weights, np.zeros(3), 1.0),
+            slack=float64_slack(
+                plain.report.rounding(2 * np.linalg.norm(x.reshape(64, -1), axis=1)),
+                plain.apply(plain.params, x).reshape(64, -1),
+                weights,
+                np.zeros(3),
+            ),
         )
         target = np.argsort(np.asarray(logits(x)), axis=1)[:, -2]
         rows = jnp.arange(64)
@@ -97,23 +102,20 @@ def test_lipschitz_constant_and_slack_shrink_the_radius():
     plain = certified_margin(x @ weights + bias, weights)[1]
     charged = certified_margin(x @ weights + bias, weights, lipschitz=2.0, slack=0.01)[1]
     np.testing.assert_allclose(charged, np.maximum(plain - 0.01, 0) / 2, rtol=1e-9)
-    slack = float64_slack(x, x, weights, bias, 1.0)
-    assert (slack > 1e-10 * np.linalg.norm(x, axis=1)).all()
+    slack = float64_slack(1e-9, x, weights, bias)
+    assert (slack > 2e-9).all()
     assert slack.max() < 1e-6
 
 
-def test_slack_covers_cancellation_in_the_latent_and_in_the_weights():
-    """A latent that cancels to nothing keeps the charge of its input; nearly equal weights raise the charge."""
-    weights = np.eye(4)
-    tiny = float64_slack(np.ones((1, 100)), np.full((1, 4), 1e-17), weights, np.zeros(4), 1.0)
-    assert tiny[0] > 1e-9
+def test_slack_covers_cancellation_in_the_weights():
+    """Nearly equal weights raise the charge."""
     rng = np.random.default_rng(0)
     close = 1e9 * rng.standard_normal((1000, 1)) + rng.standard_normal((1000, 2))
     z = rng.standard_normal((20, 1000))
     exact = np.array([math.fsum(row * (close[:, 0] - close[:, 1])) for row in z])
     computed = z @ close
     error = np.abs(computed[:, 0] - computed[:, 1] - exact) / np.linalg.norm(close[:, 0] - close[:, 1])
-    assert (error <= float64_slack(z, z, close, np.zeros(2), 1.0)).all()
+    assert (error <= float64_slack(0.0, z, close, np.zeros(2))).all()
     assert error.max() > 2.0**-28 * np.linalg.norm(z, axis=1).min()  # a charge on the norm alone would miss it
 
 

@@ -56,14 +56,21 @@ class Job:
         }
 
 
-def read_record(path, identity):
-    """The record of earlier sessions in a certificates.json; refuses one of another identity."""
+def read(path):
+    """The content of a certificates.json."""
     try:
         stored = json.loads(path.read_text())
-        if not isinstance(stored["identity"], dict) or not isinstance(stored["record"], list):
-            raise TypeError("identity or record is missing")
+        for name, kind in (("identity", dict), ("lipschitz", dict), ("record", list)):
+            if not isinstance(stored[name], kind):
+                raise TypeError(f"{name} is missing")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); restore it, or use another --config.certify.name") from error
+    return stored
+
+
+def read_record(path, identity):
+    """The record of earlier sessions in a certificates.json; refuses one of another identity."""
+    stored = read(path)
     # The kind of certificate first: everything else follows from it.
     difference = configuration.first_difference(
         {"certificate": stored["identity"].get("certificate")}, {"certificate": identity["certificate"]}
@@ -94,15 +101,15 @@ def session(images):
     }
 
 
-def write(folder, identity, report, record, derivation=None, text=None):
+def write(folder, identity, lipschitz, record, derivation=None, text=None):
     """Writes certificates.json and, where it changed, certificates.tsv.
 
     Args:
-      report: the `LipschitzReport` behind the certificates.
+      lipschitz: the `LipschitzReport` behind the certificates, as a dict.
       derivation: what the table depends on beside the identity; None before there is one.
       text: the table.
     """
-    content = {"identity": identity, "derivation": None, "lipschitz": report.to_dict(), "record": record}
+    content = {"identity": identity, "derivation": None, "lipschitz": lipschitz, "record": record}
     json_path, path = folder / "certificates.json", folder / "certificates.tsv"
 
     def write_json():

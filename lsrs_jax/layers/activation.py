@@ -5,6 +5,7 @@ import numpy as np
 
 from lsrs_jax.layers.base import Fixed, Layer, Plain
 from lsrs_jax.orthogonal import activation, spectrum
+from lsrs_jax.orthogonal.rounding import gamma
 
 
 class MaxMin(Fixed):
@@ -53,4 +54,5 @@ class Householder(Layer):
         theta = np.asarray(params["theta"], np.float64)
         # [[cos θ, sin θ], [sin θ, −cos θ]] is a reflection up to the last place of its entries.
         bound = spectrum.upper_bound(1.0)
-        return Plain(lambda theta, x: activation.householder(x, theta), theta, bound, 2 - bound, "reflects pairs")
+        # Two products of sines and cosines that are themselves rounded.
+        return Plain(lambda t, x: activation.householder(x, t), theta, bound, 2 - bound, "reflects pairs", gamma(16))

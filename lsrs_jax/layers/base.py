@@ -10,13 +10,18 @@ from lsrs_jax.errors import UserError
 
 
 class Plain(NamedTuple):
-    """A layer for certification: plain arrays and proven singular values."""
+    """A layer for certification: plain arrays, proven singular values, and what float64 arithmetic adds.
+
+    The rounding bounds assume that XLA's float64 products and convolutions are sums of products, in any order.
+    """
 
     apply: Callable[[Any, Any], Any]  # (params, x[B, ...]) -> y, in the dtype of x and params
     params: Any  # NumPy float64
     sigma_max: float  # upper bound on the Lipschitz constant
     sigma_min: float  # lower bound on the smallest of min(inputs, outputs) singular values; 0 where none is known
     proof: str
+    rounding: float = 0.0  # ℓ2 error of apply in float64 over sigma_max · ‖x‖ + offset
+    offset: float = 0.0  # upper bound on ‖apply(0)‖
 
 
 class Layer(nn.Module):

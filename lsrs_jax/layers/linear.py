@@ -10,6 +10,7 @@ import numpy as np
 from lsrs_jax.errors import UserError
 from lsrs_jax.layers.base import Layer, Plain, check_image, check_sizes
 from lsrs_jax.orthogonal import families, matrix, spectrum
+from lsrs_jax.orthogonal.rounding import product_rounding
 from lsrs_jax.orthogonal.shape import ConvShape, check_float, check_mode
 
 
@@ -92,6 +93,7 @@ class OrthogonalConv(Layer):
             spectrum.upper_bound(found.sigma_max),
             found.sigma_min,
             found.proof,
+            family.rounding(shape),
         )
 
 
@@ -139,4 +141,5 @@ class OrthogonalDense(Layer):
             spectrum.upper_bound(sigma.max()),
             float(sigma.min()),
             "SVD of the matrix",
+            product_rounding(max(q.shape)),
         )

@@ -6,6 +6,7 @@ import numpy as np
 from lsrs_jax.errors import UserError
 from lsrs_jax.layers.base import Fixed, Layer, Plain, check_image, check_sizes
 from lsrs_jax.orthogonal import resize, spectrum
+from lsrs_jax.orthogonal.rounding import gamma, product_rounding
 from lsrs_jax.orthogonal.shape import check_divisible, check_float
 
 
@@ -80,8 +81,9 @@ class AveragePool(Fixed):
 
     def materialize(self, params, input_shape):
         # Division by √(h·w) rounds in the last place.
-        bound = spectrum.upper_bound(1.0)
-        return super().materialize(params, input_shape)._replace(sigma_max=bound, sigma_min=2 - bound)
+        bound, rounding = spectrum.upper_bound(1.0), product_rounding(self.window[0] * self.window[1] + 4)
+        plain = super().materialize(params, input_shape)
+        return plain._replace(sigma_max=bound, sigma_min=2 - bound, rounding=rounding)
 
 
 class L2Pool(AveragePool):
@@ -95,7 +97,9 @@ class L2Pool(AveragePool):
         return resize.l2_pool(x, tuple(self.window), self.epsilon)
 
     def materialize(self, params, input_shape):
-        return super().materialize(params, input_shape)._replace(sigma_min=0.0)
+        outputs = np.prod(self.output_shape(input_shape), dtype=float)
+        offset = float(np.sqrt(outputs * self.epsilon)) * (1 + 1e-9)
+        return super().materialize(params, input_shape)._replace(sigma_min=0.0, offset=offset)
 
 
 class Flatten(Fixed):
@@ -137,4 +141,7 @@ class Normalize(Layer):
         self.output_shape(input_shape)
         scale = 1 / np.asarray(self.std, np.float64)
         largest = 1.0 if scale.max() == 1.0 else spectrum.upper_bound(scale.max())
-        return Plain(lambda _, x: self(x), {}, largest, float(scale.min()), "1/min(std)")
+        pixels = float(np.sqrt(input_shape[0] * input_shape[1]))
+        mean = np.broadcast_to(np.asarray(self.mean, np.float64) * scale, input_shape[-1:])
+        offset = pixels * float(np.linalg.norm(mean)) * (1 + 1e-9)
+        return Plain(lambda _, x: self(x), {}, largest, float(scale.min()), "1/min(std)", gamma(4), offset)

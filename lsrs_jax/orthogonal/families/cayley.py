@@ -13,6 +13,7 @@ from lsrs_jax.orthogonal import fourier
 from lsrs_jax.orthogonal.families.family import ConvFamily
 from lsrs_jax.orthogonal.matrix import adjoint, cayley, highest_precision
 from lsrs_jax.orthogonal.resize import space_to_depth
+from lsrs_jax.orthogonal.rounding import product_rounding
 from lsrs_jax.orthogonal.shape import check_common, check_float, check_mode
 from lsrs_jax.orthogonal.spectrum import Spectrum, frequency_singular_values
 
@@ -73,4 +74,15 @@ def spectrum(plain, shape):
     return Spectrum.of(frequency_singular_values(blocks), "SVD per frequency of the spectrum")
 
 
-FAMILY = ConvFamily(check, init, build, apply, spectrum)
+def rounding(shape):
+    """Float64 error of `apply` over ‖x‖: two transforms, the blocks, two inverse transforms.
+
+    Complex products have twice the terms; the factor 8 covers the parts of a complex number, the half spectrum (√2 each
+    way) and the rounded entries of the transforms.
+    """
+    height, width = shape.output_hw
+    sizes = (height, width, max(shape.phases, shape.c_out), height, width)
+    return sum(8 * product_rounding(2 * size + 4) for size in sizes)
+
+
+FAMILY = ConvFamily(check, init, build, apply, spectrum, rounding)

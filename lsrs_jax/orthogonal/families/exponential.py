@@ -18,6 +18,7 @@ from lsrs_jax.orthogonal.convolve import convolve
 from lsrs_jax.orthogonal.families.family import ConvFamily
 from lsrs_jax.orthogonal.matrix import adjoint, gram_bound, highest_precision
 from lsrs_jax.orthogonal.resize import resize_channels, space_to_depth
+from lsrs_jax.orthogonal.rounding import gamma, product_rounding
 from lsrs_jax.orthogonal.shape import check_common, check_mode
 from lsrs_jax.orthogonal.spectrum import (
     Spectrum,
@@ -119,4 +120,10 @@ def spectrum(kernel, shape):
     return Spectrum(high, low, f"Taylor polynomial over skew spectra of norm {norm:.3g}")
 
 
-FAMILY = ConvFamily(check, init, build, apply, spectrum)
+def rounding(shape):
+    """Float64 error of `apply` over ‖x‖: T products with L, each with a division and a sum, of norms up to e‖x‖."""
+    taps = [count + 1 - count % 2 for count in shape.taps]
+    return TERMS * math.e * (product_rounding(math.prod(taps) * _width(shape)) + gamma(4))
+
+
+FAMILY = ConvFamily(check, init, build, apply, spectrum, rounding)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lsrs_jax.orthogonal.convolve import convolve
+from lsrs_jax.orthogonal.rounding import product_rounding
 from lsrs_jax.orthogonal.spectrum import kernel_spectrum
 
 
@@ -17,6 +18,11 @@ def spectrum_of_kernel(kernel, shape):
     return kernel_spectrum(kernel, shape.input_hw, shape.strides, shape.padding)
 
 
+def rounding_of_kernel(shape):
+    """Float64 error of `apply_kernel` over the norm of its input, whatever the kernel, for singular values up to 1."""
+    return product_rounding(shape.kernel_size[0] * shape.kernel_size[1] * max(shape.c_in, shape.c_out))
+
+
 class ConvFamily(NamedTuple):
     """The functions of one family; `shape` is a `ConvShape`, `plain` whatever `build` returns.
 
@@ -28,3 +34,4 @@ class ConvFamily(NamedTuple):
     build: Callable[[Any, Any], Any]  # (raw, shape) -> plain, differentiable, dtype follows raw
     apply: Callable[[Any, Any, Any], Any] = apply_kernel  # (plain, x, shape) -> y
     spectrum: Callable[[Any, Any], Any] = spectrum_of_kernel  # (plain NumPy, shape) -> Spectrum
+    rounding: Callable[[Any], float] = rounding_of_kernel  # (shape) -> float64 error of apply over ‖x‖
