@@ -1,12 +1,15 @@
 """Eight simulated CPU devices for every test; helpers for real data that may be absent."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Compiled programs are kept between tests and runs of the suite, but not in the user's cache.
+os.environ["XDG_CACHE_HOME"] = str(Path(tempfile.gettempdir()) / f"lsrs_jax_tests_{os.getuid()}")
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("LSRS_SHARED", ROOT.parent / "shared"))

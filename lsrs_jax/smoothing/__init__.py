@@ -1,6 +1,6 @@
 """Randomized smoothing of any JAX function: votes, statistics, radii.
 
-`certify` and `Votes` are loaded when first asked for: the statistics alone do without JAX.
+`certify`, `predict` and `Votes` are loaded when first asked for: the statistics alone do without JAX.
 """
 
 import importlib
@@ -9,9 +9,9 @@ from lsrs_jax.smoothing import confidence
 from lsrs_jax.smoothing.certificates import Certificates, from_counts
 from lsrs_jax.smoothing.radius import certified_radius
 
-__all__ = ["Certificates", "Votes", "certified_radius", "certify", "confidence", "from_counts"]
+__all__ = ["Certificates", "Votes", "certified_radius", "certify", "confidence", "from_counts", "predict"]
 
-_LAZY = {"certify": "montecarlo", "Votes": "votes"}
+_LAZY = {"certify": "montecarlo", "predict": "montecarlo", "Votes": "votes"}
 
 
 def __getattr__(name):

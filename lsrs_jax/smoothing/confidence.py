@@ -15,14 +15,17 @@ def _check(k, n, alpha):
         raise UserError("a confidence bound needs at least one vote, got n < 1")
     if np.any(k < 0) or np.any(k > n):
         raise UserError("vote counts must satisfy 0 <= k <= n")
-    check_alpha(alpha)
+    if not np.all((np.asarray(alpha) > 0) & (np.asarray(alpha) < 1)):
+        raise UserError(f"alpha must lie strictly between 0 and 1, got {alpha!r}")
     return k.astype(np.int64), n.astype(np.int64)
 
 
 def check_alpha(alpha):
-    """Raises UserError unless 0 < alpha < 1."""
+    """Raises UserError unless 1e-100 <= alpha < 1: a share of it must still be a number that can be computed with."""
     if not isinstance(alpha, int | float | np.number) or not 0 < alpha < 1:
         raise UserError(f"alpha must lie strictly between 0 and 1, got {alpha!r}")
+    if alpha < 1e-100:
+        raise UserError(f"alpha must be at least 1e-100, got {alpha!r}")
 
 
 # Far above the error of SciPy's inverse beta function, far below anything a radius shows.
@@ -35,7 +38,7 @@ def lower(k, n, alpha):
     Args:
       k: successes, integers, any shape.
       n: trials, integers, broadcastable; at least 1.
-      alpha: failure probability.
+      alpha: failure probability, broadcastable.
 
     Returns:
       float64 of the broadcast shape; 0 where k = 0.
@@ -57,5 +60,5 @@ def upper(k, n, alpha):
     """
     k, n = _check(k, n, alpha)
     with np.errstate(invalid="ignore"):
-        bound = stats.beta.ppf(1 - alpha, k + 1, n - k)
+        bound = stats.beta.isf(alpha, k + 1, n - k)
     return np.where(k == n, 1.0, np.minimum(bound + _MARGIN, 1.0))

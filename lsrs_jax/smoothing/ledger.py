@@ -6,9 +6,8 @@ distance in the latent charged to this image, ``seconds`` the time charged to it
 the row before it.
 """
 
-import dataclasses
-import math
 import os
+import time
 import zlib
 from pathlib import Path
 
@@ -16,29 +15,18 @@ import numpy as np
 
 from lsrs_jax.errors import UserError
 from lsrs_jax.files import lock
+from lsrs_jax.smoothing.tally import Row, Tallies
 
 COLUMNS = ("idx", "label", "slack", "purpose", "first", "stop", "votes", "seconds", "crc")
 _HEADER = "\t".join(COLUMNS) + "\n"
+_SECONDS_PER_WRITE = 1.0  # how much work a kill may lose
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One row of the ledger; `votes` are int64 counts over all classes."""
-
-    idx: int
-    label: int
-    slack: float
-    purpose: str
-    first: int
-    stop: int
-    votes: np.ndarray
-    seconds: float
-
-    def line(self):
-        votes = ",".join(f"{index}:{self.votes[index]}" for index in np.flatnonzero(self.votes))
-        fields = (self.idx, self.label, repr(self.slack), self.purpose, self.first, self.stop, votes)
-        content = "\t".join(map(str, fields)) + f"\t{self.seconds:.6f}"
-        return f"{content}\t{_crc(content)}\n"
+def _line(row):
+    votes = ",".join(f"{index}:{row.votes[index]}" for index in np.flatnonzero(row.votes))
+    fields = (row.idx, row.label, repr(row.slack), row.purpose, row.first, row.stop, votes)
+    content = "\t".join(map(str, fields)) + f"\t{row.seconds:.6f}"
+    return f"{content}\t{_crc(content)}\n"
 
 
 def has_rows(path):
@@ -46,48 +34,32 @@ def has_rows(path):
     return path.exists() and path.stat().st_size > len(_HEADER)
 
 
-class Tally:
-    """The votes of one image so far: chunks [0, next) of each purpose."""
-
-    def __init__(self, idx, label, slack, plan, num_classes):
-        self.idx, self.label, self.slack, self.seconds = idx, label, slack, 0.0
-        self.counts = {purpose: np.zeros(num_classes, np.int64) for purpose in plan}
-        self.next = dict.fromkeys(plan, 0)
-
-    def add(self, row):
-        self.counts[row.purpose] = self.counts[row.purpose] + row.votes
-        self.next[row.purpose] = row.stop
-        self.seconds += row.seconds
-
-
-class Ledger:
+class Ledger(Tallies):
     """An open ledger, locked against a second process.
 
     Args:
       path: the file; made if missing.
-      plan: votes per purpose, for example ``{"selection": 100, "estimation": 10_000}``.
-      samples: votes per chunk.
+      plan: `tally.Plan`.
       num_classes: K.
 
     Raises:
       UserError: for a malformed row, chunks counted twice or left out, or votes that do not add up. A half-written
         last line (a kill during a write) is cut off instead; its chunks run again.
 
-    **Guarantee**: `tallies` holds each chunk of an image exactly once, and the votes of each row add up to the number
-    of samples in its chunks.
+    **Guarantee**: that of `tally.Tallies`, for what is read as for what is written. Rows reach the disk a second after
+    they were appended at the latest (with the next append after it), and when the ledger is closed.
     """
 
-    def __init__(self, path, plan, samples, num_classes):
-        self.path, self._plan = Path(path), plan
-        self._samples, self._num_classes = samples, num_classes
-        self.tallies = {}
+    def __init__(self, path, plan, num_classes):
+        super().__init__(plan, num_classes)
+        self.path, self._unwritten, self._written = Path(path), [], time.monotonic()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a+b")
         try:
             lock(self._file, f"writing {self.path}")
             self._read()
         except BaseException:
-            self.close()
+            self._file.close()
             raise
 
     def __enter__(self):
@@ -97,7 +69,11 @@ class Ledger:
         self.close()
 
     def close(self):
-        self._file.close()
+        """Writes what is still in memory and gives the file free."""
+        try:
+            self.flush()
+        finally:
+            self._file.close()
 
     def _read(self):
         self._file.seek(0)
@@ -108,7 +84,7 @@ class Ledger:
         for number, line in enumerate(whole[len(_HEADER) :].split(b"\n")[:-1], start=2):
             try:
                 row = self._parse(line.decode("utf-8"))
-                self._take(row)
+                self._count(row)
             except ValueError as error:
                 raise UserError(
                     f"{self.path} line {number} is damaged ({error}); restore the file, or certify again under "
@@ -117,8 +93,7 @@ class Ledger:
         if len(whole) < len(content):
             self._file.truncate(len(whole))
         if not whole:
-            self._file.write(_HEADER.encode())
-            self._sync()
+            self._write(_HEADER)
 
     def _parse(self, line):
         fields = line.split("\t")
@@ -127,73 +102,41 @@ class Ledger:
         idx, label, slack, purpose, first, stop, votes, seconds, crc = fields
         if crc != _crc(line.rpartition("\t")[0]):
             raise ValueError("its checksum differs")
-        if purpose not in self._plan:
+        if purpose not in self.plan.totals:
             raise ValueError(f"unknown purpose {purpose!r}")
-        counts = np.zeros(self._num_classes, np.int64)
+        counts = np.zeros(self.num_classes, np.int64)
         for pair in votes.split(","):
             name, count = map(_natural, pair.split(":"))
-            if name >= self._num_classes or counts[name] or not count:
+            if name >= self.num_classes or counts[name] or not count:
                 raise ValueError(f"bad vote {pair!r}")
             counts[name] = count
-        row = Row(
-            _natural(idx),
-            _natural(label),
-            float(slack),
-            purpose,
-            _natural(first),
-            _natural(stop),
-            counts,
-            float(seconds),
-        )
-        if not (0 <= row.slack < math.inf and 0 <= row.seconds < math.inf):
-            raise ValueError("slack or seconds out of range")
-        return row
-
-    def _take(self, row):
-        total = self._plan[row.purpose]
-        known = self.tallies.get(row.idx)
-        tally = known or Tally(row.idx, row.label, row.slack, self._plan, self._num_classes)
-        if row.first != tally.next[row.purpose]:
-            raise ValueError(f"image {row.idx}: chunks from {row.first} where {tally.next[row.purpose]} come next")
-        if row.first >= row.stop or (row.stop - 1) * self._samples >= total:
-            raise ValueError(f"image {row.idx}: chunks [{row.first}, {row.stop}) are not among those of {total} votes")
-        expected = min(row.stop * self._samples, total) - row.first * self._samples
-        if row.votes.sum() != expected:
-            raise ValueError(f"image {row.idx}: {row.votes.sum()} votes where {expected} belong")
-        if (row.label, row.slack) != (tally.label, tally.slack):
-            raise ValueError(f"image {row.idx}: label or slack changes between rows")
-        tally.add(row)
-        self.tallies[row.idx] = tally
+        whole = {"idx": idx, "label": label, "first": first, "stop": stop}
+        whole = {name: _natural(text) for name, text in whole.items()}
+        return Row(**whole, slack=float(slack), purpose=purpose, votes=counts, seconds=float(seconds))
 
     def append(self, rows):
-        """Checks and writes rows, and waits until they are on disk."""
+        """Counts rows and writes them, soon."""
         try:
-            for row in rows:
-                self._take(row)
+            super().append(rows)
         except ValueError as error:
             raise UserError(
                 f"{self.path} does not fit what was sampled ({error}); certify under another name"
             ) from error
-        self._file.write("".join(row.line() for row in rows).encode())
-        self._sync()
+        self._unwritten += [_line(row) for row in rows]
+        if time.monotonic() - self._written > _SECONDS_PER_WRITE:
+            self.flush()
 
-    def _sync(self):
+    def flush(self):
+        """Writes the rows in memory and waits until they are on disk."""
+        if self._unwritten:
+            self._write("".join(self._unwritten))
+            self._unwritten = []
+        self._written = time.monotonic()
+
+    def _write(self, text):
+        self._file.write(text.encode())
         self._file.flush()
         os.fsync(self._file.fileno())
-
-    def next_chunks(self, idx):
-        """The next chunk of each purpose for an image, as a tuple in the order of the plan."""
-        tally = self.tallies.get(idx)
-        return tuple(tally.next.values()) if tally else (0,) * len(self._plan)
-
-    def complete(self, idx):
-        """Whether every vote of the plan is there."""
-        ends = tuple(-(-votes // self._samples) for votes in self._plan.values())
-        return self.next_chunks(idx) == ends
-
-    def completed(self):
-        """Tallies of the complete images, sorted by idx."""
-        return [self.tallies[idx] for idx in sorted(self.tallies) if self.complete(idx)]
 
 
 def _crc(content):

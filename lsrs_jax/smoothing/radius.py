@@ -1,7 +1,5 @@
 """From bounds on class probabilities to a radius around the image. NumPy and SciPy only."""
 
-import math
-
 import numpy as np
 from scipy import special
 
@@ -25,9 +23,10 @@ def sampled_sigma(sigma):
 
 
 def check_lipschitz(lipschitz):
-    """Raises UserError unless the Lipschitz constant is a positive finite number."""
-    if not (isinstance(lipschitz, int | float | np.number) and math.isfinite(lipschitz) and lipschitz > 0):
-        raise UserError(f"the Lipschitz constant must be a positive number, got {lipschitz!r}")
+    """Raises UserError unless the Lipschitz constant is a positive number of a size that can be divided by."""
+    number = isinstance(lipschitz, int | float | np.number) and not isinstance(lipschitz, bool)
+    if not (number and 2.0**-200 <= lipschitz <= 2.0**200):
+        raise UserError(f"the Lipschitz constant must be a positive number (between 1e-60 and 1e60), got {lipschitz!r}")
 
 
 def certified_radius(p_a_lower, p_b_upper, sigma, lipschitz=1.0, slack=0.0):

@@ -2,10 +2,11 @@ import numpy as np
 import pytest
 
 from lsrs_jax.errors import UserError
-from lsrs_jax.smoothing.ledger import Ledger, Row, _crc
+from lsrs_jax.smoothing.ledger import Ledger, _crc, _line
 from lsrs_jax.smoothing.table import read_table
+from lsrs_jax.smoothing.tally import Plan, Row
 
-PLAN = {"selection": 10, "estimation": 100}
+PLAN = Plan(10, (100,), 16)
 
 
 def rows(idx, slack=1e-6):
@@ -18,7 +19,7 @@ def rows(idx, slack=1e-6):
 
 
 def open_ledger(path):
-    return Ledger(path, PLAN, samples=16, num_classes=3)
+    return Ledger(path, PLAN, num_classes=3)
 
 
 @pytest.fixture
@@ -32,16 +33,18 @@ def path(tmp_path):
 
 def test_what_is_written_is_read(path):
     with open_ledger(path) as ledger:
-        assert [tally.idx for tally in ledger.completed()] == [4]
+        assert [idx for idx in ledger.tallies if ledger.complete(idx)] == [4]
         tally = ledger.tallies[4]
         np.testing.assert_array_equal(tally.counts["selection"], [3, 7, 0])
         np.testing.assert_array_equal(tally.counts["estimation"], [10, 86, 4])
         assert (tally.label, tally.slack, tally.seconds) == (1, 1e-6, 1.0)
-        assert ledger.next_chunks(2) == (1, 4)
-        assert ledger.next_chunks(0) == (0, 0)
+        assert ledger.done(2) == (1, 4)
+        assert ledger.done(0) == (0, 0)
+        np.testing.assert_array_equal(tally.looks, [[10, 86, 4]])
+        assert not len(ledger.tallies[2].looks)
         ledger.append(rows(2)[2:])
     with open_ledger(path) as ledger:
-        assert [tally.idx for tally in ledger.completed()] == [2, 4]
+        assert [idx for idx in ledger.tallies if ledger.complete(idx)] == [4, 2]
 
 
 def test_any_torn_tail_is_cut_off_and_nothing_else(path):
@@ -84,7 +87,7 @@ def test_any_changed_character_is_found(path):
         ("2\t1\t2e-06\testimation\t4\t7\t1:36\t0.1", "label or slack changes"),
         ("5\t1\t1e-06\tselection\t0\t1\t1:10", "8 columns"),
         ("5\t1\t1e-06\tselection\t0\t1\t1:10\t0.1\t0000000X", "checksum"),
-        (rows(5)[0].line().strip() + "\rX", "checksum"),
+        (_line(rows(5)[0]).strip() + "\rX", "checksum"),
         (f"5\t1\t1e-06\tselection\t0\t1\t1:{'9' * 30}\t0.1", "not a natural number"),
         ("", "1 columns"),
         ("\xff", "line 7"),
@@ -93,7 +96,7 @@ def test_any_changed_character_is_found(path):
 def test_damaged_rows_are_refused_and_the_file_is_kept(path, line, why):
     checked = line and line.isascii() and not line.endswith("X")
     line = f"{line}\t{_crc(line)}".encode("latin-1") if checked else line.encode("latin-1")
-    path.write_bytes(path.read_bytes() + line + b"\n" + rows(9)[0].line().encode())
+    path.write_bytes(path.read_bytes() + line + b"\n" + _line(rows(9)[0]).encode())
     before = path.read_bytes()
     with pytest.raises(UserError, match=why) as caught:
         open_ledger(path)

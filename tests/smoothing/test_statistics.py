@@ -33,6 +33,14 @@ def test_bounds_err_on_the_safe_side():
     assert (stats.binom.cdf(k[:-1], n, high) <= alpha * (1 + 1e-13)).all()
 
 
+@pytest.mark.parametrize("alpha", [1e-6, 1e-10, 1e-16, 1e-30, 1e-90])
+def test_bounds_hold_for_tiny_levels(alpha):
+    k = np.array([0, 1, 50, 99])
+    assert (stats.binom.logcdf(k, 100, confidence.upper(k, 100, alpha)) <= np.log(alpha) + 1e-9).all()
+    assert (stats.binom.logsf(k, 100, confidence.lower(k + 1, 100, alpha)) <= np.log(alpha) + 1e-9).all()
+    assert (confidence.upper(k, 100, alpha)[:3] < 1).all()
+
+
 @pytest.mark.parametrize(("n", "sigmas"), [(1_000, 2.463), (10_000, 3.199), (100_000, 3.811)])
 def test_radius_of_a_unanimous_vote(n, sigmas):
     p = confidence.lower(n, n, 0.001)

@@ -48,7 +48,7 @@ def count(head=None, devices=8, spmd="shard_map", n=N, tile=(3, 32), cuts=(), pu
     total = []
     for start in range(0, len(LATENTS), tile[0]):
         part = LATENTS[start : start + tile[0]]
-        on_device = loop.put(part)
+        on_device = loop.put(loop.place(part))
         pairs = itertools.pairwise(edges)
         parts = [loop.collect(loop.launch(on_device, purpose, *edge, n), len(part)) for edge in pairs]
         total.append(sum(parts))
@@ -105,13 +105,13 @@ def test_counts_do_not_depend_on_companions(baseline):
     loop = Votes(network(), DIM, sigma=0.5, key=threefry(0), tile=(3, 32))
     for row in (0, 4):
         others = [np.full(DIM, 9.0), LATENTS[row], -LATENTS[row]]
-        counts = loop.collect(loop.launch(loop.put(others), "estimation", 0, chunks(N, 32), N), 3)
+        counts = loop.collect(loop.launch(loop.put(loop.place(others)), "estimation", 0, chunks(N, 32), N), 3)
         np.testing.assert_array_equal(counts[1], baseline[row])
 
 
 def test_the_loop_needs_no_transfer():
     loop = Votes(network(), DIM, sigma=0.5, key=threefry(0), tile=(5, 32))
-    latents = loop.put(LATENTS)
+    latents = loop.put(loop.place(LATENTS))
     with jax.transfer_guard("disallow"):
         first = loop.launch(latents, "selection", 0, 4, 100)
         second = loop.launch(latents, "estimation", 0, chunks(N, 32), N)
@@ -125,21 +125,46 @@ def test_certify_traces_the_loop_once():
     smoothing.certify(traced(network()), LATENTS, sigma=0.5, key=threefry(0), n=N, tile=(2, 16))
 
 
-def test_no_noise_vector_is_drawn_twice():
-    loop = Votes(network(), DIM, sigma=0.5, key=threefry(0), tile=(3, 32))
-    vectors = np.concatenate(
-        [
-            np.asarray(voting.chunk_noise(loop._keys[purpose], chunk, 32, DIM)).reshape(32, -1)
-            for purpose in voting.PURPOSES
-            for chunk in range(64)
-        ]
-    )
-    assert len(np.unique(vectors, axis=0)) == len(vectors) == 2 * 64 * 32
+def drawn(loop, purpose, chunk, ids=(0,)):
+    """Noise of one chunk, in units of sigma."""
+    key, ids = loop._keys[purpose], jnp.asarray(ids, jnp.int32)
+    noise = np.asarray(loop._chunk_noise(key, ids, chunk, loop._tables), np.float64)
+    return noise * loop.arithmetic.identity.get("spacing", 1.0) / 0.5
+
+
+@pytest.mark.parametrize("arithmetic", ["sound", "float32"])
+def test_no_noise_vector_is_drawn_twice(arithmetic):
+    loop = Votes(network(), DIM, sigma=0.5, key=threefry(0), tile=(3, 32), arithmetic=arithmetic)
+    parts = [drawn(loop, purpose, chunk) for purpose in voting.PURPOSES for chunk in range(48)]
+    vectors = np.concatenate(parts).reshape(-1, np.prod(DIM))
+    assert len(np.unique(vectors, axis=0)) == len(vectors) == 3 * 48 * 32
     assert stats.kstest(vectors.ravel(), "norm").pvalue > 1e-6
-    # Among the first 1,024 vectors no pair is correlated beyond what chance allows.
-    gram = (vectors[:1024] @ vectors[:1024].T)[np.triu_indices(1024, 1)] / np.sqrt(vectors.shape[1])
-    assert np.mean(gram**2) == pytest.approx(1, abs=0.02)
+    # Among the first 1,024 vectors no pair is correlated beyond what chance allows (their own scale divided out).
+    some = vectors[:1024] / np.sqrt(np.mean(vectors[:1024] ** 2))
+    gram = (some @ some.T)[np.triu_indices(1024, 1)] / np.sqrt(some.shape[1])
+    assert np.mean(gram**2) == pytest.approx(1, abs=0.01)
     assert np.abs(gram).max() < 7
+
+
+def test_independent_noise_differs_between_images_and_from_shared_noise():
+    shared, independent = (
+        Votes(network(), DIM, sigma=0.5, key=threefry(0), tile=(3, 32), noise=noise)
+        for noise in ("shared", "independent")
+    )
+    vectors = [drawn(shared, "estimation", chunk) for chunk in range(8)]
+    vectors += [drawn(independent, "estimation", chunk, range(8)).reshape(-1, *DIM) for chunk in range(8)]
+    vectors = np.concatenate(vectors).reshape(-1, np.prod(DIM))
+    assert len(np.unique(vectors, axis=0)) == len(vectors) == 8 * 32 + 8 * 8 * 32
+    placed = independent.place(LATENTS[[0, 0, 1]])
+    counts = [
+        independent.collect(independent.launch(independent.put(placed, ids), "estimation", 0, 8, 256), 3)
+        for ids in ((4, 5, 6), (5, 9, 4))
+    ]
+    np.testing.assert_array_equal(counts[0][1], counts[1][0])  # the same image under its id, wherever it sits
+    assert (counts[0][0] != counts[0][1]).any()
+    for ids in ((1, 1, 2), (-1, 1, 2), (2**31, 1, 2)):
+        with pytest.raises(UserError, match="a different id"):
+            independent.put(placed, ids)
 
 
 def test_certification_shares_no_key_with_any_other_domain_of_the_seed():
@@ -154,8 +179,11 @@ def test_certification_shares_no_key_with_any_other_domain_of_the_seed():
     others = [keys.domain_key(0, domain) for domain in keys.DOMAINS if domain != "certify"]
     others += [jax.random.fold_in(key, i) for key in others for i in range(300)]
     others += [keys.root_key(0), *(jax.random.fold_in(keys.root_key(0), i) for i in range(300))]
+    # Somebody else's training: split keys, and an epoch and a step folded into the same root.
+    others += list(jax.random.split(keys.root_key(0), 64))
+    others += [jax.random.fold_in(key, i) for key in others[-364:-64] for i in range(4)]
     assert not ours & {data(key) for key in others}
-    assert len(ours) == 602
+    assert len(ours) == 903
 
 
 def test_purposes_see_different_noise(baseline):
@@ -255,6 +283,23 @@ def test_the_identity_encoder_is_input_smoothing():
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
+def test_modules_of_any_library_certify_the_same():
+    from flax import nnx
+
+    kernel = np.random.default_rng(7).standard_normal((32, 3)).astype(np.float32)
+    dense = nn.Dense(3, use_bias=False)
+    stateful = nnx.Linear(32, 3, use_bias=False, rngs=nnx.Rngs(0))
+    stateful.kernel[...] = jnp.asarray(kernel)
+    heads = [
+        lambda z: z.reshape(z.shape[0], -1) @ kernel,
+        lambda z: dense.apply({"params": {"kernel": kernel}}, z.reshape(z.shape[0], -1)),
+        lambda z: stateful(z.reshape(z.shape[0], -1)),
+    ]
+    counts = [certify(head, n=1000).counts for head in heads]
+    np.testing.assert_array_equal(counts[0], counts[1])
+    np.testing.assert_array_equal(counts[0], counts[2])
+
+
 def certify(head=linear_head, latents=LATENTS, **changes):
     return smoothing.certify(head, latents, **({"sigma": 0.5, "key": threefry(0), "n": 100} | changes))
 
@@ -322,12 +367,45 @@ def nan_sometimes(z):
         ({"slack": np.ones(3)}, "slack"),
         ({"head": nn.Dense(3)}, "for a Flax module"),
         ({"head": lambda z: linear_head(z[::-1])}, "rows depend on each other"),
+        ({"head": lambda z: linear_head(z) + 1j}, "must return logits"),
+        ({"radii": "abc"}, "radii must be numbers"),
+        ({"radii": [0.1, -1.0]}, "radii must be finite"),
+        ({"slack": "a"}, "slack must be numbers"),
+        ({"epsilon": "x"}, "epsilon"),
+        ({"arithmetic": ["x"]}, "unknown arithmetic"),
+        ({"arithmetic": "exact"}, "unknown arithmetic"),
+        ({"noise": ["x"]}, "unknown noise"),
+        ({"bound": "ternary"}, "unknown bound"),
+        ({"schedule": "quick"}, "unknown schedule"),
+        ({"lipschitz": True}, "Lipschitz"),
+        ({"lipschitz": 1e-320}, "Lipschitz"),
+        ({"alpha": 5e-324}, "alpha must be at least"),
+        ({"progress": 3}, "progress"),
+        ({"latents": [[0.1], [0.2, 0.3]]}, "latents must be one array"),
+        ({"latents": np.full((2, *DIM), 1e6)}, "range of the grid"),
     ],
 )
 def test_bad_input_never_certifies(changes, why):
     with pytest.raises(UserError, match=why) as caught:
         certify(**changes)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("later", [1, 2, 4, 5])
+def test_a_head_that_changes_its_classes_is_refused(later):
+    """Three classes when it is asked first, another number when the loop is compiled."""
+    traces = itertools.count()
+
+    def head(z):
+        return z.reshape(z.shape[0], -1)[:, : 3 if next(traces) == 0 else later]
+
+    with pytest.raises(UserError, match="always have the same classes"):
+        certify(head)
+
+
+def test_a_masked_class_is_no_coupling():
+    got = certify(lambda z: linear_head(z).at[:, 1].set(-jnp.inf), n=200)
+    np.testing.assert_array_equal(got.counts, [[200, 0]] * 5)
 
 
 def test_keys_of_other_generators_are_refused():
@@ -338,9 +416,9 @@ def test_keys_of_other_generators_are_refused():
 
 def test_a_launch_outside_the_plan_is_refused():
     loop = Votes(linear_head, DIM, sigma=0.5, key=threefry(0), tile=(2, 16))
-    latents = loop.put(LATENTS[:2])
+    latents = loop.put(loop.place(LATENTS[:2]))
     for first, stop in ((0, 8), (3, 3), (-1, 2)):
         with pytest.raises(UserError, match="are not among"):
             loop.launch(latents, "estimation", first, stop, 100)
     with pytest.raises(UserError, match="1 to 2 latents"):
-        loop.put(LATENTS[:3])
+        loop.put(loop.place(LATENTS[:3]))

@@ -1,0 +1,436 @@
+"""Who gets how many votes: looks, stopping, several bounds at once; simulations that reject the wrong procedures."""
+
+import numpy as np
+import pytest
+from scipy import special, stats
+
+from lsrs_jax.errors import UserError
+from lsrs_jax.smoothing import certified_radius, confidence, from_counts
+from lsrs_jax.smoothing.partition import partition
+from lsrs_jax.smoothing.schedule import Derivation, plan
+from lsrs_jax.smoothing.table import read_table
+from lsrs_jax.smoothing.tally import Plan, Row, Tallies
+
+GRID = tuple(np.arange(0.25, 4.25, 0.25))
+
+
+# --------------------------------------------------------------------------------------------------------------- looks
+
+
+@pytest.mark.parametrize(("n", "samples"), [(100_000, 16), (10_000, 16), (100_000, 4096), (1000, 16), (7, 16)])
+def test_looks_grow_by_whole_chunks_to_n(n, samples):
+    looks = plan("staged", 100, n, samples).looks
+    assert looks[-1] == n
+    assert (np.diff(looks) > 0).all()
+    assert all(look % samples == 0 for look in looks[:-1])
+    if samples == 16 and n > 10_000:
+        ratios = np.divide(looks[1:], looks[:-1])
+        assert 1.1 < ratios.min() <= ratios.max() < 1.6
+    assert plan("fixed", 100, n, samples).looks == (n,)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (("fixed", 0, 100, 16), "n0 must be a whole number"),
+        (("staged", 100, 0, 16), "n must be a whole number"),
+        (("staged", 100, 10.0, 16), "n must be a whole number"),
+        (("stagged", 100, 100, 16), "unknown schedule"),
+    ],
+)
+def test_bad_plans_are_refused(arguments, why):
+    with pytest.raises(UserError, match=why):
+        plan(*arguments)
+
+
+@pytest.mark.parametrize("looks", [(), (32, 16), (16, 16), (17, 32)])
+def test_looks_out_of_order_are_refused(looks):
+    with pytest.raises(UserError, match="looks must grow"):
+        Plan(10, looks, 16)
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"radii": (-1.0,)}, "radii"),
+        ({"radii": (float("nan"),)}, "radii"),
+        ({"epsilon": 0.0}, "epsilon"),
+        ({"bound": "ternary"}, "unknown bound"),
+        ({"alpha": 1.5}, "alpha"),
+        ({"sigma": 0.0}, "sigma"),
+        ({"lipschitz": np.nan}, "Lipschitz"),
+    ],
+)
+def test_bad_derivations_are_refused(fields, why):
+    with pytest.raises(UserError, match=why):
+        Derivation(**({"sigma": 0.5, "alpha": 0.001} | fields))
+
+
+# ------------------------------------------------------------------------------------------------------------- tallies
+
+PLAN = Plan(20, (32, 64, 100), 16)
+
+
+def row(purpose, first, stop, votes, idx=0):
+    return Row(idx, 1, 0.0, purpose, first, stop, np.array(votes), 0.0)
+
+
+def test_a_tally_keeps_the_counts_at_every_look():
+    tallies = Tallies(PLAN, 2)
+    assert PLAN.next_stop(tallies.done(0)) == ("selection", 0, 2)
+    tallies.append([row("selection", 0, 2, [12, 8]), row("estimation", 0, 1, [16, 0])])
+    assert PLAN.next_stop(tallies.done(0)) == ("estimation", 1, 2)
+    assert not tallies.at_a_look(0)
+    tallies.append([row("estimation", 1, 2, [10, 6])])
+    assert tallies.at_a_look(0)
+    tallies.append([row("estimation", 2, 4, [30, 2]), row("estimation", 4, 7, [30, 6])])
+    np.testing.assert_array_equal(tallies.tallies[0].looks, [[26, 6], [56, 8], [86, 14]])
+    assert tallies.complete(0)
+    assert PLAN.next_stop(tallies.done(0)) is None
+
+
+@pytest.mark.parametrize(
+    ("bad", "why"),
+    [
+        (row("estimation", 0, 1, [16, 0]), "before the selection is complete"),
+        (row("selection", 0, 1, [15, 0]), "15 votes where 16 belong"),
+        (row("selection", 1, 2, [4, 0]), "where 0 come next"),
+        (row("selection", 0, 3, [20, 0]), "not among those"),
+    ],
+)
+def test_votes_that_do_not_fit_are_refused(bad, why):
+    tallies = Tallies(PLAN, 2)
+    with pytest.raises(ValueError, match=why):
+        tallies.append([bad])
+    assert not tallies.tallies
+
+
+def test_no_row_reaches_over_a_look():
+    """Votes counted together across a look would leave that look without a count."""
+    tallies = Tallies(PLAN, 2)
+    tallies.append([row("selection", 0, 2, [12, 8])])
+    with pytest.raises(ValueError, match="reach over the look at 2"):
+        tallies.append([row("estimation", 0, 3, [40, 8])])
+
+
+# -------------------------------------------------------------------------------------------------------- certificates
+
+LOOKS = (100, 200, 400)
+
+
+def test_staged_bounds_are_the_best_of_the_looks_at_their_share_of_alpha():
+    selection = np.array([[9, 1], [9, 1], [9, 1]])
+    reached = [np.array([[99, 1]]), np.array([[100, 0], [170, 30]]), np.array([[60, 40], [130, 70], [320, 80]])]
+    got = from_counts(selection, reached, sigma=0.5, alpha=0.03, looks=LOOKS)
+    np.testing.assert_array_equal(got.n, [100, 200, 400])
+    np.testing.assert_array_equal(got.counts, [[99, 1], [170, 30], [320, 80]])
+    share = 0.01
+    expected = [stats.beta.ppf(share, 99, 2), share ** (1 / 100), stats.beta.ppf(share, 320, 81)]
+    np.testing.assert_allclose(got.p_a_lower, expected, rtol=1e-9)
+    np.testing.assert_allclose(got.radius, 0.5 * special.ndtri(expected), rtol=1e-7)
+    # Never the fixed-n bound at the full alpha.
+    assert (got.p_a_lower[:2] < [stats.beta.ppf(0.03, 99, 2), 0.03 ** (1 / 100)]).all()
+
+
+@pytest.mark.parametrize(
+    ("reached", "why"),
+    [
+        ([np.array([[100, 1]])], "cumulative counts"),
+        ([np.array([[90, 10], [80, 120]])], "cumulative counts"),
+        ([np.array([[90, 10], [190, 10], [390, 10], [400, 0]])], "cumulative counts"),
+        ([np.zeros((0, 2), int)], "shape"),
+        ([np.array([[99.0, 1.0]])], "integers"),
+        ([], "same classes"),
+        ([[[1, 2], [3]]], "one array of integers"),
+    ],
+)
+def test_counts_that_are_not_those_of_the_looks_are_refused(reached, why):
+    with pytest.raises(UserError, match=why):
+        from_counts(np.array([[9, 1]]), reached, sigma=0.5, alpha=0.01, looks=LOOKS)
+
+
+@pytest.mark.parametrize("tau", [-0.1, 1.0, np.nan, "a"])
+def test_a_senseless_tau_is_refused(tau):
+    with pytest.raises(UserError, match="tau"):
+        from_counts(np.array([[9, 1]]), np.array([[99, 1]]), sigma=0.5, alpha=0.01, tau=tau)
+
+
+def test_looks_that_do_not_grow_and_slack_of_another_length_are_refused():
+    arguments = {"sigma": 0.5, "alpha": 0.01}
+    with pytest.raises(UserError, match="looks that grow"):
+        from_counts(np.array([[9, 1]]), [np.array([[9, 1], [9, 1]])], looks=(10, 10), **arguments)
+    with pytest.raises(UserError, match="slack must be"):
+        from_counts(np.array([[9, 1]]), np.array([[9, 1]]), slack=np.zeros(2), **arguments)
+
+
+@pytest.mark.parametrize("alpha", [1e-3, 1e-12])
+def test_a_plan_that_can_certify_nothing_has_the_radius_zero(alpha):
+    assert Derivation(0.5, alpha, tau=1e-9).largest_radius(plan("fixed", 100, 1, 16)) == 0
+
+
+def test_tau_is_charged_to_both_probabilities():
+    arguments = {"sigma": 1.0, "alpha": 0.01, "bound": "multiclass"}
+    selection, estimation = np.array([[50, 30, 20]]), np.array([[5000, 3000, 2000]])
+    free, charged = (from_counts(selection, estimation, **arguments, tau=tau) for tau in (0.0, 0.01))
+    assert charged.p_a_lower[0] <= free.p_a_lower[0] - 0.01
+    assert charged.p_b_upper[0] >= free.p_b_upper[0] + 0.01
+
+
+# ------------------------------------------------------------------------------------------------------------- buckets
+
+
+def test_buckets_cover_all_rivals_and_the_candidate_is_alone():
+    rng = np.random.default_rng(0)
+    for classes in (2, 3, 10, 50):
+        selection = rng.multinomial(100, rng.dirichlet(np.full(classes, 0.3)), 200)
+        for bound in ("binary", "multiclass"):
+            bucket, count = partition(selection, np.full(200, 10_000), 0.001, bound)
+            candidate = selection.argmax(axis=1)
+            assert ((bucket == 0).sum(axis=1) == 1).all()
+            assert (bucket[np.arange(200), candidate] == 0).all()
+            for found, number in zip(bucket, count, strict=True):
+                assert set(found) == set(range(number + 1))
+            if bound == "binary" or classes == 2:
+                assert (count == 1).all()
+
+
+def test_one_dominant_class_gets_the_binary_bound_and_a_close_race_several_buckets():
+    selection = np.array([[100, 0, 0, 0], [40, 30, 28, 2]])
+    count = partition(selection, np.full(2, 100_000), 0.001, "multiclass")[1]
+    assert count[0] == 1
+    assert count[1] >= 2
+
+
+def test_multiclass_beats_binary_where_no_class_has_half_of_the_votes():
+    selection, estimation = np.array([[42, 30, 28]]), np.array([[42_000, 30_000, 28_000]])
+    binary, several = (
+        from_counts(selection, estimation, sigma=1.0, alpha=0.001, bound=bound) for bound in ("binary", "multiclass")
+    )
+    assert binary.abstain[0]
+    assert several.predict[0] == 0
+    exact = (special.ndtri(0.42) - special.ndtri(0.30)) / 2
+    assert 0.8 * exact < several.radius[0] < exact
+
+
+def test_multiclass_bounds_are_those_of_the_buckets():
+    selection, estimation = np.array([[45, 30, 20, 5]]), np.array([[4500, 3000, 2000, 500]])
+    bucket, count = partition(selection, np.array([10_000]), 0.01, "multiclass")
+    got = from_counts(selection, estimation, sigma=1.0, alpha=0.01, bound="multiclass")
+    each = 0.01 / (1 + count[0])
+    votes = [estimation[0][bucket[0] == b].sum() for b in range(1, count[0] + 1)]
+    p_a = stats.beta.ppf(each, 4500, 5501)
+    p_b = min(1 - p_a, max(stats.beta.ppf(1 - each, k + 1, 10_000 - k) for k in votes))
+    assert got.p_a_lower[0] == pytest.approx(p_a, rel=1e-9)
+    assert got.p_b_upper[0] == pytest.approx(p_b, rel=1e-8)
+
+
+# ---------------------------------------------------------------------------------------------------------- simulation
+
+
+def exceeds(count, trials, alpha):
+    """Whether so many failures refute a failure rate of at most alpha (at level 1e-6)."""
+    return stats.binom.sf(count - 1, trials, alpha) < 1e-6
+
+
+def cumulative_votes(rng, p, looks, trials):
+    """``(trials, looks, K)`` cumulative counts."""
+    steps = np.diff([0, *looks])
+    return np.cumsum(np.stack([rng.multinomial(step, p, trials) for step in steps], axis=1), axis=1)
+
+
+def true_radius(p, candidate):
+    """Radius of the smoothed classifier at sigma 1 for a candidate class; 0 where it is not the strongest."""
+    p = np.asarray(p)
+    others = np.where(np.eye(len(p), dtype=bool), -1, p[None, :]).max(axis=1)
+    return np.maximum((special.ndtri(p) - special.ndtri(others)) / 2, 0)[candidate]
+
+
+def simulate(p, looks, trials, alpha, bound, stop, seed=0, n0=50):
+    """How often a certificate claims more than is true.
+
+    `stop` maps certificates at all looks, a list, and the truth to the index of the look at which each trial stops.
+    """
+    rng = np.random.default_rng(seed)
+    selection, votes = rng.multinomial(n0, p, trials), cumulative_votes(rng, p, looks, trials)
+    truth = true_radius(p, selection.argmax(axis=1))
+    certificates = [
+        from_counts(
+            selection,
+            [counts[: k + 1] for counts in votes],
+            sigma=1.0,
+            alpha=alpha,
+            bound=bound,
+            looks=looks,
+        )
+        for k in range(len(looks))
+    ]
+    radii = np.stack([c.radius for c in certificates])
+    chosen = radii[stop(radii, truth), np.arange(trials)]
+    return int((chosen > truth + 1e-12).sum())
+
+
+def adversary(radii, truth):
+    """Stops at the first look that claims too much, knowing the truth; goes on otherwise."""
+    wrong = radii > truth + 1e-12
+    return np.where(wrong.any(axis=0), wrong.argmax(axis=0), len(radii) - 1)
+
+
+def naive(p, looks, trials, alpha, seed=0, n0=50):
+    """Stops at the first look with any radius and certifies by fixed-n Clopper-Pearson at the full alpha: wrong."""
+    rng = np.random.default_rng(seed)
+    selection, votes = rng.multinomial(n0, p, trials), cumulative_votes(rng, p, looks, trials)
+    truth = true_radius(p, selection.argmax(axis=1))
+    radii = np.stack([from_counts(selection, votes[:, k], sigma=1.0, alpha=alpha).radius for k in range(len(looks))])
+    return int((radii[adversary(radii, truth), np.arange(trials)] > truth + 1e-12).sum())
+
+
+def runner_up_only(p, n, trials, alpha, seed=0, n0=50):
+    """Bounds the strongest rival of the selection votes and no other class: wrong."""
+    rng = np.random.default_rng(seed)
+    selection, votes = rng.multinomial(n0, p, trials), rng.multinomial(n, p, trials)
+    order = np.argsort(-selection, axis=1, kind="stable")
+    rows = np.arange(trials)
+    p_a = confidence.lower(votes[rows, order[:, 0]], n, alpha / 2)
+    p_b = confidence.upper(votes[rows, order[:, 1]], n, alpha / 2)
+    radius = certified_radius(p_a, np.clip(p_b, 1e-15, 1), 1.0)
+    return int((radius > true_radius(p, order[:, 0]) + 1e-12).sum())
+
+
+LENGTHS = [3000, pytest.param(100_000, marks=pytest.mark.soak)]
+SIM_LOOKS = (200, 260, 340, 440, 570, 740, 960, 1250, 1600, 2000)
+
+
+@pytest.mark.parametrize("trials", LENGTHS)
+@pytest.mark.parametrize("p", [(0.5, 0.5), (0.9, 0.1), (0.40, 0.28, 0.32), (0.34, 0.33, 0.33)], ids=str)
+@pytest.mark.parametrize("bound", ["binary", "multiclass"])
+def test_coverage_of_the_staged_schedule_under_an_adversary(p, bound, trials):
+    failures = simulate(p, SIM_LOOKS, trials, 0.05, bound, adversary)
+    print(f"\nstaged, {bound}, p={p}, alpha .05, {trials} trials, adversarial stopping: {failures / trials:.4f}")
+    assert not exceeds(failures, trials, 0.05)
+
+
+@pytest.mark.parametrize("trials", LENGTHS)
+def test_fixed_bounds_on_counts_that_stopped_early_are_caught(trials):
+    failures = naive((0.9, 0.1), SIM_LOOKS, trials, 0.05)
+    print(f"\nfixed-n bounds after stopping early, alpha .05, {trials} trials: {failures / trials:.4f}")
+    assert exceeds(failures, trials, 0.05)
+
+
+@pytest.mark.parametrize("trials", LENGTHS)
+def test_multiclass_is_sound_in_a_close_race_and_bounding_the_runner_up_is_caught(trials):
+    p = (0.40, 0.28, 0.32)
+    sound = simulate(p, (2000,), trials, 0.05, "multiclass", adversary)
+    wrong = runner_up_only(p, 2000, trials, 0.05)
+    print(f"\nmulticlass p={p}, alpha .05, {trials} trials: {sound / trials:.4f}, runner-up alone {wrong / trials:.4f}")
+    assert not exceeds(sound, trials, 0.05)
+    assert exceeds(wrong, trials, 0.05)
+
+
+# ------------------------------------------------------------------------------------------------------------ stopping
+
+
+def tally_of(the_plan, votes, selection=(100, 0)):
+    """A tally whose looks found `votes` (cumulative, for the candidate) of two classes."""
+    tallies, samples = Tallies(the_plan, 2), the_plan.samples
+    ends = the_plan.stops("estimation")
+    rows = [Row(0, 0, 0.0, "selection", 0, the_plan.stops("selection")[0], np.array(selection), 0.0)]
+    before, total = 0, np.zeros(2, int)
+    for stop, look, k in zip(ends, the_plan.looks, votes, strict=False):
+        counts = np.array([k, look - k])
+        rows.append(Row(0, 0, 0.0, "estimation", before, stop, counts - total, 0.0))
+        before, total = stop, counts
+    tallies.append(rows)
+    assert samples * before >= the_plan.looks[len(votes) - 1]
+    return tallies.tallies[0]
+
+
+STAGED = plan("staged", 100, 100_000, 16)
+
+
+def settled(votes, **fields):
+    return bool(Derivation(0.25, 0.001, **fields).settled(STAGED, [tally_of(STAGED, votes)])[0])
+
+
+def test_an_image_leaves_when_its_radii_are_decided_and_not_before():
+    first = STAGED.looks[0]
+    assert settled([first // 3], radii=(0.25,))  # no majority: nothing to certify
+    assert not settled([first], radii=(0.25, 0.9))  # unanimous so far, and .9 is within reach
+    assert settled([first], radii=(0.25, 0.5))  # unanimous: both are certified
+    assert settled([first], radii=(0.25, 0.5, 5.0))  # and 5 cannot be
+    assert not settled([int(0.85 * first)], radii=(0.25,))  # near the threshold of .25
+    assert settled([int(0.7 * first)], radii=(0.25,))  # certified, but never at .25
+
+
+def test_without_radii_an_image_leaves_when_more_votes_would_add_little():
+    looks = STAGED.looks
+    assert not settled([looks[0]], epsilon=0.05)
+    share = [int(0.8 * look) for look in looks]
+    assert not settled(share[:2], epsilon=0.02)
+    assert settled(share[:12], epsilon=0.05)
+    assert settled(share, epsilon=1e-9)  # all the votes there are
+
+
+def test_settled_never_asks_for_more_than_the_plan_has():
+    rng = np.random.default_rng(0)
+    tallies = [tally_of(STAGED, np.cumsum(rng.binomial(np.diff([0, *STAGED.looks]), p))) for p in (0.5, 0.9, 0.99)]
+    assert Derivation(0.25, 0.001, radii=GRID).settled(STAGED, tallies).all()
+
+
+def published(path, sigma):
+    """Probabilities behind a published log, and which rows are correct."""
+    table = read_table(path)
+    k = np.arange(50_000, 100_001)
+    p = confidence.lower(k, 100_000, 0.001)
+    radii = certified_radius(p, 1 - p + 1e-15, sigma)
+    found = k[np.clip(np.searchsorted(radii, table.radius), 0, len(k) - 1)] / 100_000
+    abstained = np.random.default_rng(0).uniform(0.3, 0.5, len(table))
+    return np.where(table.predict >= 0, found, abstained), table.correct
+
+
+def staged_on(p, derivation, seed):
+    """Certificates of simulated images with these probabilities; votes drawn look by look, as the sweep does."""
+    rng = np.random.default_rng(seed)
+    tallies, pending, before, first = Tallies(STAGED, 2), np.arange(len(p)), 0, 0
+    end = STAGED.stops("selection")[0]
+    tallies.append([Row(int(i), 0, 0.0, "selection", 0, end, np.array([100, 0]), 0.0) for i in pending])
+    for look, stop in zip(STAGED.looks, STAGED.stops("estimation"), strict=True):
+        k = rng.binomial(look - before, p[pending])
+        tallies.append(
+            [
+                Row(int(i), 0, 0.0, "estimation", first, stop, np.array([hits, look - before - hits]), 0.0)
+                for i, hits in zip(pending, k, strict=True)
+            ]
+        )
+        before, first = look, stop
+        pending = pending[~derivation.settled(STAGED, [tallies.tallies[int(i)] for i in pending])]
+        if not len(pending):
+            break
+    return derivation.certificates(STAGED, [tallies.tallies[i] for i in range(len(p))])
+
+
+@pytest.mark.parametrize(
+    ("sigma", "radii", "factor"),
+    [(0.25, GRID, 7), (0.5, GRID, 4), (0.25, (0.25, 0.5, 0.75, 1.0), 11), (0.5, (0.25, 0.5, 0.75, 1.0), 11)],
+)
+def test_staged_saves_votes_on_published_classifiers_and_loses_little(reference, sigma, radii, factor):
+    name = f"noise_{sigma:.2f}/test/sigma_{sigma:.2f}"
+    p, correct = published(reference / "cohen_certify" / "cifar10" / "resnet110" / name, sigma)
+    radii = tuple(radius for radius in radii if radius < 4 * sigma + 1e-9)
+    derivation, losses, votes = Derivation(sigma, 0.001, radii=radii), [], []
+    top = 0.85 * Derivation(sigma, 0.001).largest_radius(plan("fixed", 100, 100_000, 16))
+    for seed in range(5):
+        staged = staged_on(p, derivation, seed)
+        k = np.random.default_rng(1000 + seed).binomial(100_000, p)
+        fixed = from_counts(
+            np.tile([100, 0], (len(p), 1)), np.stack([k, 100_000 - k], axis=1), sigma=sigma, alpha=0.001
+        )
+        certified = [[np.mean(correct & (c.radius >= max(r, 1e-9))) for r in (0, *radii)] for c in (fixed, staged)]
+        losses.append(np.subtract(*certified))
+        votes.append(staged.n.mean())
+    below = np.array([0, *radii]) < top
+    print(
+        f"\nsigma {sigma}: {1e5 / np.mean(votes):.1f}x fewer votes, "
+        f"loss {100 * np.mean(losses, axis=0)[below].max():.2f}"
+    )
+    assert 1e5 / np.mean(votes) >= factor
+    assert np.mean(losses, axis=0)[below].max() <= 0.005
