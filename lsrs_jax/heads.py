@@ -92,11 +92,36 @@ class ConvHead(nn.Module):
         return nn.Dense(self.num_classes)(z.mean(axis=(1, 2)))
 
 
+class ResNetHead(nn.Module):
+    """A 3x3 stem, residual blocks of two 3x3 convolutions with ReLU, the mean over positions, a dense layer.
+
+    Attributes:
+      stages: ``(channels, stride)`` of each block; the stem has the channels of the first.
+    """
+
+    num_classes: int
+    stages: tuple[tuple[int, int], ...]
+
+    @nn.compact
+    def __call__(self, z):
+        def conv(channels, size, stride, **fields):
+            return nn.Conv(channels, (size, size), (stride, stride), kernel_init=nn.initializers.he_normal(), **fields)
+
+        z = nn.relu(conv(self.stages[0][0], 3, 1)(z))
+        for channels, stride in self.stages:
+            skip = z if (z.shape[-1], stride) == (channels, 1) else conv(channels, 1, stride, use_bias=False)(z)
+            inner = nn.relu(conv(channels, 3, stride)(z))
+            z = nn.relu(skip + conv(channels, 3, 1)(inner))
+        return nn.Dense(self.num_classes)(z.mean(axis=(1, 2)))
+
+
 HEADS = {
     "linear": LinearHead,
     "normalized": NormalizedHead,
     "orthogonal": OrthogonalHead,
     "mlp": lambda classes: MLPHead(classes, (256, 256)),
     "convnet": lambda classes: ConvHead(classes, ((32, 1), (64, 2), (64, 1))),
+    "convnet_light": lambda classes: ConvHead(classes, ((64, 2), (64, 1))),
+    "resnet": lambda classes: ResNetHead(classes, ((32, 1), (64, 2))),
     "convnet_small": lambda classes: ConvHead(classes, ((16, 1), (32, 2), (32, 1))),
 }

@@ -17,7 +17,8 @@ import numpy as np
 from lsrs_jax import layers
 from lsrs_jax.errors import UserError
 from lsrs_jax.heads import HEADS
-from lsrs_jax.materialize import materialize
+from lsrs_jax.materialize import materialize, project
+from lsrs_jax.span import span_of
 
 
 def _orthogonal_encoder(stages):
@@ -115,28 +116,44 @@ class Model:
         }
         return materialize(layers.Encoder(chain), named, self.input_shape)
 
-    def for_certification(self, params):
+    def for_certification(self, params, dtype="float32"):
         """The same two functions on plain parameters.
+
+        Args:
+          dtype: ``"float32"`` or ``"bfloat16"``: in what the head (under ISRS the whole base classifier) computes.
 
         Returns:
           ``(encoder, head)``: a `Materialized` encoder, whose report carries the Lipschitz constant (an empty chain
           with constant 1 under ISRS), and a function latents → logits. Under ISRS of a split model the orthogonal
-          kernels are built once here, not once per vote.
+          kernels are built once here, not once per vote. Behind a linear head the encoder goes on to the span of its
+          weights (`span.span_of`), where the noise has as many dimensions as there are classes.
 
         **Guarantee**: ``head(encoder.apply(·))`` without noise is the trained classifier up to float rounding; the
         certificate is about the functions returned here.
         """
         plain = self._materialized(params)
-        head_params = {"params": jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), params["head"])}
+        identity = materialize(layers.Encoder(), {}, self.input_shape)
+        linear = hasattr(self.head, "matrix") and not (self.smooths_input and self.encoder.layers)
+        if linear:
+            weights, bias = self.head.matrix(params["head"])
+            if self.smooths_input and self.normalize is not None:
+                mean, scale = (np.broadcast_to(v, self.input_shape).ravel() for v in self._mean_and_scale())
+                weights, bias = weights * scale[:, None], bias - (mean * scale) @ weights
+            if len(weights) >= len(bias):
+                span = span_of(weights, bias)
+                return project(identity if self.smooths_input else plain, span.basis), _in_dtype(span.head, dtype)
+        head_params = {"params": jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), dtype), params["head"])}
 
         def head(latents):
             return self.head.apply(head_params, latents)
 
         if not self.smooths_input:
-            return plain, head
-        base = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), plain.params)
-        identity = materialize(layers.Encoder(), {}, self.input_shape)
-        return identity, lambda noisy: head(plain.apply(base, noisy))
+            return plain, _in_dtype(head, dtype)
+        base = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), plain.params)
+        return identity, _in_dtype(lambda noisy: head(plain.apply(base, noisy)), dtype)
+
+    def _mean_and_scale(self):
+        return np.asarray(self.normalize.mean, np.float64), 1 / np.asarray(self.normalize.std, np.float64)
 
     def with_linear_head(self, params):
         """The noise-free classifier for its deterministic certificate.
@@ -152,6 +169,11 @@ class Model:
             linear = ", ".join(name for name, head in HEADS.items() if hasattr(head, "matrix"))
             raise UserError(f"a deterministic certificate needs a linear head (model.head one of {linear})")
         return self._materialized(params), *self.head.matrix(params["head"])
+
+
+def _in_dtype(function, dtype):
+    """The function computed in `dtype`: latents are cast after the noise was added, logits come back as float32."""
+    return function if dtype == "float32" else lambda noisy: function(noisy.astype(dtype)).astype(jnp.float32)
 
 
 def build(config, input_shape, num_classes):
