@@ -6,7 +6,8 @@
 
 The configuration comes from the workdir; flags override it. Writes the vote ledger, certificates.tsv and
 certificates.json into <workdir>/certify/<name>. The same command resumes an interrupted certification, on any number
-of devices; with another alpha it derives new certificates from the votes on disk. Deterministic certificates take no
+of devices; with --from-counts it derives new certificates from the votes on disk, with another alpha or bound, without
+the model or the data. Deterministic certificates take no
 votes: they are the margins of a linear head (model.head linear, normalized or orthogonal).
 """
 
@@ -17,6 +18,7 @@ from lsrs_jax import config as configuration
 from lsrs_jax import data as datasets
 from lsrs_jax.certification import deterministic, smoothed
 from lsrs_jax.certification.folder import Job
+from lsrs_jax.distributed import cache_compilations
 from lsrs_jax.errors import UserError
 from lsrs_jax.keys import pinned, root_key
 
@@ -25,6 +27,7 @@ def run(arguments):
     """The command; see the module's docstring."""
     parser = command.parser("certify", __doc__)
     parser.add_argument("--workdir", required=True, type=command.folder, help="folder of a training")
+    parser.add_argument("--from-counts", action="store_true", help="derive from the votes on disk; sample nothing")
     options, rest = parser.parse_known_args(arguments)
     stored_config = options.workdir / "config.json"
     if not stored_config.exists():
@@ -39,6 +42,10 @@ def run(arguments):
         name, old, new = difference
         raise UserError(f"the network was trained with model.{name}={old!r}, not {new!r}; train that one first")
     certify = config.certify
+    if options.from_counts:
+        smoothed.from_counts(options.workdir / "certify" / certify.name, config)
+        return
+    cache_compilations()
     dataset = datasets.load(config.data.name, config.data.split, config.data.dir)
     indices = range(certify.start, min(certify.stop or len(dataset), len(dataset)), certify.step)
     if not len(indices):

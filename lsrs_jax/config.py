@@ -7,6 +7,8 @@ from ml_collections import ConfigDict
 
 from lsrs_jax.errors import UserError
 from lsrs_jax.files import write_atomic
+from lsrs_jax.smoothing.partition import BOUNDS
+from lsrs_jax.smoothing.schedule import SCHEDULES
 
 
 def default():
@@ -56,10 +58,17 @@ def default():
     config.certify.n0 = 100
     config.certify.n = 100_000
     config.certify.alpha = 0.001  # failure probability per image
+    config.certify.bound = "binary"  # or "multiclass": upper bounds on the rivals as well
+    config.certify.schedule = "fixed"  # n votes for every image; "staged": up to n, until its answer is settled
+    config.certify.radii = ()  # staged: the radii to decide; none: the radius itself,
+    config.certify.epsilon = 0.05  # to within so much of what n votes would give, in multiples of sigma / Lipschitz
     config.certify.start = 0  # images start, start + step, ... below stop
     config.certify.stop = 0  # an index of the split; 0: to the end
     config.certify.step = 1
-    config.certify.tile = (16, 16)  # images x noise samples of one compiled batch; larger on accelerators
+    config.certify.arithmetic = "sound"  # integers on a grid; "float32": the classic, without that guarantee
+    config.certify.noise = "shared"  # one draw for all images of a tile; "independent": one for each
+    config.certify.head_dtype = "float32"  # or "bfloat16", for accelerators; the noise is drawn and added exactly
+    config.certify.tile = (32, 8)  # images x noise samples of one compiled batch; larger on accelerators
     config.certify.spmd = "shard_map"  # or "pmap"
     return config
 
@@ -113,6 +122,17 @@ def _limits(config):
         ("certify.n0", 1 <= certify.n0 <= 2**27, "between 1 and 2**27"),
         ("certify.n", 1 <= certify.n <= 2**27, "between 1 and 2**27"),
         ("certify.alpha", 0 < certify.alpha < 1, "strictly between 0 and 1"),
+        ("certify.bound", certify.bound in BOUNDS, " or ".join(map(repr, BOUNDS))),
+        ("certify.schedule", certify.schedule in SCHEDULES, " or ".join(map(repr, SCHEDULES))),
+        (
+            "certify.radii",
+            all(0 <= radius < float("inf") for radius in certify.radii),
+            "numbers >= 0, such as (0.25, 0.5)",
+        ),
+        ("certify.epsilon", 0 < certify.epsilon < float("inf"), "a positive number"),
+        ("certify.arithmetic", certify.arithmetic in ("sound", "float32"), "'sound' or 'float32'"),
+        ("certify.noise", certify.noise in ("shared", "independent"), "'shared' or 'independent'"),
+        ("certify.head_dtype", certify.head_dtype in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
         ("certify.start", certify.start >= 0, "at least 0"),
         (
             "certify.stop",
@@ -182,7 +202,7 @@ def _update(config, values, prefix):
 
 def _elements(default, values):
     """A tuple whose elements have the type of the default's; integers pass for floats."""
-    kind = type(default[0]) if isinstance(default, tuple) else object
+    kind = float if default == () else type(default[0]) if isinstance(default, tuple) else object
     allowed = (int, float) if kind is float else kind
     if not all(isinstance(value, allowed) and not isinstance(value, bool) for value in values):
         raise TypeError("elements of another type")

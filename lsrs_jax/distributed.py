@@ -1,4 +1,7 @@
-"""Meshes and shardings over the devices of this process."""
+"""Process start-up, meshes and shardings over the devices of this process."""
+
+import os
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -6,6 +9,17 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXIS = "devices"
+
+
+def cache_compilations():
+    """Lets XLA keep compiled programs between runs, in $JAX_COMPILATION_CACHE_DIR or the user's cache folder.
+
+    A resume then runs the very program that the first half ran, whatever an autotuner would choose today.
+    """
+    if not jax.config.jax_compilation_cache_dir:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(home / "lsrs_jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def local_mesh(devices=None):

@@ -8,6 +8,7 @@ correct time), published logs included; LABEL=RUN names its row and curve. Write
 """
 
 import dataclasses
+import json
 import math
 import re
 from pathlib import Path
@@ -25,6 +26,7 @@ from lsrs_jax.smoothing.table import Table, read_table
 class Run:
     label: str
     table: Table
+    radii: tuple[float, ...] | None = None  # that a staged certification decided; its radii say no more than that
 
 
 def load_runs(arguments):
@@ -36,12 +38,20 @@ def load_runs(arguments):
         for table in found:
             suffix = f"/{table.parent.name}" if len(found) > 1 else ""
             name = label or re.sub(r"[|$\\`\n]", "_", path.resolve().name.removesuffix(".tsv"))
-            runs.append(Run(name + suffix, read_table(table)))
+            runs.append(Run(name + suffix, read_table(table), _decided(table)))
     labels = [run.label for run in runs]
     for label in labels:
         if labels.count(label) > 1:
             raise UserError(f"two runs are called {label!r}; name them: NAME=PATH")
     return runs
+
+
+def _decided(table):
+    try:
+        derivation = json.loads((table.parent / "certificates.json").read_text())["derivation"]
+        return tuple(derivation["radii"]) if derivation.get("radii") else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # a table of somebody else's
 
 
 def _split(argument):
@@ -105,6 +115,12 @@ def markdown(runs, radii):
 def notes(runs):
     """What a reader must know before comparing rows."""
     found = [f"{run.label}: its last line was cut off and is left out." for run in runs if run.table.truncated]
+    found += [
+        f"{run.label}: staged to decide the radii {', '.join(f'{r:g}' for r in run.radii)}; at other radii, and in its "
+        "ACR, it is a lower bound."
+        for run in runs
+        if run.radii
+    ]
     first = runs[0]
     for run in runs[1:]:
         if not np.array_equal(np.sort(run.table.idx), np.sort(first.table.idx)):

@@ -21,6 +21,7 @@ from lsrs_jax.errors import UserError
 from lsrs_jax.files import locked
 from lsrs_jax.keys import domain_key, pinned, root_key
 from lsrs_jax.materialize import Float64Encoder
+from lsrs_jax.smoothing import schedule
 from lsrs_jax.smoothing.table import read_table
 
 
@@ -110,13 +111,15 @@ def kill_and_resume_certification(workdir, name, arguments, kills, rng):
     return killed
 
 
-def test_a_killed_certification_resumes_to_the_same_bytes(trained):
-    # One chunk per row keeps the run long enough to be killed in the middle.
-    arguments = ["--config.certify.n=30001", "--config.certify.stop=64", "--config.certify.tile=(2, 8)"]
-    run("certify", f"--workdir={trained}", "--config.certify.name=whole", *arguments)
-    killed = kill_and_resume_certification(trained, "killed", arguments, 2, random.Random(0))
+@pytest.mark.parametrize("kind", ["fixed", "staged"])
+def test_a_killed_certification_resumes_to_the_same_bytes(trained, kind):
+    # A small tile keeps the run long enough to be killed in the middle.
+    arguments = ["--config.certify.n=60001", "--config.certify.stop=64", "--config.certify.tile=(2, 8)"]
+    arguments.append(f"--config.certify.schedule={kind}")
+    run("certify", f"--workdir={trained}", f"--config.certify.name=whole_{kind}", *arguments)
+    killed = kill_and_resume_certification(trained, f"killed_{kind}", arguments, 2, random.Random(0))
     assert killed >= 1
-    whole, resumed = (trained / "certify" / name for name in ("whole", "killed"))
+    whole, resumed = (trained / "certify" / f"{name}_{kind}" for name in ("whole", "killed"))
     assert without_time(resumed / "certificates.tsv") == without_time(whole / "certificates.tsv")
     assert len(json.loads((resumed / "certificates.json").read_text())["record"]) == killed + 1
 
@@ -200,6 +203,105 @@ def test_another_alpha_needs_no_votes(copy, certified):
     assert (table.radius > before.radius).any()
 
 
+def test_compiled_programs_are_kept_and_a_broken_cache_does_no_harm(copy, certified, tmp_path):
+    def certify_again(name, home):
+        run("certify", f"--workdir={copy}", f"--config.certify.name={name}", XDG_CACHE_HOME=str(home))
+        assert without_time(copy / "certify" / name / "certificates.tsv") == without_time(certified)
+        return fingerprint(home) if home.is_dir() else {}
+
+    first = certify_again("first", tmp_path / "cache")
+    loops = [name for name in first if "device_votes" in name and name.endswith("cache")]
+    assert len(loops) == 1
+    second = certify_again("second", tmp_path / "cache")
+    assert {name for name in second if name.endswith("cache")} == {name for name in first if name.endswith("cache")}
+    path = tmp_path / "cache" / loops[0]
+    path.write_bytes(path.read_bytes()[:1000])  # as a kill would leave it
+    certify_again("third", tmp_path / "cache")
+    certify_again("fourth", tmp_path / "config.json" / "nowhere")
+
+
+def recomputed(folder, alpha, looks):
+    """p_A of each image from the rows of a ledger, with SciPy alone: the best of its looks at their share of alpha."""
+    selection, counts, found = {}, {}, {}
+    for line in (folder / "votes.0.tsv").read_text().splitlines()[1:]:
+        idx, _, _, purpose, _, _, pairs, *_ = line.split("\t")
+        table = (selection if purpose == "selection" else counts).setdefault(int(idx), np.zeros(10, int))
+        for pair in pairs.split(","):
+            name, number = map(int, pair.split(":"))
+            table[name] += number
+        if purpose == "estimation" and table.sum() in looks:
+            k = table[selection[int(idx)].argmax()]
+            p = stats.beta.ppf(alpha / len(looks), k, table.sum() - k + 1) if k else 0.0
+            found.setdefault(int(idx), []).append(p)
+    return {idx: max(values) for idx, values in found.items()}
+
+
+def columns(path, *names):
+    rows = [line.split("\t") for line in path.read_text().splitlines()]
+    return [[float(row[rows[0].index(name)]) for row in rows[1:]] for name in names]
+
+
+STAGED = ["--config.certify.schedule=staged", "--config.certify.n=6000", "--config.certify.stop=60"]
+
+
+def test_a_staged_certification_and_what_can_be_derived_from_it(copy, tmp_path):
+    flags = [f"--workdir={copy}", "--config.certify.name=staged", *STAGED, "--config.certify.radii=(0.1,0.3)"]
+    out = run("certify", *flags)
+    assert "looks from" in out
+    assert "the largest radius is" in out
+    looks = schedule.plan("staged", 100, 6000, 32).looks
+    folder = copy / "certify" / "staged"
+    idx, votes, p_a = columns(folder / "certificates.tsv", "idx", "n", "p_a_lower")
+    assert len(idx) == 60
+    assert set(votes) <= set(looks)
+    assert len(set(votes)) > 1
+    exact = recomputed(folder, 0.001, looks)
+    np.testing.assert_allclose(p_a, [exact[i] for i in idx], rtol=1e-8)
+
+    assert "staged to decide the radii 0.1, 0.3" in run("report", folder, f"--out={tmp_path / 'report'}")
+
+    # Without checkpoint, without data: other bounds from the same votes.
+    shutil.rmtree(copy / "checkpoints")
+    ledger = (folder / "votes.0.tsv").read_bytes()
+    again = [*flags, "--from-counts", "--config.data.name=nowhere"]
+    out = run("certify", *again, "--config.certify.alpha=0.05", TFDS_DATA_DIR=str(tmp_path))
+    assert "votes/s" not in out
+    exact = recomputed(folder, 0.05, looks)
+    np.testing.assert_allclose(columns(folder / "certificates.tsv", "p_a_lower")[0], [exact[i] for i in idx], rtol=1e-8)
+    binary = read_table(folder / "certificates.tsv")
+    out = run("certify", *again, "--config.certify.alpha=0.05", "--config.certify.bound=multiclass")
+    several = read_table(folder / "certificates.tsv")
+    assert several.average_certified_radius > binary.average_certified_radius
+    derivation = json.loads((folder / "certificates.json").read_text())["derivation"]
+    assert (derivation["alpha"], derivation["bound"]) == (0.05, "multiclass")
+    assert (folder / "votes.0.tsv").read_bytes() == ledger
+
+
+def test_interrupted_images_are_left_out_of_what_is_derived(copy, certified):
+    ledger = copy / "certify" / "base" / "votes.0.tsv"
+    lines = ledger.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if not (line.startswith("7\t") and "estimation" in line)]
+    assert len(kept) < len(lines)
+    ledger.write_text("".join(kept))
+    out = run("certify", f"--workdir={copy}", "--config.certify.name=base", "--from-counts")
+    assert "1 images whose sampling was interrupted" in out
+    assert 7 not in read_table(copy / "certify" / "base" / "certificates.tsv").idx
+    run("certify", f"--workdir={copy}", "--config.certify.name=base")
+    assert without_time(copy / "certify" / "base" / "certificates.tsv") == without_time(certified)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["arithmetic=float32", "noise=independent", "head_dtype=bfloat16", "bound=multiclass"],
+)
+def test_every_option_certifies_about_the_same(copy, certified, flag):
+    run("certify", f"--workdir={copy}", "--config.certify.name=other", f"--config.certify.{flag}")
+    tables = [read_table(path) for path in (certified, copy / "certify" / "other" / "certificates.tsv")]
+    radii = [table.average_certified_radius for table in tables]
+    assert radii[0] > 0
+    assert 0.8 * radii[0] < radii[1] < (2.0 if "bound" in flag else 1.2) * radii[0]
+
+
 def test_more_images_extend_the_same_ledger(copy, certified):
     run("certify", f"--workdir={copy}", "--config.certify.name=base", "--config.certify.stop=50", devices=2)
     rows = without_time(copy / "certify" / "base" / "certificates.tsv")
@@ -226,6 +328,12 @@ def edit_json(path, field, value):
     content = json.loads(path.read_text())
     del content[field]
     path.write_text(json.dumps(content | ({} if value is None else {field: json.loads(value)})))
+
+
+def edit_identity(path, field, value):
+    content = json.loads(path.read_text())
+    content["identity"][field] = value
+    path.write_text(json.dumps(content))
 
 
 def damage_ledger(workdir):
@@ -259,6 +367,46 @@ BAD_CERTIFY = {
     "tile of halves": ([], "--config.certify.tile=(8,8.5)", "certify.tile has the wrong type"),
     "tile of words": ([], "--config.certify.tile=('a',3)", "tile"),
     "huge tile": ([], "--config.certify.tile=(4096,65536)", "tile was"),
+    "other schedule": ([], "--config.certify.schedule=staged", "schedule was 'fixed' and is now 'staged'"),
+    "other arithmetic": ([], "--config.certify.arithmetic=float32", "arithmetic.name was 'sound' and is now 'float32'"),
+    "other noise": ([], "--config.certify.noise=independent", "noise was 'shared' and is now 'independent'"),
+    "other head_dtype": ([], "--config.certify.head_dtype=bfloat16", "head_dtype was 'float32' and is now 'bfloat16'"),
+    "unknown bound": ([], "--config.certify.bound=ternary", "certify.bound must be 'binary' or 'multiclass'"),
+    "unknown schedule": ([], "--config.certify.schedule=quick", "certify.schedule must be 'fixed' or 'staged'"),
+    "negative radii": ([], "--config.certify.radii=(-1.0,)", "certify.radii must be numbers >= 0"),
+    "words as radii": ([], "--config.certify.radii=('a',)", "certify.radii has the wrong type"),
+    "n from counts": ([], ["--from-counts", "--config.certify.n=2000"], "were cast with n 1000, not 2000"),
+    "staged from fixed counts": (
+        [],
+        ["--from-counts", "--config.certify.schedule=staged"],
+        "were cast with schedule 'fixed', not 'staged'",
+    ),
+    "arithmetic from counts": (
+        [],
+        ["--from-counts", "--config.certify.arithmetic=float32"],
+        "were cast with arithmetic 'sound', not 'float32'",
+    ),
+    "counts of another version": (
+        [lambda w: edit_identity(w / "certify/base/certificates.json", "arithmetic", "float32")],
+        "--from-counts",
+        "was written by another version",
+    ),
+    "margins from counts": (
+        [],
+        ["--from-counts", "--config.certify.certificate=deterministic"],
+        "--from-counts is for smoothed certificates",
+    ),
+    "selection without votes": (
+        [],
+        ["--from-counts", "--config.certify.start=100", "--config.certify.stop=200"],
+        "no image of this selection",
+    ),
+    "no such certification": ([], ["--from-counts", "--config.certify.name=none"], "holds no certification to derive"),
+    "counts without a ledger": (
+        [lambda w: (w / "certify/base/votes.0.tsv").unlink()],
+        "--from-counts",
+        "holds no votes; restore votes.0.tsv",
+    ),
     "no ledger": ([lambda w: (w / "certify/base/votes.0.tsv").unlink()], "", "holds certificates but no votes"),
     "config without sigma": ([lambda w: edit_json(w / "config.json", "sigma", None)], "", "sigma"),
     "null": ([lambda w: edit_json(w / "config.json", "seed", "null")], "", "seed"),
@@ -277,7 +425,8 @@ def test_bad_input_to_certify(copy, case, tmp_path):
     for damage in damages:
         damage(copy)
     before = fingerprint(copy)
-    arguments = [f"--workdir={copy}", "--config.certify.name=base", *([flag] if flag else [])]
+    flags = flag if isinstance(flag, list) else [flag] if flag else []
+    arguments = [f"--workdir={copy}", "--config.certify.name=base", *flags]
     assert why in refused("certify", *arguments, TFDS_DATA_DIR=str(tmp_path / "none"))
     assert fingerprint(copy) == before
 
@@ -354,7 +503,7 @@ def test_a_head_that_cannot_be_certified_leaves_nothing_behind(tmp_path, monkeyp
         certify.run([f"--workdir={tmp_path}"])
     left = fingerprint(tmp_path)
     assert {name: left[name] for name in before} == before
-    assert set(left) - set(before) == {"certify/default/votes.0.tsv"}
+    assert set(left) == set(before)
     # A mended head, and another tile, start afresh in the same place.
     monkeypatch.setitem(models.HEADS, "small", SmallHead)
     certify.run([f"--workdir={tmp_path}", "--config.certify.stop=3", "--config.certify.tile=(2,8)"])
@@ -387,15 +536,17 @@ def test_every_charge_reaches_the_certificates(tmp_path):
             assert radius == pytest.approx(expected, rel=1e-6, abs=1e-8)
             certified += 1
     assert certified > 10
-    # The charge covers the rounding of the very latents, and the votes come from the seed's certification domain.
+    # The charge covers the rounding of the very latents, on a grid of 2⁻¹⁵, and the votes come from the seed's
+    # certification domain.
     config = configuration.load(workdir / "config.json")
     model = models.build(config.model, (8, 8, 1), 10)
     with pinned():
         params, _ = checkpoint.restore_model(workdir, jax.eval_shape(model.init, root_key(0)))
     encoder, head = model.for_certification(params)
     latents = Float64Encoder(encoder, 5)(data.load("digits", "test").pixels(np.arange(40), np.float64))
-    moved = np.linalg.norm((latents.astype(np.float32) - latents).reshape(40, -1), axis=1)
-    assert all(2 * moved[idx] < slack[idx] < 1e-4 for idx in range(40))
+    moved = np.linalg.norm((np.rint(latents * 2**15) / 2**15 - latents).reshape(40, -1), axis=1)
+    assert all(8 * 2.0**-15 < slack[idx] < 8 * 2.0**-15 + 1e-9 for idx in range(40))
+    assert 0 < moved.max() < 4 * 2.0**-15
     again = smoothing.certify(head, latents, sigma=0.5, key=root_key(0), n=1000, tile=config.certify.tile)
     np.testing.assert_array_equal(again.counts, [votes[idx, "estimation"] for idx in range(40)])
 

@@ -1,179 +1,174 @@
 """Certificates of the smoothed classifier: votes, a ledger of them, and what they prove."""
 
-import collections
-import dataclasses
 import time
-from typing import Any
 
 import jax
 import numpy as np
 
+from lsrs_jax import config as configuration
 from lsrs_jax.certification import folder
 from lsrs_jax.errors import UserError
 from lsrs_jax.keys import IMPLEMENTATION, root_key
 from lsrs_jax.materialize import Float64Encoder
 from lsrs_jax.progress import Progress, duration
-from lsrs_jax.smoothing import confidence
-from lsrs_jax.smoothing.certificates import from_counts
-from lsrs_jax.smoothing.ledger import Ledger, Row, has_rows
-from lsrs_jax.smoothing.radius import float32_slack, sampled_sigma
+from lsrs_jax.smoothing import schedule
+from lsrs_jax.smoothing.ledger import Ledger, has_rows
+from lsrs_jax.smoothing.noise import arithmetic
+from lsrs_jax.smoothing.sweep import Block, Status, Sweep
 from lsrs_jax.smoothing.table import format_table
-from lsrs_jax.smoothing.votes import Votes, chunks
+from lsrs_jax.smoothing.votes import Votes
 
-_SECONDS_PER_LAUNCH = 2.0  # how much work a kill may lose, and how often progress shows
 _SECONDS_PER_DERIVATION = 60.0
+_BLOCK_BYTES = 2**30  # latents of so many images are kept at a time
+_LARGEST_RADIUS = 10.0  # in units of σ: no number of votes certifies more
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """A job with what its votes depend on."""
-
-    job: folder.Job
-    identity: dict
-    report: Any
-
-    @property
-    def votes(self):
-        return {"selection": self.job.config.certify.n0, "estimation": self.job.config.certify.n}
+def _plan(certify):
+    return schedule.plan(certify.schedule, certify.n0, certify.n, certify.tile[1])
 
 
-def _identity(job):
-    """What makes two sets of votes comparable; a resume that differs in any of it is refused."""
-    config = job.config
-    return job.identity("smoothed") | {
+def _identity_of_config(config):
+    """What the votes depend on, as far as the configuration says it."""
+    certify = config.certify
+    return {
         "sigma": config.sigma,
         "seed": config.seed,
-        "n0": config.certify.n0,
-        "n": config.certify.n,
-        "tile": list(config.certify.tile),
-        "prng": IMPLEMENTATION,
-        "arithmetic": "float32",
+        "n0": certify.n0,
+        "n": certify.n,
+        "schedule": certify.schedule,
+        "stages": list(_plan(certify).looks),
+        "tile": list(certify.tile),
+        "noise": certify.noise,
+        "head_dtype": certify.head_dtype,
     }
 
 
-def _derive(plan, ledger, record):
-    """Writes certificates.tsv and certificates.json from the ledger.
+class _Certification:
+    """One folder: its identity, its ledger, and the certificates derived from it.
 
-    Returns:
-      ``(tallies, certificates)`` of the complete images; certificates are None without any.
+    Args:
+      place: the folder.
+      config: the configuration.
+      identity: what makes two sets of votes comparable; a resume that differs in any of it is refused.
+      lipschitz: the `LipschitzReport` behind the certificates as a dict.
     """
-    tallies, config = ledger.completed(), plan.job.config
-    if not tallies:
-        folder.write(plan.job.folder, plan.identity, plan.report, record)
-        return tallies, None
-    certificates = from_counts(
-        np.stack([tally.counts["selection"] for tally in tallies]),
-        np.stack([tally.counts["estimation"] for tally in tallies]),
-        sigma=sampled_sigma(config.sigma),
-        alpha=config.certify.alpha,
-        lipschitz=plan.report.constant,
-        slack=np.array([tally.slack for tally in tallies]),
-    )
-    text = format_table(tallies, certificates, plan.report.constant)
-    derivation = {"alpha": config.certify.alpha, "bound": "binary"}
-    folder.write(plan.job.folder, plan.identity, plan.report, record, derivation, text)
-    return tallies, certificates
 
+    def __init__(self, place, config, identity, lipschitz):
+        certify, law = config.certify, identity["arithmetic"]
+        self.folder, self.identity, self.lipschitz = place, identity, lipschitz
+        self.plan = _plan(certify)
+        self.derivation = schedule.Derivation(
+            law["sigma"],
+            certify.alpha,
+            certify.bound,
+            lipschitz["constant"],
+            law["tau"],
+            tuple(certify.radii) or None,
+            certify.epsilon,
+        )
+        self.path = place / "votes.0.tsv"
+        self.settled = set()
 
-class _Sampler:
-    """Brings the votes of images up to the plan, a tile at a time, and writes them to the ledger."""
+    def ledger(self):
+        """The open ledger; the file is made if missing."""
+        return Ledger(self.path, self.plan, self.identity["classes"])
 
-    def __init__(self, plan, ledger, votes, encode):
-        self._plan, self._ledger, self._votes, self._encode = plan, ledger, votes, encode
-        self._samples = votes.tile[1]
-        self._chunks_per_launch = 1
+    def settle(self, tallies):
+        """bool per tally, all at a look; remembers the settled ones."""
+        found = self.derivation.settled(self.plan, tallies)
+        self.settled |= {tally.idx for tally, yes in zip(tallies, found, strict=True) if yes}
+        return found
 
-    def tiles(self, indices):
-        """Images with equal progress, grouped into tiles; after a kill these may be different groups."""
-        groups = collections.defaultdict(list)
-        for idx in indices:
-            if not self._ledger.complete(idx):
-                groups[self._ledger.next_chunks(idx)].append(idx)
-        size = self._votes.tile[0]
-        for done in sorted(groups, reverse=True):
-            members = groups[done]
-            for start in range(0, len(members), size):
-                yield done, members[start : start + size]
-
-    def run(self, done, tile, before, progress):
-        """Samples one tile to its end; `progress(votes)` is told of votes as they reach the disk."""
-        clock = time.monotonic()
-        dataset = self._plan.job.dataset
-        latents = self._encode(dataset.pixels(tile, np.float64))
-        # An image's charge is fixed by its first row: another machine's encoder may differ in the last place.
-        slack = [
-            self._ledger.tallies[idx].slack if idx in self._ledger.tallies else float(charge)
-            for idx, charge in zip(tile, float32_slack(latents, self._plan.job.config.sigma), strict=True)
-        ]
-        on_device = self._votes.put(latents)
-        for (purpose, total), first in zip(self._plan.votes.items(), done, strict=True):
-            end = chunks(total, self._samples)
-            while first < end:
-                stop = min(first + self._chunks_per_launch, end)
-                launched = time.monotonic()
-                counts = self._votes.launch(on_device, purpose, first, stop, total)
-                counts = self._votes.collect(counts, len(tile))
-                now = time.monotonic()
-                seconds, clock = round((now - clock) / len(tile), 6), now
-                before()
-                self._ledger.append(
-                    [
-                        Row(idx, int(dataset.labels[idx]), slack[i], purpose, first, stop, counts[i], seconds)
-                        for i, idx in enumerate(tile)
-                    ]
+    def past_sessions(self):
+        """The record of earlier sessions; refuses votes of another run. Without votes there is nothing to mix."""
+        path = self.folder / "certificates.json"
+        if not has_rows(self.path):
+            if (self.folder / "certificates.tsv").exists():
+                if path.exists():
+                    folder.read_record(path, self.identity)
+                raise UserError(
+                    f"{self.folder} holds certificates but no votes; restore {self.path.name}, or use another "
+                    "--config.certify.name"
                 )
-                progress(int(counts.sum()))
-                self._adapt(stop - first, now - launched)
-                first = stop
+            return []
+        if not path.exists():
+            raise UserError(
+                f"{self.folder} holds votes but no {path.name}; restore it, or use another --config.certify.name"
+            )
+        return folder.read_record(path, self.identity)
 
-    def _adapt(self, done, seconds):
-        """Doubles or halves the chunks per launch towards `_SECONDS_PER_LAUNCH`; counts do not depend on it."""
-        if seconds < _SECONDS_PER_LAUNCH / 2 and done == self._chunks_per_launch:
-            self._chunks_per_launch *= 2
-        elif seconds > 2 * _SECONDS_PER_LAUNCH:
-            self._chunks_per_launch = max(1, self._chunks_per_launch // 2)
+    def derive(self, ledger, record, chosen):
+        """Writes certificates.tsv and certificates.json for the images `chosen`, which have reached a look.
+
+        Returns:
+          ``(tallies, certificates)``; certificates are None without any.
+        """
+        ledger.flush()  # no certificate without its votes on disk
+        tallies = [ledger.tallies[idx] for idx in sorted(chosen)]
+        if not tallies:
+            folder.write(self.folder, self.identity, self.lipschitz, record)
+            return tallies, None
+        certificates = self.derivation.certificates(self.plan, tallies)
+        text = format_table(tallies, certificates, self.lipschitz["constant"])
+        derivation = {"alpha": self.derivation.alpha, "bound": self.derivation.bound}
+        if self.identity["schedule"] == "staged":
+            derivation |= {"radii": self.derivation.radii, "epsilon": self.derivation.epsilon}
+        folder.write(self.folder, self.identity, self.lipschitz, record, derivation, text)
+        return tallies, certificates
 
 
 def run(job):
     """Samples what is missing in the ledger, derives the certificates and prints a summary."""
-    encoder, head = job.model.for_certification(job.params)
-    plan = _Plan(job, _identity(job), encoder.report)
-    certify, dataset = job.config.certify, job.dataset
-    ledger_path = job.folder / "votes.0.tsv"
-    record = _past_sessions(plan, ledger_path)
-    with Ledger(ledger_path, plan.votes, certify.tile[1], dataset.num_classes) as ledger:
+    config, dataset = job.config, job.dataset
+    certify = config.certify
+    encoder, head = job.model.for_certification(job.params, certify.head_dtype)
+    latent_shape = encoder.report.output_shape
+    law = arithmetic(certify.arithmetic, config.sigma)
+    terms = law.identity | {"sigma": law.sigma, "tau": law.tau(int(np.prod(latent_shape)))}
+    identity = job.identity("smoothed") | _identity_of_config(config)
+    identity |= {"classes": dataset.num_classes, "prng": IMPLEMENTATION, "arithmetic": terms}
+    certification = _Certification(job.folder, config, identity, encoder.report.to_dict())
+    record = certification.past_sessions()
+    votes = Votes(
+        head,
+        latent_shape,
+        sigma=config.sigma,
+        key=root_key(config.seed),
+        arithmetic=certify.arithmetic,
+        noise=certify.noise,
+        tile=certify.tile,
+        spmd=certify.spmd,
+    )
+    if votes.num_classes != dataset.num_classes:
+        raise UserError(f"the head has {votes.num_classes} classes, the data {dataset.num_classes}")
+    with certification.ledger() as ledger:
         _check_labels(ledger, dataset)
-        pending = [idx for idx in job.indices if not ledger.complete(idx)]
+        at_a_look = [tally for idx, tally in ledger.tallies.items() if ledger.at_a_look(idx)]
+        if at_a_look:
+            certification.settle(at_a_look)
+        pending = [idx for idx in job.indices if idx not in certification.settled]
         print(encoder.report)
-        print(
-            f"{dataset.name} {dataset.split}: {len(job.indices):,} images, {len(job.indices) - len(pending):,} of them "
-            f"done; sigma {job.config.sigma}, n0 {certify.n0}, n {certify.n:,}, alpha {certify.alpha}; "
-            f"{jax.local_device_count()} x {jax.default_backend()}",
-            flush=True,
-        )
+        print(_headline(job, certification, len(pending)), flush=True)
         if pending:
-            _sample(plan, ledger, encoder, head, pending, record)
-        tallies, certificates = _derive(plan, ledger, record)
-    _print_summary(plan, tallies, certificates)
+            _sample(job, certification, ledger, votes, encoder, pending, record)
+        tallies, certificates = certification.derive(ledger, record, certification.settled)
+    _print_summary(job.folder, certification, tallies, certificates, job.indices)
 
 
-def _past_sessions(plan, ledger_path):
-    """The record of earlier sessions; refuses votes of another run. Without votes there is nothing to mix."""
-    path = plan.job.folder / "certificates.json"
-    if not has_rows(ledger_path):
-        if (plan.job.folder / "certificates.tsv").exists():
-            if path.exists():
-                folder.read_record(path, plan.identity)
-            raise UserError(
-                f"{plan.job.folder} holds certificates but no votes; restore {ledger_path.name}, or use another "
-                "--config.certify.name"
-            )
-        return []
-    if not path.exists():
-        raise UserError(
-            f"{plan.job.folder} holds votes but no {path.name}; restore it, or use another --config.certify.name"
+def _headline(job, certification, pending):
+    certify, plan, dataset = job.config.certify, certification.plan, job.dataset
+    lines = [
+        f"{dataset.name} {dataset.split}: {len(job.indices):,} images, {len(job.indices) - pending:,} of them done; "
+        f"sigma {job.config.sigma}, n0 {certify.n0}, n {certify.n:,}, alpha {certify.alpha}, {certify.bound} bound, "
+        f"{certify.arithmetic} arithmetic; {jax.local_device_count()} x {jax.default_backend()}"
+    ]
+    if len(plan.looks) > 1:
+        wanted = f"radii {', '.join(f'{r:g}' for r in certify.radii)}" if certify.radii else "the radius itself"
+        lines.append(
+            f"staged: {len(plan.looks)} looks from {plan.looks[0]:,} votes on, until {wanted} "
+            f"{'are decided' if certify.radii else f'is known to {certify.epsilon:g} sigma / L'}"
         )
-    return folder.read_record(path, plan.identity)
+    return "\n".join(lines)
 
 
 def _check_labels(ledger, dataset):
@@ -182,67 +177,125 @@ def _check_labels(ledger, dataset):
             raise UserError(f"{ledger.path} does not fit the data: image {tally.idx} has another label there")
 
 
-def _sample(plan, ledger, encoder, head, pending, record):
-    config, start = plan.job.config, time.monotonic()
-    votes = Votes(
-        head,
-        encoder.report.output_shape,
-        sigma=config.sigma,
-        key=root_key(config.seed),
-        tile=config.certify.tile,
-        spmd=config.certify.spmd,
-    )
-    if votes.num_classes != plan.job.dataset.num_classes:
-        raise UserError(f"the head has {votes.num_classes} classes, the data {plan.job.dataset.num_classes}")
-    sampler = _Sampler(plan, ledger, votes, Float64Encoder(encoder, config.certify.tile[0]))
-    session = folder.session(len(pending))
-    per_image = sum(plan.votes.values())
-    have = sum(int(c.sum()) for idx in pending if idx in ledger.tallies for c in ledger.tallies[idx].counts.values())
-    done, total = have, per_image * len(pending)
-    progress, shown = None, 0.0
+def _sample(job, certification, ledger, votes, encoder, pending, record):
+    config, start = job.config, time.monotonic()
+    session, derived = folder.session(len(pending)), start
 
     def begin():
         """With the first votes, not before: a head that cannot be certified leaves nothing behind."""
-        if not record or record[-1] is not session:
-            record.append(session)
-            # Images that are complete already get the alpha of this session with the first write.
-            _derive(plan, ledger, record)
+        record.append(session)
+        # Images that are settled already get the derivation of this session with the first write.
+        certification.derive(ledger, record, certification.settled)
 
-    def count(new):
-        nonlocal done, progress, shown
-        done += new
-        now = time.monotonic()
-        # The first launch compiles; rates are measured from its end.
-        if progress is None:
-            progress = Progress(total, done)
-        elif now - shown > _SECONDS_PER_LAUNCH or done == total:
-            shown = now
-            print(
-                f"{done // per_image:>6,} of {len(pending):,} images  {progress.rate(done):,.0f} votes/s  "
-                f"{progress.left(done)} left",
-                flush=True,
-            )
-
-    derived = time.monotonic()
-    for where, tile in list(sampler.tiles(pending)):
-        sampler.run(where, tile, begin, count)
+    def settled(tallies):
+        nonlocal derived
+        found = certification.settle(tallies)
         if time.monotonic() - derived > _SECONDS_PER_DERIVATION:
-            _derive(plan, ledger, record)
+            certification.derive(ledger, record, certification.settled)
             derived = time.monotonic()
+        return found
+
+    def say(line):
+        print(line, flush=True)
+
+    status = Status(certification.plan, len(job.indices), len(job.indices) - len(pending), say)
+    sweep = Sweep(votes, ledger, settled, status, begin)
+    encode = Float64Encoder(encoder, config.certify.tile[0])
+    size = max(config.certify.tile[0], _BLOCK_BYTES // (4 * int(np.prod(votes.latent_shape))))
+    for first in range(0, len(pending), size):
+        sweep.run(_block(job, ledger, votes, encoder.report, encode, pending[first : first + size]))
+    status.show()
     session["seconds"] = round(time.monotonic() - start, 3)
 
 
-def _print_summary(plan, tallies, certificates):
-    job = plan.job
-    wanted = np.array([tally.idx in job.indices for tally in tallies])
+def _block(job, ledger, votes, report, encode, indices):
+    """Encodes images; latents stay in memory as the vote loop holds them."""
+    dataset, batch, placed, slack = job.dataset, job.config.certify.tile[0], [], []
+    progress, shown = Progress(len(indices)), time.monotonic()
+    for start in range(0, len(indices), batch):
+        images = dataset.pixels(indices[start : start + batch], np.float64)
+        latents = encode(images)
+        placed.append(votes.place(latents))
+        # The rounding of the encoder at the image and at any other one that a certificate can reach.
+        reach = np.linalg.norm(images.reshape(len(images), -1), axis=1)
+        reach = reach + _LARGEST_RADIUS * job.config.sigma / report.constant
+        slack += (votes.arithmetic.slack(latents) + 2 * report.rounding(reach)).tolist()
+        if time.monotonic() - shown > 2:
+            shown = time.monotonic()
+            print(f"{start + len(images):>6,} images encoded  {progress.left(start + len(images))} left", flush=True)
+    # An image's charge is fixed by its first row: another machine's encoder may differ in the last place.
+    slack = [
+        ledger.tallies[idx].slack if idx in ledger.tallies else charge
+        for idx, charge in zip(indices, slack, strict=True)
+    ]
+    return Block(indices, dataset.labels[indices].tolist(), slack, np.concatenate(placed))
+
+
+def from_counts(place, config):
+    """Derives certificates anew from the votes in a folder: no model, no data, no forward pass.
+
+    Raises:
+      UserError: where the ledger cannot support what the configuration asks for.
+    """
+    path, certify = place / "certificates.json", config.certify
+    if not path.exists():
+        raise UserError(f"{place} holds no certification to derive from; run certify without --from-counts first")
+    stored = folder.read(path)
+    identity, lipschitz = stored["identity"], stored["lipschitz"]
+    if identity.get("certificate") != "smoothed" or certify.certificate != "smoothed":
+        raise UserError(f"--from-counts is for smoothed certificates; {place} holds {identity.get('certificate')} ones")
+    if not isinstance(identity.get("arithmetic"), dict):
+        raise UserError(f"{place} was written by another version; certify under another --config.certify.name")
+    wanted = _identity_of_config(config) | {"arithmetic": config.certify.arithmetic}
+    cast = {name: identity.get(name) for name in wanted} | {"arithmetic": identity["arithmetic"]["name"]}
+    difference = configuration.first_difference(cast, wanted)
+    if difference:
+        name, old, new = difference
+        raise UserError(
+            f"the votes in {place} were cast with {name} {old!r}, not {new!r}: only alpha and bound can be derived "
+            "anew; certify under another --config.certify.name"
+        )
+    certification = _Certification(place, config, identity, lipschitz)
+    if not has_rows(certification.path):
+        raise UserError(f"{place} holds no votes; restore {certification.path.name}")
+    with certification.ledger() as ledger:
+        chosen = [idx for idx in ledger.tallies if ledger.at_a_look(idx)]
+        left_out = len(ledger.tallies) - len(chosen)
+        indices = range(certify.start, certify.stop or max(chosen, default=0) + 1, certify.step)
+        if not any(idx in indices for idx in chosen):
+            raise UserError(
+                f"no image of this selection in {place} has all its votes; run certify without --from-counts first"
+            )
+        tallies, certificates = certification.derive(ledger, stored["record"], chosen)
+    print(f"alpha {certify.alpha}, {certify.bound} bound, from the votes of {len(chosen):,} images")
+    if left_out:
+        print(f"note: {left_out:,} images whose sampling was interrupted are left out; certify resumes them")
+    _print_summary(place, certification, tallies, certificates, indices)
+
+
+def _print_summary(place, certification, tallies, certificates, indices):
+    wanted = np.array([tally.idx in indices for tally in tallies])
     correct = (certificates.predict == [tally.label for tally in tallies])[wanted]
     radius, abstain = certificates.radius[wanted], certificates.abstain[wanted]
     seconds = np.array([tally.seconds for tally in tallies])[wanted]
     print(
         f"{wanted.sum():,} images: certified accuracy {correct.mean():.3f}, average certified radius "
         f"{np.where(correct, radius, 0).mean():.4f}, abstained {abstain.mean():.3f}, "
-        f"{duration(seconds.mean())} per image\n{job.folder / 'certificates.tsv'}"
+        f"{certificates.n[wanted].mean():,.0f} votes and {duration(seconds.mean())} per image\n"
+        f"{place / 'certificates.tsv'}"
     )
-    n, alpha = job.config.certify.n, job.config.certify.alpha
-    if confidence.lower(n, n, alpha) <= 0.5:
-        print(f"note: with n={n} and alpha={alpha} even a unanimous vote certifies nothing; raise certify.n")
+    plan, derivation = certification.plan, certification.derivation
+    slack = max(tally.slack for tally in tallies)
+    largest = derivation.largest_radius(plan, slack)
+    if largest <= 0:
+        print(
+            f"note: with n={plan.n} and alpha={derivation.alpha} even a unanimous vote certifies nothing; raise "
+            "certify.n"
+        )
+    elif len(plan.looks) > 1:
+        fixed = derivation.largest_radius(schedule.plan("fixed", plan.n0, plan.n, plan.samples), slack)
+        print(
+            f"staged: alpha is split over {len(plan.looks)} looks, so the largest radius is {largest:.4f} instead of "
+            f"{fixed:.4f} with the fixed schedule; near it radii are lost, below {0.85 * fixed:.4f} hardly any"
+            + ("; between the radii asked for, a radius says only which of them it reaches" if derivation.radii else "")
+        )
