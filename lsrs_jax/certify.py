@@ -57,6 +57,7 @@ def run(arguments):
     params, meta = checkpoint.restore_model(options.workdir, target)
     if meta["step"] < config.train.steps:
         print(f"note: the training stopped at step {meta['step']} of {config.train.steps}")
+    print(models.describe(model))
     job = Job(config, options.workdir / "certify" / certify.name, dataset, indices, model, params, meta)
     (smoothed if certify.certificate == "smoothed" else deterministic).run(job)
 

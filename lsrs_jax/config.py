@@ -10,6 +10,9 @@ from lsrs_jax.files import write_atomic
 from lsrs_jax.smoothing.partition import BOUNDS
 from lsrs_jax.smoothing.schedule import SCHEDULES
 
+LOSSES = ("gaussian", "consistency", "macer", "smoothadv", "margin")
+DTYPES = ("float32", "bfloat16")
+
 
 def default():
     """Every field there is. Experiments in ``configs/`` start from here; flags ``--config.<field>=`` override."""
@@ -27,21 +30,37 @@ def default():
     config.data.flip = False  # random horizontal flips
 
     config.model = ConfigDict()
-    config.model.encoder = "shallow"  # lsrs_jax.models.ENCODERS; "identity" is input-space smoothing
+    config.model.encoder = "shallow"  # lsrs_jax.encoders.ENCODERS; "identity" is input-space smoothing
     config.model.method = "adaptive"  # lsrs_jax.orthogonal.FAMILIES: how orthogonal convolutions are built
     config.model.initializer = "identity"  # of the orthogonal convolutions, or "random"
     config.model.padding = "circular"  # of the orthogonal convolutions, or "zero"
     config.model.activation = "maxmin"  # lsrs_jax.models.ACTIVATIONS: after each of them
     config.model.head = "convnet"  # lsrs_jax.heads.HEADS
+    config.model.widths = (12, 12, 48, 48)  # encoder and head "blocks": channels of the blocks of one network,
+    config.model.strides = (2, 1, 2, 1)  # space-to-depth by so much in front of each of them,
+    config.model.split = 2  # and how many belong to the encoder
     config.model.noise = "latent"  # "input": the same network smoothed in input space
     config.model.mean = (0.0,)  # input normalisation, per channel; 1/min(std) counts in the Lipschitz constant
     config.model.std = (1.0,)
 
     config.train = ConfigDict()
     config.train.steps = 1000
-    config.train.loss = "gaussian"  # cross entropy under noise; "margin": without noise, for deterministic certificates
+    config.train.loss = "gaussian"  # or "consistency", "macer", "smoothadv": lsrs_jax.training.losses, under noise;
+    config.train.noises = 1  # with so many samples per image. "margin": without noise, for deterministic certificates
     config.train.radius = 36 / 255  # margin: the radius asked for, with a temperature for the logits
     config.train.temperature = 0.25
+    config.train.consistency = ConfigDict()
+    config.train.consistency.weight = 10.0  # λ
+    config.train.consistency.entropy = 0.5  # η
+    config.train.macer = ConfigDict()
+    config.train.macer.weight = 12.0  # λ
+    config.train.macer.margin = 8.0  # γ
+    config.train.macer.sharpness = 16.0  # β
+    config.train.smoothadv = ConfigDict()
+    config.train.smoothadv.radius = 0.25  # of the attack in the latent, with so many steps
+    config.train.smoothadv.steps = 2
+    config.train.ema = 0.0  # decay of the average of the parameters that is evaluated and certified; 0: the last ones
+    config.train.head_dtype = "float32"  # or "bfloat16", for accelerators; parameters stay in float32
     config.train.optimizer = "adam"  # or "sgd" (Nesterov momentum 0.9)
     config.train.learning_rate = 1e-3
     config.train.schedule = "cosine"  # or "constant"
@@ -101,9 +120,23 @@ def _limits(config):
         ("data.batch_size", data.batch_size >= 1, "at least 1"),
         ("data.crop", data.crop >= 0, "at least 0"),
         ("train.steps", train.steps >= 1, "at least 1"),
-        ("train.loss", train.loss in ("gaussian", "margin"), "'gaussian' or 'margin'"),
+        ("train.loss", train.loss in LOSSES, " or ".join(map(repr, LOSSES))),
+        (
+            "train.noises",
+            train.noises >= (2 if train.loss == "consistency" else 1),
+            "at least 1, consistency at least 2",
+        ),
         ("train.radius", 0 <= train.radius < float("inf"), "at least 0"),
         ("train.temperature", 0 < train.temperature < float("inf"), "a positive number"),
+        ("train.consistency.weight", 0 <= train.consistency.weight < float("inf"), "at least 0"),
+        ("train.consistency.entropy", 0 <= train.consistency.entropy < float("inf"), "at least 0"),
+        ("train.macer.weight", 0 <= train.macer.weight < float("inf"), "at least 0"),
+        ("train.macer.margin", 0 < train.macer.margin < float("inf"), "a positive number"),
+        ("train.macer.sharpness", 0 < train.macer.sharpness < float("inf"), "a positive number"),
+        ("train.smoothadv.radius", 0 <= train.smoothadv.radius < float("inf"), "at least 0"),
+        ("train.smoothadv.steps", train.smoothadv.steps >= 1, "at least 1"),
+        ("train.ema", 0 <= train.ema < 1, "at least 0 and below 1"),
+        ("train.head_dtype", train.head_dtype in DTYPES, " or ".join(map(repr, DTYPES))),
         ("train.optimizer", train.optimizer in ("adam", "sgd"), "'adam' or 'sgd'"),
         ("train.schedule", train.schedule in ("cosine", "constant"), "'cosine' or 'constant'"),
         ("train.learning_rate", 0 < train.learning_rate < float("inf"), "a positive number"),
@@ -132,7 +165,7 @@ def _limits(config):
         ("certify.epsilon", 0 < certify.epsilon < float("inf"), "a positive number"),
         ("certify.arithmetic", certify.arithmetic in ("sound", "float32"), "'sound' or 'float32'"),
         ("certify.noise", certify.noise in ("shared", "independent"), "'shared' or 'independent'"),
-        ("certify.head_dtype", certify.head_dtype in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
+        ("certify.head_dtype", certify.head_dtype in DTYPES, " or ".join(map(repr, DTYPES))),
         ("certify.start", certify.start >= 0, "at least 0"),
         (
             "certify.stop",

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsrs_jax.layers import OrthogonalDense
+from lsrs_jax.orthogonal import resize
 
 
 def _float64(values):
@@ -97,17 +98,20 @@ class ResNetHead(nn.Module):
 
     Attributes:
       stages: ``(channels, stride)`` of each block; the stem has the channels of the first.
+      stem: False leaves the stem out.
     """
 
     num_classes: int
     stages: tuple[tuple[int, int], ...]
+    stem: bool = True
 
     @nn.compact
     def __call__(self, z):
         def conv(channels, size, stride, **fields):
             return nn.Conv(channels, (size, size), (stride, stride), kernel_init=nn.initializers.he_normal(), **fields)
 
-        z = nn.relu(conv(self.stages[0][0], 3, 1)(z))
+        if self.stem:
+            z = nn.relu(conv(self.stages[0][0], 3, 1)(z))
         for channels, stride in self.stages:
             skip = z if (z.shape[-1], stride) == (channels, 1) else conv(channels, 1, stride, use_bias=False)(z)
             inner = nn.relu(conv(channels, 3, stride)(z))
@@ -115,6 +119,32 @@ class ResNetHead(nn.Module):
         return nn.Dense(self.num_classes)(z.mean(axis=(1, 2)))
 
 
+class BlocksHead(nn.Module):
+    """The free twin of `lsrs_jax.encoders.blocks`: the same shapes and FLOPs, ReLU for the orthogonal activation.
+
+    Per block space-to-depth by the stride, a 3x3 convolution and ReLU; then the mean over positions, a dense layer.
+
+    Attributes:
+      widths, strides: of the blocks.
+    """
+
+    num_classes: int
+    widths: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, z):
+        for width, stride in zip(self.widths, self.strides, strict=True):
+            if stride > 1:
+                z = resize.space_to_depth(z, (stride, stride))
+            if width:
+                z = nn.relu(nn.Conv(width, (3, 3), kernel_init=nn.initializers.he_normal())(z))
+        return nn.Dense(self.num_classes)(z.mean(axis=(1, 2)))
+
+
+_RESNET18 = ((64, 1), (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1))
+
+# num_classes -> module. The `resnet18` have no normalisation; `resnet18_tail` is layers 3 and 4.
 HEADS = {
     "linear": LinearHead,
     "normalized": NormalizedHead,
@@ -123,5 +153,7 @@ HEADS = {
     "convnet": lambda classes: ConvHead(classes, ((32, 1), (64, 2), (64, 1))),
     "convnet_light": lambda classes: ConvHead(classes, ((64, 2), (64, 1))),
     "resnet": lambda classes: ResNetHead(classes, ((32, 1), (64, 2))),
+    "resnet18": lambda classes: ResNetHead(classes, _RESNET18),
+    "resnet18_tail": lambda classes: ResNetHead(classes, _RESNET18[4:], stem=False),
     "convnet_small": lambda classes: ConvHead(classes, ((16, 1), (32, 2), (32, 1))),
 }

@@ -1,4 +1,4 @@
-"""Encoders, and the pair of an encoder and a head: a classifier split at its latent. Presets by name.
+"""A classifier split at its latent: the pair of an encoder and a head.
 
 The split is a dial: encoder ``identity`` puts the noise on the image (ISRS, Cohen et al. 2019) through the very same
 code. ``noise="input"`` is the other baseline, ISRS of a split model: the same encoder and head with the noise moved in
@@ -8,6 +8,7 @@ front of both.
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,38 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsrs_jax import layers
+from lsrs_jax.encoders import BLOCKS, ENCODERS, Kit, blocks
 from lsrs_jax.errors import UserError
-from lsrs_jax.heads import HEADS
+from lsrs_jax.flops import flops
+from lsrs_jax.heads import HEADS, BlocksHead
 from lsrs_jax.materialize import materialize, project
 from lsrs_jax.span import span_of
-
-
-def _orthogonal_encoder(stages):
-    """Per stage ``(count, width)``: space-to-depth by 2, then so many 3x3 orthogonal convolutions with an activation.
-
-    The width is in channels; None keeps those of the space-to-depth, and with them the number of entries.
-    """
-
-    def encoder(input_shape, conv, activation):
-        channels, chain = input_shape[2], []
-        for count, width in stages:
-            chain.append(layers.SpaceToDepth((2, 2)))
-            channels = width or 4 * channels
-            for _ in range(count):
-                chain += [conv(channels, (3, 3)), activation()]
-        return tuple(chain)
-
-    return encoder
-
-
-# (input_shape, conv, activation) -> layers. Only `pyramid` changes the number of entries: 1,024 of a CIFAR image.
-ENCODERS = {
-    "identity": lambda input_shape, conv, activation: (),
-    "space_to_depth": _orthogonal_encoder(((0, None),)),
-    "shallow": _orthogonal_encoder(((2, None),)),
-    "deep": _orthogonal_encoder(((4, None), (4, None))),
-    "pyramid": _orthogonal_encoder(((3, 32), (3, 64), (3, 64))),
-}
 
 ACTIVATIONS = {"maxmin": layers.MaxMin, "householder": layers.Householder}
 
@@ -68,6 +43,7 @@ class Model:
         the noise is on the latent of a real encoder, and to the base classifier, after the noise, under ISRS.
       noise: ``"latent"`` or ``"input"``.
       input_shape: ``(H, W, C)``.
+      head_dtype: ``"float32"`` or ``"bfloat16"``: in what `classify` computes the head; logits are float32.
     """
 
     encoder: layers.Encoder
@@ -75,6 +51,7 @@ class Model:
     normalize: layers.Normalize | None
     noise: str
     input_shape: tuple[int, ...]
+    head_dtype: str = "float32"
 
     @property
     def smooths_input(self):
@@ -104,7 +81,10 @@ class Model:
         """The base classifier: noisy latents (or noisy images under ISRS) → logits ``(B, num_classes)``."""
         if self.smooths_input:
             noisy = self._encoder_apply(params["encoder"], self._normalized(noisy))
-        return self.head.apply({"params": params["head"]}, noisy)
+        return _in_dtype(functools.partial(self._head_apply, params["head"], self.head_dtype), self.head_dtype)(noisy)
+
+    def _head_apply(self, params, dtype, latents):
+        return self.head.apply({"params": jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)}, latents)
 
     def _materialized(self, params):
         """Normalisation and encoder as one `Materialized`."""
@@ -142,11 +122,7 @@ class Model:
             if len(weights) >= len(bias):
                 span = span_of(weights, bias)
                 return project(identity if self.smooths_input else plain, span.basis), _in_dtype(span.head, dtype)
-        head_params = {"params": jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), dtype), params["head"])}
-
-        def head(latents):
-            return self.head.apply(head_params, latents)
-
+        head = functools.partial(self._head_apply, jax.tree.map(np.asarray, params["head"]), dtype)
         if not self.smooths_input:
             return plain, _in_dtype(head, dtype)
         base = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), plain.params)
@@ -185,9 +161,17 @@ def build(config, input_shape, num_classes):
     conv = functools.partial(
         layers.OrthogonalConv, method=config.method, initializer=config.initializer, padding=config.padding
     )
-    activation = _choose("activation", ACTIVATIONS, config.activation)
-    encoder = _choose("encoder", ENCODERS, config.encoder)(tuple(input_shape), conv, activation)
-    head = _choose("head", HEADS, config.head)(num_classes)
+    kit = Kit(conv, _choose("activation", ACTIVATIONS, config.activation))
+    make_encoder = _choose("encoder", ENCODERS | dict.fromkeys(BLOCKS), config.encoder)
+    make_head = _choose("head", HEADS | {"blocks": None}, config.head)
+    _check_blocks(config)
+    widths, strides, split = tuple(config.widths), tuple(config.strides), config.split
+    encoder = (
+        make_encoder(kit, input_shape[2])
+        if make_encoder
+        else blocks(kit, widths[:split], strides[:split], config.encoder)
+    )
+    head = make_head(num_classes) if make_head else BlocksHead(num_classes, widths[split:], strides[split:])
     if config.noise not in ("latent", "input"):
         raise UserError(f"unknown model.noise {config.noise!r}: choose 'latent' or 'input'")
     mean, std = tuple(map(float, config.mean)), tuple(map(float, config.std))
@@ -200,8 +184,58 @@ def build(config, input_shape, num_classes):
     return model
 
 
+_WIDEST = 2**20  # channels: beyond it a mistake
+
+
+def _check_blocks(config):
+    """Raises UserError for widths, strides and a split that describe no network, or one of which blocks are left."""
+    widths, strides, split = tuple(config.widths), tuple(config.strides), config.split
+    if (
+        len(widths) != len(strides)
+        or not all(0 <= width <= _WIDEST for width in widths)
+        or not all(1 <= stride <= _WIDEST for stride in strides)
+    ):
+        raise UserError(
+            f"model.widths {widths} and model.strides {strides} must be as many, widths from 0 and strides from 1 to "
+            f"{_WIDEST}: channels of every block, and the space-to-depth in front of it"
+        )
+    if not 0 <= split <= len(widths):
+        raise UserError(f"model.split must lie between 0 and the {len(widths)} blocks of model.widths, got {split}")
+    in_encoder, in_head = config.encoder in BLOCKS, config.head == "blocks"
+    left = len(widths) - split if in_encoder and not in_head else split if in_head and not in_encoder else 0
+    if left:
+        other, whole = ("head", len(widths)) if in_encoder else ("encoder", 0)
+        raise UserError(
+            f"model.split {split} leaves {left} of {len(widths)} blocks to nobody: choose 'blocks' for model.{other} "
+            f"as well, or model.split={whole}"
+        )
+
+
+class Cost(NamedTuple):
+    """FLOPs of one image: of convolutions and matrix products, `lsrs_jax.flops`; kernels count as built."""
+
+    encoder: float  # once per image; 0 under ISRS
+    head: float  # per vote; under ISRS the whole base classifier
+    speedup: float  # of the votes over those of the same network under input noise
+
+
+def cost(model):
+    """The `Cost` of a model."""
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    latents = jax.eval_shape(model.encode, params, jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32))
+
+    def per_row(function, shape):
+        """From two batches: what does not grow with the batch, the building of kernels, drops out."""
+        one, two = (flops(function, params, jax.ShapeDtypeStruct((n, *shape), jnp.float32)) for n in (1, 2))
+        return float(two - one)
+
+    head = per_row(model.classify, latents.shape[1:])
+    encoder = 0.0 if model.smooths_input else per_row(model.encode, model.input_shape)
+    return Cost(encoder, head, (encoder + head) / head)
+
+
 def describe(model):
-    """One line for the log: sizes of encoder, latent and head."""
+    """Two lines for the log: sizes of encoder, latent and head, and what a vote costs."""
     params = jax.eval_shape(model.init, jax.random.key(0))
     image = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
     noisy = jax.eval_shape(model.encode, params, image)
@@ -209,7 +243,10 @@ def describe(model):
     def count(tree):
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
+    found = cost(model)
     return (
         f"encoder {count(params['encoder']):,} parameters, noise on {'x'.join(map(str, noisy.shape[1:]))} "
-        f"({math.prod(noisy.shape[1:]):,} numbers), head {count(params['head']):,} parameters"
+        f"({math.prod(noisy.shape[1:]):,} numbers), head {count(params['head']):,} parameters\n"
+        f"{found.encoder / 1e6:.2f} MFLOP once per image, {found.head / 1e6:.2f} MFLOP per vote: "
+        f"{found.speedup:.1f}x as many votes per FLOP as with the noise on the image"
     )

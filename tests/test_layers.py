@@ -7,8 +7,7 @@ import pytest
 from absl.testing import parameterized
 from conftest import threefry
 
-from lsrs_jax import layers, models, orthogonal
-from lsrs_jax.config import default
+from lsrs_jax import layers, orthogonal
 from lsrs_jax.errors import UserError
 from lsrs_jax.materialize import Float64Encoder, materialize
 from lsrs_jax.orthogonal import depth_to_space, space_to_depth
@@ -37,6 +36,7 @@ LAYERS = {
     "group sort": (layers.GroupSort(3), (3, 3, 7), True),
     "householder": (layers.Householder(), (3, 3, 5), True),
     "space to depth": (layers.SpaceToDepth((2, 1)), (4, 3, 2), True),
+    "haar": (layers.Haar(), (4, 6, 2), True),
     "depth to space": (layers.DepthToSpace((2, 1)), (4, 3, 4), True),
     "average pool": (layers.AveragePool((2, 3)), (4, 3, 2), False),
     "l2 pool": (layers.L2Pool((2, 1)), (4, 3, 2), False),
@@ -126,6 +126,20 @@ def test_maxmin_sorts_pairs_and_passes_the_odd_channel():
     np.testing.assert_array_equal(layers.MaxMin().apply({}, x), [[3.0, 5.0, 1.0, 2.0, -7.0]])
 
 
+def test_haar_is_an_orthonormal_matrix_with_the_coarse_image_first():
+    x = jax.random.normal(threefry(0), (2, 4, 6, 3))
+    y = orthogonal.haar(x)
+    np.testing.assert_allclose(y[..., :3], orthogonal.average_pool(x, (2, 2)), atol=1e-6)
+    basis = jnp.eye(16).reshape(16, 4, 4, 1)
+    matrix = np.asarray(orthogonal.haar(basis)).reshape(16, 16)
+    np.testing.assert_array_equal(matrix @ matrix.T, np.eye(16))
+    assert set(np.unique(matrix)) == {-0.5, 0.0, 0.5}
+    flat = np.asarray(orthogonal.haar(jnp.ones((1, 2, 2, 1))))
+    np.testing.assert_array_equal(flat.ravel(), [2, 0, 0, 0])
+    columns = np.asarray(orthogonal.haar(jnp.asarray([[[[1.0], [-1.0]], [[1.0], [-1.0]]]])))
+    np.testing.assert_array_equal(columns.ravel(), [0, 2, 0, 0])
+
+
 def test_space_to_depth_has_an_inverse():
     x = jax.random.normal(threefry(0), (2, 4, 6, 3))
     np.testing.assert_array_equal(depth_to_space(space_to_depth(x, (2, 3)), (2, 3)), x)
@@ -155,6 +169,7 @@ def test_space_to_depth_has_an_inverse():
         (layers.Channels(-1), (1, 4), "features must be"),
         (layers.AveragePool(2), (1, 4, 4, 1), "window must be two"),
         (layers.SpaceToDepth((0, 2)), (1, 4, 4, 1), "strides must be two"),
+        (layers.Haar(), (1, 5, 4, 1), "do not divide"),
         (layers.Normalize((0.0,), (1e-300,)), (1, 4, 4, 1), "must be positive"),
         (layers.Normalize((0.0,), (0.0,)), (1, 4, 4, 3), "must be positive"),
         (layers.Normalize((0.0, 0.0), (1.0,)), (1, 4, 4, 3), "2 entries for images of 3 channels"),
@@ -331,6 +346,11 @@ def extended_windows(x):
     return x.reshape(height // 2, 2, width // 2, 2, channels).transpose(0, 2, 1, 3, 4).reshape(-1, 4, channels)
 
 
+def extended_haar(x):
+    signs = np.array([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], np.longdouble)
+    return np.einsum("bw,nwc->nbc", signs, extended_windows(x)) / 2
+
+
 ROUNDED = {
     "adaptive": (layers.OrthogonalConv(8, (3, 3), (2, 2)), lambda x, p: extended_convolution(x, p, (2, 2))),
     "paraunitary": (
@@ -339,6 +359,7 @@ ROUNDED = {
     ),
     "exponential": (layers.OrthogonalConv(4, (3, 3), method="exponential"), extended_taylor),
     "maxmin": (layers.MaxMin(), lambda x, p: extended_maxmin(x)),
+    "haar": (layers.Haar(), lambda x, p: extended_haar(x)),
     "average": (layers.AveragePool(), lambda x, p: extended_windows(x).sum(axis=1) / 2),
     "l2": (
         layers.L2Pool(),
@@ -398,82 +419,3 @@ def test_report_names_every_layer():
     text = str(materialize(encoder, params, (8, 8, 3)).report)
     assert all(type(layer).__name__ in text for layer in CHAIN)
     assert "(8, 8, 3) -> (4, 4, 8)" in text
-
-
-def model_of(shape=(8, 8, 1), **fields):
-    config = default().model
-    config.update(fields)
-    return models.build(config, shape, 10)
-
-
-@pytest.mark.parametrize("encoder", ["identity", "space_to_depth", "shallow", "deep"])
-@pytest.mark.parametrize("noise", ["latent", "input"])
-def test_certified_functions_are_the_trained_ones(encoder, noise):
-    model = model_of(encoder=encoder, noise=noise, mean=(0.3,), std=(0.5,), head="mlp")
-    params = model.init(threefry(0))
-    x = np.random.default_rng(0).random((6, 8, 8, 1)).astype(np.float32)
-    plain, head = model.for_certification(params)
-    latents = Float64Encoder(plain, 6)(x).astype(np.float32)
-    trained = jax.jit(lambda params, x: model.classify(params, model.encode(params, x)))(params, x)
-    np.testing.assert_allclose(jax.jit(head)(latents), trained, atol=2e-4)
-    smooths_input = encoder == "identity" or noise == "input"
-    assert model.smooths_input == smooths_input
-    assert plain.report.constant == pytest.approx(1.0 if smooths_input else 2.0, rel=1e-9)
-    assert np.array_equal(latents, x) == smooths_input
-
-
-@pytest.mark.parametrize("head", models.HEADS)
-def test_heads_treat_rows_independently(head):
-    model = model_of(encoder="identity", head=head)
-    params = model.init(threefry(0))
-    z = jax.random.normal(threefry(1), (4, 8, 8, 1))
-    logits = model.classify(params, z)
-    if hasattr(model.head, "matrix"):
-        weights, bias = model.head.matrix(params["head"])
-        np.testing.assert_allclose(np.asarray(z, np.float64).reshape(4, -1) @ weights + bias, logits, atol=1e-5)
-    assert logits.shape == (4, 10)
-    np.testing.assert_allclose(model.classify(params, z.at[1:].set(7.0))[0], logits[0], atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("fields", "why"),
-    [
-        ({"encoder": "deeper"}, "unknown model.encoder 'deeper'"),
-        ({"head": "vit"}, "unknown model.head 'vit'"),
-        ({"noise": "both"}, "unknown model.noise"),
-        ({"method": "qr"}, "unknown convolution method"),
-        ({"padding": "same"}, "unknown padding"),
-        ({"initializer": "zeros"}, "unknown initializer"),
-        ({"activation": "relu"}, "unknown model.activation"),
-        ({"std": (-1.0,)}, "must be positive"),
-        ({"mean": (0.0, 0.0)}, "2 entries"),
-    ],
-)
-def test_bad_models_are_refused(fields, why):
-    with pytest.raises(UserError, match=why):
-        model_of(**fields)
-
-
-def test_an_image_the_encoder_cannot_split_is_refused():
-    with pytest.raises(UserError, match="do not divide"):
-        model_of(shape=(7, 8, 1))
-
-
-def test_the_pyramid_ends_in_a_latent_of_1024_numbers():
-    model = model_of((32, 32, 3), encoder="pyramid", activation="householder")
-    params = jax.eval_shape(model.init, threefry(0))
-    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    assert jax.eval_shape(model.encode, params, image).shape == (1, 4, 4, 64)
-
-
-def test_a_deterministic_certificate_needs_a_linear_head_and_counts_the_normalisation():
-    with pytest.raises(UserError, match="needs a linear head"):
-        model_of(head="mlp").with_linear_head({})
-    for noise in ("latent", "input"):
-        model = model_of(head="orthogonal", noise=noise, mean=(0.3,), std=(0.5,))
-        params = model.init(threefry(0))
-        encoder, weights, bias = model.with_linear_head(params)
-        assert encoder.report.constant == pytest.approx(2.0, rel=1e-9)
-        x = np.random.default_rng(0).random((5, 8, 8, 1)).astype(np.float32)
-        logits = Float64Encoder(encoder, 5)(x).reshape(5, -1) @ weights + bias
-        np.testing.assert_allclose(logits, model.classify(params, model.encode(params, x)), atol=2e-4)

@@ -8,7 +8,7 @@ from lsrs_jax.layers.activation import GroupSort, Householder, MaxMin
 from lsrs_jax.layers.base import Layer, Plain
 from lsrs_jax.layers.encoder import Encoder
 from lsrs_jax.layers.linear import OrthogonalConv, OrthogonalDense
-from lsrs_jax.layers.resize import AveragePool, Channels, DepthToSpace, Flatten, L2Pool, Normalize, SpaceToDepth
+from lsrs_jax.layers.resize import AveragePool, Channels, DepthToSpace, Flatten, Haar, L2Pool, Normalize, SpaceToDepth
 
 __all__ = [
     "AveragePool",
@@ -17,6 +17,7 @@ __all__ = [
     "Encoder",
     "Flatten",
     "GroupSort",
+    "Haar",
     "Householder",
     "L2Pool",
     "Layer",

@@ -47,6 +47,25 @@ class DepthToSpace(Fixed):
         return (height * sh, width * sw, channels // (sh * sw))
 
 
+class Haar(Fixed):
+    """``(B, H, W, C)`` → ``(B, H/2, W/2, 4·C)``, the Haar transform of 2x2 windows, coarse channels first.
+
+    **Guarantee**: an isometry (an orthonormal matrix whose entries are exact).
+    """
+
+    proof = "orthonormal, entries ±1/2"
+
+    def __call__(self, x):
+        self.output_shape(x.shape[1:])
+        return resize.haar(x)
+
+    def output_shape(self, input_shape):
+        return SpaceToDepth((2, 2), parent=None).output_shape(input_shape)
+
+    def materialize(self, params, input_shape):
+        return super().materialize(params, input_shape)._replace(rounding=product_rounding(4))
+
+
 class Channels(Fixed):
     """Pads (zeros) or crops the last axis to `features`. **Guarantee**: 1-Lipschitz; an isometry when it pads."""
 

@@ -13,7 +13,7 @@ from lsrs_jax.orthogonal.matrix import (
     exponential,
     gram_bound,
 )
-from lsrs_jax.orthogonal.resize import average_pool, depth_to_space, l2_pool, resize_channels, space_to_depth
+from lsrs_jax.orthogonal.resize import average_pool, depth_to_space, haar, l2_pool, resize_channels, space_to_depth
 from lsrs_jax.orthogonal.shape import ConvShape
 from lsrs_jax.orthogonal.spectrum import (
     Spectrum,
@@ -42,6 +42,7 @@ __all__ = [
     "family",
     "gram_bound",
     "group_sort",
+    "haar",
     "householder",
     "kernel_spectrum",
     "l2_pool",

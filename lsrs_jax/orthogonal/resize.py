@@ -37,6 +37,21 @@ def depth_to_space(x, strides):
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height * sh, width * sw, channels // (sh * sw))
 
 
+def haar(x):
+    """``(B, H, W, C)`` → ``(B, H/2, W/2, 4·C)``: the orthonormal Haar transform of every 2x2 window.
+
+    Channels are ordered (band, C): sums first, then differences between columns, between rows, and of both. The first C
+    hold the coarse image, so that whatever keeps only the first channels keeps most of a natural image.
+
+    **Guarantee**: an isometry; its entries ±1/2 are exact.
+    """
+    check_divisible(*x.shape[1:3], (2, 2))
+    x = _windows(x, (2, 2))
+    rows = x[..., 0, :, :] + x[..., 1, :, :], x[..., 0, :, :] - x[..., 1, :, :]
+    bands = [half[..., 0, :] + sign * half[..., 1, :] for half in rows for sign in (1, -1)]
+    return jnp.concatenate(bands, axis=-1) / 2
+
+
 def resize_channels(x, channels):
     """Pads the last axis with zeros (an isometry) or crops it (a co-isometry, 1-Lipschitz) to `channels`."""
     current = x.shape[-1]
