@@ -150,6 +150,7 @@ def kill_and_resume_training(workdir, arguments, kills, rng):
 
 def test_a_killed_training_resumes_to_the_same_parameters(tmp_path):
     arguments = [*QUICK, "--config.train.steps=400", "--config.train.checkpoint_every=100", "--config.data.crop=1"]
+    arguments += ["--config.train.loss=consistency", "--config.train.noises=2", "--config.train.ema=0.99"]
     run("train", *arguments, f"--workdir={tmp_path / 'whole'}")
     assert kill_and_resume_training(tmp_path / "killed", arguments, 1, random.Random(1)) == 1
     whole, killed = final_parameters(tmp_path / "whole"), final_parameters(tmp_path / "killed")

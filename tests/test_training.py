@@ -6,10 +6,11 @@ from conftest import threefry
 
 from lsrs_jax import checkpoint, models
 from lsrs_jax.config import default
-from lsrs_jax.data import Dataset
+from lsrs_jax.data import Dataset, batch_indices
 from lsrs_jax.distributed import local_mesh, replicated
 from lsrs_jax.errors import UserError
-from lsrs_jax.training import losses, optimizer
+from lsrs_jax.keys import domain_key, pinned
+from lsrs_jax.training import loop, optimizer
 from lsrs_jax.training.loop import Evaluator
 
 
@@ -18,38 +19,6 @@ def small_model(**fields):
     config.head = "linear"
     config.update(fields)
     return models.build(config, (4, 4, 1), 3)
-
-
-@pytest.mark.parametrize("noise", ["latent", "input"])
-def test_the_loss_is_cross_entropy_under_the_certification_noise(noise):
-    model = small_model(noise=noise)
-    params = model.init(threefry(0))
-    images = np.random.default_rng(0).random((6, 4, 4, 1)).astype(np.float32)
-    labels = np.array([0, 1, 2, 0, 1, 2])
-    loss, accuracy = losses.gaussian_cross_entropy(model, params, images, labels, 0.7, threefry(4))
-    points = images if noise == "input" else model.encode(params, images)
-    noisy = points + 0.7 * jax.random.normal(threefry(4), points.shape)
-    logits = np.asarray(model.classify(params, noisy), np.float64)
-    expected = -np.mean((logits - np.log(np.exp(logits).sum(1, keepdims=True)))[np.arange(6), labels])
-    assert float(loss) == pytest.approx(expected, rel=1e-5)
-    assert float(accuracy) == pytest.approx(np.mean(logits.argmax(1) == labels))
-
-
-def test_the_margin_loss_handicaps_the_true_class():
-    model = small_model(head="orthogonal")
-    params = model.init(threefry(0))
-    images = np.random.default_rng(0).random((6, 4, 4, 1)).astype(np.float32)
-    labels = np.array([0, 1, 2, 0, 1, 2])
-    loss, accuracy = losses.margin_cross_entropy(model, params, images, labels, 0.3, 0.5)
-    logits = np.asarray(model.classify(params, model.encode(params, images)), np.float64)
-    rows = np.arange(6)
-    handicapped = logits.copy()
-    handicapped[rows, labels] -= np.sqrt(2) * 0.3
-    scaled = handicapped / 0.5
-    expected = -0.5 * np.mean((scaled - np.log(np.exp(scaled).sum(1, keepdims=True)))[rows, labels])
-    assert float(loss) == pytest.approx(expected, rel=1e-5)
-    assert float(accuracy) == pytest.approx(np.mean(logits.argmax(1) == labels))
-    assert float(losses.margin_cross_entropy(model, params, images, labels, 0.0, 0.5)[0]) < float(loss)
 
 
 def test_weight_decay_touches_the_heads_kernels_only():
@@ -66,6 +35,50 @@ def test_weight_decay_touches_the_heads_kernels_only():
     )
     moved["head"]["Dense_0"]["kernel"] = params["head"]["Dense_0"]["kernel"]
     jax.tree.map(np.testing.assert_array_equal, moved, params)
+
+
+def trained(tmp_path, **fields):
+    """(result, rest) of a training of 6 steps, read back from its checkpoint."""
+    config = default()
+    config.data.batch_size, config.train.steps, config.train.evaluate_every = 8, 6, 6
+    config.model.head, config.train.learning_rate = "linear", 0.1
+    config.train.update(fields)
+    rng = np.random.default_rng(0)
+    dataset = Dataset("x", "1", "train", rng.integers(0, 256, (16, 4, 4, 1), np.uint8), rng.integers(0, 3, 16), 3)
+    model = models.build(config.model, dataset.shape, 3)
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        result = loop.train(model, config, dataset, dataset, checkpoints, lambda *_: None)
+        params, _ = checkpoint.restore_model(tmp_path, result)
+        jax.tree.map(np.testing.assert_array_equal, params, result)
+    return config, model, dataset, result
+
+
+def test_the_average_is_what_is_kept_and_the_parameters_train_on(tmp_path):
+    *_, last = trained(tmp_path / "last")
+    config, model, dataset, average = trained(tmp_path / "average", ema=0.3)
+    transformation = optimizer.build(config.train)
+    with pinned():
+        params = model.init(domain_key(config.seed, "init"))
+        step_function = loop.step_function(model, config, transformation.update)
+        expected = jax.device_get(params)  # the step donates its state
+        state = loop.State(params, transformation.init(params), None)
+        for step in range(6):
+            index = batch_indices(len(dataset), 8, config.seed, step)
+            batch = dataset.pixels(index, np.float32), dataset.labels[index]
+            state, _ = step_function(state, *batch, domain_key(config.seed, "train"), np.uint32(step))
+            kept = min(0.3, (1 + step) / (10 + step))
+            expected = jax.tree.map(lambda a, b, k=kept: k * a + (1 - k) * b, expected, jax.device_get(state.params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), last, jax.device_get(state.params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), average, expected)
+    assert checkpoint.digest(average) != checkpoint.digest(last)
+
+
+def test_a_bfloat16_head_trains_float32_parameters(tmp_path):
+    *_, exact = trained(tmp_path / "float32")
+    *_, rounded = trained(tmp_path / "bfloat16", head_dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(rounded)} == {np.dtype(np.float32)}
+    difference = max(float(np.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (exact, rounded)), strict=True))
+    assert 1e-6 < difference < 0.2
 
 
 def test_schedule_warms_up_and_falls_to_zero():

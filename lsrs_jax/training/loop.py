@@ -1,7 +1,9 @@
 """The training loop: data parallel over the local devices, resumable to the exact next batch."""
 
+import dataclasses
 import functools
 import time
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,22 +18,55 @@ from lsrs_jax.progress import Progress
 from lsrs_jax.training import losses, optimizer
 
 
-def _step_function(model, config, update):
+class State(NamedTuple):
+    """What a training carries from step to step.
+
+    Attributes:
+      params: parameters that are trained.
+      optimizer: state of the optimizer.
+      average: their exponential moving average, or None where none is kept.
+    """
+
+    params: Any
+    optimizer: Any
+    average: Any
+
+    @property
+    def result(self):
+        """The parameters that are evaluated, certified and kept as the model."""
+        return self.params if self.average is None else self.average
+
+    @property
+    def rest(self):
+        """What a resumption needs beside the result."""
+        return self.optimizer if self.average is None else (self.optimizer, self.params)
+
+    def resumed(self, result, rest):
+        """The state of which these are the two halves."""
+        if self.average is None:
+            return State(result, rest, None)
+        return State(rest[1], rest[0], result)
+
+
+def step_function(model, config, update):
     """One jitted optimizer step. The noise of step s comes from the key of (seed, "train", s) alone."""
-    settings = config.train
+    model = dataclasses.replace(model, head_dtype=config.train.head_dtype)
+    loss, decay = losses.of_config(config), config.train.ema
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def train_step(params, opt_state, images, labels, key, step):
-        noise_key = jax.random.fold_in(key, step)
-
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_step(state, images, labels, key, step):
         def loss_of(params):
-            if settings.loss == "margin":
-                return losses.margin_cross_entropy(model, params, images, labels, settings.radius, settings.temperature)
-            return losses.gaussian_cross_entropy(model, params, images, labels, config.sigma, noise_key)
+            return loss(model, params, images, labels, jax.random.fold_in(key, step))
 
-        (loss, accuracy), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
-        updates, opt_state = update(gradient, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, (loss, accuracy)
+        metrics, gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        updates, optimizer_state = update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        if state.average is None:
+            return State(params, optimizer_state, None), metrics
+        # A lower decay at first forgets the random start.
+        kept = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+        average = jax.tree.map(lambda old, new: kept * old + (1 - kept) * new, state.average, params)
+        return State(params, optimizer_state, average), metrics
 
     return train_step
 
@@ -86,7 +121,7 @@ def train(model, config, train_set, test_set, checkpoints, log):
       log: function of a dict of metrics and, with training metrics, the time left as text; called in step order.
 
     Returns:
-      the final parameters.
+      the final parameters (their average, where one is kept).
 
     Raises:
       UserError: if the loss stops being finite (the last checkpoint is kept).
@@ -96,10 +131,11 @@ def train(model, config, train_set, test_set, checkpoints, log):
         transformation = optimizer.build(settings)
         params = jax.device_put(model.init(domain_key(config.seed, "init")), replicated(mesh))
         opt_state = jax.device_put(jax.jit(transformation.init)(params), replicated(mesh))
+        state = State(params, opt_state, jax.tree.map(jnp.copy, params) if settings.ema else None)
         first = checkpoints.latest() or 0
         if first:
-            params, opt_state = checkpoints.restore(first, params, opt_state)
-        train_step = _step_function(model, config, transformation.update)
+            state = state.resumed(*checkpoints.restore(first, state.result, state.rest))
+        train_step = step_function(model, config, transformation.update)
         evaluate = Evaluator(model, config.sigma, test_set, mesh)
         rate = optimizer.schedule(settings)
         key = domain_key(config.seed, "train")
@@ -130,7 +166,7 @@ def train(model, config, train_set, test_set, checkpoints, log):
 
         start, window = time.monotonic(), []
         for step in range(first, settings.steps):
-            params, opt_state, metrics = train_step(params, opt_state, *batch(step), key, np.uint32(step))
+            state, metrics = train_step(state, *batch(step), key, np.uint32(step))
             done = step + 1
             if step == first:  # the step that compiles says nothing about the rate
                 jax.block_until_ready(metrics)
@@ -144,10 +180,12 @@ def train(model, config, train_set, test_set, checkpoints, log):
                 report(window)
                 window = []
             if due[1]:
-                noisy, clean = evaluate(params, jax.random.fold_in(domain_key(config.seed, "evaluate"), done))
+                noisy, clean = evaluate(state.result, jax.random.fold_in(domain_key(config.seed, "evaluate"), done))
                 log({"step": done, "test_noisy_accuracy": noisy, "test_clean_accuracy": clean})
             if due[2]:
-                checkpoints.save(done, params, opt_state)
+                checkpoints.save(done, state.result, state.rest)
+                # Since the checkpoint before: over all sessions they add up to the time of what was kept.
+                log({"step": done, "train_seconds": round(time.monotonic() - start, 2)})
+                start = time.monotonic()
         checkpoints.wait()
-        log({"step": settings.steps, "train_seconds": round(time.monotonic() - start, 2)})
-    return params
+    return state.result

@@ -1,0 +1,174 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import threefry
+from scipy import stats
+
+from lsrs_jax import models
+from lsrs_jax.config import LOSSES, default
+from lsrs_jax.distributed import local_mesh, replicated, split
+from lsrs_jax.training import losses
+
+IMAGES = np.random.default_rng(0).random((6, 4, 4, 1)).astype(np.float32)
+LABELS = np.array([0, 1, 2, 0, 1, 2])
+ROWS = np.arange(6)
+SIGMA = 0.7
+
+
+def small_model(classes=3, **fields):
+    config = default().model
+    config.head = "linear"
+    config.update(fields)
+    return models.build(config, (4, 4, 1), classes)
+
+
+@pytest.fixture(params=["latent", "input"])
+def model(request):
+    return small_model(noise=request.param, head="mlp")
+
+
+def noisy_log_probabilities(model, params, noises):
+    """Float64 ``(B, noises, K)`` from the definition, one sample at a time."""
+    points = np.asarray(IMAGES if model.smooths_input else model.encode(params, IMAGES))
+    noise = SIGMA * jax.random.normal(threefry(4), (6 * noises, *points.shape[1:]))
+    noise = np.asarray(noise).reshape(6, noises, *points.shape[1:])
+    logits = [np.asarray(model.classify(params, points + noise[:, i]), np.float64) for i in range(noises)]
+    logits = np.stack(logits, axis=1)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("noises", [1, 3])
+def test_gaussian_is_cross_entropy_under_the_certification_noise(model, noises):
+    params = model.init(threefry(0))
+    loss, accuracy = losses.gaussian_cross_entropy(model, params, IMAGES, LABELS, threefry(4), SIGMA, noises)
+    expected = noisy_log_probabilities(model, params, noises)
+    assert float(loss) == pytest.approx(-expected[ROWS, :, LABELS].mean(), rel=1e-5)
+    assert float(accuracy) == pytest.approx(np.mean(expected.argmax(-1) == LABELS[:, None]))
+
+
+def test_consistency_adds_divergence_and_entropy(model):
+    params = model.init(threefry(0))
+    loss, _ = losses.consistency(model, params, IMAGES, LABELS, threefry(4), SIGMA, 3, 10.0, 0.5)
+    log_p = noisy_log_probabilities(model, params, 3)
+    mean = np.exp(log_p).mean(axis=1)
+    divergence = np.mean([[stats.entropy(mean[row], np.exp(log_p[row, i])) for i in range(3)] for row in ROWS])
+    uncertainty = np.mean(stats.entropy(mean, axis=1))
+    assert divergence > 1e-4
+    expected = -log_p[ROWS, :, LABELS].mean() + 10 * divergence + 0.5 * uncertainty
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
+def test_macer_pays_for_small_radii_of_right_answers_only(model):
+    params = model.init(threefry(0))
+    loss, _ = losses.macer(model, params, IMAGES, LABELS, threefry(4), SIGMA, 5, 12.0, 1.0, 16.0)
+    log_p = noisy_log_probabilities(model, params, 5)
+    soft = np.exp(16 * log_p)
+    soft = (soft / soft.sum(-1, keepdims=True)).mean(axis=1)
+    own = soft[ROWS, LABELS]
+    others = soft.copy()
+    others[ROWS, LABELS] = 0
+    gap = stats.norm.ppf(np.clip(own, 1e-6, 1 - 1e-6)) - stats.norm.ppf(np.clip(others.max(1), 1e-6, 1 - 1e-6))
+    hinge = np.where(gap > 0, np.maximum(1.0 - gap, 0), 0)
+    assert (gap < 0).any()
+    natural = -np.log(np.exp(log_p).mean(axis=1)[ROWS, LABELS]).mean()
+    assert float(loss) == pytest.approx(natural + 12 * SIGMA / 2 * hinge.mean(), rel=1e-4)
+
+
+def test_macers_hinge_is_the_certified_radius():
+    """Two classes, a linear head: the radius is known, and so is the hinge that it leaves."""
+    model = small_model(2, encoder="identity")
+    params = model.init(threefry(0))
+    params["head"]["Dense_0"]["kernel"] *= 5  # sharp: soft votes become votes
+    labels = np.asarray(model.classify(params, IMAGES)).argmax(1)
+    arguments = model, params, IMAGES, labels, threefry(4), SIGMA, 4000
+    with_hinge, without = (losses.macer(*arguments, weight, 8.0, 200.0)[0] for weight in (1.0, 0.0))
+    difference = np.diff(np.asarray(params["head"]["Dense_0"]["kernel"]), axis=1).ravel()
+    radius = np.abs(np.diff(np.asarray(model.classify(params, IMAGES)), axis=1)).ravel() / np.linalg.norm(difference)
+    expected = np.maximum(SIGMA * 8 / 2 - radius, 0).mean()
+    assert float(with_hinge - without) == pytest.approx(expected, abs=0.02)
+
+
+def test_macer_survives_unanimous_votes():
+    model = small_model()
+    params = model.init(threefry(0))
+    params["head"]["Dense_0"]["bias"] = jnp.asarray([1e3, 0.0, 0.0])
+    gradient = jax.grad(lambda p: losses.macer(model, p, IMAGES, LABELS, threefry(4), SIGMA, 4, 12.0, 8.0, 16.0)[0])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient(params)))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("noise", ["latent", "input"])
+def test_smoothadv_finds_the_worst_point_of_a_linear_classifier(noise, steps):
+    """Two classes: the worst shift goes straight to the other class and moves every margin by radius · ‖w‖."""
+    model = small_model(2, encoder="space_to_depth", noise=noise)
+    params = model.init(threefry(0))
+    labels = LABELS % 2
+    loss, _ = losses.smoothadv(model, params, IMAGES, labels, threefry(4), SIGMA, 3, 0.4, steps)
+    log_p = noisy_log_probabilities(model, params, 3)
+    margin = log_p[ROWS, :, labels] - log_p[ROWS, :, 1 - labels]
+    length = np.linalg.norm(np.diff(np.asarray(params["head"]["Dense_0"]["kernel"]), axis=1))
+    assert float(loss) == pytest.approx(np.log1p(np.exp(-(margin - 0.4 * length))).mean(), rel=1e-4)
+
+
+def test_smoothadv_attacks_and_trains_under_the_same_noise(model):
+    params = model.init(threefry(0))
+    arguments = model, params, IMAGES, LABELS, threefry(4), SIGMA
+    plain = losses.gaussian_cross_entropy(*arguments, 4)[0]
+    assert float(losses.smoothadv(*arguments, 4, 0.0, 2)[0]) == pytest.approx(float(plain), rel=1e-6)
+    attacked = [float(losses.smoothadv(*arguments, 4, radius, 3)[0]) for radius in (0.1, 0.3, 0.9)]
+    assert float(plain) < attacked[0] < attacked[1] < attacked[2]
+
+
+def test_smoothadv_takes_the_perturbation_as_given():
+    """Otherwise the training gradient of a linear head would see its weights twice."""
+    model = small_model(2, encoder="identity")
+    params = model.init(threefry(0))
+    labels = LABELS % 2
+    gradient = jax.grad(lambda p: losses.smoothadv(model, p, IMAGES, labels, threefry(4), SIGMA, 1, 0.4, 1)[0])(params)
+    weights = np.asarray(params["head"]["Dense_0"]["kernel"])
+    direction = weights[:, 1] - weights[:, 0]
+    shift = 0.4 * np.where(labels, -1, 1)[:, None] * direction / np.linalg.norm(direction)
+    noise = SIGMA * np.asarray(jax.random.normal(threefry(4), IMAGES.shape))
+    points = (IMAGES + noise).reshape(6, -1) + shift
+
+    def fixed(w):
+        log_p = jax.nn.log_softmax(points @ w)
+        return -log_p[ROWS, labels].mean()
+
+    np.testing.assert_allclose(gradient["head"]["Dense_0"]["kernel"], jax.grad(fixed)(weights), atol=1e-5)
+
+
+def test_the_margin_loss_handicaps_the_true_class():
+    model = small_model(head="orthogonal")
+    params = model.init(threefry(0))
+    loss, accuracy = losses.margin_cross_entropy(model, params, IMAGES, LABELS, 0.3, 0.5)
+    logits = np.asarray(model.classify(params, model.encode(params, IMAGES)), np.float64)
+    handicapped = logits.copy()
+    handicapped[ROWS, LABELS] -= np.sqrt(2) * 0.3
+    scaled = handicapped / 0.5
+    expected = -0.5 * np.mean((scaled - np.log(np.exp(scaled).sum(1, keepdims=True)))[ROWS, LABELS])
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    assert float(accuracy) == pytest.approx(np.mean(logits.argmax(1) == LABELS))
+    assert float(losses.margin_cross_entropy(model, params, IMAGES, LABELS, 0.0, 0.5)[0]) < float(loss)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_is_selected_by_name_and_equal_on_eight_devices(name):
+    config = default()
+    config.train.loss, config.train.noises = name, 3
+    model = small_model(head="mlp")
+    params = model.init(threefry(0))
+    images, labels = np.concatenate([IMAGES, IMAGES[:2]]), np.concatenate([LABELS, LABELS[:2]])
+    function = jax.value_and_grad(losses.of_config(config), argnums=1, has_aux=True)
+
+    @jax.jit
+    def evaluate(params, images, labels):
+        return function(model, params, images, labels, threefry(4))
+
+    whole = evaluate(params, images, labels)
+    mesh = local_mesh()
+    parts = evaluate(jax.device_put(params, replicated(mesh)), *jax.device_put((images, labels), split(mesh)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6), whole, parts)
+    other = losses.of_config(config)(model, params, images, labels, threefry(5))
+    assert (float(other[0]) == pytest.approx(float(whole[0][0]), rel=1e-6)) == (name == "margin")
