@@ -387,7 +387,9 @@ def parse():
     parser.add_argument("--seconds", type=float, default=1.0, help="per rate that is measured")
     parser.add_argument("--tile", default="32,8", help="images,samples of a batch in the loop")
     home = Path(__file__).resolve().parents[1]
-    parser.add_argument("--config", default=str(home / "configs" / "cifar10_small.py"), help="network of section c")
+    parser.add_argument(
+        "--config", default=f"{home / 'configs' / 'cifar10_small.py'}:deep", help="network of section c"
+    )
     parser.add_argument("--runs", default="", help="workdirs of trainings, separated by commas")
     parser.add_argument("--images", type=int, default=200, help="of each run, evenly spaced")
     parser.add_argument("--n", type=int, default=100_000, help="estimation votes of the fixed schedule")

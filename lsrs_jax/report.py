@@ -132,8 +132,8 @@ def notes(runs):
     return found
 
 
-def draw(runs, out):
-    """Writes curve.png and curve.svg; returns False where Matplotlib is not installed."""
+def draw(runs, paths):
+    """Writes the curves to every path (png, svg, …); returns False where Matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -153,8 +153,8 @@ def draw(runs, out):
     axes.set(xlabel="ℓ2 radius (pixels in [0, 1])", ylabel="certified accuracy", ylim=(0, 1), xlim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
-    for name, metadata in (("curve.png", None), ("curve.svg", {"Date": None})):
-        figure.savefig(out / name, dpi=150, metadata=metadata)
+    for path in paths:
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)
     return True
 
@@ -179,7 +179,7 @@ def run(arguments):
     runs = load_runs(options.runs)
     table = markdown(runs, _radii(options.radii) if options.radii else radius_grid(runs))
     options.out.mkdir(parents=True, exist_ok=True)
-    drawn = draw(runs, options.out)
+    drawn = draw(runs, [options.out / name for name in ("curve.png", "curve.svg")])
     below = [f"- {note}" for note in notes(runs)]
     parts = ["# Certified accuracy", table, *(["\n".join(below)] if below else [])]
     parts += ["![certified accuracy over the radius](curve.svg)"] if drawn else []

@@ -1,10 +1,12 @@
 import importlib.util
 import json
+import re
 
 import pytest
 from conftest import ROOT
 
 from lsrs_jax import config as configuration
+from lsrs_jax import models
 from lsrs_jax.errors import UserError
 
 
@@ -21,11 +23,20 @@ def test_every_experiment_is_a_valid_config(path):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    named = {"cifar10_orthogonal": ("adaptive", "paraunitary", "exponential", "cayley")}
+    named = {
+        "cifar10": ("lsrs", "isrs_split", "free", "gaussian", "macer", "smoothadv", "margin", "partial", "latent"),
+        "cifar10_small": ("lsrs", "isrs_split", "free", "cayley", "deep"),
+        "cifar10_orthogonal": ("adaptive", "paraunitary", "exponential", "cayley"),
+        "cifar10_study": ("split0", "split6", "split4_input", "split4_haar", "margin"),
+    }
     variants = named.get(path.stem, ("lsrs", "cayley", "isrs", "isrs_split"))
     seen = {str(configuration.to_dict(configuration.check(module.get_config(variant)))) for variant in variants}
     assert len(seen) == len(variants)
-    assert all(f"``{variant}``" in module.__doc__ for variant in variants)
+    for variant in variants:
+        assert f"``{re.sub('[1-5]', '<k>', variant)}``" in module.__doc__
+        config = module.get_config(variant)
+        image = {"digits": (8, 8, 1), "mnist": (28, 28, 1)}.get(config.data.name, (32, 32, 3))
+        assert models.build(config.model, image, 10).input_shape == image
     with pytest.raises(ValueError, match="unknown variant"):
         module.get_config("lrss")
 
@@ -99,6 +110,12 @@ def test_a_missing_field_is_refused_not_guessed(tmp_path):
         ("train.loss", "hinge"),
         ("train.radius", -0.1),
         ("train.temperature", 0.0),
+        ("train.noises", 0),
+        ("train.consistency.weight", -1.0),
+        ("train.macer.margin", 0.0),
+        ("train.smoothadv.steps", 0),
+        ("train.ema", 1.0),
+        ("train.head_dtype", "float16"),
         ("certify.alpha", float("nan")),
         ("certify.stop", -1),
         ("certify.tile", (1, 1)),
@@ -120,6 +137,15 @@ def test_values_out_of_range_name_their_field(field, value):
     place[last] = value
     with pytest.raises(UserError, match=field):
         configuration.check(config)
+
+
+def test_consistency_needs_two_samples():
+    config = configuration.default()
+    config.train.loss = "consistency"
+    with pytest.raises(UserError, match=r"train.noises must be at least 1, consistency at least 2, got 1"):
+        configuration.check(config)
+    config.train.noises = 2
+    configuration.check(config)
 
 
 def test_first_difference():

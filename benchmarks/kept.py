@@ -1,0 +1,194 @@
+"""What is kept of a run under docs/results/cifar10/: its certificates, run.json and a model card. No weights."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+from scipy.spatial.distance import pdist
+
+from lsrs_jax import checkpoint, models
+from lsrs_jax import config as configuration
+from lsrs_jax import data as datasets
+from lsrs_jax.errors import UserError
+from lsrs_jax.files import write_atomic
+from lsrs_jax.keys import root_key
+from lsrs_jax.progress import duration
+from lsrs_jax.smoothing.table import Table, read_table
+
+PAIRED = 500  # images whose distances are compared
+RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """One run.
+
+    Attributes:
+      name: of its folder.
+      facts: run.json; ``commands``, ``config``, ``cost``, ``distances``, ``training``.
+      certificates: certificates.json.
+      table: certificates.tsv.
+    """
+
+    name: str
+    facts: dict
+    certificates: dict
+    table: Table
+
+    @property
+    def smoothed(self):
+        """False for a deterministic certificate."""
+        return self.certificates["identity"]["certificate"] == "smoothed"
+
+    @property
+    def latent(self):
+        """Shape of what the noise is added to, as text."""
+        return "x".join(map(str, self.certificates["lipschitz"]["output_shape"]))
+
+
+def load(folder):
+    """The `Kept` run in a folder; raises UserError where it is incomplete."""
+    try:
+        facts, certificates = (json.loads((folder / name).read_text()) for name in ("run.json", "certificates.json"))
+        return Kept(folder.name, facts, certificates, read_table(folder / "certificates.tsv"))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder} holds no complete run ({error}): make it with benchmarks/studies.py run") from error
+
+
+def keep(workdir, folder, commands):
+    """Copies from a workdir what is kept of it, and writes run.json and, last, card.md: with it the run is complete."""
+    source = workdir / "certify" / "default"
+    config = configuration.load(workdir / "config.json")
+    dataset = datasets.load(config.data.name, config.data.split, config.data.dir)
+    model = models.build(config.model, dataset.shape, dataset.num_classes)
+    cost = models.cost(model)
+    stored = json.loads((source / "certificates.json").read_text())
+    facts = {
+        "commands": commands,
+        "config": configuration.to_dict(config),
+        "cost": {"encoder_flops": cost.encoder, "head_flops": cost.head, "speedup": cost.speedup},
+        "distances": _distances(model, workdir, dataset),
+        "training": _training(workdir / "metrics.jsonl", stored),
+    }
+    facts["config"]["data"]["dir"] = ""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("certificates.tsv", "certificates.json"):
+        shutil.copyfile(source / name, folder / name)
+    write_atomic(folder / "run.json", json.dumps(facts, indent=1) + "\n")
+    write_atomic(folder / "card.md", card(load(folder)))
+
+
+def _distances(model, workdir, dataset):
+    """Median ratio of distances after and before the encoder, over pairs of images of one class and of different ones.
+
+    The certificate counts on the distances before; where they shrink, the noise weighs more.
+    """
+    some = np.linspace(0, len(dataset) - 1, min(PAIRED, len(dataset))).astype(int)
+    images, labels = dataset.pixels(some, np.float32), dataset.labels[some]
+    params, _ = checkpoint.restore_model(workdir, jax.eval_shape(model.init, root_key(0)))
+    latents = np.asarray(jax.jit(model.encode)(params, images), np.float64)
+    before, after = pdist(images.reshape(len(some), -1)), pdist(latents.reshape(len(some), -1))
+    ratio = after[before > 0] / before[before > 0]
+    same = (pdist(labels[:, None]) == 0)[before > 0]
+    return {"same_class": float(np.median(ratio[same])), "other_class": float(np.median(ratio[~same]))}
+
+
+def _training(path, stored):
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+
+    def last(field):
+        found = [row[field] for row in rows if field in row]
+        return found[-1] if found else None
+
+    return {
+        "seconds": sum(row.get("train_seconds", 0.0) for row in rows),
+        "loss": last("loss"),
+        "test_noisy_accuracy": last("test_noisy_accuracy"),
+        "test_clean_accuracy": last("test_clean_accuracy"),
+        "date": stored["record"][0]["started"][:10],
+    }
+
+
+def columns(run, radii=RADII):
+    """The cells of a run in a table: cost, training, certified accuracy."""
+    cost, table = run.facts["cost"], run.table
+    return [
+        run.latent if run.smoothed else "no noise",
+        f"{cost['encoder_flops'] / 1e6:.2f}",
+        f"{cost['head_flops'] / 1e6:.2f}",
+        f"{cost['speedup']:.1f}x" if run.smoothed else "-",
+        f"{run.facts['distances']['other_class']:.2f}, {run.facts['distances']['same_class']:.2f}",
+        f"{run.facts['training']['seconds']:.0f}",
+        f"{run.facts['training']['test_clean_accuracy']:.3f}",
+        *(f"{table.certified_accuracy(radius):.3f}" for radius in radii),
+        f"{table.average_certified_radius:.3f}",
+        f"{table.abstention:.3f}",
+        duration(float(table.seconds.mean())),
+    ]
+
+
+def header(radii=RADII):
+    """The names of `columns`."""
+    accuracy = [f"r={radius:g}" for radius in radii]
+    cost = ["noise on", "MFLOP once", "MFLOP/vote", "speed-up", "distances kept", "training, s"]
+    return [*cost, "without noise", *accuracy, "ACR", "abstain", "time/image"]
+
+
+def card(run):
+    """The model card of a run, Markdown."""
+    rows = "\n".join(f"| {name} | {text} |" for name, text in _card_rows(run).items())
+    commands = "\n".join(run.facts["commands"])
+    return f"""# {run.name}
+
+| | |
+|---|---|
+{rows}
+
+```
+{commands}
+```
+
+What the certificates say, and what they do not: [docs/guarantee.md](../../../guarantee.md). ℓ2 only; nothing is said
+about other norms, corruptions or other kinds of images. Made to be compared, trained for minutes: not for deployment.
+The weights are not kept; the commands make them again.
+"""
+
+
+def _card_rows(run):
+    """Name → text."""
+    config, stored, table = run.facts["config"], run.certificates, run.table
+    model, train, data, session = config["model"], config["train"], config["data"], stored["record"][-1]
+    once, vote = (run.facts["cost"][name] / 1e6 for name in ("encoder_flops", "head_flops"))
+    training, split = run.facts["training"], stored["identity"]["data"]["split"]
+    accuracy = ", ".join(f"{table.certified_accuracy(radius):.3f} at {radius:g}" for radius in RADII)
+    network = f"encoder `{model['encoder']}` ({model['method']}, {model['activation']}), head `{model['head']}`"
+    if "blocks" in (model["encoder"], model["head"]):
+        widths = ", ".join(map(str, model["widths"]))
+        network += f"; blocks of {widths} channels, the first {model['split']} in the encoder"
+    loss = f"{train['loss']}" + (f", {train['noises']} samples per image" if train["noises"] > 1 else "")
+    return {
+        "data": f"{stored['identity']['data']['name']} {stored['identity']['data']['version']}, pixels in [0, 1]",
+        "network": network,
+        "cost": f"{once:.2f} MFLOP once per image, {vote:.2f} MFLOP per vote",
+        "training": f"loss {loss}; {train['steps']:,} steps of {data['batch_size']} images, seed {config['seed']}; "
+        f"{duration(training['seconds'])}",
+        "certificate": _method(run),
+        "Lipschitz constant": repr(stored["lipschitz"]["constant"]),
+        "certified accuracy": f"{accuracy}; ACR {table.average_certified_radius:.4f}",
+        "images": f"{len(table):,} of `{split}`, abstains on {table.abstention:.3f} of them",
+        "accuracy without noise": f"{training['test_clean_accuracy']:.3f}, on all images of `{split}`",
+        "machine": f"{session['devices']}, {session['host']}; jax {session['versions']['jax']}; {training['date']}",
+    }
+
+
+def _method(run):
+    identity, derivation = run.certificates["identity"], run.certificates["derivation"]
+    if not run.smoothed:
+        return "the margin of a linear head behind a 1-Lipschitz encoder, without noise"
+    return (
+        f"smoothed, σ {identity['sigma']} on {run.latent}; n0 {identity['n0']:,}, n {identity['n']:,}, "
+        f"{identity['schedule']} schedule, α {derivation['alpha']} per image, {derivation['bound']} bound, "
+        f"{identity['arithmetic']['name']} arithmetic"
+    )

@@ -1,0 +1,186 @@
+"""The studies on CIFAR-10: trains and certifies their runs, keeps the certificates, rebuilds tables and figures.
+
+  python benchmarks/studies.py render                      # seconds, from the certificates kept in docs/results/cifar10
+  python benchmarks/studies.py list                        # the commands of every run
+  TFDS_DATA_DIR=... python benchmarks/studies.py run       # hours: what is missing; then keeps and renders
+  TFDS_DATA_DIR=... python benchmarks/studies.py run --study=split --jobs=2
+
+Every run is two commands of the package. Stopped at any moment, the same command goes on. Workdirs lie under --runs.
+Kept of a run are its certificates, run.json (configuration, cost, training) and card.md. The prose of
+docs/results/cifar10.md is written by hand: `render` replaces what stands between its markers.
+"""
+
+import argparse
+import concurrent.futures
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import kept
+from study_runs import STUDIES
+
+from lsrs_jax import command, report
+from lsrs_jax import config as configuration
+from lsrs_jax.errors import UserError
+from lsrs_jax.files import write_atomic
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "results" / "cifar10.md"
+FOLDER = PAGE.with_suffix("")
+
+
+def shown(run, options):
+    """The two commands as a reader types them."""
+    return [f"python -m {shlex.join(words)}" for words in run.commands(f"runs/{run.name}", options.split)]
+
+
+def made(run, options):
+    """Whether the very run, by its commands and what its configuration says today, is kept already."""
+    try:
+        facts = kept.load(FOLDER / run.name).facts
+    except UserError:
+        return False
+    flags = [flag for flag in run.commands("", options.split)[0] if flag.startswith("--config.")]
+    config = configuration.to_dict(command.config_from_flags([f"--config={ROOT / run.config}", *flags]))
+    return facts["commands"] == shown(run, options) and facts["config"] == config
+
+
+def make(run, options):
+    """Trains and certifies one run, and keeps it; returns what went wrong, or None."""
+    workdir = options.runs / run.name
+    for module, *flags in run.commands(workdir, options.split):
+        print(f"python -m {module} {shlex.join(flags)}", file=sys.stderr, flush=True)
+        arguments = [sys.executable, "-m", module, *flags]
+        done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"{module} ended with code {done.returncode}"]
+            return f"{run.name}: {lines[-1]}"
+    try:
+        kept.keep(workdir, FOLDER / run.name, shown(run, options))
+    except UserError as error:
+        return f"{run.name}: {error}"
+    print(f"{run.name} is kept", file=sys.stderr, flush=True)
+    return None
+
+
+def markers(name):
+    """Around the part of the page that belongs to a study."""
+    return f"<!-- {name}: written by benchmarks/studies.py -->", f"<!-- end of {name} -->"
+
+
+def tables(name):
+    """Label → `kept.Kept` of the runs of a study that are there."""
+    rows = {label: FOLDER / run.name for label, run in STUDIES[name].rows.items()}
+    return {label: kept.load(folder) for label, folder in rows.items() if (folder / "card.md").exists()}
+
+
+def section(name, found):
+    """The table of a study, and its figure."""
+    missing = len(STUDIES[name].rows) - len(found)
+    lines = ["| run | " + " | ".join(kept.header()) + " |", "|" + "---|" * (1 + len(kept.header()))]
+    for label, run in found.items():
+        cells = [f"[{label}](cifar10/{run.name}/card.md)", *kept.columns(run)]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [f"\n{missing} of the {missing + len(found)} runs of this study have not been made."] if missing else []
+    return "\n".join(lines) + f"\n\n![{name}](cifar10/{name}.png)"
+
+
+def pareto(found, path):
+    """Average certified radius over FLOPs per vote; returns False where Matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
+    groups = {"LSRS": [], "LSRS, Haar strides": [], "ISRS, same network": [], "ISRS, free network": []}
+    for run in found.values():
+        if run.certificates["identity"]["certificate"] == "deterministic":
+            radius = run.table.average_certified_radius
+            axes.axhline(radius, color="gray", linestyle=":", label=f"margin, no votes (ACR {radius:.3f})")
+            continue
+        model = run.facts["config"]["model"]
+        strides = ", Haar strides" * (model["encoder"] == "blocks_haar")
+        smoothed = f"LSRS{strides}" if model["noise"] == "latent" else "ISRS, same network"
+        group = smoothed if model["split"] else "ISRS, free network"
+        point = run.facts["cost"]["head_flops"] / 1e6, run.table.average_certified_radius, model["split"]
+        groups[group].append(point)
+    for (group, points), marker in zip(groups.items(), "oDs*", strict=True):
+        if points:
+            x, y, splits = zip(*sorted(points), strict=True)
+            axes.plot(x, y, marker=marker, label=group, linestyle="-" if group.startswith("LSRS") else "none")
+            for point in zip(splits, x, y, strict=True):
+                axes.annotate(str(point[0]), point[1:], textcoords="offset points", xytext=(4, 4), fontsize=8)
+    axes.set(xlabel="MFLOP per vote", ylabel="average certified radius", xscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return True
+
+
+def curves(found, path):
+    """Certified accuracy over the radius; returns False where Matplotlib is not installed."""
+    return report.draw([report.Run(label, run.table) for label, run in found.items()], [path])
+
+
+def render(names):
+    """Rewrites the page's tables and the figures of the studies that have runs."""
+    text = PAGE.read_text(encoding="utf-8")
+    for name in names:
+        found, (first, last) = tables(name), markers(name)
+        if not found:
+            continue
+        if first not in text or last not in text:
+            raise UserError(f"{PAGE} has no markers of {name}: put {first} and {last} where its table shall stand")
+        place = re.compile(re.escape(first) + ".*?" + re.escape(last), re.DOTALL)
+        content = f"{first}\n{section(name, found)}\n{last}"
+        text = place.sub(lambda _, content=content: content, text)
+        if not {"pareto": pareto, "curves": curves}[STUDIES[name].figure](found, FOLDER / f"{name}.png"):
+            print(f"no figure of {name}: Matplotlib is not installed", file=sys.stderr)
+    write_atomic(PAGE, text)
+
+
+def parse(arguments):
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "render", "list"))
+    parser.add_argument("--study", action="append", choices=STUDIES, help="one or several of them; all by default")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "studies", help="folder of the workdirs")
+    parser.add_argument("--split", default="test_exact", help="of the data: evaluated and certified")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side; their times are then not comparable")
+    options = parser.parse_args(arguments)
+    options.runs = options.runs.resolve()
+    if options.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {options.jobs}")
+    return options
+
+
+def main(arguments):
+    """The command; see the module's docstring."""
+    options = parse(arguments)
+    names = options.study or list(STUDIES)
+    runs = {run.name: run for name in names for run in STUDIES[name].rows.values()}
+    failed = []
+    if options.what == "list":
+        print("\n".join(line for run in runs.values() for line in shown(run, options)))
+        return
+    if options.what == "run":
+        missing = [run for run in runs.values() if not made(run, options)]
+        print(f"{len(missing)} of {len(runs)} runs to make", file=sys.stderr, flush=True)
+        with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+            failed = [error for error in pool.map(lambda run: make(run, options), missing) if error]
+    render(names)
+    if failed:
+        raise UserError(f"{len(failed)} runs failed; the same command tries them again. " + "; ".join(failed))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,102 @@
+"""The runs of the studies on CIFAR-10, and the tables they form."""
+
+import dataclasses
+
+STUDY = "configs/cifar10_study.py"
+HEADLINE = "configs/cifar10_small.py"
+LAST = 6  # blocks of the network of the studies
+SPLIT = 4  # where it is cut in the studies that vary something else
+SEEDS = (0, 1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training and its certification.
+
+    Attributes:
+      name: of its folder.
+      config: ``configs/FILE.py:variant``.
+      flags: overrides, ``field=value``.
+    """
+
+    name: str
+    config: str
+    flags: tuple[str, ...] = ()
+
+    def commands(self, workdir, split):
+        """The modules and arguments of the two commands, training first."""
+        flags = [f"--config.{flag}" for flag in (f"data.split={split}", *self.flags)]
+        place = f"--workdir={workdir}"
+        return ["lsrs_jax.train", f"--config={self.config}", place, *flags], ["lsrs_jax.certify", place]
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Rows of one table, label → run, and its figure: ``"pareto"`` or ``"curves"``."""
+
+    figure: str
+    rows: dict[str, Run]
+
+
+def _run(variant, *flags):
+    """A run named after its variant and the values of its flags."""
+    name = "-".join([variant, *(flag.rpartition("=")[2] for flag in flags)])
+    return Run(name, f"{STUDY}:{variant}", ("certify.step=2", *flags))
+
+
+def _splits():
+    rows = {"free network, ISRS (split 0)": _run("split0")}
+    rows |= {f"LSRS, split {k}": _run(f"split{k}") for k in range(1, LAST)}
+    rows[f"LSRS, split {LAST}: linear head"] = _run(f"split{LAST}")
+    rows[f"LSRS, split {LAST}, multi-class bound"] = _run(f"split{LAST}", "certify.bound=multiclass")
+    rows |= {f"LSRS, Haar strides, split {k}": _run(f"split{k}_haar") for k in range(2, LAST + 1)}
+    rows[f"split {LAST}, margin, no noise"] = _run("margin")
+    rows |= {f"ISRS of the network of split {k}": _run(f"split{k}_input") for k in range(2, LAST + 1, 2)}
+    return rows
+
+
+def _families():
+    rows = {}
+    for method in ("adaptive", "paraunitary", "exponential", "cayley"):
+        for start in ("identity", "random"):
+            flags = [f"model.method={method}"] * (method != "adaptive")
+            flags += [f"model.initializer={start}"] * (start != "identity")
+            rows[f"{method}, {start} start"] = _run(f"split{SPLIT}", *flags)
+    return rows
+
+
+def _losses():
+    rows = {}
+    for kind, variant in (("LSRS", f"split{SPLIT}"), ("ISRS, same network", f"split{SPLIT}_input")):
+        rows[f"{kind}: Gaussian augmentation"] = _run(variant, "train.loss=gaussian")
+        rows[f"{kind}: consistency"] = _run(variant)
+        rows[f"{kind}: MACER"] = _run(variant, "train.loss=macer", "train.noises=4")
+        rows[f"{kind}: SmoothAdv"] = _run(variant, "train.loss=smoothadv")
+    return rows
+
+
+def _sigmas():
+    rows = {}
+    kinds = {"LSRS": f"split{SPLIT}", "ISRS, same network": f"split{SPLIT}_input", "ISRS, free network": "split0"}
+    for sigma in (0.12, 0.25, 0.5, 1.0):
+        for kind, variant in kinds.items():
+            rows[f"{kind}, σ {sigma:g}"] = _run(variant, *[f"sigma={sigma}"] * (sigma != 0.25))
+    return rows
+
+
+def _headline():
+    kinds = {"LSRS": "lsrs", "ISRS, same network": "isrs_split", "ISRS, free network": "free"}
+    return {
+        f"{kind}, seed {seed}": Run(f"{variant}-seed{seed}", f"{HEADLINE}:{variant}", (f"seed={seed}",))
+        for kind, variant in kinds.items()
+        for seed in SEEDS
+    }
+
+
+STUDIES = {
+    "split": Study("pareto", _splits()),
+    "family": Study("curves", _families()),
+    "loss": Study("curves", _losses()),
+    "sigma": Study("curves", _sigmas()),
+    "headline": Study("curves", _headline()),
+}

@@ -1,0 +1,43 @@
+"""The CIFAR-10 experiments from configuration to certificates, on a small set of random images in their format."""
+
+import numpy as np
+import prepared
+import pytest
+from commands import run
+
+from lsrs_jax.smoothing.table import read_table
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("data")
+    splits = {"train": prepared.random_split(32, (32, 32, 3), 10), "test": prepared.random_split(12, (32, 32, 3), 10)}
+    prepared.write(place, "cifar10", splits, num_classes=10)
+    return place
+
+
+@pytest.mark.parametrize(
+    ("experiment", "flags", "votes"),
+    [
+        ("cifar10.py", ("train.head_dtype=bfloat16", "certify.head_dtype=bfloat16", "train.warmup_steps=1"), 100),
+        ("cifar10_small.py:isrs_split", ("train.loss=macer", "train.ema=0.9"), 100),
+        ("cifar10_small.py", ("train.loss=smoothadv",), 100),
+        ("cifar10_study.py:split6_haar", ("certify.bound=multiclass",), 100),
+        ("cifar10_study.py:margin", (), 0),
+    ],
+)
+def test_an_experiment_runs_from_its_configuration_to_certificates(tmp_path, folder, experiment, flags, votes):
+    small = ("train.steps=2", "train.log_every=1", "data.batch_size=8", "certify.n=100", "certify.n0=10")
+    small += ("certify.step=3", "certify.tile=(4, 8)", f"data.dir={folder}")
+    out = run(
+        "train",
+        f"--config=configs/{experiment}",
+        f"--workdir={tmp_path / 'w'}",
+        *(f"--config.{flag}" for flag in (*small, *flags)),
+    )
+    assert "MFLOP per vote" in out
+    out = run("certify", f"--workdir={tmp_path / 'w'}")
+    assert "MFLOP per vote" in out
+    table = read_table(tmp_path / "w" / "certify" / "default" / "certificates.tsv")
+    np.testing.assert_array_equal(table.idx, [0, 3, 6, 9])
+    assert (table.votes == votes).all()

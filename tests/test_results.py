@@ -1,0 +1,98 @@
+"""The published tables are those of the certificates beside them."""
+
+import hashlib
+import json
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from lsrs_jax import models
+from lsrs_jax.config import from_dict
+from lsrs_jax.errors import UserError
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import kept
+import studies
+from study_runs import STUDIES, Run, Study
+
+FOLDERS = sorted(path.parent for path in studies.FOLDER.glob("*/run.json"))
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_a_published_run_is_complete_and_belongs_together(folder):
+    run = kept.load(folder)
+    text = (folder / "certificates.tsv").read_bytes()
+    assert hashlib.sha256(text).hexdigest() == run.certificates["derivation"]["certificates"]
+    assert (folder / "card.md").read_text() == kept.card(run)
+    named = {run.name: run for study in STUDIES.values() for run in study.rows.values()}
+    assert studies.made(named[folder.name], studies.parse(["list"]))
+    identity, config = run.certificates["identity"], from_dict(run.facts["config"])
+    assert identity["checkpoint"]["step"] == config.train.steps
+    assert {name: identity["model"][name] for name in config.model} == run.facts["config"]["model"]
+    cost = models.cost(models.build(config.model, (32, 32, 3), 10))
+    assert run.facts["cost"]["head_flops"] == pytest.approx(cost.head, rel=0.02)
+    assert run.facts["cost"]["speedup"] == pytest.approx(cost.speedup, rel=0.02)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_page_shows_what_the_certificates_say(name):
+    found = studies.tables(name)
+    if not found:
+        pytest.skip("no run of this study is published")
+    first, last = studies.markers(name)
+    text = studies.PAGE.read_text()
+    assert text.split(first)[1].split(last)[0].strip() == studies.section(name, found)
+    assert (studies.FOLDER / f"{name}.png").exists()
+    assert len({len(run.table) for run in found.values()}) == 1
+    assert all(np.array_equal(run.table.idx, next(iter(found.values())).table.idx) for run in found.values())
+
+
+def test_names_of_runs_are_unique():
+    runs = {run for study in STUDIES.values() for run in study.rows.values()}
+    assert len({run.name for run in runs}) == len(runs)
+
+
+@pytest.mark.parametrize("figure", ["pareto", "curves"])
+def test_a_study_from_training_to_page(tmp_path, monkeypatch, figure):
+    """The whole way with the embedded digits; a second call has nothing left to do, and a changed table shows."""
+    quick = ("train.steps=20", "certify.n=200", "certify.stop=40")
+    rows = {
+        "head": Run("head", "configs/digits.py:isrs", quick),
+        "latent": Run("latent", "configs/digits.py", (*quick, "sigma=0.3")),
+    }
+    monkeypatch.setitem(STUDIES, "split", Study(figure, rows))
+    monkeypatch.setattr(studies, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(studies, "FOLDER", tmp_path / "page")
+    studies.PAGE.write_text("before\n" + "\n".join(studies.markers("split")) + "\nafter\n")
+    arguments = ["run", "--study=split", f"--runs={tmp_path / 'runs'}", "--split=test"]
+    studies.main([*arguments, "--jobs=2"])
+    text = studies.PAGE.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert text.count("| [") == 2
+    assert (tmp_path / "page" / "split.png").stat().st_size > 5000
+    run = kept.load(tmp_path / "page" / "latent")
+    assert len(run.table) == 40
+    assert run.facts["config"]["sigma"] == 0.3
+    assert 0.1 < run.facts["distances"]["other_class"] < 1
+    assert kept.load(tmp_path / "page" / "head").facts["distances"] == {"same_class": 1.0, "other_class": 1.0}
+    assert "sigma=0.3" in run.facts["commands"][0]
+    assert str(tmp_path) not in (tmp_path / "page" / "latent" / "card.md").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(studies, "make", None)
+        studies.main(arguments)
+    assert studies.PAGE.read_text() == text
+    # Another run under an old name is made again, and refused by the workdir that holds the old one; others go on.
+    changed = {**rows, "latent": Run("latent", "configs/digits.py", (*quick, "sigma=0.4"))}
+    monkeypatch.setitem(STUDIES, "split", Study(figure, changed))
+    with pytest.raises(UserError, match=r"1 runs failed.*latent: error: .* was trained with sigma=0.3, not 0.4"):
+        studies.main(arguments)
+    assert studies.PAGE.read_text() == text
+    monkeypatch.setitem(STUDIES, "split", Study(figure, rows))
+    facts = json.loads((tmp_path / "page" / "latent" / "run.json").read_text())
+    facts["training"]["test_clean_accuracy"] = 0.1234
+    (tmp_path / "page" / "latent" / "run.json").write_text(json.dumps(facts))
+    studies.main(["render", "--study=split"])
+    assert "| 0.123 |" in studies.PAGE.read_text()
