@@ -93,7 +93,9 @@ def test_macer_survives_unanimous_votes():
     model = small_model()
     params = model.init(threefry(0))
     params["head"]["Dense_0"]["bias"] = jnp.asarray([1e3, 0.0, 0.0])
-    gradient = jax.grad(lambda p: losses.macer(model, p, IMAGES, LABELS, threefry(4), SIGMA, 4, 12.0, 8.0, 16.0)[0])
+    gradient = jax.jit(
+        jax.grad(lambda p: losses.macer(model, p, IMAGES, LABELS, threefry(4), SIGMA, 4, 12.0, 8.0, 16.0)[0])
+    )
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient(params)))
 
 
