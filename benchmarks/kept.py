@@ -11,6 +11,7 @@ from scipy.spatial.distance import pdist
 from lsrs_jax import checkpoint, models
 from lsrs_jax import config as configuration
 from lsrs_jax import data as datasets
+from lsrs_jax.encoders import BLOCKS
 from lsrs_jax.errors import UserError
 from lsrs_jax.files import write_atomic
 from lsrs_jax.keys import root_key
@@ -43,6 +44,11 @@ class Kept:
         return self.certificates["identity"]["certificate"] == "smoothed"
 
     @property
+    def cost(self):
+        """`models.Cost`."""
+        return models.Cost(self.facts["cost"]["encoder_flops"], self.facts["cost"]["head_flops"])
+
+    @property
     def latent(self):
         """Shape of what the noise is added to, as text."""
         return "x".join(map(str, self.certificates["lipschitz"]["output_shape"]))
@@ -64,13 +70,12 @@ def keep(workdir, folder, commands):
     dataset = datasets.load(config.data.name, config.data.split, config.data.dir)
     model = models.build(config.model, dataset.shape, dataset.num_classes)
     cost = models.cost(model)
-    stored = json.loads((source / "certificates.json").read_text())
     facts = {
         "commands": commands,
         "config": configuration.to_dict(config),
-        "cost": {"encoder_flops": cost.encoder, "head_flops": cost.head, "speedup": cost.speedup},
+        "cost": {"encoder_flops": cost.encoder, "head_flops": cost.head},
         "distances": _distances(model, workdir, dataset),
-        "training": _training(workdir / "metrics.jsonl", stored),
+        "training": _training(workdir / "metrics.jsonl"),
     }
     facts["config"]["data"]["dir"] = ""
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +100,7 @@ def _distances(model, workdir, dataset):
     return {"same_class": float(np.median(ratio[same])), "other_class": float(np.median(ratio[~same]))}
 
 
-def _training(path, stored):
+def _training(path):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
 
     def last(field):
@@ -107,31 +112,30 @@ def _training(path, stored):
         "loss": last("loss"),
         "test_noisy_accuracy": last("test_noisy_accuracy"),
         "test_clean_accuracy": last("test_clean_accuracy"),
-        "date": stored["record"][0]["started"][:10],
     }
 
 
-def columns(run, radii=RADII):
+def columns(run):
     """The cells of a run in a table: cost, training, certified accuracy."""
-    cost, table = run.facts["cost"], run.table
+    cost, table = run.cost, run.table
     return [
         run.latent if run.smoothed else "no noise",
-        f"{cost['encoder_flops'] / 1e6:.2f}",
-        f"{cost['head_flops'] / 1e6:.2f}",
-        f"{cost['speedup']:.1f}x" if run.smoothed else "-",
+        f"{cost.encoder / 1e6:.2f}",
+        f"{cost.head / 1e6:.2f}",
+        f"{cost.speedup:.1f}x" if run.smoothed else "-",
         f"{run.facts['distances']['other_class']:.2f}, {run.facts['distances']['same_class']:.2f}",
         f"{run.facts['training']['seconds']:.0f}",
         f"{run.facts['training']['test_clean_accuracy']:.3f}",
-        *(f"{table.certified_accuracy(radius):.3f}" for radius in radii),
+        *(f"{table.certified_accuracy(radius):.3f}" for radius in RADII),
         f"{table.average_certified_radius:.3f}",
         f"{table.abstention:.3f}",
         duration(float(table.seconds.mean())),
     ]
 
 
-def header(radii=RADII):
+def header():
     """The names of `columns`."""
-    accuracy = [f"r={radius:g}" for radius in radii]
+    accuracy = [f"r={radius:g}" for radius in RADII]
     cost = ["noise on", "MFLOP once", "MFLOP/vote", "speed-up", "distances kept", "training, s"]
     return [*cost, "without noise", *accuracy, "ACR", "abstain", "time/image"]
 
@@ -160,18 +164,18 @@ def _card_rows(run):
     """Name → text."""
     config, stored, table = run.facts["config"], run.certificates, run.table
     model, train, data, session = config["model"], config["train"], config["data"], stored["record"][-1]
-    once, vote = (run.facts["cost"][name] / 1e6 for name in ("encoder_flops", "head_flops"))
+    jax_version, day = session["versions"]["jax"], session["started"][:10]
     training, split = run.facts["training"], stored["identity"]["data"]["split"]
     accuracy = ", ".join(f"{table.certified_accuracy(radius):.3f} at {radius:g}" for radius in RADII)
     network = f"encoder `{model['encoder']}` ({model['method']}, {model['activation']}), head `{model['head']}`"
-    if "blocks" in (model["encoder"], model["head"]):
+    if model["encoder"] in BLOCKS or model["head"] == "blocks":
         widths = ", ".join(map(str, model["widths"]))
         network += f"; blocks of {widths} channels, the first {model['split']} in the encoder"
     loss = f"{train['loss']}" + (f", {train['noises']} samples per image" if train["noises"] > 1 else "")
     return {
         "data": f"{stored['identity']['data']['name']} {stored['identity']['data']['version']}, pixels in [0, 1]",
         "network": network,
-        "cost": f"{once:.2f} MFLOP once per image, {vote:.2f} MFLOP per vote",
+        "cost": f"{run.cost.encoder / 1e6:.2f} MFLOP once per image, {run.cost.head / 1e6:.2f} MFLOP per vote",
         "training": f"loss {loss}; {train['steps']:,} steps of {data['batch_size']} images, seed {config['seed']}; "
         f"{duration(training['seconds'])}",
         "certificate": _method(run),
@@ -179,7 +183,7 @@ def _card_rows(run):
         "certified accuracy": f"{accuracy}; ACR {table.average_certified_radius:.4f}",
         "images": f"{len(table):,} of `{split}`, abstains on {table.abstention:.3f} of them",
         "accuracy without noise": f"{training['test_clean_accuracy']:.3f}, on all images of `{split}`",
-        "machine": f"{session['devices']}, {session['host']}; jax {session['versions']['jax']}; {training['date']}",
+        "machine": f"{session['devices']}, {session['host']}; jax {jax_version}; {day}",
     }
 
 

@@ -99,7 +99,7 @@ def pareto(found, path):
     figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
     groups = {"LSRS": [], "LSRS, Haar strides": [], "ISRS, same network": [], "ISRS, free network": []}
     for run in found.values():
-        if run.certificates["identity"]["certificate"] == "deterministic":
+        if not run.smoothed:
             radius = run.table.average_certified_radius
             axes.axhline(radius, color="gray", linestyle=":", label=f"margin, no votes (ACR {radius:.3f})")
             continue
@@ -107,7 +107,7 @@ def pareto(found, path):
         strides = ", Haar strides" * (model["encoder"] == "blocks_haar")
         smoothed = f"LSRS{strides}" if model["noise"] == "latent" else "ISRS, same network"
         group = smoothed if model["split"] else "ISRS, free network"
-        point = run.facts["cost"]["head_flops"] / 1e6, run.table.average_certified_radius, model["split"]
+        point = run.cost.head / 1e6, run.table.average_certified_radius, model["split"]
         groups[group].append(point)
     for (group, points), marker in zip(groups.items(), "oDs*", strict=True):
         if points:

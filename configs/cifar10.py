@@ -10,7 +10,7 @@ of the same shapes without constraints), ``gaussian``, ``macer`` and ``smoothadv
 ``partial``, ``latent``, ``preprocessor``; their heads are larger. Not yet run to the end: no GPU was at hand.
 """
 
-from lsrs_jax.config import default
+from lsrs_jax.config import choose, default
 
 WIDTHS, STRIDES, SPLIT = (64, 64, 64, 64, 48, 64, 64, 128), (2, 1, 1, 1, 2, 1, 1, 2), 5
 VARIANTS = {
@@ -35,8 +35,6 @@ VARIANTS = {
 
 
 def get_config(variant="lsrs"):
-    if variant not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r}: choose one of {', '.join(VARIANTS)}")
     config = default()
     config.data.name = "cifar10"
     config.data.batch_size = 256
@@ -59,5 +57,4 @@ def get_config(variant="lsrs"):
     config.certify.schedule = "staged"
     config.certify.step = 20
     config.certify.tile = (64, 64)
-    config.update_from_flattened_dict(VARIANTS[variant])
-    return config
+    return choose(config, variant, VARIANTS)

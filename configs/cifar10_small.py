@@ -11,7 +11,7 @@ orthogonal convolutions and a strided head of 2.1 of 16.8 MFLOP, trained with Ga
 runs of docs/results/certify.md). Measured results: docs/results/cifar10.md.
 """
 
-from lsrs_jax.config import default
+from lsrs_jax.config import choose, default
 
 WIDTHS, STRIDES, SPLIT = (12, 12, 24, 24, 24, 24, 48), (2, 1, 2, 1, 1, 2, 1), 5
 VARIANTS = {
@@ -32,8 +32,6 @@ VARIANTS = {
 
 
 def get_config(variant="lsrs"):
-    if variant not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r}: choose one of {', '.join(VARIANTS)}")
     config = default()
     config.data.name = "cifar10"
     config.data.crop = 4
@@ -51,5 +49,4 @@ def get_config(variant="lsrs"):
     config.train.evaluate_every = 1000
     config.train.checkpoint_every = 1000
     config.certify.schedule = "staged"
-    config.update_from_flattened_dict(VARIANTS[variant])
-    return config
+    return choose(config, variant, VARIANTS)

@@ -92,21 +92,20 @@ def default():
     return config
 
 
-def choose(config, variant):
-    """Turns a configuration with an orthogonal encoder into one of the comparisons every experiment offers.
+# Variant → fields, dotted: what every experiment with an orthogonal encoder can be compared with.
+COMPARISONS = {
+    "lsrs": {},
+    "cayley": {"model.method": "cayley"},  # another family of convolutions
+    "isrs": {"model.encoder": "identity"},  # no encoder: the head smoothed in input space
+    "isrs_split": {"model.noise": "input"},  # the same network smoothed in input space
+}
 
-    ``lsrs`` (as it is), ``cayley`` (another family of convolutions), ``isrs`` (no encoder: the head smoothed in input
-    space), ``isrs_split`` (the same network smoothed in input space).
-    """
-    changes = {
-        "lsrs": {},
-        "cayley": {"method": "cayley"},
-        "isrs": {"encoder": "identity"},
-        "isrs_split": {"noise": "input"},
-    }
-    if variant not in changes:
-        raise ValueError(f"unknown variant {variant!r}: choose one of {', '.join(changes)}")
-    config.model.update(changes[variant])
+
+def choose(config, variant, variants=COMPARISONS):
+    """Changes a configuration into one of its variants; raises ValueError, naming them, for another."""
+    if variant not in variants:
+        raise ValueError(f"unknown variant {variant!r}: choose one of {', '.join(variants)}")
+    config.update_from_flattened_dict(variants[variant])
     return config
 
 

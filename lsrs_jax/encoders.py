@@ -28,16 +28,16 @@ def _haar(stride):
 BLOCKS = {"blocks": _space_to_depth, "blocks_haar": _haar}
 
 
-def blocks(kit, widths, strides, name="blocks"):
+def blocks(kit, widths, strides, downsample=_space_to_depth):
     """Blocks of a network in the encoder: the stride, a 3x3 orthogonal convolution, an activation.
 
-    A width of 0 leaves the convolution and the activation out. ``"blocks"`` permutes pixels into channels for a stride,
-    ``"blocks_haar"`` takes the Haar transform, coarse channels first: a narrower convolution then starts by keeping the
-    coarse image instead of every second pixel. `lsrs_jax.heads.BlocksHead` has the same blocks free.
+    A width of 0 leaves the convolution and the activation out. `downsample` is a value of `BLOCKS`: a permutation of
+    pixels into channels, or the Haar transform, coarse channels first, with which a narrower convolution starts by
+    keeping the coarse image instead of every second pixel. `lsrs_jax.heads.BlocksHead` has the same blocks free.
     """
     chain = []
     for width, stride in zip(widths, strides, strict=True):
-        chain += BLOCKS[name](stride)
+        chain += downsample(stride)
         if width:
             chain += [kit.conv(width, (3, 3)), kit.activation()]
     return tuple(chain)

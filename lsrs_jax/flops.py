@@ -12,7 +12,7 @@ def flops(function, *arguments):
 
     Two per multiplication and addition, those on padding included (circular or zero), eight where the factors are
     complex; everything else counts nothing. Arguments may be `jax.ShapeDtypeStruct`. Loops count each turn where their
-    number is known (``scan``), once where it is not.
+    number is known (``scan``), once where it is not; of a condition all branches count.
     """
     return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
 

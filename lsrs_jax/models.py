@@ -169,7 +169,7 @@ def build(config, input_shape, num_classes):
     encoder = (
         make_encoder(kit, input_shape[2])
         if make_encoder
-        else blocks(kit, widths[:split], strides[:split], config.encoder)
+        else blocks(kit, widths[:split], strides[:split], BLOCKS[config.encoder])
     )
     head = make_head(num_classes) if make_head else BlocksHead(num_classes, widths[split:], strides[split:])
     if config.noise not in ("latent", "input"):
@@ -216,7 +216,11 @@ class Cost(NamedTuple):
 
     encoder: float  # once per image; 0 under ISRS
     head: float  # per vote; under ISRS the whole base classifier
-    speedup: float  # of the votes over those of the same network under input noise
+
+    @property
+    def speedup(self):
+        """Of the votes, by FLOPs, over those of the same network under input noise."""
+        return (self.encoder + self.head) / self.head
 
 
 def cost(model):
@@ -231,7 +235,7 @@ def cost(model):
 
     head = per_row(model.classify, latents.shape[1:])
     encoder = 0.0 if model.smooths_input else per_row(model.encode, model.input_shape)
-    return Cost(encoder, head, (encoder + head) / head)
+    return Cost(encoder, head)
 
 
 def describe(model):
@@ -244,9 +248,13 @@ def describe(model):
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
     found = cost(model)
+    price = f"{found.head / 1e6:.2f} MFLOP per vote"
+    if not model.smooths_input:
+        price = (
+            f"{found.encoder / 1e6:.2f} MFLOP once per image, {price}: {found.speedup:.1f}x as many votes per FLOP as "
+            "with the noise on the image"
+        )
     return (
         f"encoder {count(params['encoder']):,} parameters, noise on {'x'.join(map(str, noisy.shape[1:]))} "
-        f"({math.prod(noisy.shape[1:]):,} numbers), head {count(params['head']):,} parameters\n"
-        f"{found.encoder / 1e6:.2f} MFLOP once per image, {found.head / 1e6:.2f} MFLOP per vote: "
-        f"{found.speedup:.1f}x as many votes per FLOP as with the noise on the image"
+        f"({math.prod(noisy.shape[1:]):,} numbers), head {count(params['head']):,} parameters\n{price}"
     )
