@@ -6,12 +6,22 @@ import json
 from ml_collections import ConfigDict
 
 from lsrs_jax.errors import UserError
-from lsrs_jax.files import write_atomic
+from lsrs_jax.files import read_json, write_atomic
 from lsrs_jax.smoothing.partition import BOUNDS
 from lsrs_jax.smoothing.schedule import SCHEDULES
 
 LOSSES = ("gaussian", "consistency", "macer", "smoothadv", "margin")
 DTYPES = ("float32", "bfloat16")
+CERTIFICATES = ("smoothed", "deterministic")
+_MAY_CHANGE = (  # between the first start of a training and its resumption
+    "certify",
+    "data.dir",
+    "data.split",
+    "train.log_every",
+    "train.evaluate_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+)
 
 
 def default():
@@ -148,7 +158,7 @@ def _limits(config):
         ("certify.name", _is_plain_name(certify.name), "a plain folder name (letters, digits, . _ -)"),
         (
             "certify.certificate",
-            certify.certificate in ("smoothed", "deterministic"),
+            certify.certificate in CERTIFICATES,
             "'smoothed' or 'deterministic'",
         ),
         ("certify.n0", 1 <= certify.n0 <= 2**27, "between 1 and 2**27"),
@@ -225,10 +235,10 @@ def _update(config, values, prefix):
             _update(config[key], value, f"{name}.")
             continue
         try:
-            if value is None or isinstance(value, bool) != isinstance(config[key], bool):
+            if value is None or isinstance(value, dict) or isinstance(value, bool) != isinstance(config[key], bool):
                 raise TypeError("another type")
             config[key] = _elements(config[key], value) if isinstance(value, list) else value
-        except TypeError as error:
+        except (TypeError, OverflowError) as error:
             raise UserError(f"config field {name} has the wrong type: {value!r}") from error
 
 
@@ -249,8 +259,8 @@ def save(config, path):
 def load(path):
     """Reads a config written by `save`."""
     try:
-        return from_dict(json.loads(path.read_text()))
-    except (ValueError, RecursionError) as error:
+        return from_dict(read_json(path))
+    except ValueError as error:
         if isinstance(error, UserError):
             raise UserError(f"{path}: {error}") from error
         raise UserError(f"{path} is not a stored configuration ({error}); train again into a new workdir") from error
@@ -273,3 +283,8 @@ def first_difference(old, new, ignore=()):
         elif a != b:
             return name, a, b
     return None
+
+
+def other_training(old, new):
+    """`first_difference` of two configurations as dicts, in what a trained model depends on."""
+    return first_difference(old, new, _MAY_CHANGE)

@@ -6,11 +6,14 @@ cannot lose to j within (z_y − z_j) / (L ‖w_y − w_j‖).
 
 import numpy as np
 
+from lsrs_jax.arguments import numbers
 from lsrs_jax.errors import UserError
 from lsrs_jax.smoothing.radius import check_lipschitz
 
 # Covers the last-place errors of norms, differences and the division.
 _MARGIN = 1e-12
+_LARGEST = 1e300  # of logits and weights: their differences and norms must not overflow
+_SMALLEST = 1e-140  # of a distance over the largest weight: beyond it squares underflow
 
 
 def certified_margin(logits, weights=None, *, lipschitz=1.0, slack=0.0):
@@ -28,23 +31,33 @@ def certified_margin(logits, weights=None, *, lipschitz=1.0, slack=0.0):
       ``(predict, radius)``: int64 (the lowest of equals) and float64 ``(N,)``; radius 0 where nothing is certified.
 
     Raises:
-      UserError: for shapes that do not fit, non-finite numbers, or two classes of equal weights.
+      UserError: for shapes that do not fit, numbers beyond 1e300 or not finite, or two classes of equal weights.
 
     **Guarantee**: if the encoder is ``lipschitz``-Lipschitz in ℓ2 and `slack` covers the rounding of the logits, the
     classifier returns ``predict`` everywhere within ``radius`` of the input. Radii are rounded down.
     """
     check_lipschitz(lipschitz)
-    logits, slack = np.asarray(logits, np.float64), np.asarray(slack, np.float64)
-    if logits.ndim != 2 or logits.shape[1] < 2 or not np.isfinite(logits).all():
+    logits, slack = numbers("logits", logits), numbers("slack", slack)
+    if logits.ndim != 2 or logits.shape[1] < 2 or not _moderate(logits):
         raise UserError(f"logits must be finite numbers of shape (images, classes >= 2), got {logits.shape}")
     if slack.shape not in ((), logits.shape[:1]) or np.any(~((slack >= 0) & np.isfinite(slack))):
         raise UserError("slack must be finite and not negative, one number or one per image")
     distances = _distances(weights, logits.shape[1])
     predict, rows = logits.argmax(axis=1), np.arange(len(logits))
-    latent = (logits[rows, predict, None] - logits) / distances[predict]
-    latent[rows, predict] = np.inf
-    radius = (latent.min(axis=1) * (1 - _MARGIN) - slack) / lipschitz * (1 - _MARGIN)
-    return predict, np.maximum(radius, 0.0)
+    with np.errstate(over="ignore"):
+        latent = (logits[rows, predict, None] - logits) / distances[predict]
+        latent[rows, predict] = np.inf
+        nearest = latent.min(axis=1)
+        # Numbers next to 0 are spaced too widely to be rounded down.
+        nearest = np.where(nearest > 1e-200, nearest, 0.0)
+        radius = np.maximum(nearest * (1 - _MARGIN) - slack, 0.0) / float(lipschitz) * (1 - _MARGIN)
+    if not np.isfinite(radius).all():
+        raise UserError("a radius is too large for a number: scale the logits")
+    return predict, radius
+
+
+def _moderate(values):
+    return bool((np.abs(values) <= _LARGEST).all())  # and no NaN
 
 
 def _distances(weights, classes):
@@ -52,15 +65,16 @@ def _distances(weights, classes):
     if weights is None:
         distances = np.full((classes, classes), np.sqrt(2.0))
     else:
-        weights = np.asarray(weights, np.float64)
-        if weights.ndim != 2 or weights.shape[1] != classes or not np.isfinite(weights).all():
+        weights = numbers("weights", weights)
+        if weights.ndim != 2 or weights.shape[1] != classes or not len(weights) or not _moderate(weights):
             raise UserError(f"weights must be finite numbers of shape (d, {classes}), got {weights.shape}")
-        # Scaled, so that no square underflows.
-        scale = max(float(np.abs(weights).max()), np.finfo(np.float64).tiny)
+        # Scaled, so that no square underflows, by a power of two: nearly equal weights keep their differences.
+        scale = 2.0 ** float(np.frexp(np.abs(weights).max())[1])
         weights = weights / scale
-        distances = scale * np.stack([np.linalg.norm(weights - column[:, None], axis=0) for column in weights.T])
+        distances = np.stack([np.linalg.norm(weights - column[:, None], axis=0) for column in weights.T])
+        distances = np.where(distances > _SMALLEST, scale * distances, 0.0)
     np.fill_diagonal(distances, np.inf)
-    if not np.all(distances > 0):
+    if not np.all(distances > 1e-290):
         raise UserError("two classes have equal weights in the last layer: no finite margin separates them")
     return distances * (1 + _MARGIN)
 

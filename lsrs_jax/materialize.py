@@ -65,6 +65,22 @@ class LipschitzReport:
         """Plain types for JSON, the constant included."""
         return dataclasses.asdict(self) | {"constant": self.constant}
 
+    @classmethod
+    def from_dict(cls, values):
+        """The inverse of `to_dict`, from JSON.
+
+        Raises:
+          ValueError: for anything that no report gives, a constant that is not that of its layers included.
+        """
+        try:
+            layers = tuple(LayerBound(**layer) for layer in values["layers"])
+            report = cls(layers, tuple(values["input_shape"]), tuple(values["output_shape"]))
+            if report.constant != values["constant"]:
+                raise ValueError("the Lipschitz constant is not that of the layers")
+        except (KeyError, TypeError, OverflowError) as error:
+            raise ValueError(f"no report of a Lipschitz constant ({error})") from error
+        return report
+
     def __str__(self):
         rows = [f"{'layer':<28}{'sigma_max - 1':>14}{'1 - sigma_min':>15}  proof"]
         rows += [

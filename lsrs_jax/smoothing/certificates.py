@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from lsrs_jax.arguments import array, numbers, real
 from lsrs_jax.errors import UserError
 from lsrs_jax.smoothing import confidence
 from lsrs_jax.smoothing.partition import check_bound, partition, share_of_alpha
@@ -42,8 +43,8 @@ def from_counts(selection, estimation, *, sigma, alpha, bound="binary", looks=No
     Args:
       selection: integers ``(N, K)``; they choose the candidate class (the lowest of equals), under ``"multiclass"`` the
         buckets, and nothing else.
-      estimation: integers ``(N, K)`` from fresh noise; each row sums to at least 1. With `looks`: for each image the
-        cumulative counts ``(looks reached, K)``.
+      estimation: integers ``(N, K)`` from fresh noise; each row sums to at least 1 and at most 2**27. With `looks`: for
+        each image the cumulative counts ``(looks reached, K)``.
       sigma, lipschitz, slack: as in `radius.certified_radius`.
       alpha: failure probability per image.
       bound: ``"binary"`` (p_B = 1 − p_A) or ``"multiclass"`` (class partitioning; Delattre et al. 2025): each bucket of
@@ -61,20 +62,22 @@ def from_counts(selection, estimation, *, sigma, alpha, bound="binary", looks=No
     """
     confidence.check_alpha(alpha)
     check_bound(bound)
-    if not isinstance(tau, int | float | np.number) or not 0 <= tau < 1:
-        raise UserError(f"tau must lie in [0, 1), got {tau!r}")
+    check_tau(tau)
+    alpha, tau = float(alpha), float(tau)
+    slack = numbers("slack", slack)
     selection = _counts("selection", selection)
     if looks is None:
         last = rows = _counts("estimation", estimation)
         owner, share, horizon = np.arange(len(rows)), alpha, rows.sum(axis=1)
     else:
-        rows, owner = _check_looks(estimation, looks)
+        looks = _check_looks(looks)
+        rows, owner = _rows_at_looks(estimation, looks)
         share, horizon = alpha / len(looks), np.full(len(selection), looks[-1])
         last = rows[np.flatnonzero(np.diff(owner, append=-1))]
     if selection.shape != last.shape:
         raise UserError(f"selection votes {selection.shape} and estimation votes {last.shape} differ in shape")
-    if np.shape(slack) not in ((), selection.shape[:1]):
-        raise UserError(f"slack must be one number, or one per image, got shape {np.shape(slack)}")
+    if slack.shape not in ((), selection.shape[:1]):
+        raise UserError(f"slack must be one number, or one per image, got shape {slack.shape}")
     bucket, count = partition(selection, horizon, share, bound)
     p_a, p_b = _bounds(rows, bucket[owner], count[owner], share)
     p_a = np.maximum.reduceat(p_a, np.searchsorted(owner, np.arange(len(last))))
@@ -105,29 +108,43 @@ def _bounds(counts, bucket, count, alpha):
     return p_a, p_b
 
 
-def _check_looks(estimation, looks):
+def check_tau(tau):
+    """Raises UserError unless tau is a number in [0, 1)."""
+    if not 0 <= real(tau) < 1:
+        raise UserError(f"tau must lie in [0, 1), got {tau!r}")
+
+
+def _check_looks(looks):
+    found = array("looks", looks)
+    if found.ndim != 1 or not found.size or found.dtype.kind not in "iu" or not (found[1:] > found[:-1]).all():
+        raise UserError(f"from_counts takes looks that grow, whole numbers of votes, got {looks!r}")
+    return found
+
+
+def _rows_at_looks(estimation, looks):
     """All rows ``(M, K)`` of all images with their owners ``(M,)``; each image's rows must be those of its looks."""
+    try:
+        estimation = list(estimation)
+    except TypeError as error:
+        raise UserError(f"with looks, estimation votes are cumulative counts for each image: {error}") from error
     estimation = [_counts("estimation", part) for part in estimation]
-    if not estimation or len({part.shape[1] for part in estimation}) > 1 or not (np.diff(looks) > 0).all():
-        raise UserError("estimation votes need the same classes for every image, and looks that grow")
+    if not estimation or len({part.shape[1] for part in estimation}) > 1:
+        raise UserError("estimation votes need the same classes for every image")
     for part in estimation:
         if not np.array_equal(part.sum(axis=1), looks[: len(part)]) or (np.diff(part, axis=0) < 0).any():
             raise UserError(
-                f"estimation votes must be cumulative counts at the first of the looks {tuple(looks)}, got "
+                f"estimation votes must be cumulative counts at the first of the looks {looks.tolist()}, got "
                 f"{part.sum(axis=1)} votes"
             )
     return np.concatenate(estimation), np.repeat(np.arange(len(estimation)), [len(part) for part in estimation])
 
 
 def _counts(name, counts):
-    try:
-        counts = np.asarray(counts)
-    except ValueError as error:
-        raise UserError(f"{name} votes must be one array of integers: {error}") from error
-    if counts.ndim != 2 or counts.shape[1] < 2 or not len(counts) or not np.issubdtype(counts.dtype, np.integer):
+    counts = array(f"{name} votes", counts, "integers")
+    if counts.ndim != 2 or counts.shape[1] < 2 or not len(counts) or counts.dtype.kind not in "iu":
         raise UserError(
             f"{name} votes must be integers of shape (images, classes >= 2), got {counts.dtype} {counts.shape}"
         )
-    if np.any(counts < 0) or np.any(counts.sum(axis=1) < 1):
-        raise UserError(f"{name} votes must not be negative, and every image needs at least one")
+    if np.any(counts < 0) or np.any(counts > confidence.MAX_VOTES) or np.any(counts.sum(axis=1) < 1):
+        raise UserError(f"{name} votes must not be negative, nor above 2**27, and every image needs at least one")
     return counts.astype(np.int64)

@@ -1,35 +1,46 @@
 """Confidence bounds for vote counts: Clopper–Pearson in float64. NumPy and SciPy only."""
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
+from lsrs_jax.arguments import array, numbers, real
 from lsrs_jax.errors import UserError
+
+MAX_VOTES = 2**27  # the device's int32 counts stay exact, and so does SciPy's inverse beta function
+_SMALLEST_ALPHA = 1e-110  # a share of the smallest alpha of an image
 
 
 def _check(k, n, alpha):
-    k, n = np.asarray(k), np.asarray(n)
+    k, n, alpha = array("k", k), array("n", n), numbers("alpha", alpha)
     for name, value in (("k", k), ("n", n)):
-        if not np.issubdtype(value.dtype, np.integer):
+        if value.dtype.kind not in "iu":
             raise UserError(f"vote counts are integers, got {name} of type {value.dtype}")
+    try:
+        np.broadcast_shapes(k.shape, n.shape, alpha.shape)
+    except ValueError as error:
+        raise UserError(f"k, n and alpha do not fit: their shapes are {k.shape}, {n.shape}, {alpha.shape}") from error
     if np.any(n < 1):
         raise UserError("a confidence bound needs at least one vote, got n < 1")
+    if np.any(n > MAX_VOTES):
+        raise UserError("a confidence bound takes at most 2**27 votes")
     if np.any(k < 0) or np.any(k > n):
         raise UserError("vote counts must satisfy 0 <= k <= n")
-    if not np.all((np.asarray(alpha) > 0) & (np.asarray(alpha) < 1)):
-        raise UserError(f"alpha must lie strictly between 0 and 1, got {alpha!r}")
-    return k.astype(np.int64), n.astype(np.int64)
+    if not np.all((alpha >= _SMALLEST_ALPHA) & (alpha < 1)):
+        raise UserError(f"alpha must lie strictly between 0 and 1, and not below {_SMALLEST_ALPHA}, got {alpha}")
+    return k.astype(np.int64), n.astype(np.int64), alpha
 
 
 def check_alpha(alpha):
     """Raises UserError unless 1e-100 <= alpha < 1: a share of it must still be a number that can be computed with."""
-    if not isinstance(alpha, int | float | np.number) or not 0 < alpha < 1:
+    if not 0 < real(alpha) < 1:
         raise UserError(f"alpha must lie strictly between 0 and 1, got {alpha!r}")
-    if alpha < 1e-100:
+    if real(alpha) < 1e-100:
         raise UserError(f"alpha must be at least 1e-100, got {alpha!r}")
 
 
 # Far above the error of SciPy's inverse beta function, far below anything a radius shows.
 _MARGIN = 1e-10
+_TINY = 1e-12  # bounds below it are found without SciPy
 
 
 def lower(k, n, alpha):
@@ -37,8 +48,8 @@ def lower(k, n, alpha):
 
     Args:
       k: successes, integers, any shape.
-      n: trials, integers, broadcastable; at least 1.
-      alpha: failure probability, broadcastable.
+      n: trials, integers, broadcastable; from 1 to 2**27.
+      alpha: failure probability, broadcastable; at least 1e-110.
 
     Returns:
       float64 of the broadcast shape; 0 where k = 0.
@@ -46,10 +57,13 @@ def lower(k, n, alpha):
     **Guarantee**: if k ~ Binomial(n, p) then P[lower(k, n, alpha) > p] ≤ alpha for every p. Numerical error is
     rounded towards 0.
     """
-    k, n = _check(k, n, alpha)
-    with np.errstate(invalid="ignore"):
-        bound = stats.beta.ppf(alpha, k, n - k + 1)
-    return np.where(k == 0, 0.0, bound * (1 - _MARGIN))
+    k, n, alpha = _check(k, n, alpha)
+    some = np.maximum(k, 1)
+    # The root of (np)^k / k! = alpha, which is at least P[Binomial(n, p) >= k]. SciPy misses so small a bound.
+    simple = np.exp((np.log(alpha) + special.gammaln(some + 1)) / some) / n
+    tiny = simple < _TINY
+    bound = stats.beta.ppf(alpha, np.where(tiny, 1, some), np.where(tiny, 1, n - some + 1))
+    return np.where(k == 0, 0.0, np.where(tiny, simple, bound) * (1 - _MARGIN))
 
 
 def upper(k, n, alpha):
@@ -58,7 +72,7 @@ def upper(k, n, alpha):
     **Guarantee**: if k ~ Binomial(n, p) then P[upper(k, n, alpha) < p] ≤ alpha for every p. Numerical error is
     rounded towards 1.
     """
-    k, n = _check(k, n, alpha)
+    k, n, alpha = _check(k, n, alpha)
     with np.errstate(invalid="ignore"):
         bound = stats.beta.isf(alpha, k + 1, n - k)
     return np.where(k == n, 1.0, np.minimum(bound + _MARGIN, 1.0))

@@ -76,6 +76,9 @@ class Sound:
         return steps.astype(jnp.float32) * np.float32(self._grid.spacing)
 
 
+_LARGEST = 2.0**120  # of float32 latents
+
+
 class Float32:
     """Float32 latents plus σ times float32 normals, as in every published implementation.
 
@@ -91,7 +94,13 @@ class Float32:
         self.identity = {"name": "float32"}
 
     def place(self, latents):
-        """Finite float64 latents ``(N, …)`` → float32."""
+        """Finite float64 latents ``(N, …)`` → float32.
+
+        Raises:
+          UserError: for latents so large that float32 or their norm might overflow.
+        """
+        if np.abs(latents).max(initial=0) > _LARGEST:
+            raise UserError(f"latents reach beyond {_LARGEST:g}, where float32 ends: scale them")
         return latents.astype(np.float32)
 
     def slack(self, latents):

@@ -17,7 +17,7 @@ _MOST_SINGLES = 16  # rivals in a bucket of their own; each costs α, and the si
 
 def check_bound(bound):
     """Raises UserError for an unknown bound."""
-    if bound not in BOUNDS:
+    if not isinstance(bound, str) or bound not in BOUNDS:
         raise UserError(f"unknown bound {bound!r}: choose one of {', '.join(BOUNDS)}")
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 from scipy import special
 
+from lsrs_jax.arguments import numbers, real
 from lsrs_jax.errors import UserError
 
 # Relative; covers the last-place errors of the quantile function and of the arithmetic here.
@@ -11,8 +12,7 @@ _MARGIN = 1e-12
 
 def check_sigma(sigma):
     """Raises UserError unless sigma is a positive number that float32 holds with full precision."""
-    number = isinstance(sigma, int | float | np.number) and not isinstance(sigma, bool)
-    if not (number and 2.0**-60 <= sigma <= 2.0**60):
+    if not 2.0**-60 <= real(sigma) <= 2.0**60:
         raise UserError(f"sigma must be a positive number (between 1e-18 and 1e18), got {sigma!r}")
 
 
@@ -24,8 +24,7 @@ def sampled_sigma(sigma):
 
 def check_lipschitz(lipschitz):
     """Raises UserError unless the Lipschitz constant is a positive number of a size that can be divided by."""
-    number = isinstance(lipschitz, int | float | np.number) and not isinstance(lipschitz, bool)
-    if not (number and 2.0**-200 <= lipschitz <= 2.0**200):
+    if not 2.0**-200 <= real(lipschitz) <= 2.0**200:
         raise UserError(f"the Lipschitz constant must be a positive number (between 1e-60 and 1e60), got {lipschitz!r}")
 
 
@@ -47,15 +46,21 @@ def certified_radius(p_a_lower, p_b_upper, sigma, lipschitz=1.0, slack=0.0):
     """
     check_sigma(sigma)
     check_lipschitz(lipschitz)
-    p_a, p_b, slack = (np.asarray(value, np.float64) for value in (p_a_lower, p_b_upper, slack))
+    p_a, p_b = numbers("probabilities", p_a_lower), numbers("probabilities", p_b_upper)
+    slack = numbers("slack", slack)
+    try:
+        np.broadcast_shapes(p_a.shape, p_b.shape, slack.shape)
+    except ValueError as error:
+        shapes = f"{p_a.shape}, {p_b.shape}, {slack.shape}"
+        raise UserError(f"probabilities and slack do not fit: their shapes are {shapes}") from error
     if np.any(~((p_a >= 0) & (p_a <= 1) & (p_b >= 0) & (p_b <= 1))) or np.any(~((slack >= 0) & np.isfinite(slack))):
         raise UserError("probabilities must lie in [0, 1] and slack must be finite and not negative")
     # A lower bound of exactly 1 or an upper bound of exactly 0 would be an infinite radius: no count proves it.
     if np.any(p_a == 1) or np.any(p_b == 0):
         raise UserError("a bound of exactly 1 (or 0) certifies everything and cannot come from votes")
     both_sides = np.where(p_b < p_a, special.ndtri(p_a) - special.ndtri(p_b), -np.inf)
-    latent = sigma / 2 * both_sides * (1 - _MARGIN) - slack
-    return np.maximum(latent / lipschitz * (1 - _MARGIN), 0.0)
+    latent = float(sigma) / 2 * both_sides * (1 - _MARGIN) - slack
+    return np.maximum(latent, 0.0) / float(lipschitz) * (1 - _MARGIN)
 
 
 def float32_slack(latents, sigma):

@@ -4,9 +4,10 @@ import dataclasses
 
 import numpy as np
 
+from lsrs_jax.arguments import real
 from lsrs_jax.errors import UserError
 from lsrs_jax.smoothing import confidence
-from lsrs_jax.smoothing.certificates import from_counts
+from lsrs_jax.smoothing.certificates import check_tau, from_counts
 from lsrs_jax.smoothing.partition import check_bound
 from lsrs_jax.smoothing.radius import certified_radius, check_lipschitz, check_sigma
 from lsrs_jax.smoothing.tally import Plan
@@ -24,11 +25,11 @@ def plan(schedule, n0, n, samples):
       n0, n: selection votes; estimation votes at most.
       samples: votes per chunk.
     """
-    if schedule not in SCHEDULES:
+    if not isinstance(schedule, str) or schedule not in SCHEDULES:
         raise UserError(f"unknown schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}")
+    fixed = Plan(n0, (n,), samples)
     if schedule == "fixed":
-        return Plan(n0, (n,), samples)
-    Plan(n0, (n,), samples)
+        return fixed
     looks, votes = [], float(_FIRST)
     while votes * _GROWTH**0.5 < n:
         look = -(-int(votes) // samples) * samples
@@ -64,11 +65,12 @@ class Derivation:
         confidence.check_alpha(self.alpha)
         check_bound(self.bound)
         check_lipschitz(self.lipschitz)
+        check_tau(self.tau)
         wanted = () if self.radii is None else self.radii
-        if not all(isinstance(radius, int | float) and 0 <= radius < np.inf for radius in wanted):
+        if not isinstance(wanted, tuple) or not all(0 <= real(radius) <= 1e300 for radius in wanted):
             raise UserError(f"radii must be finite numbers >= 0, got {self.radii!r}")
-        if not isinstance(self.epsilon, int | float | np.number) or not 0 < self.epsilon < np.inf:
-            raise UserError(f"epsilon must be a positive number, got {self.epsilon!r}")
+        if not 0 < real(self.epsilon) <= 2.0**200:
+            raise UserError(f"epsilon must be a positive number (at most 1e60), got {self.epsilon!r}")
 
     def certificates(self, plan, tallies):
         """`Certificates` of tallies that have reached a look.
@@ -102,7 +104,8 @@ class Derivation:
             now = self.certificates(plan, some)
             best = self._optimistic_radius(plan, some, now)
             if self.radii is None:
-                done[rest] = best <= now.radius + self.epsilon * self.sigma / self.lipschitz
+                spared = float(self.epsilon) * float(self.sigma) / float(self.lipschitz)
+                done[rest] = best <= now.radius + spared
             else:
                 # A radius of 0 counts as certified only if any is: hence the smallest positive number.
                 wanted = np.unique(np.maximum([0.0, *self.radii], np.nextafter(0, 1)))
@@ -113,7 +116,7 @@ class Derivation:
     def _optimistic_radius(self, plan, tallies, now):
         """The radius after the last look if the rest goes well; never below that of `now`."""
         rows, candidate = np.arange(len(tallies)), _selection(tallies).argmax(axis=1)
-        left, share = plan.n - now.n, self.alpha / len(plan.looks)
+        left, share = plan.n - now.n, float(self.alpha) / len(plan.looks)
         votes = now.counts[rows, candidate]
         hoped = votes + np.ceil(left * confidence.upper(votes, now.n, _FUTILITY)).astype(np.int64)
         hoped = np.minimum(hoped, votes + left)
@@ -131,7 +134,7 @@ class Derivation:
 
     def largest_radius(self, plan, slack=0.0):
         """The radius of a unanimous vote of the whole plan."""
-        p_a = np.maximum(confidence.lower(plan.n, plan.n, self.alpha / len(plan.looks)) - self.tau, 0.0)
+        p_a = np.maximum(confidence.lower(plan.n, plan.n, float(self.alpha) / len(plan.looks)) - self.tau, 0.0)
         return float(certified_radius(p_a, 1 - p_a, self.sigma, self.lipschitz, slack))
 
 

@@ -5,7 +5,9 @@ import math
 
 import numpy as np
 
+from lsrs_jax.arguments import is_whole
 from lsrs_jax.errors import UserError
+from lsrs_jax.smoothing.confidence import MAX_VOTES
 
 
 def chunks(n, samples):
@@ -30,8 +32,10 @@ class Plan:
 
     def __post_init__(self):
         for name, votes in (("n0", self.n0), *(("n", look) for look in self.looks)):
-            if not isinstance(votes, int | np.integer) or isinstance(votes, bool) or votes < 1:
-                raise UserError(f"{name} must be a whole number of at least 1, got {votes!r}")
+            if not is_whole(votes) or not 1 <= votes <= MAX_VOTES:
+                raise UserError(f"{name} must be a whole number from 1 to 2**27, got {votes!r}")
+        if not is_whole(self.samples) or self.samples < 1:
+            raise UserError(f"samples must be a whole number of at least 1, got {self.samples!r}")
         ordered = all(a < b for a, b in zip(self.looks, self.looks[1:], strict=False))
         if not self.looks or not ordered or any(look % self.samples for look in self.looks[:-1]):
             raise UserError(f"looks must grow, by whole chunks of {self.samples} votes, got {self.looks}")
@@ -114,9 +118,10 @@ class Tallies:
     def append(self, rows):
         """Counts rows; raises ValueError for one that does not fit, before it or any after it is counted."""
         for row in rows:
-            self._count(row)
+            self.count(row)
 
-    def _count(self, row):
+    def count(self, row):
+        """Counts one row; raises ValueError for one that does not fit."""
         plan, name = self.plan, f"image {row.idx}"
         known = self.tallies.get(row.idx)
         tally = known or Tally(row, plan, self.num_classes)
@@ -131,9 +136,10 @@ class Tallies:
         if row.stop > stop:
             raise ValueError(f"{name}: chunks [{row.first}, {row.stop}) reach over the look at {stop}")
         expected = min(row.stop * plan.samples, total) - row.first * plan.samples
-        if row.votes.sum() != expected:
+        # Of each class too: the sum of huge counts may wrap around to what belongs.
+        if row.votes.max() > expected or row.votes.sum() != expected:
             raise ValueError(f"{name}: {row.votes.sum()} votes where {expected} belong")
-        if not (0 <= row.slack < math.inf and 0 <= row.seconds < math.inf):
+        if not (0 <= row.slack < math.inf and 0 <= row.seconds < 2.0**31):
             raise ValueError("slack or seconds out of range")
         if (row.label, row.slack) != (tally.label, tally.slack):
             raise ValueError(f"{name}: label or slack changes between rows")
@@ -148,7 +154,3 @@ class Tallies:
         """Whether the last vote of an image was the last one before a look, so that a certificate can be derived."""
         tally = self.tallies.get(idx)
         return tally is not None and tally.next["estimation"] in self.plan.stops("estimation")
-
-    def complete(self, idx):
-        """Whether an image has every vote of the plan."""
-        return idx in self.tallies and self.plan.next_stop(self.tallies[idx].done) is None

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,13 @@ from jax.sharding import PartitionSpec as P
 from lsrs_jax.distributed import AXIS, local_mesh, replicated
 from lsrs_jax.errors import UserError
 from lsrs_jax.keys import DOMAINS, check_key, domain_key, pinned
+from lsrs_jax.smoothing.confidence import MAX_VOTES
 from lsrs_jax.smoothing.noise import arithmetic as arithmetics
 from lsrs_jax.smoothing.radius import check_sigma
 from lsrs_jax.smoothing.tally import chunks
 
 PURPOSES = {"selection": 1, "estimation": 2, "prediction": 3}
 NOISE = {"shared": 0, "independent": 16}  # added to the number of a purpose, so that no key serves both
-MAX_VOTES = 2**27  # int32 sample indices and counts stay exact, and so does the inverse beta function
 _MAX_ENTRIES = 2**31  # of one tile of noisy latents, 8 GiB
 SPMD = ("shard_map", "pmap")
 
@@ -82,16 +83,16 @@ class Votes:
         if not whole or len(tile) != 2 or tile[0] * tile[1] < 2:
             raise UserError(f"tile must be two whole numbers (images, samples) that hold at least 2 rows, got {tile!r}")
         images, samples = tile
-        if spmd not in SPMD:
+        if not isinstance(spmd, str) or spmd not in SPMD:
             raise UserError(f"unknown spmd {spmd!r}: choose one of {', '.join(SPMD)}")
         if not isinstance(noise, str) or noise not in NOISE:
             raise UserError(f"unknown noise {noise!r}: choose one of {', '.join(NOISE)}")
         if np.prod(latent_shape) < 1:
             raise UserError(f"latents of shape {tuple(latent_shape)} are empty")
-        entries = images * samples * np.prod(latent_shape, dtype=float)
+        entries = math.prod((images, samples, *latent_shape))
         if entries > _MAX_ENTRIES:
             raise UserError(
-                f"the tile {tuple(tile)} needs {entries / 2**28:,.0f} GiB for its noisy latents alone; make it smaller"
+                f"the tile {tuple(tile)} needs {entries // 2**28:,} GiB for its noisy latents alone; make it smaller"
             )
         self.tile = (int(images), int(samples))
         self.latent_shape = tuple(latent_shape)

@@ -85,7 +85,7 @@ def test_a_tally_keeps_the_counts_at_every_look():
     assert tallies.at_a_look(0)
     tallies.append([row("estimation", 2, 4, [30, 2]), row("estimation", 4, 7, [30, 6])])
     np.testing.assert_array_equal(tallies.tallies[0].looks, [[26, 6], [56, 8], [86, 14]])
-    assert tallies.complete(0)
+    assert tallies.plan.next_stop(tallies.done(0)) is None
     assert PLAN.next_stop(tallies.done(0)) is None
 
 
