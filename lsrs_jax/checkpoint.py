@@ -5,6 +5,7 @@ A checkpoint has three items: ``model`` (parameters; enough to certify), ``train
 for, so a checkpoint written on eight devices opens on one.
 """
 
+import contextlib
 import hashlib
 from pathlib import Path
 
@@ -30,17 +31,33 @@ class Checkpoints:
 
     def __init__(self, workdir, keep=2):
         self._folder = Path(workdir).absolute() / "checkpoints"
-        self._manager = ocp.CheckpointManager(
-            self._folder,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
-            item_names=("model", "train", "meta"),
-        )
+        if self._folder.exists() and not self._folder.is_dir():
+            raise UserError(f"{self._folder} is not a folder; move it away, or use another --workdir")
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        with _all_readable(self._folder):
+            self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=_ITEMS)
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *exception):
-        self._manager.close()
+    def __exit__(self, kind, *_):
+        try:
+            with self._writing():
+                self._manager.close()
+        except UserError:
+            if kind is None:  # else the error on its way says more
+                raise
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise whatever their writers raise, often a save later
+            line = " ".join(str(error).split())[-160:]
+            raise UserError(
+                f"cannot write a checkpoint into {self._folder} ({type(error).__name__}: ...{line}); make room, and "
+                "the same command goes on from the last one"
+            ) from error
 
     def latest(self):
         """The step of the newest complete checkpoint, or None."""
@@ -48,18 +65,18 @@ class Checkpoints:
 
     def save(self, step, params, opt_state):
         """Starts saving; the arrays are copied to the host before this returns."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardSave(params),
-                train=ocp.args.StandardSave(opt_state),
-                meta=ocp.args.JsonSave({"step": int(step), "digest": digest(params)}),
-            ),
+        items = ocp.args.Composite(
+            model=ocp.args.StandardSave(params),
+            train=ocp.args.StandardSave(opt_state),
+            meta=ocp.args.JsonSave({"step": int(step), "digest": digest(params)}),
         )
+        with self._writing():
+            self._manager.save(step, args=items)
 
     def wait(self):
         """Blocks until everything is on disk."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def restore(self, step, params, opt_state):
         """Parameters and optimizer state of `step`, shaped and placed like the two targets."""
@@ -73,11 +90,12 @@ class Checkpoints:
         return restored["model"], restored["train"]
 
 
-def restore_model(workdir, target):
-    """The newest parameters of a workdir, without the optimizer.
+def restore_model(workdir, target, step=None):
+    """Parameters of a workdir, without the optimizer.
 
     Args:
       target: a tree of arrays or `jax.ShapeDtypeStruct` with the expected shapes.
+      step: of the checkpoint; the newest where None.
 
     Returns:
       ``(params, meta)``: NumPy-convertible arrays on the default device, and ``{"step", "digest"}``.
@@ -89,8 +107,8 @@ def restore_model(workdir, target):
     if not folder.is_dir():
         raise UserError(f"no checkpoint in {workdir}: train first (python -m lsrs_jax.train --workdir={workdir} ...)")
     options = ocp.CheckpointManagerOptions(read_only=True)
-    with ocp.CheckpointManager(folder, options=options, item_names=("model", "train", "meta")) as manager:
-        step = manager.latest_step()
+    with _all_readable(folder), ocp.CheckpointManager(folder, options=options, item_names=_ITEMS) as manager:
+        step = manager.latest_step() if step is None else step
         if step is None:
             raise UserError(f"no complete checkpoint in {folder}: let the training finish or resume it")
         restored = _restore(manager, folder, step, model=ocp.args.StandardRestore(_abstract(target)))
@@ -109,19 +127,30 @@ def _abstract(target):
 
 def _restore(manager, folder, step, **items):
     where = folder / str(step)
-    try:
+    with _readable(f"checkpoint {where}: it is damaged, or made for another network or image size", _REMEDY):
         restored = manager.restore(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore()))
         meta = restored["meta"]
-        intact = digest(restored["model"]) == meta["digest"]
-    except Exception as error:  # Orbax and TensorStore raise whatever their readers raise
-        line = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"cannot read checkpoint {where}: it is damaged, or made for another network or image size "
-            f"({type(error).__name__}: {line}); {_REMEDY}"
-        ) from error
+        intact = digest(restored["model"]) == meta["digest"] and meta["step"] == step
     if not intact:
-        raise UserError(f"checkpoint {where} is damaged, its digest differs; {_REMEDY}")
+        raise UserError(f"checkpoint {where} is damaged, its digest or its step differs; {_REMEDY}")
     return restored
 
 
+@contextlib.contextmanager
+def _readable(what, remedy):
+    """Turns whatever is raised inside into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # Orbax and TensorStore raise whatever their readers raise
+        line = " ".join(str(error).split())[:160]
+        raise UserError(f"cannot read {what} ({type(error).__name__}: {line}); {remedy}") from error
+
+
+def _all_readable(folder):
+    return _readable(f"the checkpoints in {folder}: one is damaged", "restore it from a copy, or move its folder away")
+
+
+_ITEMS = ("model", "train", "meta")
 _REMEDY = "restore it from a copy, or move that folder away to fall back to an older one"

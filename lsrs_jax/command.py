@@ -2,9 +2,9 @@
 
 import argparse
 import contextlib
+import errno
 import logging as stdlib_logging
 import os
-import signal
 import sys
 import warnings
 from pathlib import Path
@@ -13,7 +13,10 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from lsrs_jax import config as configuration
+from lsrs_jax import interrupt
 from lsrs_jax.errors import UserError
+
+_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,7 +48,7 @@ def config_from_flags(rest, stored=None):
     if stray and not any(a.startswith("--config") and "=" not in a for a in rest):
         raise UserError(f"unknown argument {stray[0]!r}; see --help")
     file = next((a.split("=", 1)[1].partition(":")[0] for a in rest if a.startswith("--config=")), "")
-    if stored is None and file and not Path(file).is_file():
+    if stored is None and file and not os.path.isfile(file):
         raise UserError(f"no configuration file {file!r}")
     try:
         if stored is None:
@@ -54,16 +57,44 @@ def config_from_flags(rest, stored=None):
             config_flags.DEFINE_config_dict("config", stored, flag_values=values, sys_argv=arguments)
         left = values(arguments)[1:]
         config = values["config"].value
-        if config is not None:
-            config.to_dict()  # a file that failed to load says so only when it is used
-    except Exception as error:  # a configuration file is code, and may fail in any way
+        # A file that failed to load says so only when it is used; a value may be none that JSON has.
+        plain = None if config is None else configuration.to_dict(config)
+    except (Exception, SystemExit) as error:  # a configuration file is code, and may fail in any way
         raise UserError(f"bad configuration: {_reason(error)}") from error
     if left:
         raise UserError(f"unknown argument {left[0]!r}; see --help")
-    if config is None:
+    if plain is None:
         raise UserError("no configuration: give --config=configs/digits.py, or another file")
     # Through plain values and back: a field that the project does not know is refused, not ignored.
-    return configuration.check(configuration.from_dict(configuration.to_dict(config)))
+    return configuration.check(configuration.from_dict(plain))
+
+
+def config_of_training(workdir, rest):
+    """The configuration of a training, under ``--config.field=value`` flags that leave its network alone.
+
+    Args:
+      workdir: of the training.
+      rest: the arguments argparse left over.
+    """
+    stored = workdir / "config.json"
+    if not stored.exists():
+        raise UserError(f"{workdir} holds no training: run python -m lsrs_jax.train --workdir={workdir} ...")
+    trained = configuration.load(stored)
+    network = configuration.to_dict(trained.model)
+    config = config_from_flags(rest, trained)
+    difference = configuration.first_difference(network, configuration.to_dict(config.model), ("noise",))
+    if difference:
+        name, old, new = difference
+        raise UserError(f"the network was trained with model.{name}={old!r}, not {new!r}; train that one first")
+    return config
+
+
+def only(workdir, config, fields, what):
+    """Raises UserError where a configuration differs from that of its training in other than these fields."""
+    trained, given = (configuration.to_dict(one) for one in (config_of_training(workdir, []), config))
+    difference = configuration.first_difference(trained, given, fields)
+    if difference:
+        raise UserError(f"{what} takes {difference[0]} from the certificates; only {' and '.join(fields)} may be given")
 
 
 def _reason(error):
@@ -89,6 +120,17 @@ def folder(text):
 
 
 def main(run):
+    """`execute`, and an end that neither waits for the threads of what was broken off, nor crashes in them."""
+    try:
+        execute(run)
+    except SystemExit as end:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code or 0)
+
+
+def execute(run):
     """Runs a command: expected errors become one line on stderr and exit code 2.
 
     SIGTERM ends the process like an interrupt; what is on disk stays valid and the same command resumes.
@@ -98,19 +140,21 @@ def main(run):
     # Orbax leaves half-finished tasks behind when a checkpoint is damaged; its own exception is the message.
     stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
     sys.unraisablehook = lambda _: None
-    if hasattr(signal, "SIGTERM"):
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    interrupt.install()
     try:
         run(sys.argv[1:])
     except UserError as error:
         _fail(str(error))
+    except BrokenPipeError:  # whoever read the output has gone
+        sys.exit(141)
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error))
-    except KeyboardInterrupt:
+        remedy = "; make room, and give the same command again" if error.errno in _FULL else ""
+        _fail(f"{error.strerror}: {error.filename}{remedy}" if error.filename else f"{error}{remedy}")
+    except interrupt.Interrupted as stop:
         print("interrupted; the same command resumes", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(stop.code)
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
         return

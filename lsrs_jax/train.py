@@ -16,19 +16,8 @@ from lsrs_jax import config as configuration
 from lsrs_jax import data as datasets
 from lsrs_jax.checkpoint import Checkpoints
 from lsrs_jax.errors import UserError
-from lsrs_jax.files import locked, write_atomic
+from lsrs_jax.files import locked, naming, write_atomic
 from lsrs_jax.training import loop
-
-# What may differ between the first start of a training and its resumption.
-_MAY_CHANGE = (
-    "certify",
-    "data.dir",
-    "data.split",
-    "train.log_every",
-    "train.evaluate_every",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-)
 
 
 class _Metrics:
@@ -49,8 +38,9 @@ class _Metrics:
 
     def __call__(self, metrics, left=None):
         metrics = {key: value if key == "step" else float(value) for key, value in metrics.items()}
-        self._file.write(json.dumps(metrics) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps(metrics) + "\n")
+            self._file.flush()
         if self._board:
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, metrics["step"])
@@ -73,7 +63,7 @@ def _complete_lines(path):
 def _is_metrics(line):
     try:
         return isinstance(json.loads(line)["step"], int)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
@@ -102,7 +92,7 @@ def run(arguments):
 def _check_same_training(workdir, config):
     """A workdir with a checkpoint belongs to the configuration that made it."""
     old = configuration.to_dict(configuration.load(workdir / "config.json"))
-    difference = configuration.first_difference(old, configuration.to_dict(config), _MAY_CHANGE)
+    difference = configuration.other_training(old, configuration.to_dict(config))
     if difference:
         raise UserError(
             f"{workdir} was trained with {difference[0]}={difference[1]!r}, not {difference[2]!r}: "

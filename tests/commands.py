@@ -18,10 +18,16 @@ QUICK = [
 ]
 
 
-def start(command, *arguments, devices=1, **environment):
+def full_disk(size):
+    """Prefix of a command in which no file may grow beyond so many bytes."""
+    code = "import os, resource, sys; n = int(sys.argv[1]); resource.setrlimit(resource.RLIMIT_FSIZE, (n, n)); "
+    return [sys.executable, "-c", code + "os.execv(sys.argv[2], sys.argv[2:])", str(size)]
+
+
+def start(command, *arguments, devices=1, prefix=(), **environment):
     settings = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu", **environment}
     return subprocess.Popen(
-        [sys.executable, "-m", f"lsrs_jax.{command}", *map(str, arguments)],
+        [*prefix, sys.executable, "-m", f"lsrs_jax.{command}", *map(str, arguments)],
         cwd=ROOT,
         env=settings,
         stdout=subprocess.PIPE,

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from lsrs_jax import data as datasets
+from lsrs_jax import interrupt
 from lsrs_jax.distributed import local_mesh, replicated, split
 from lsrs_jax.errors import UserError
 from lsrs_jax.keys import domain_key, pinned
@@ -125,6 +126,7 @@ def train(model, config, train_set, test_set, checkpoints, log):
 
     Raises:
       UserError: if the loss stops being finite (the last checkpoint is kept).
+      Interrupted: after a signal, when the step it came in is finished and saved.
     """
     mesh, settings = local_mesh(), config.train
     with pinned():
@@ -164,28 +166,36 @@ def train(model, config, train_set, test_set, checkpoints, log):
                 progress.left(done) if done < settings.steps else None,
             )
 
+        def save(done):
+            checkpoints.save(done, state.result, state.rest)
+            # Since the checkpoint before: over all sessions they add up to the time of what was kept.
+            log({"step": done, "train_seconds": round(time.monotonic() - start, 2)})
+
         start, window = time.monotonic(), []
-        for step in range(first, settings.steps):
-            state, metrics = train_step(state, *batch(step), key, np.uint32(step))
-            done = step + 1
-            if step == first:  # the step that compiles says nothing about the rate
-                jax.block_until_ready(metrics)
-                progress = Progress(settings.steps, done)
-            window.append(metrics)
-            due = [
-                done == settings.steps or done % every == 0
-                for every in (settings.log_every, settings.evaluate_every, settings.checkpoint_every)
-            ]
-            if any(due):
-                report(window)
-                window = []
-            if due[1]:
-                noisy, clean = evaluate(state.result, jax.random.fold_in(domain_key(config.seed, "evaluate"), done))
-                log({"step": done, "test_noisy_accuracy": noisy, "test_clean_accuracy": clean})
-            if due[2]:
-                checkpoints.save(done, state.result, state.rest)
-                # Since the checkpoint before: over all sessions they add up to the time of what was kept.
-                log({"step": done, "train_seconds": round(time.monotonic() - start, 2)})
-                start = time.monotonic()
-        checkpoints.wait()
+        # A step hands its state to the next: a signal waits for its end, and for the checkpoint that keeps it.
+        with interrupt.deferred() as stopping:
+            for step in range(first, settings.steps):
+                state, metrics = train_step(state, *batch(step), key, np.uint32(step))
+                done = step + 1
+                if step == first:  # the step that compiles says nothing about the rate
+                    jax.block_until_ready(metrics)
+                    progress = Progress(settings.steps, done)
+                window.append(metrics)
+                due = [
+                    done == settings.steps or done % every == 0
+                    for every in (settings.log_every, settings.evaluate_every, settings.checkpoint_every)
+                ]
+                stop = stopping()
+                if stop or any(due):
+                    report(window)
+                    window = []
+                if due[1]:
+                    noisy, clean = evaluate(state.result, jax.random.fold_in(domain_key(config.seed, "evaluate"), done))
+                    log({"step": done, "test_noisy_accuracy": noisy, "test_clean_accuracy": clean})
+                if stop or due[2]:
+                    save(done)
+                    start = time.monotonic()
+                if stop:
+                    break
+            checkpoints.wait()
     return state.result

@@ -1,0 +1,275 @@
+"""Whatever breaks a training or a certification off, the same command ends in the same parameters and certificates."""
+
+import collections
+import json
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from commands import QUICK, finish, full_disk, run, start, without_time
+
+from lsrs_jax import interrupt
+
+TRAIN = [*QUICK, "--config.train.steps=600", "--config.train.checkpoint_every=150", "--config.train.evaluate_every=600"]
+CERTIFY = ["--config.certify.n=60001", "--config.certify.stop=48", "--config.certify.tile=(2,8)"]
+CERTIFY += ["--config.certify.schedule=staged"]
+
+
+def launch(command, workdir, prefix=()):
+    arguments = {"train": TRAIN, "certify": CERTIFY}[command]
+    return start(command, *arguments, f"--workdir={workdir}", devices=2, prefix=prefix)
+
+
+def refused(process):
+    """A process that ended with one line, or got through."""
+    code, _, err = finish(process)
+    assert code in (0, 2), (code, err)
+    if code == 2:
+        assert err.startswith("error: "), err
+        assert err.count("\n") == 1, err
+    return code
+
+
+# Each fault disturbs one run of a command in a workdir at a random moment of its `duration`; says whether it did.
+
+
+def signalled(number):
+    def fault(command, workdir, rng, duration):
+        process = launch(command, workdir)
+        time.sleep(rng.uniform(0, duration))
+        process.send_signal(number)
+        code, _, err = finish(process)
+        # Before the command is imported a signal does what it does to any Python.
+        assert code in (0, -number, 128 + number, 1 if number == signal.SIGINT else 0), (code, err)
+        if code == 128 + number:
+            assert err == "interrupted; the same command resumes\n", err
+        return code != 0
+
+    return fault
+
+
+def disk_is_full(command, workdir, rng, duration):
+    """No file may grow beyond some size."""
+    largest = max((path.stat().st_size for path in workdir.rglob("*.tsv")), default=0)
+    size = rng.choice([rng.randrange(2000), largest + rng.randrange(20_000), 300_000])
+    return refused(launch(command, workdir, full_disk(size))) == 2
+
+
+def read_only(command, workdir, rng, duration):
+    """Nothing in the workdir may be written."""
+    if os.getuid() == 0 and not shutil.which("setpriv"):
+        return False
+    folders = [workdir, *(path for path in workdir.rglob("*") if path.is_dir())]
+    for folder in folders:
+        folder.chmod(0o555)
+    # What makes root write everywhere.
+    prefix = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.getuid() == 0 else []
+    try:
+        code = refused(launch(command, workdir, prefix))
+        assert code == 2 or command == "train"  # a finished training has nothing to write
+        return code == 2
+    finally:
+        for folder in folders:
+            folder.chmod(0o755)
+
+
+def second_process(command, workdir, rng, duration):
+    first = launch(command, workdir)
+    time.sleep(rng.uniform(0, duration))
+    second = launch(command, workdir)
+    codes = [refused(process) for process in (first, second)]
+    assert 0 in codes
+    return 2 in codes
+
+
+def corrupt_checkpoint(command, workdir, rng, duration):
+    """Bytes of the newest checkpoint change; its owner puts a copy back."""
+    steps = sorted(
+        (workdir / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name) if path.name.isdigit() else 0
+    )
+    files = (
+        [path for path in (steps[-1] / "model").rglob("*") if path.is_file() and path.stat().st_size] if steps else []
+    )
+    if not files:
+        return False
+    path = rng.choice(files)
+    content = path.read_bytes()
+    for _ in range(20):
+        place = rng.randrange(len(content))
+        path.write_bytes(content[:place] + bytes([content[place] ^ (1 << rng.randrange(8))]) + content[place + 1 :])
+        # A finished training only looks at its steps.
+    code = refused(launch(command, workdir))
+    path.write_bytes(content)
+    return code == 2
+
+
+def torn_line(command, workdir, rng, duration):
+    """What a power cut leaves of the last write of an append-only file."""
+    killed = signalled(signal.SIGKILL)(command, workdir, rng, duration)
+    name = {"train": "metrics.jsonl", "certify": "votes.0.tsv"}[command]
+    for path in workdir.rglob(name):
+        size = path.stat().st_size
+        with path.open("r+b") as file:
+            file.truncate(max(0, size - rng.randrange(1, 200)))
+    return killed
+
+
+FAULTS = {
+    "SIGKILL": signalled(signal.SIGKILL),
+    "SIGTERM": signalled(signal.SIGTERM),
+    "SIGINT": signalled(signal.SIGINT),
+    "full disk": disk_is_full,
+    "read-only": read_only,
+    "second process": second_process,
+    "corrupt checkpoint": corrupt_checkpoint,
+    "torn line": torn_line,
+}
+
+
+@pytest.fixture(scope="module")
+def home():
+    """A folder that other users can enter."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(home):
+    """Workdir, and seconds that each command took in it."""
+    workdir, seconds = home / "whole", {}
+    for command in ("train", "certify"):
+        for attempt in ("compiles", "does not"):
+            shutil.rmtree(workdir / "certify", ignore_errors=True)
+            if command == "train":
+                shutil.rmtree(workdir, ignore_errors=True)
+            start = time.monotonic()
+            assert refused(launch(command, workdir)) == 0, attempt
+            seconds[command] = time.monotonic() - start
+    return workdir, seconds
+
+
+def parameters(workdir):
+    metas = sorted((workdir / "checkpoints").glob("*/meta/metadata"), key=lambda path: int(path.parts[-3]))
+    return json.loads(metas[-1].read_text())
+
+
+def campaign(undisturbed, workdir, faults, rng):
+    """A training and a certification, each under its share of the faults, then to their ends; those that disturbed."""
+    whole, seconds = undisturbed
+    workdir.mkdir()
+    disturbed = []
+    for command in ("train", "certify"):
+        disturbed += [name for name in faults[command] if FAULTS[name](command, workdir, rng, seconds[command])]
+        assert refused(launch(command, workdir)) == 0
+    assert parameters(workdir) == parameters(whole)
+    table = "certify/default/certificates.tsv"
+    assert without_time(workdir / table) == without_time(whole / table)
+    run("certify", f"--workdir={workdir}", "--verify")
+    return disturbed
+
+
+def test_every_fault_ends_in_the_same_parameters_and_certificates(undisturbed, home):
+    rng, names = random.Random(0), list(FAULTS)
+    faults = {"train": ["SIGTERM", "full disk", "corrupt checkpoint", "read-only"], "certify": names}
+    assert len(campaign(undisturbed, home / "faults", faults, rng)) >= 5
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+def test_fault_campaign(undisturbed, home):
+    rng, counts, rounds = random.Random(1), collections.Counter(), 0
+    while sum(counts.values()) < 100:
+        faults = {command: rng.choices(list(FAULTS), k=5) for command in ("train", "certify")}
+        counts.update(campaign(undisturbed, home / f"round{rounds}", faults, rng))
+        shutil.rmtree(home / f"round{rounds}")
+        rounds += 1
+    print(
+        f"\n{sum(counts.values())} faults in {rounds} workdirs, all of them resumed to the same bytes: {dict(counts)}"
+    )
+    assert set(counts) == set(FAULTS)
+
+
+def test_a_deferred_signal_waits_for_the_end_of_the_block_and_hides_no_error():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    done = []
+
+    def interrupted():
+        with interrupt.deferred() as waiting:
+            done.append(waiting())
+            with interrupt.deferred():
+                os.kill(os.getpid(), signal.SIGTERM)
+                done.append(waiting())
+            done.append("outer")
+
+    def at_once():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+        done.append("never")
+
+    def failing():
+        with interrupt.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise OSError("full")
+
+    interrupt.install()
+    try:
+        with pytest.raises(interrupt.Interrupted) as stopped:
+            interrupted()
+        assert stopped.value.code == 143
+        with pytest.raises(interrupt.Interrupted) as stopped:
+            at_once()
+        assert stopped.value.code == 130
+        # What a finalizer may have swallowed is raised again, once.
+        with pytest.raises(interrupt.Interrupted), interrupt.deferred():
+            done.append("again")
+        with interrupt.deferred() as waiting:
+            done.append(waiting())
+        with pytest.raises(OSError, match="full"):
+            failing()
+        with pytest.raises(interrupt.Interrupted), interrupt.deferred():
+            pass
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert done == [False, True, "outer", "again", False]
+
+
+def test_sigterm_saves_the_step_it_came_in(home):
+    workdir = home / "terminated"
+    flags = [flag.replace("checkpoint_every=150", "checkpoint_every=100000") for flag in TRAIN]
+    process = start("train", *flags, f"--workdir={workdir}", devices=2)
+    while process.poll() is None and "loss" not in (
+        (workdir / "metrics.jsonl").read_text() if (workdir / "metrics.jsonl").exists() else ""
+    ):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert (code, err) == (143, "interrupted; the same command resumes\n")
+    assert 20 <= parameters(workdir)["step"] < 600
+    assert f"resuming after step {parameters(workdir)['step']}" in run(
+        "train", *flags, f"--workdir={workdir}", devices=2
+    )
+
+
+def test_a_full_disk_keeps_what_is_on_it(undisturbed, home):
+    """Votes that do not fit are not half written, and nothing is lost of those that were."""
+    workdir = home / "full"
+    shutil.copytree(undisturbed[0], workdir)
+    shutil.rmtree(workdir / "certify")
+    process = launch("certify", workdir, full_disk(9000))
+    code, _, err = finish(process)
+    assert code == 2
+    assert "File too large" in err
+    assert "make room, and give the same command again" in err
+    ledger = workdir / "certify" / "default" / "votes.0.tsv"
+    if ledger.exists():
+        assert ledger.read_bytes()[-1:] in (b"", b"\n")
+    assert refused(launch("certify", workdir)) == 0
+    table = "certify/default/certificates.tsv"
+    assert without_time(workdir / table) == without_time(undisturbed[0] / table)
