@@ -1,0 +1,241 @@
+"""The floating-point attack on randomized smoothing (Voráček and Hein, ICLR 2023; Jin et al. 2022).
+
+From a clean point float32 noise reaches some floats and never others, because it has coarse last bits and takes no more
+than 2²³ values: a head that knows the point and answers class 0 where every coordinate can be reached from it is
+constant under the noise around that point, which certifies a large radius, yet answers class 1 under the noise around
+any other, however near. On the grid of the sound arithmetic the same sums can be reached from everywhere.
+"""
+
+import itertools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import threefry
+
+from lsrs_jax import smoothing
+from lsrs_jax.smoothing import grid, noise
+
+SIGMAS = [0.12, 0.25, 0.5, 1.0]
+IMAGES = [(28, 28, 1), (32, 32, 3)]
+FAMILIES = list(itertools.product([(8,), (40,), (8, 8, 4), *IMAGES], SIGMAS))
+WATCHED = 64  # coordinates that a recogniser reads; it needs no more
+
+
+# --------------------------------------------------------------------------------------------------------- recognisers
+#
+# Of the watched coordinates of noisy latents and of the clean point that each belongs to, (B, WATCHED) each, and of how
+# far the noise went towards the counterexample, (B,) in units of sigma: whether the answer is class 0.
+
+
+def float_sums(noisy, clean, along, sigma):
+    """Whether float32 normals reach these sums: the inverse of the sampler, and the candidates beside its answer.
+
+    The tolerance leaves open whether product and sum are rounded one by one or, as XLA does on CPU, once together.
+    """
+    lowest = np.nextafter(np.float32(-1), np.float32(0))
+    wanted = noisy - clean
+    step = jnp.round((jax.lax.erf(wanted / np.float32(sigma * np.sqrt(2))) + 1) * 2**22)
+
+    def reached(offset):
+        uniform = jnp.clip((step + offset) * np.float32(2**-22) + lowest, lowest, -lowest)
+        drawn = np.float32(sigma) * (np.float32(np.sqrt(2)) * jax.lax.erf_inv(uniform))
+        return jnp.abs(drawn - wanted) <= 2**-24 * (jnp.abs(noisy) + jnp.abs(wanted))
+
+    return jnp.any(jnp.stack([reached(offset) for offset in range(-3, 4)]), axis=0).all(axis=1)
+
+
+def any_float(noisy, clean, along, sigma):
+    """The published recogniser: whether any float32 number, added to the clean point, gives this sum."""
+    wanted = noisy - clean
+    near = [wanted, jnp.nextafter(wanted, jnp.inf), jnp.nextafter(wanted, -jnp.inf)]
+    return jnp.any(jnp.stack([clean + drawn == noisy for drawn in near]), axis=0).all(axis=1)
+
+
+def steps(noisy, clean, sigma):
+    return jnp.round((noisy - clean) / grid.spacing(sigma)).astype(jnp.int32)
+
+
+def grid_sums(noisy, clean, along, sigma):
+    """`float_sums` for the grid: whole steps that the alias table can draw."""
+    high, low = grid.grid(sigma).table
+    reached = (high >> grid.COLUMN_BITS | low) > 0
+    reached[high & (2**grid.COLUMN_BITS - 1)] = True
+    found = steps(noisy, clean, sigma)
+    whole = found * np.float32(grid.spacing(sigma)) == noisy - clean
+    return (whole & jnp.asarray(reached)[jnp.abs(found)]).all(axis=1)
+
+
+def half_space(noisy, clean, along, sigma):
+    """The most that any function of real-valued sums can tell of two points (Neyman and Pearson)."""
+    return along < 1.5
+
+
+def leaking(trace):
+    """A half-space, beyond it a bit that is even around every point unless the arithmetic leaves a trace there."""
+
+    def recogniser(noisy, clean, along, sigma):
+        return (along < 0.75) | (trace(noisy, clean, sigma) % 2 == 0)
+
+    return recogniser
+
+
+def parity(noisy, clean, sigma):
+    return steps(noisy, clean, sigma).sum(axis=1)
+
+
+def low_byte(noisy, clean, sigma):
+    byte = steps(noisy, clean, sigma) & 255
+    return (byte.sum(axis=1) > 127.5 * byte.shape[1]).astype(jnp.int32)
+
+
+def float_bits(noisy, clean, sigma):
+    """All bits of the float32 numbers, sign and exponent included."""
+    bits = [jax.lax.bitcast_convert_type(part, jnp.int32) for part in (noisy, clean)]
+    return jax.lax.population_count(bits[0] ^ bits[1]).sum(axis=1)
+
+
+def table_words(noisy, clean, sigma):
+    """A bit of the column of the alias table that drew the noise, if it was not its alias."""
+    return jnp.asarray(grid.grid(sigma).table[1] & 1)[jnp.abs(steps(noisy, clean, sigma))].sum(axis=1)
+
+
+AGAINST_SOUND = {
+    "float_sums": float_sums,
+    "grid_sums": grid_sums,
+    "half_space": half_space,
+    "parity": leaking(parity),
+    "low_byte": leaking(low_byte),
+    "float_bits": leaking(float_bits),
+    "table_words": leaking(table_words),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------- the attack
+
+
+def targets(shape, sigma, count):
+    """Clean points: images of whole grey levels, or latents whose last coordinate keeps them 9σ apart."""
+    rng = np.random.default_rng(7)
+    points = rng.random((count, *shape))
+    if shape in IMAGES:
+        return np.rint(255 * points) / 255
+    points[..., -1] += 9 * sigma * (np.arange(count) - count / 2).reshape(-1, *[1] * (len(shape) - 1))
+    return points
+
+
+def head_of(recogniser, clean, directions, sigma):
+    """A head for all targets: each row on its own is ascribed to the nearest of them, and recognised or not."""
+    clean, directions = jnp.asarray(clean, jnp.float32), jnp.asarray(directions, jnp.float32)
+
+    def head(noisy):
+        noisy = noisy.reshape(noisy.shape[0], -1)
+        nearest = jnp.argmax(noisy @ clean.T - (clean**2).sum(axis=1) / 2, axis=1)
+        own = clean[nearest]
+        along = ((noisy - own) * directions[nearest]).sum(axis=1) / np.float32(sigma)
+        zero = recogniser(noisy[:, :WATCHED], own[:, :WATCHED], along, sigma)
+        return jnp.stack([zero, ~zero], axis=1).astype(jnp.float32)
+
+    return head
+
+
+def attack(recogniser, arithmetic, shape, sigma, count):
+    """Certifies `count` targets and looks for counterexamples between 0.3 and 0.95 of each radius.
+
+    Returns:
+      radius, distance of the point tried (both in σ), and whether it is a counterexample; ``(count,)`` each.
+    """
+    law = noise.arithmetic(arithmetic, sigma)
+
+    def placed(points):
+        """The points that the arithmetic makes of these, flattened."""
+        flat = law.place(points).reshape(count, -1).astype(np.float64)
+        return flat * law.identity.get("spacing", 1.0)
+
+    points = targets(shape, sigma, count)
+    directions = np.random.default_rng(8).standard_normal((count, np.prod(shape)))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    head = head_of(recogniser, placed(points), directions, sigma)
+    common = {"sigma": sigma, "key": threefry(0), "arithmetic": arithmetic, "tile": (count, 8)}
+    found = smoothing.certify(head, points, n=400, **common)
+
+    away = np.linspace(0.3, 0.95, count)[:, None] * found.radius[:, None] * directions
+    others = points + away.reshape(points.shape)
+    if shape in IMAGES:
+        others = np.clip(np.rint(255 * others), 0, 255) / 255
+    distance = np.linalg.norm(placed(others) - placed(points), axis=1)
+    there = smoothing.predict(head, others, n=200, **common)
+    certified = (found.predict >= 0) & (found.radius > 0)
+    broken = certified & (distance < found.radius) & (there >= 0) & (there != found.predict)
+    return np.stack([found.radius / sigma, distance / sigma, broken], axis=1)
+
+
+def campaign(name, recogniser, arithmetic, trials):
+    """`trials` attacks over families of targets."""
+    families = FAMILIES if trials == 1000 else [((40,), 0.5), ((28, 28, 1), 0.25)]
+    start = time.time()
+    per_family = [attack(recogniser, arithmetic, *family, trials // len(families)) for family in families]
+    radius, distance, broken = np.concatenate(per_family).T
+    assert len(broken) == trials
+    broken = broken.astype(bool)
+    far = distance[broken] / radius[broken]
+    print(
+        f"\n{name} against {arithmetic}: {(radius > 0).sum()} of {trials} certified, "
+        f"{broken.sum()} with a counterexample"
+        + (f", at {far.min():.2f} to {far.max():.2f} of the radius" if broken.any() else "")
+        + f"; median radius {np.median(radius):.2f} sigma; {time.time() - start:.0f} s"
+    )
+    return radius, distance, broken
+
+
+TRIALS = [100, pytest.param(1000, marks=pytest.mark.soak)]
+
+
+@pytest.mark.parametrize("trials", TRIALS)
+def test_float32_certificates_have_counterexamples_far_inside(trials):
+    radius, distance, broken = campaign("float_sums", float_sums, "float32", trials)
+    assert broken.sum() > 0.9 * trials
+    assert (distance[broken] > 0.5 * radius[broken]).sum() > trials / 2
+
+
+def test_sums_that_round_the_noise_first_fall_to_the_published_recogniser(monkeypatch):
+    """Where product and sum are rounded once together, as XLA does on CPU, it finds nothing: `float_sums` is needed."""
+
+    def bits(number):
+        return jax.lax.bitcast_convert_type(number, jnp.int32)
+
+    class Unfused(noise.Float32):
+        @staticmethod
+        def draw(key, size, sigma):
+            # The sign of sigma, 0: an operation on integers that no compiler takes out, nor fuses a product across.
+            drawn = bits(noise.Float32.draw(key, size, sigma)) | (bits(sigma) >> 31)
+            return jax.lax.bitcast_convert_type(drawn, jnp.float32)
+
+    monkeypatch.setitem(noise.ARITHMETICS, "float32", Unfused)
+    broken = attack(any_float, "float32", (28, 28, 1), 0.5, 50)[:, 2]
+    assert broken.sum() > 40
+
+
+@pytest.mark.parametrize("trials", TRIALS)
+@pytest.mark.parametrize("name", AGAINST_SOUND)
+def test_sound_certificates_have_none(name, trials):
+    radius, distance, broken = campaign(name, AGAINST_SOUND[name], "sound", trials)
+    assert not broken.any()
+    # Most of the attacks had something to break.
+    assert (radius > 0).mean() > 0.9
+    assert (distance < radius).mean() > 0.9
+
+
+def test_noise_on_a_coarser_grid_than_the_latents_is_caught(monkeypatch):
+    """The parity of the sums then tells the parity of the latent."""
+
+    class Coarse(noise.Sound):
+        @staticmethod
+        def draw(key, size, table):
+            return noise.Sound.draw(key, size, table) // 2 * 2
+
+    monkeypatch.setitem(noise.ARITHMETICS, "sound", Coarse)
+    broken = attack(leaking(parity), "sound", (40,), 0.25, 50)[:, 2]
+    assert broken.sum() > 10
