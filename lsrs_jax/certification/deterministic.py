@@ -4,6 +4,7 @@ import time
 
 import numpy as np
 
+from lsrs_jax import selfcheck
 from lsrs_jax.certification import folder
 from lsrs_jax.errors import UserError
 from lsrs_jax.margin import certified_margin, float64_slack
@@ -27,8 +28,10 @@ def run(job):
     print(encoder.report)
     dataset, indices = job.dataset, np.array(job.indices)
     print(f"{dataset.name} {dataset.split}: {len(indices):,} images, no noise", flush=True)
+    encode = Float64Encoder(encoder, min(_BATCH, len(indices)))
+    selfcheck.check_encoder(encoder, encode)
     start, session = time.monotonic(), folder.session(len(indices))
-    latents = _encode(dataset, indices, Float64Encoder(encoder, min(_BATCH, len(indices))))
+    latents = _encode(dataset, indices, encode)
     lipschitz = encoder.report.constant
     # A perturbation of norm √n leads anywhere in the cube of images.
     norm = 2 * np.sqrt(np.prod(dataset.shape))
@@ -47,7 +50,8 @@ def run(job):
             "slack": slack,
         }
     )
-    folder.write(job.folder, identity, encoder.report.to_dict(), [*record, session], {"bound": "margin"}, text)
+    report, record = encoder.report.to_dict(), [*record, session]
+    folder.write(job.folder, job.config, identity, report, record, {"bound": "margin"}, text)
     correct = predict == dataset.labels[indices]
     print(
         f"{len(indices):,} images: clean accuracy {correct.mean():.3f}, certified at 36/255 "

@@ -1,71 +1,86 @@
-"""The folder of one certification: what identifies it, and the files derived in it."""
+"""The folder of one certification, and the files derived in it."""
 
-import dataclasses
 import datetime
 import hashlib
 import json
 import platform
-from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 import lsrs_jax
 from lsrs_jax import config as configuration
-from lsrs_jax import data as datasets
-from lsrs_jax import models
+from lsrs_jax.config import CERTIFICATES
 from lsrs_jax.errors import UserError
-from lsrs_jax.files import write_atomic
+from lsrs_jax.files import read_json, write_atomic
+from lsrs_jax.materialize import LipschitzReport
+
+_MOST_CLASSES = 2**20  # and pixels in a row
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What is to be certified, and where the results go.
+def digest(content):
+    """SHA-256 of a certificates.json without its own digest, whatever its layout."""
+    content = {name: value for name, value in content.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    Attributes:
-      config: the whole configuration.
-      folder: ``<workdir>/certify/<name>``.
-      dataset: the split, whole.
-      indices: which of its images.
-      model, params, meta: the trained classifier and its checkpoint's ``{"step", "digest"}``.
-    """
 
-    config: Any
-    folder: Path
-    dataset: datasets.Dataset
-    indices: range
-    model: models.Model
-    params: Any
-    meta: dict
-
-    def identity(self, certificate):
-        """What makes two certifications comparable, whatever the kind of `certificate`."""
-        dataset = self.dataset
-        return {
-            "certificate": certificate,
-            "checkpoint": {"step": self.meta["step"], "digest": self.meta["digest"]},
-            "data": {
-                "name": dataset.name,
-                "version": dataset.version,
-                "split": dataset.split,
-                "digest": dataset.digest(),
-            },
-            "model": configuration.to_dict(self.config.model) | {"input_shape": list(self.model.input_shape)},
-            "platform": f"{jax.default_backend()} {jax.local_devices()[0].device_kind}",
-        }
+_VOTES = {"bytes": int, "sha256": str}
+_IDENTITY = {
+    "certificate": str,
+    "checkpoint": {"step": int, "digest": str},
+    "classes": int,
+    "data": dict,
+    "model": {"input_shape": list},
+}
 
 
 def read(path):
-    """The content of a certificates.json."""
+    """The content of a certificates.json, intact by its own digest, with the fields that readers rely on.
+
+    Raises:
+      UserError: for a damaged one, or one of another version.
+    """
     try:
-        stored = json.loads(path.read_text())
-        for name, kind in (("identity", dict), ("lipschitz", dict), ("record", list)):
-            if not isinstance(stored[name], kind):
-                raise TypeError(f"{name} is missing")
+        stored = read_json(path)
+        if isinstance(stored, dict) and "digest" not in stored:
+            raise UserError(f"{path} was written by another version; certify under another --config.certify.name")
+        _check(stored, {"identity": _IDENTITY, "lipschitz": dict, "config": dict, "record": list}, "")
+        if stored["digest"] != digest(stored):
+            raise ValueError("its content does not have the digest it names")
+        identity, derivation = stored["identity"], stored["derivation"]
+        if identity["certificate"] not in CERTIFICATES or not 2 <= identity["classes"] <= _MOST_CLASSES:
+            raise ValueError("identity is that of no certificate")
+        if not all(type(size) is int and 1 <= size <= _MOST_CLASSES for size in identity["model"]["input_shape"]):
+            raise ValueError("input_shape is that of no image")
+        LipschitzReport.from_dict(stored["lipschitz"])
+        config = configuration.check(configuration.from_dict(stored["config"]))
+        if config.certify.certificate != identity["certificate"]:
+            raise ValueError("identity and config are of different kinds")
+        if derivation is not None:
+            _check(derivation, {"certificates": str, "bound": str}, "derivation.")
+            smoothed = {"alpha": float, "votes": _VOTES}
+            _check(derivation, smoothed if identity["certificate"] == "smoothed" else {}, "derivation.")
     except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError) and str(error).startswith(str(path)):
+            raise
         raise UserError(f"{path} is damaged ({error}); restore it, or use another --config.certify.name") from error
     return stored
+
+
+def _check(values, wanted, prefix):
+    """Raises TypeError unless a dict has these fields of these types."""
+    for name, kind in wanted.items():
+        value = values.get(name) if isinstance(values, dict) else None
+        if isinstance(kind, dict):
+            _check(value, kind, f"{prefix}{name}.")
+        elif not isinstance(value, kind) or isinstance(value, bool):
+            raise TypeError(f"{prefix}{name} is missing")
+
+
+def training(place):
+    """SHA-256 of the configuration that a training left in the workdir of a folder; None where there is none."""
+    path = place.parents[1] / "config.json"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
 
 def read_record(path, identity):
@@ -101,21 +116,31 @@ def session(images):
     }
 
 
-def write(folder, identity, lipschitz, record, derivation=None, text=None):
+def write(folder, config, identity, lipschitz, record, derivation=None, text=None):
     """Writes certificates.json and, where it changed, certificates.tsv.
 
     Args:
+      config: the configuration, kept whole beside what follows from it.
       lipschitz: the `LipschitzReport` behind the certificates, as a dict.
       derivation: what the table depends on beside the identity; None before there is one.
       text: the table.
     """
-    content = {"identity": identity, "derivation": None, "lipschitz": lipschitz, "record": record}
+    content = {
+        "identity": identity,
+        "derivation": None,
+        "lipschitz": lipschitz,
+        "config": configuration.to_dict(config),
+        "training": training(folder),
+        "record": record,
+    }
     json_path, path = folder / "certificates.json", folder / "certificates.tsv"
 
     def write_json():
-        write_atomic(json_path, json.dumps(content, indent=2) + "\n")
+        # Through text and back: the digest is that of what a reader finds.
+        plain = json.loads(json.dumps(content))
+        write_atomic(json_path, json.dumps(plain | {"digest": digest(plain)}, indent=2) + "\n")
 
-    if text is not None and not (path.exists() and path.read_text() == text):
+    if text is not None and not (path.exists() and path.read_bytes() == text.encode()):
         # Between these writes the old table must not stand beside the new derivation, nor the other way round.
         write_json()
         write_atomic(path, text)

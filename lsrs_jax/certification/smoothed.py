@@ -6,10 +6,11 @@ import jax
 import numpy as np
 
 from lsrs_jax import config as configuration
+from lsrs_jax import selfcheck
 from lsrs_jax.certification import folder
 from lsrs_jax.errors import UserError
 from lsrs_jax.keys import IMPLEMENTATION, root_key
-from lsrs_jax.materialize import Float64Encoder
+from lsrs_jax.materialize import Float64Encoder, LipschitzReport
 from lsrs_jax.progress import Progress, duration
 from lsrs_jax.smoothing import schedule
 from lsrs_jax.smoothing.ledger import Ledger, has_rows
@@ -27,7 +28,7 @@ def _plan(certify):
     return schedule.plan(certify.schedule, certify.n0, certify.n, certify.tile[1])
 
 
-def _identity_of_config(config):
+def identity_of_config(config):
     """What the votes depend on, as far as the configuration says it."""
     certify = config.certify
     return {
@@ -43,7 +44,12 @@ def _identity_of_config(config):
     }
 
 
-class _Certification:
+def _terms(law, latent_shape):
+    """What an arithmetic means for the certificates of latents of this shape."""
+    return law.identity | {"sigma": law.sigma, "tau": law.tau(int(np.prod(latent_shape)))}
+
+
+class Certification:
     """One folder: its identity, its ledger, and the certificates derived from it.
 
     Args:
@@ -55,7 +61,7 @@ class _Certification:
 
     def __init__(self, place, config, identity, lipschitz):
         certify, law = config.certify, identity["arithmetic"]
-        self.folder, self.identity, self.lipschitz = place, identity, lipschitz
+        self.folder, self.config, self.identity, self.lipschitz = place, config, identity, lipschitz
         self.plan = _plan(certify)
         self.derivation = schedule.Derivation(
             law["sigma"],
@@ -106,14 +112,14 @@ class _Certification:
         ledger.flush()  # no certificate without its votes on disk
         tallies = [ledger.tallies[idx] for idx in sorted(chosen)]
         if not tallies:
-            folder.write(self.folder, self.identity, self.lipschitz, record)
+            folder.write(self.folder, self.config, self.identity, self.lipschitz, record)
             return tallies, None
         certificates = self.derivation.certificates(self.plan, tallies)
         text = format_table(tallies, certificates, self.lipschitz["constant"])
-        derivation = {"alpha": self.derivation.alpha, "bound": self.derivation.bound}
+        derivation = {"alpha": self.derivation.alpha, "bound": self.derivation.bound, "votes": ledger.digest()}
         if self.identity["schedule"] == "staged":
             derivation |= {"radii": self.derivation.radii, "epsilon": self.derivation.epsilon}
-        folder.write(self.folder, self.identity, self.lipschitz, record, derivation, text)
+        folder.write(self.folder, self.config, self.identity, self.lipschitz, record, derivation, text)
         return tallies, certificates
 
 
@@ -124,10 +130,9 @@ def run(job):
     encoder, head = job.model.for_certification(job.params, certify.head_dtype)
     latent_shape = encoder.report.output_shape
     law = arithmetic(certify.arithmetic, config.sigma)
-    terms = law.identity | {"sigma": law.sigma, "tau": law.tau(int(np.prod(latent_shape)))}
-    identity = job.identity("smoothed") | _identity_of_config(config)
-    identity |= {"classes": dataset.num_classes, "prng": IMPLEMENTATION, "arithmetic": terms}
-    certification = _Certification(job.folder, config, identity, encoder.report.to_dict())
+    identity = job.identity("smoothed") | identity_of_config(config)
+    identity |= {"prng": IMPLEMENTATION, "arithmetic": _terms(law, latent_shape)}
+    certification = Certification(job.folder, config, identity, encoder.report.to_dict())
     record = certification.past_sessions()
     votes = Votes(
         head,
@@ -141,6 +146,9 @@ def run(job):
     )
     if votes.num_classes != dataset.num_classes:
         raise UserError(f"the head has {votes.num_classes} classes, the data {dataset.num_classes}")
+    encode = Float64Encoder(encoder, certify.tile[0])
+    selfcheck.check_noise(votes.arithmetic)
+    selfcheck.check_encoder(encoder, encode)
     with certification.ledger() as ledger:
         _check_labels(ledger, dataset)
         at_a_look = [tally for idx, tally in ledger.tallies.items() if ledger.at_a_look(idx)]
@@ -150,7 +158,7 @@ def run(job):
         print(encoder.report)
         print(_headline(job, certification, len(pending)), flush=True)
         if pending:
-            _sample(job, certification, ledger, votes, encoder, pending, record)
+            _sample(job, certification, ledger, votes, encoder.report, encode, pending, record)
         tallies, certificates = certification.derive(ledger, record, certification.settled)
     _print_summary(job.folder, certification, tallies, certificates, job.indices)
 
@@ -177,7 +185,7 @@ def _check_labels(ledger, dataset):
             raise UserError(f"{ledger.path} does not fit the data: image {tally.idx} has another label there")
 
 
-def _sample(job, certification, ledger, votes, encoder, pending, record):
+def _sample(job, certification, ledger, votes, report, encode, pending, record):
     config, start = job.config, time.monotonic()
     session, derived = folder.session(len(pending)), start
 
@@ -200,10 +208,9 @@ def _sample(job, certification, ledger, votes, encoder, pending, record):
 
     status = Status(certification.plan, len(job.indices), len(job.indices) - len(pending), say)
     sweep = Sweep(votes, ledger, settled, status, begin)
-    encode = Float64Encoder(encoder, config.certify.tile[0])
     size = max(config.certify.tile[0], _BLOCK_BYTES // (4 * int(np.prod(votes.latent_shape))))
     for first in range(0, len(pending), size):
-        sweep.run(_block(job, ledger, votes, encoder.report, encode, pending[first : first + size]))
+        sweep.run(_block(job, ledger, votes, report, encode, pending[first : first + size]))
     status.show()
     session["seconds"] = round(time.monotonic() - start, 3)
 
@@ -241,21 +248,10 @@ def from_counts(place, config):
     if not path.exists():
         raise UserError(f"{place} holds no certification to derive from; run certify without --from-counts first")
     stored = folder.read(path)
-    identity, lipschitz = stored["identity"], stored["lipschitz"]
-    if identity.get("certificate") != "smoothed" or certify.certificate != "smoothed":
-        raise UserError(f"--from-counts is for smoothed certificates; {place} holds {identity.get('certificate')} ones")
-    if not isinstance(identity.get("arithmetic"), dict):
-        raise UserError(f"{place} was written by another version; certify under another --config.certify.name")
-    wanted = _identity_of_config(config) | {"arithmetic": config.certify.arithmetic}
-    cast = {name: identity.get(name) for name in wanted} | {"arithmetic": identity["arithmetic"]["name"]}
-    difference = configuration.first_difference(cast, wanted)
-    if difference:
-        name, old, new = difference
-        raise UserError(
-            f"the votes in {place} were cast with {name} {old!r}, not {new!r}: only alpha and bound can be derived "
-            "anew; certify under another --config.certify.name"
-        )
-    certification = _Certification(place, config, identity, lipschitz)
+    if stored["identity"].get("certificate") != "smoothed" or certify.certificate != "smoothed":
+        kind = stored["identity"].get("certificate")
+        raise UserError(f"--from-counts is for smoothed certificates; {place} holds {kind} ones")
+    certification = reopen(place, config, stored)
     if not has_rows(certification.path):
         raise UserError(f"{place} holds no votes; restore {certification.path.name}")
     with certification.ledger() as ledger:
@@ -271,6 +267,34 @@ def from_counts(place, config):
     if left_out:
         print(f"note: {left_out:,} images whose sampling was interrupted are left out; certify resumes them")
     _print_summary(place, certification, tallies, certificates, indices)
+
+
+def reopen(place, config, stored):
+    """The `Certification` of votes in a folder, from the content of its certificates.json.
+
+    Raises:
+      UserError: where they were cast under another configuration, or where numbers from which radii would follow
+        contradict each other.
+    """
+    path, identity = place / "certificates.json", stored["identity"]
+    if not isinstance(identity.get("arithmetic"), dict):
+        raise UserError(f"{place} was written by another version; certify under another --config.certify.name")
+    wanted = identity_of_config(config) | {"arithmetic": config.certify.arithmetic}
+    cast = {name: identity.get(name) for name in wanted} | {"arithmetic": identity["arithmetic"].get("name")}
+    difference = configuration.first_difference(cast, wanted)
+    if difference:
+        name, old, new = difference
+        raise UserError(
+            f"the votes in {place} were cast with {name} {old!r}, not {new!r}: only alpha and bound can be derived "
+            "anew; certify under another --config.certify.name"
+        )
+    try:
+        latent_shape = LipschitzReport.from_dict(stored["lipschitz"]).output_shape
+        if identity["arithmetic"] != _terms(arithmetic(config.certify.arithmetic, config.sigma), latent_shape):
+            raise ValueError("arithmetic is not that of the configuration and the latent")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{path} is damaged ({error}); restore it, or use another --config.certify.name") from error
+    return Certification(place, config, identity, stored["lipschitz"])
 
 
 def _print_summary(place, certification, tallies, certificates, indices):

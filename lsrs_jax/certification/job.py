@@ -1,0 +1,67 @@
+"""A trained classifier and the images to certify it on."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lsrs_jax import checkpoint, models
+from lsrs_jax import config as configuration
+from lsrs_jax import data as datasets
+from lsrs_jax.errors import UserError
+from lsrs_jax.keys import pinned, root_key
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is to be certified, and where the results go.
+
+    Attributes:
+      config: the whole configuration.
+      folder: ``<workdir>/certify/<name>``.
+      dataset: the split, whole.
+      indices: which of its images.
+      model, params, meta: the trained classifier and its checkpoint's ``{"step", "digest"}``.
+    """
+
+    config: Any
+    folder: Path
+    dataset: datasets.Dataset
+    indices: range
+    model: models.Model
+    params: Any
+    meta: dict
+
+    def identity(self, certificate):
+        """What makes two certifications comparable, whatever the kind of `certificate`."""
+        dataset = self.dataset
+        return {
+            "certificate": certificate,
+            "classes": dataset.num_classes,
+            "checkpoint": {"step": self.meta["step"], "digest": self.meta["digest"]},
+            "data": {
+                "name": dataset.name,
+                "version": dataset.version,
+                "split": dataset.split,
+                "digest": dataset.digest(),
+            },
+            "model": configuration.to_dict(self.config.model) | {"input_shape": list(self.model.input_shape)},
+            "platform": f"{jax.default_backend()} {jax.local_devices()[0].device_kind}",
+        }
+
+
+def load(workdir, config):
+    """The `Job` of a configuration: its data, its network and the newest checkpoint of the workdir."""
+    certify = config.certify
+    dataset = datasets.load(config.data.name, config.data.split, config.data.dir)
+    indices = range(certify.start, min(certify.stop or len(dataset), len(dataset)), certify.step)
+    if not len(indices):
+        raise UserError(f"no image to certify: certify.start={certify.start} in a split of {len(dataset)}")
+    model = models.build(config.model, dataset.shape, dataset.num_classes)
+    with pinned():
+        target = jax.eval_shape(model.init, root_key(0))
+    params, meta = checkpoint.restore_model(workdir, target)
+    if meta["step"] < config.train.steps:
+        print(f"note: the training stopped at step {meta['step']} of {config.train.steps}")
+    return Job(config, workdir / "certify" / certify.name, dataset, indices, model, params, meta)

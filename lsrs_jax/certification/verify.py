@@ -1,0 +1,160 @@
+"""Whether the files of a certification are what they were, and whether its certificates follow from its votes."""
+
+import hashlib
+import math
+
+import jax
+import numpy as np
+
+from lsrs_jax import checkpoint, models
+from lsrs_jax import config as configuration
+from lsrs_jax.certification import folder
+from lsrs_jax.certification.smoothed import reopen
+from lsrs_jax.errors import UserError
+from lsrs_jax.keys import pinned, root_key
+from lsrs_jax.smoothing import ledger as ledgers
+from lsrs_jax.smoothing.noise import arithmetic
+from lsrs_jax.smoothing.table import format_table
+
+_SAME = 1e-9  # relative: the singular values of one encoder on two machines
+
+
+def run(place, workdir):
+    """Re-derives every certificate in a folder and compares digests; changes nothing. Prints what holds.
+
+    Args:
+      place: ``<workdir>/certify/<name>``.
+      workdir: of the training; its configuration and, where it is still there, its checkpoint are compared.
+
+    Raises:
+      UserError: naming the first file, and in a table the first line and column, that differs.
+    """
+    path = place / "certificates.json"
+    if not path.exists():
+        raise UserError(f"{place} holds no certification to verify; run certify without --verify first")
+    stored = folder.read(path)
+    identity, derivation = stored["identity"], stored["derivation"]
+    if not derivation:
+        raise UserError(f"{place} holds votes but no certificates yet; run certify without --verify to finish")
+    text = _read(place / "certificates.tsv")
+    config = configuration.from_dict(stored["config"])
+    _check_training(place, stored)
+    smoothed, ledger = identity["certificate"] == "smoothed", place / "votes.0.tsv"
+    if smoothed:
+        certification = reopen(place, config, stored)
+        if (derivation["alpha"], derivation["bound"]) != (config.certify.alpha, config.certify.bound):
+            raise UserError(f"{path} contradicts itself: its derivation and its configuration differ in alpha or bound")
+        tallies = _check_votes(certification, derivation["votes"])
+        _compare(text, certification, tallies)
+    elif derivation["bound"] != "margin" or ledger.exists():
+        raise UserError(f"{path} contradicts itself: deterministic certificates have the bound margin, and no votes")
+    if derivation["certificates"] != hashlib.sha256(text.encode()).hexdigest():
+        raise UserError(f"{place / 'certificates.tsv'} has changed: its digest is not the one in {path.name}")
+    constant = stored["lipschitz"]["constant"]
+    weights = _check_checkpoint(workdir, config, identity, constant)
+    count = text.count("\n") - 1
+    if smoothed:
+        votes = sum(int(counts.sum()) for tally in tallies.tallies.values() for counts in tally.counts.values())
+        print(f"verified: {count:,} certificates follow from the {votes:,} votes in {place}")
+    else:
+        print(f"verified: the table of {count:,} deterministic certificates in {place} is unchanged; they come from no")
+        print("votes: to compute their radii again, certify under another --config.certify.name and compare")
+    print(f"Lipschitz constant {constant:.15g}, configuration and {weights}")
+    trained = place.parents[1] / "config.json"
+    if trained.exists():
+        own = configuration.load(trained)
+        for name, used, kept in (("sigma", config.sigma, own.sigma), ("seed", config.seed, own.seed)):
+            if used != kept:
+                print(f"note: certified with {name} {used}, trained with {kept}")
+
+
+def _read(path):
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing; certify, or certify --from-counts, writes it anew") from error
+    except ValueError as error:
+        raise UserError(f"{path} has changed: it is not a text file any more") from error
+
+
+def _check_training(place, stored):
+    """The workdir's configuration is still that of the training that was certified."""
+    path = place.parents[1] / "config.json"
+    if folder.training(place) in (None, stored["training"]):
+        return
+    trained = configuration.to_dict(configuration.load(path))
+    trained["model"]["noise"] = stored["config"]["model"]["noise"]  # may be chosen when certifying
+    old, new = ({name: values[name] for name in ("model", "train")} for values in (stored["config"], trained))
+    difference = configuration.other_training(old, new)
+    if difference:
+        name, old, new = difference
+        raise UserError(f"{path} has changed: {name} was {old!r} when these certificates were made and is {new!r}")
+    raise UserError(
+        f"{path} has changed: its digest is not the one in certificates.json; if the change was meant, certify again, "
+        "which casts no vote twice"
+    )
+
+
+def _check_votes(certification, digest):
+    """`Tallies` of the ledger, which must be what it was when the certificates were derived; rows may have followed."""
+    path, law = certification.path, certification.identity["arithmetic"]
+    if not path.exists():
+        raise UserError(f"{path} is missing: without votes no certificate can be checked")
+    # A damaged line is named; where every line is well-formed, all that is known is that the file is another one.
+    tallies = ledgers.read(path, certification.plan, certification.identity["classes"])
+    if ledgers.digest(path.read_bytes()[: digest["bytes"]]) != digest:
+        raise UserError(f"{path} has changed: its digest is not the one in certificates.json")
+    latent = np.zeros((1, *certification.lipschitz["output_shape"]))
+    least = float(arithmetic(law["name"], law["sigma"]).slack(latent)[0])
+    for tally in tallies.tallies.values():
+        if tally.slack < least:
+            raise UserError(f"{path}: image {tally.idx} is charged {tally.slack}, less than the rounding of its latent")
+    return tallies
+
+
+def _compare(text, certification, tallies):
+    """Every line of the table against the ledger."""
+    path, lines = certification.folder / "certificates.tsv", text.split("\n")
+    chosen = []
+    for number, line in enumerate(lines[1:-1], start=2):
+        idx = line.partition("\t")[0]
+        known = tallies.tallies.get(int(idx)) if idx.isascii() and idx.isdigit() and len(idx) < 18 else None
+        if known is None or not tallies.at_a_look(known.idx):
+            raise UserError(f"{path} line {number}: the ledger has no certificate for an image {idx[:40]!r}")
+        chosen.append(known)
+    if not chosen:
+        raise UserError(f"{path} holds no certificates")
+    certificates = certification.derivation.certificates(certification.plan, chosen)
+    expected = format_table(chosen, certificates, certification.lipschitz["constant"]).split("\n")
+    names = expected[0].split("\t")
+    for number, (found, derived) in enumerate(zip(lines, expected, strict=True), start=1):
+        if found == derived:
+            continue
+        cells = found.split("\t"), derived.split("\t")
+        column = next((i for i, pair in enumerate(zip(*cells, strict=False)) if pair[0] != pair[1]), None)
+        if column is None or len(cells[0]) != len(cells[1]) or number == 1:
+            raise UserError(f"{path} line {number} is {found[:80]!r}, the ledger gives {derived[:80]!r}")
+        was, gives = (cell[column] for cell in cells)
+        raise UserError(
+            f"{path} line {number} (image {cells[1][0]}): {names[column]} is {was[:40]!r}, the ledger gives {gives!r}"
+        )
+
+
+def _check_checkpoint(workdir, config, identity, constant):
+    """Digest and Lipschitz constant of the weights; says in words what could be compared."""
+    step = identity["checkpoint"]["step"]
+    if not (workdir / "checkpoints" / str(step)).is_dir():
+        return f"ledger are intact; the checkpoint of step {step} is not here to be compared"
+    model = models.build(config.model, tuple(identity["model"]["input_shape"]), identity["classes"])
+    with pinned():
+        target = jax.eval_shape(model.init, root_key(0))
+    params, meta = checkpoint.restore_model(workdir, target, step)
+    if meta["digest"] != identity["checkpoint"]["digest"]:
+        raise UserError(f"the checkpoint of step {step} in {workdir} is not the one that was certified: digests differ")
+    encoder, _ = model.for_certification(params, config.certify.head_dtype)
+    if not math.isclose(encoder.report.constant, constant, rel_tol=_SAME):
+        raise UserError(
+            f"the encoder of step {step} in {workdir} has the Lipschitz constant {encoder.report.constant!r}, the "
+            f"certificates claim {constant!r}"
+        )
+    return f"checkpoint of step {step} are those of the certificates"

@@ -1,0 +1,221 @@
+"""`certify --verify` finds one changed digit, wherever it is, and says where."""
+
+import hashlib
+import json
+import random
+import shutil
+import zlib
+
+import pytest
+from commands import QUICK, fingerprint, refused, run
+
+from lsrs_jax import config as configuration
+from lsrs_jax.certification import folder, smoothed, verify
+from lsrs_jax.errors import UserError
+from lsrs_jax.materialize import LayerBound, LipschitzReport
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("verify") / "run"
+    run("train", *QUICK, f"--workdir={workdir}")
+    run("certify", f"--workdir={workdir}")
+    flags = ["--config.certify.name=staged", "--config.certify.schedule=staged", "--config.certify.bound=multiclass"]
+    run("certify", f"--workdir={workdir}", *flags, "--config.certify.n=3000")
+    return workdir
+
+
+@pytest.fixture
+def copy(original, tmp_path):
+    target = tmp_path / "run"
+    shutil.copytree(original, target)
+    return target
+
+
+def check(workdir, name="default"):
+    verify.run(workdir / "certify" / name, workdir)
+
+
+def test_what_was_certified_is_verified_and_left_alone(original, copy):
+    before = fingerprint(copy)
+    out = run("certify", f"--workdir={copy}", "--verify")
+    assert "verified: 40 certificates follow from the 44,000 votes" in out
+    assert "checkpoint of step 60 are those of the certificates" in out
+    assert "verified" in run("certify", f"--workdir={copy}", "--verify", "--config.certify.name=staged")
+    assert fingerprint(copy) == before == fingerprint(original)
+
+
+def test_another_derivation_is_verified_with_or_without_the_weights(copy, capsys):
+    flags = ["--config.certify.schedule=staged", "--config.certify.n=3000", "--config.certify.name=staged"]
+    run("certify", f"--workdir={copy}", "--from-counts", *flags, "--config.certify.alpha=0.05")
+    check(copy, "staged")
+    shutil.rmtree(copy / "checkpoints")
+    check(copy, "staged")
+    assert "is not here to be compared" in capsys.readouterr().out
+
+
+def test_votes_that_came_after_the_table_do_not_disturb_it(copy):
+    place = copy / "certify" / "default"
+    early = {name: (place / name).read_bytes() for name in ("certificates.tsv", "certificates.json")}
+    run("certify", f"--workdir={copy}", "--config.certify.stop=50")
+    for name, content in early.items():
+        (place / name).write_bytes(content)
+    check(copy)
+
+
+FILES = ["certificates.tsv", "certificates.json", "votes.0.tsv", "config.json"]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_one_changed_digit_is_found(copy, file):
+    path, rng = (copy if file == "config.json" else copy / "certify" / "default") / file, random.Random(0)
+    text = path.read_text()
+    digits = [i for i, character in enumerate(text) if character.isdigit()]
+    for position in [digits[0], digits[-1], *rng.sample(digits, 25)]:
+        other = rng.choice([digit for digit in "0123456789" if digit != text[position]])
+        path.write_text(text[:position] + other + text[position + 1 :])
+        with pytest.raises(UserError) as error:
+            check(copy)
+        assert file in str(error.value), text[position - 20 : position + 20]
+        assert "\n" not in str(error.value)
+    path.write_text(text)
+    check(copy)
+
+
+@pytest.mark.parametrize(("old", "new"), [('"steps": 60', '"steps": 61'), ('"head": "mlp"', '"head": "linear"')])
+def test_another_training_is_found_and_named(copy, old, new):
+    path = copy / "config.json"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    assert "config.json has changed: " in refused("certify", f"--workdir={copy}", "--verify")
+
+
+def test_other_weights_are_found(copy, original, tmp_path):
+    other = tmp_path / "other"
+    run("train", *QUICK, "--config.seed=5", f"--workdir={other}")
+    shutil.rmtree(copy / "checkpoints")
+    shutil.copytree(other / "checkpoints", copy / "checkpoints")
+    with pytest.raises(UserError, match="is not the one that was certified"):
+        check(copy)
+
+
+def reseal(place):
+    """What somebody does who changes the table and recomputes the digests."""
+    stored = json.loads((place / "certificates.json").read_text())
+    stored["derivation"]["certificates"] = hashlib.sha256((place / "certificates.tsv").read_bytes()).hexdigest()
+    content = (place / "votes.0.tsv").read_bytes()
+    stored["derivation"]["votes"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    stored["digest"] = folder.digest(stored)
+    (place / "certificates.json").write_text(json.dumps(stored))
+
+
+def edit(path, line, column, value):
+    rows = [row.split("\t") for row in path.read_text().split("\n")]
+    rows[line - 1][rows[0].index(column)] = value
+    path.write_text("\n".join("\t".join(row) for row in rows))
+
+
+def test_the_first_line_that_differs_is_named_even_under_new_digests(copy):
+    place = copy / "certify" / "default"
+    path = place / "certificates.tsv"
+    edit(path, 12, "radius", "0.75")
+    edit(path, 7, "p_a_lower", "0.99")
+    reseal(place)
+    with pytest.raises(UserError, match=r"certificates.tsv line 7 \(image 5\): p_a_lower is '0.99', the ledger gives"):
+        check(copy)
+
+
+def rewrite(path, line, change):
+    """Changes the fields of a ledger's line and gives it the checksum that belongs."""
+    lines = path.read_text().split("\n")
+    fields = change(lines[line - 1].split("\t")[:-1])
+    content = "\t".join(fields)
+    lines[line - 1] = f"{content}\t{zlib.crc32(content.encode()):08x}"
+    path.write_text("\n".join(lines))
+
+
+def test_a_ledger_with_other_votes_and_right_checksums_is_found(copy):
+    place = copy / "certify" / "default"
+    # The seconds: everything that follows from votes stays as it is.
+    rewrite(place / "votes.0.tsv", 3, lambda fields: [*fields[:-1], "0.123456"])
+    with pytest.raises(UserError, match=r"votes.0.tsv has changed: its digest is not the one"):
+        check(copy)
+
+
+def test_too_small_a_charge_is_found_even_under_new_digests(copy):
+    place = copy / "certify" / "default"
+    count = (place / "votes.0.tsv").read_text().count("\n")
+    for line in range(2, count + 1):
+        rewrite(place / "votes.0.tsv", line, lambda fields: [*fields[:2], "0.0001", *fields[3:]])
+    reseal(place)
+    with pytest.raises(UserError, match=r"is charged 0.0001, less than the rounding of its latent"):
+        check(copy)
+
+
+def test_another_consistent_constant_is_found_by_the_weights(copy):
+    place = copy / "certify" / "default"
+    stored = json.loads((place / "certificates.json").read_text())
+    stored["lipschitz"]["layers"][0]["sigma_max"] = 0.5
+    layers = tuple(LayerBound(**layer) for layer in stored["lipschitz"]["layers"])
+    stored["lipschitz"]["constant"] = LipschitzReport(layers, (), ()).constant
+    (place / "certificates.json").write_text(json.dumps(stored))
+    reseal(place)
+    config = configuration.from_dict(stored["config"])
+    smoothed.from_counts(place, config)  # radii twice as large, all files in agreement
+    with pytest.raises(UserError, match="the certificates claim"):
+        check(copy)
+
+
+@pytest.mark.parametrize(("kind", "why"), [("deterministic", "of different kinds"), ("other", "of no certificate")])
+def test_another_kind_is_found_even_under_new_digests(copy, kind, why):
+    place = copy / "certify" / "default"
+    stored = json.loads((place / "certificates.json").read_text())
+    stored["identity"]["certificate"] = kind
+    (place / "certificates.json").write_text(json.dumps(stored))
+    reseal(place)
+    with pytest.raises(UserError, match=why):
+        check(copy)
+    if kind == "deterministic":
+        stored["config"]["certify"]["certificate"] = kind
+        (place / "certificates.json").write_text(json.dumps(stored))
+        reseal(place)
+        with pytest.raises(UserError, match="deterministic certificates have the bound margin, and no votes"):
+            check(copy)
+
+
+def test_a_dropped_line_of_votes_is_found_even_under_new_digests(copy):
+    place = copy / "certify" / "default"
+    lines = (place / "votes.0.tsv").read_text().splitlines(keepends=True)
+    last = max(i for i, line in enumerate(lines) if line.startswith("9\t"))
+    (place / "votes.0.tsv").write_text("".join(lines[:last] + lines[last + 1 :]))
+    reseal(place)
+    with pytest.raises(UserError, match="line 11: the ledger has no certificate for an image '9'"):
+        check(copy)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "why"),
+    [
+        ("lipschitz", "constant", 0.5, "the Lipschitz constant is not that of the layers"),
+        ("identity", "sigma", 1.0, "were cast with sigma 1.0, not 0.5"),
+        ("derivation", "alpha", 0.05, "contradicts itself"),
+    ],
+)
+def test_a_contradiction_is_found_even_under_new_digests(copy, section, field, value, why):
+    place = copy / "certify" / "default"
+    stored = json.loads((place / "certificates.json").read_text())
+    stored[section][field] = value
+    (place / "certificates.json").write_text(json.dumps(stored))
+    reseal(place)
+    with pytest.raises(UserError, match=why):
+        check(copy)
+
+
+def test_nothing_is_verified_where_nothing_was_certified(copy):
+    assert "holds no certification to verify" in refused(
+        "certify", f"--workdir={copy}", "--verify", "--config.certify.name=none"
+    )
+    (copy / "certify" / "default" / "certificates.tsv").unlink()
+    assert "is missing" in refused("certify", f"--workdir={copy}", "--verify")
+    assert "not allowed with" in refused("certify", f"--workdir={copy}", "--verify", "--from-counts")
