@@ -13,7 +13,7 @@ from lsrs_jax.errors import UserError
 
 # Certification has an arbitrary large number: somebody else's training, which folds small ones (an epoch, a step) into
 # the key of the same seed, stays apart from it.
-DOMAINS = {"init": 1, "train": 2, "evaluate": 3, "certify": 0xE35A18C7, "probe": 5}
+DOMAINS = {"init": 1, "train": 2, "evaluate": 3, "certify": 0xE35A18C7, "probe": 5, "audit": 6}
 IMPLEMENTATION = "threefry2x32"
 
 

@@ -4,22 +4,28 @@
   python -m lsrs_jax.report LSRS=runs/digits Cohen=logs/sigma_0.25.tsv --out=report --radii=0,0.25,0.5
 
 Each RUN is a workdir, a folder with certificates.tsv, or any table in the field's format (idx label predict radius
-correct time), published logs included; LABEL=RUN names its row and curve. Writes report.md, curve.png and curve.svg.
+correct time), published logs included; LABEL=RUN names its row and curve. Where certificates have been audited, the
+accuracy that the attacks left lies over the certified one, dashed. Writes report.md, curve.png and curve.svg.
 """
 
 import dataclasses
-import json
+import hashlib
+import io
 import math
-import re
 from pathlib import Path
 
 import numpy as np
 
 from lsrs_jax import command
+from lsrs_jax.arguments import real
+from lsrs_jax.auditing.table import Audit
+from lsrs_jax.auditing.table import read as read_audit
 from lsrs_jax.errors import UserError
-from lsrs_jax.files import write_atomic
+from lsrs_jax.files import read_json, write_atomic
 from lsrs_jax.progress import duration
 from lsrs_jax.smoothing.table import Table, read_table
+
+_SPECIAL = set("|$\\`")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +33,7 @@ class Run:
     label: str
     table: Table
     radii: tuple[float, ...] | None = None  # that a staged certification decided; its radii say no more than that
+    audit: Audit | None = None  # what attacks found on these certificates
 
 
 def load_runs(arguments):
@@ -37,8 +44,8 @@ def load_runs(arguments):
         found = _tables(path)
         for table in found:
             suffix = f"/{table.parent.name}" if len(found) > 1 else ""
-            name = label or re.sub(r"[|$\\`\n]", "_", path.resolve().name.removesuffix(".tsv"))
-            runs.append(Run(name + suffix, read_table(table), _decided(table)))
+            name = label or path.resolve().name.removesuffix(".tsv")
+            runs.append(Run(_plain(name + suffix), read_table(table), _decided(table), _audit(table)))
     labels = [run.label for run in runs]
     for label in labels:
         if labels.count(label) > 1:
@@ -46,18 +53,35 @@ def load_runs(arguments):
     return runs
 
 
+def _plain(name):
+    """A name that changes nothing around it in Markdown, in a picture, or on a terminal."""
+    return "".join("_" if character in _SPECIAL or not character.isprintable() else character for character in name)
+
+
 def _decided(table):
     try:
-        derivation = json.loads((table.parent / "certificates.json").read_text())["derivation"]
-        return tuple(derivation["radii"]) if derivation.get("radii") else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        radii = read_json(table.parent / "certificates.json")["derivation"]["radii"]
+        # The file may be of another program, or damaged: then it says nothing.
+        return tuple(radii) if radii and all(0 <= real(radius) <= 1e300 for radius in radii) else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None  # a table of somebody else's
+
+
+def _audit(table):
+    """The audit beside a table, if it is about this very table."""
+    path = table.with_name("audit.tsv")
+    try:
+        audited = read_json(path.with_suffix(".json"))["certificates"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    begun = path.exists() and path.read_bytes().count(b"\n") > 1
+    return read_audit(path) if begun and audited == hashlib.sha256(table.read_bytes()).hexdigest() else None
 
 
 def _split(argument):
     label, equals, path = argument.partition("=")
     if equals and not Path(argument).exists():
-        if not label.isprintable() or not label or set(label) & set("|$\\`"):
+        if not label or _plain(label) != label:
             raise UserError(f"bad name {label!r} for a run: plain text without | $ \\ and backticks, please")
         return label, Path(path)
     return None, Path(argument)
@@ -121,6 +145,13 @@ def notes(runs):
         for run in runs
         if run.radii
     ]
+    found += [
+        f"{run.label}: attacked at {run.audit.pairs.sum():,} points inside {(run.audit.predict >= 0).sum():,} of its "
+        f"certificates, {run.audit.flips.sum():,} flips{_verdict(run.audit)}; dashed: what the attacks left of its "
+        f"accuracy on {len(run.audit.idx):,} of its {len(run.table):,} images."
+        for run in runs
+        if run.audit
+    ]
     first = runs[0]
     for run in runs[1:]:
         if not np.array_equal(np.sort(run.table.idx), np.sort(first.table.idx)):
@@ -130,6 +161,10 @@ def notes(runs):
         if not np.array_equal(run.table.label[order], first.table.label[other]):
             found.append(f"{run.label} and {first.label} have different labels: they come from different data.")
     return found
+
+
+def _verdict(audit):
+    return " (THESE CERTIFICATES DO NOT HOLD)" if audit.flips.any() else ""
 
 
 def draw(runs, paths):
@@ -144,17 +179,29 @@ def draw(runs, paths):
 
     figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
     largest = max(float(run.table.radius.max()) for run in runs)
+    limit = 2 * max(largest, 1e-3)  # of the attacks: a little beyond what is certified
     for run in runs:
         radius = np.sort(np.where(run.table.correct, run.table.radius, -1.0))
         # Certified accuracy is a step function that falls just after each radius.
         steps = np.concatenate([[0.0], radius[radius >= 0], [max(largest * 1.02, 1e-3)]])
         share = [run.table.certified_accuracy(0), *(run.table.certified_accuracy(r) for r in steps[1:])]
-        axes.step(steps, share, where="pre", label=f"{run.label} (ACR {run.table.average_certified_radius:.3f})")
+        label = f"{run.label} (ACR {run.table.average_certified_radius:.3f})"
+        (line,) = axes.step(steps, share, where="pre", label=label)
+        if run.audit:
+            distance = np.unique(run.audit.distance[np.isfinite(run.audit.distance)])
+            steps = np.concatenate([[0.0], distance[distance < limit], [limit]])
+            share = [run.audit.robust_accuracy(radius) for radius in steps]
+            some = "" if len(run.audit.idx) == len(run.table) else f" ({len(run.audit.idx)} images)"
+            attacked = f"{run.label}, under attack{some}"
+            axes.step(steps, share, where="post", color=line.get_color(), linestyle="--", label=attacked)
     axes.set(xlabel="ℓ2 radius (pixels in [0, 1])", ylabel="certified accuracy", ylim=(0, 1), xlim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
     for path in paths:
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+        content = io.BytesIO()
+        metadata = {"Date": None} if path.suffix == ".svg" else None
+        figure.savefig(content, dpi=150, format=path.suffix[1:], metadata=metadata)
+        write_atomic(path, content.getvalue())
     pyplot.close(figure)
     return True
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
+from lsrs_jax.arguments import array, numbers
 from lsrs_jax.errors import UserError
 from lsrs_jax.smoothing import confidence
 from lsrs_jax.smoothing import schedule as schedules
@@ -74,10 +75,10 @@ def certify(
     but failures of different latents are correlated.
     """
     latents = _check_latents(latents)
-    slack = _numbers("slack", slack)
+    slack = numbers("slack", slack)
     if not (np.isfinite(slack).all() and (slack >= 0).all() and slack.shape in ((), (len(latents),))):
         raise UserError("slack must be one number >= 0, or one per latent")
-    radii = None if radii is None else tuple(np.ravel(_numbers("radii", radii)).tolist())
+    radii = None if radii is None else tuple(np.ravel(numbers("radii", radii)).tolist())
     if progress is not None and not callable(progress):
         raise UserError(f"progress must be a function of a line of text, got {progress!r}")
     derivation = schedules.Derivation(sigma, alpha, bound, lipschitz, radii=radii, epsilon=epsilon)
@@ -87,8 +88,9 @@ def certify(
     plan = schedules.plan(schedule, n0, n, votes.tile[1])
     derivation = dataclasses.replace(derivation, sigma=votes.arithmetic.sigma, tau=votes.tau)
     tallies, indices = Tallies(plan, votes.num_classes), list(range(len(latents)))
+    placed = votes.place(latents)
     charges = votes.arithmetic.slack(latents) + slack
-    block = Block(indices, [0] * len(latents), charges.tolist(), votes.place(latents))
+    block = Block(indices, [0] * len(latents), charges.tolist(), placed)
     status = Status(plan, len(latents), 0, progress or (lambda line: None))
     Sweep(votes, tallies, lambda found: derivation.settled(plan, found), status).run(block)
     return derivation.certificates(plan, [tallies.tallies[i] for i in indices])
@@ -130,13 +132,18 @@ def predict(
     votes = Votes(
         head, latents.shape[1:], sigma=sigma, key=key, arithmetic=arithmetic, noise=noise, tile=tile, spmd=spmd
     )
+    return classes(votes, latents, n, alpha)
+
+
+def classes(votes, latents, n, alpha):
+    """`predict` with a vote loop (`votes.Votes`) that is there already; latents are float64."""
     images, samples = votes.tile
     last, placed, counts = chunks(Plan(1, (n,), samples).n, samples), votes.place(latents), []
     for start in range(0, len(latents), images):
         part = placed[start : start + images]
         on_device = votes.put(part, range(start, start + len(part)))
         counts.append(votes.collect(votes.launch(on_device, "prediction", 0, last, n), len(part)))
-    return _leaders(np.concatenate(counts), alpha, votes.tau)
+    return _leaders(np.concatenate(counts), float(alpha), votes.tau)
 
 
 def _leaders(counts, alpha, tau):
@@ -159,20 +166,11 @@ def _leaders(counts, alpha, tau):
     return np.where(certain, leader, -1)
 
 
-def _numbers(name, value):
-    try:
-        return np.asarray(value, np.float64)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{name} must be numbers, got {value!r}") from error
-
-
 def _check_latents(latents):
-    try:
-        latents = np.asarray(latents)
-    except ValueError as error:
-        raise UserError(f"latents must be one array (N, ...): {error}") from error
+    latents = array("latents", latents)
     if latents.ndim < 2 or not latents.size:
         raise UserError(f"latents must have shape (N, ...) with N >= 1, got {latents.shape}")
     if not jnp.issubdtype(latents.dtype, jnp.floating):
         raise UserError(f"latents must be floating point, got {latents.dtype}")
-    return latents.astype(np.float64)
+    with np.errstate(over="ignore"):  # `Votes.place` refuses infinities
+        return latents.astype(np.float64)

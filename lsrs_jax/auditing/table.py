@@ -1,0 +1,121 @@
+"""audit.tsv and audit.json beside the certificates they are about."""
+
+import hashlib
+import json
+from typing import NamedTuple
+
+import numpy as np
+
+from lsrs_jax import config as configuration
+from lsrs_jax import interrupt
+from lsrs_jax.errors import UserError
+from lsrs_jax.files import append, read_json, write_atomic
+
+COLUMNS = ("idx", "label", "predict", "radius", "unperturbed", "pairs", "flips", "distance", "attack")
+
+
+class Audit(NamedTuple):
+    """An audit.tsv; arrays over images.
+
+    Attributes:
+      idx, predict, radius: of the certificates.
+      correct: whether the image is right without an attack: by its certificate, or where there is none by `predict`.
+      pairs, flips, distance: as in `auditor.Found`.
+    """
+
+    idx: np.ndarray
+    predict: np.ndarray
+    radius: np.ndarray
+    correct: np.ndarray
+    pairs: np.ndarray
+    flips: np.ndarray
+    distance: np.ndarray
+
+    def robust_accuracy(self, radius):
+        """Empirical upper bound: share of images that are right and that no attack flipped within this radius."""
+        return float(np.mean(self.correct & (self.distance > radius)))
+
+
+def read(path):
+    """Reads an audit.tsv; raises UserError naming the line that cannot be read."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    if lines[0].split("\t") != list(COLUMNS):
+        raise UserError(f"{path} is not an audit: its first line differs")
+    rows = []
+    for number, line in enumerate(lines[1:-1], start=2):
+        try:
+            row = dict(zip(COLUMNS, line.split("\t"), strict=True))
+            numbers = [int(row[name]) for name in ("idx", "label", "predict", "unperturbed", "pairs", "flips")]
+            radius, distance = float(row["radius"]), float(row["distance"])
+            if not (0 <= radius < np.inf and distance >= 0 and all(-1 <= number < 2**53 for number in numbers)):
+                raise ValueError("a number is out of range")
+        except ValueError as error:
+            raise UserError(f"{path} line {number} cannot be read ({error})") from error
+        idx, label, certified, unperturbed, pairs, flips = numbers
+        class_ = certified if certified >= 0 else unperturbed
+        rows.append((idx, certified, radius, class_ == label, pairs, flips, distance))
+    if not rows:
+        raise UserError(f"{path} holds no attacked images")
+    audit = Audit(*map(np.asarray, zip(*rows, strict=True)))
+    if len(np.unique(audit.idx)) < len(audit.idx):
+        raise UserError(f"{path} names an image twice; remove it to audit again")
+    return audit
+
+
+class Journal:
+    """The audit of one folder of certificates, row by row; what an earlier session has written stays.
+
+    Args:
+      place: the folder.
+      settings: `auditor.Settings`; another audit's are refused.
+
+    Attributes:
+      done: indices of the images that are in it.
+    """
+
+    def __init__(self, place, settings):
+        self.path = place / "audit.tsv"
+        table = hashlib.sha256((place / "certificates.tsv").read_bytes()).hexdigest()
+        self.done = self._resume({"certificates": table, "settings": json.loads(json.dumps(settings._asdict()))})
+
+    def _resume(self, identity):
+        """Images that an earlier session of the same audit has done; begins a new one where there is none."""
+        path, facts = self.path, self.path.with_suffix(".json")
+        header = "\t".join(COLUMNS) + "\n"
+        if facts.exists() and path.exists():
+            try:
+                difference = configuration.first_difference(read_json(facts), identity)
+            except (ValueError, TypeError, AttributeError) as error:
+                raise UserError(f"{facts} is damaged ({error}); remove it and audit.tsv to audit again") from error
+            if difference:
+                raise UserError(
+                    f"{path} is the audit of other certificates or settings ({difference[0]} was {difference[1]!r} and "
+                    f"is now {difference[2]!r}); move it away, or give the old settings to resume"
+                )
+            lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+            write_atomic(path, "\n".join(lines[:-1]) + "\n")  # without what a kill may have left of a line
+            return set(read(path).idx.tolist()) if len(lines) > 2 else set()
+        if path.exists() and path.read_bytes().count(b"\n") > 1:
+            raise UserError(f"{path} has no {facts.name} beside it; restore it, or move the audit away")
+        write_atomic(facts, json.dumps(identity, indent=2) + "\n")
+        write_atomic(path, header)
+        return set()
+
+    def append(self, table, rows, found):
+        """Writes what was `auditor.Found` about these rows of a table, but for images that are in it."""
+        columns = (
+            table.idx[rows],
+            table.label[rows],
+            table.predict[rows],
+            [repr(float(radius)) for radius in table.radius[rows]],
+            found.unperturbed,
+            found.pairs,
+            found.flips,
+            [repr(float(distance)) for distance in found.distance],
+            found.attack,
+        )
+        new = [values for values in zip(*columns, strict=True) if int(values[0]) not in self.done]
+        text = "".join("\t".join(map(str, values)) + "\n" for values in new)
+        with interrupt.deferred():
+            append(self.path, text)
+            self.done |= set(table.idx[rows].tolist())

@@ -1,0 +1,253 @@
+"""Attacks find what is there to be found, and break certificates that claim too much."""
+
+import shutil
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from commands import QUICK, finish, full_disk, run, start, without_time
+from conftest import threefry
+
+from lsrs_jax import audit, certify, layers, report, smoothing
+from lsrs_jax.auditing import attacks, table
+from lsrs_jax.auditing.auditor import Auditor, Settings
+from lsrs_jax.errors import UserError
+from lsrs_jax.materialize import materialize
+from lsrs_jax.orthogonal import spectrum
+from lsrs_jax.smoothing.votes import Votes
+
+SIGMA, SHAPE = 0.25, (4, 4, 3)
+SETTINGS = Settings(images=0, fractions=(0.5, 1.0), restarts=2, steps=20, samples=16, votes=1000)
+
+
+@pytest.fixture(scope="module")
+def linear():
+    """A linear two-class head behind an orthogonal encoder, and images with their distances to its boundary."""
+    encoder = layers.Encoder((layers.OrthogonalConv(3, (3, 3), initializer="random"),))
+    plain = materialize(encoder, encoder.init(threefry(1), jnp.zeros((1, *SHAPE))), SHAPE)
+    weights = np.random.default_rng(2).standard_normal(48).astype(np.float32)
+
+    def head(latents):
+        score = latents.reshape(latents.shape[0], -1) @ weights
+        return jnp.stack([jnp.zeros_like(score), score], axis=1)
+
+    images = np.random.default_rng(3).normal(0, 0.3, (16, *SHAPE))
+    score = np.asarray(plain.apply(plain.params, images)).reshape(16, -1) @ weights.astype(float)
+    return plain, head, images, (score > 0).astype(int), np.abs(score) / np.linalg.norm(weights)
+
+
+def auditor(linear, sigma=SIGMA):
+    plain, head = linear[:2]
+    votes = Votes(head, plain.report.output_shape, sigma=sigma, key=threefry(0), tile=(16, 16))
+    return Auditor(plain, head, votes, lipschitz=1.0, alpha=0.001, settings=SETTINGS, seed=0)
+
+
+def test_the_nearest_flip_of_a_linear_classifier_is_its_boundary(linear):
+    """A smoothed half-space is the half-space: nothing flips before the boundary, and attacks come close to it."""
+    *_, images, classes, distance = linear
+    found = auditor(linear)(images, np.full(16, -1), np.zeros(16), 0)
+    clear = distance > 0.1  # nearer to it `predict` abstains
+    assert clear.sum() > 8
+    np.testing.assert_array_equal(found.unperturbed[clear], classes[clear])
+    assert (found.distance >= distance)[clear].all()
+    ratio = found.distance[clear] / distance[clear]
+    assert np.median(ratio) < 1.25
+    assert ratio.max() < 1.6
+    assert (found.pairs == 0).all()
+
+
+def test_the_image_itself_counts_as_a_point_of_its_ball(linear):
+    *_, images, classes, distance = linear
+    found = auditor(linear)(images, 1 - classes, np.full(16, 1e-6), 0)
+    clear = distance > 0.1
+    assert (found.unperturbed == classes)[clear].all()
+    assert (found.flips == found.pairs)[clear].all()
+    assert (found.distance == 0)[clear].all()
+
+
+def test_a_lipschitz_constant_understated_by_two_is_caught(linear):
+    plain, head, images, classes, distance = linear
+    latents = np.asarray(plain.apply(plain.params, images))
+    common = {"sigma": SIGMA, "key": threefry(0), "n": 20_000}
+    true, false = (smoothing.certify(head, latents, lipschitz=constant, **common) for constant in (1.0, 0.5))
+    clear = (distance > 0.1) & (distance < 0.6)  # beyond, so few votes certify no half of the distance
+    assert clear.sum() > 8
+    np.testing.assert_array_equal(true.predict[clear], classes[clear])
+    attack = auditor(linear)
+    found = attack(images, true.predict, true.radius, 0)
+    assert (found.flips == 0).all()
+    # The image, PGD at both fractions, and one point of each of the four attacks that look beyond.
+    assert (found.pairs >= 7)[true.predict >= 0].all()
+    found = attack(images, false.predict, false.radius, 0)
+    assert (found.flips > 0)[clear].all()
+    assert (found.distance < false.radius)[clear].all()
+
+
+def test_votes_alone_find_the_boundary(linear):
+    """The decision-based attack, without the help of PGD."""
+    plain, head, images, classes, distance = linear
+    target = attacks.Smoothed(lambda x: plain.apply(jax.tree.map(jnp.float32, plain.params), x), head, SIGMA)
+    x, y = jnp.asarray(images, jnp.float32), jnp.asarray(classes)
+    starts = x[jnp.asarray([int(np.flatnonzero(classes != own)[0]) for own in classes])]
+    size = {"directions": 32, "samples": 64}
+    found = {
+        n: np.asarray(jax.jit(lambda n=n: attacks.decision(target, x, y, starts, threefry(4), iterations=n, **size))())
+        for n in (0, 20)
+    }
+    far, near = (np.linalg.norm((found[n] - images).reshape(16, -1), axis=1) / distance for n in (0, 20))
+    assert np.median(near[distance > 0.1]) < 1.8
+    assert np.median(near[distance > 0.1]) < 0.7 * np.median(far[distance > 0.1])
+
+
+def test_pgd_stays_in_its_ball_and_lowers_the_probability(linear):
+    plain, head, images, classes, _ = linear
+    target = attacks.Smoothed(lambda x: plain.apply(jax.tree.map(jnp.float32, plain.params), x), head, SIGMA)
+    x, y, radius = jnp.asarray(images, jnp.float32), jnp.asarray(classes), jnp.linspace(0.05, 0.4, 16)
+    points = attacks.pgd(target, x, y, radius, threefry(5), steps=10, samples=16)
+    norm = np.linalg.norm(np.asarray(points - x).reshape(16, -1), axis=1)
+    assert (norm <= radius * (1 + 1e-5)).all()
+    before, after = (target.log_probability(z, y, threefry(6), 64) for z in (x, points))
+    assert (after < before).all()
+
+
+FLAGS = ["--images=24", "--steps=4", "--samples=4", "--restarts=1", "--fractions=0.5,1", "--votes=400"]
+
+
+@pytest.fixture(scope="module")
+def certified(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("audit") / "run"
+    run("train", *QUICK, f"--workdir={workdir}")
+    run("certify", f"--workdir={workdir}", "--config.certify.tile=(8,32)")
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def audited(certified, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("audited") / "run"
+    shutil.copytree(certified, workdir)
+    out = run("audit", f"--workdir={workdir}", *FLAGS)
+    assert ": 0 flips" in out
+    return workdir
+
+
+def test_an_audit_finds_no_flip_and_the_report_shows_its_curve(audited, tmp_path):
+    found = table.read(audited / "certify" / "default" / "audit.tsv")
+    assert len(found.idx) == 24
+    assert (found.pairs[found.predict >= 0] >= 7).all()
+    assert (found.pairs[found.predict < 0] == 0).all()
+    assert (found.distance >= found.radius).all()
+    assert np.isfinite(found.distance[found.correct]).mean() > 0.5
+    # What the attacks left lies above what is certified, and falls.
+    accuracies = [found.robust_accuracy(radius) for radius in (0, 0.2, 0.5, 1, 2)]
+    assert accuracies == sorted(accuracies, reverse=True)
+    assert accuracies[0] > accuracies[-1]
+    assert "24 of its 40 images" in run("report", f"LSRS={audited}", f"--out={tmp_path}")
+    assert "LSRS, under attack (24 images)" in (tmp_path / "curve.svg").read_text()
+
+
+def test_a_table_that_changed_has_no_audit(audited, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(audited, copy)
+    run("certify", f"--workdir={copy}", "--from-counts", "--config.certify.alpha=0.05", "--config.certify.tile=(8,32)")
+    assert report.load_runs([str(copy)])[0].audit is None
+    with pytest.raises(UserError, match=r"other certificates or settings \(certificates was"):
+        audit.run([f"--workdir={copy}", *FLAGS])
+    path = copy / "certify" / "default" / "certificates.tsv"
+    path.write_text(path.read_text().replace("\t3\t", "\t4\t", 1))
+    with pytest.raises(UserError, match="is not the one its"):
+        audit.run([f"--workdir={copy}", *FLAGS])
+
+
+def test_a_killed_audit_resumes_to_the_same_table(audited, certified, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(certified, copy)
+    path = copy / "certify" / "default" / "audit.tsv"
+    process = start("audit", f"--workdir={copy}", *FLAGS)
+    while process.poll() is None and not (path.exists() and path.read_text().count("\n") > 1):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    finish(process)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:6]) + "7\t3\t")  # in the middle of a batch, and of a line
+    assert 6 < len(lines) <= 25
+    run("audit", f"--workdir={copy}", *FLAGS)
+    assert path.read_bytes() == (audited / "certify" / "default" / "audit.tsv").read_bytes()
+    out = run("audit", f"--workdir={copy}", *FLAGS)
+    assert " 0 of them to attack" in out
+
+
+def test_what_few_votes_cannot_tell_is_not_held_against_the_certificates(audited, tmp_path):
+    """Attacked with so few votes that `predict` abstains on many images: an upper bound stays one."""
+    copy = tmp_path / "run"
+    shutil.copytree(audited, copy)
+    run(
+        "certify",
+        f"--workdir={copy}",
+        "--from-counts",
+        "--config.certify.tile=(8,32)",
+        "--config.certify.bound=multiclass",
+    )
+    for name in ("audit.tsv", "audit.json"):
+        (copy / "certify" / "default" / name).unlink()
+    run("audit", f"--workdir={copy}", "--steps=1", "--samples=2", "--restarts=1", "--fractions=1", "--votes=40")
+    (found,) = report.load_runs([str(copy)])
+    idle = table.read(copy / "certify" / "default" / "audit.tsv")
+    assert len(idle.idx) == len(found.table)
+    for radius in np.linspace(0, found.table.radius.max(), 30):
+        assert found.audit.robust_accuracy(radius) >= found.table.certified_accuracy(radius + 1e-12)
+
+
+def test_a_full_disk_leaves_whole_rows_and_no_image_twice(audited, certified, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(certified, copy)
+    path = copy / "certify" / "default" / "audit.tsv"
+    code, _, err = finish(start("audit", f"--workdir={copy}", *FLAGS, prefix=full_disk(900)))
+    assert code == 2
+    assert "make room, and give the same command again" in err
+    assert path.read_bytes()[-1:] == b"\n"
+    run("audit", f"--workdir={copy}", *FLAGS)
+    assert path.read_bytes() == (audited / "certify" / "default" / "audit.tsv").read_bytes()
+    path.write_text(path.read_text() + path.read_text().splitlines()[-1] + "\n")
+    with pytest.raises(UserError, match="names an image twice"):
+        table.read(path)
+
+
+def test_an_audit_that_found_nothing_yet_does_not_disturb_the_report(audited, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(audited, copy)
+    path = copy / "certify" / "default" / "audit.tsv"
+    path.write_text(path.read_text().splitlines()[0] + "\n")
+    assert report.load_runs([str(copy)])[0].audit is None
+
+
+def test_certificates_of_an_understated_constant_fail_the_command(certified, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(certified, copy)
+    monkeypatch.setattr(spectrum, "upper_bound", lambda sigma: 0.63 * float(sigma))
+    certify.run([f"--workdir={copy}", "--config.certify.name=false", "--config.certify.tile=(8,32)"])
+    monkeypatch.undo()
+    flags = ["--steps=20", "--samples=16", "--restarts=2", "--votes=1000"]
+    with pytest.raises(SystemExit) as stop:
+        audit.run([f"--workdir={copy}", "--config.certify.name=false", *flags])
+    assert stop.value.code == 1
+    assert "the certificates do not hold" in capsys.readouterr().err
+    assert without_time(copy / "certify" / "false" / "certificates.tsv")
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (["--fractions=0,1"], "numbers in \\(0, 1\\]"),
+        (["--fractions=all"], "numbers in \\(0, 1\\]"),
+        (["--restarts=0"], "restarts must be a whole number of at least 1"),
+        (["--config.certify.name=none"], "holds no certificates: run"),
+        (["--config.model.head=linear"], "trained with model.head"),
+        (["--config.certify.alpha=0.5"], "audit takes certify.alpha from the certificates"),
+    ],
+)
+def test_bad_audits_are_refused(certified, flags, why):
+    with pytest.raises(UserError, match=why):
+        audit.run([f"--workdir={certified}", *flags])
