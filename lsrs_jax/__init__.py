@@ -6,8 +6,9 @@ latent is carried back to the image by the encoder's Lipschitz constant (Zeng, S
 Cohen, Rosenfeld and Kolter 2019).
 
 Rooms: `orthogonal` (pure functions), `layers` and `models` (Flax), `materialize` (plain kernels and their proven
-Lipschitz constant), `smoothing` (votes, statistics, radii), `training`, and the commands `train`, `certify` and
-`report`, each run as ``python -m lsrs_jax.<command>``.
+Lipschitz constant), `smoothing` (votes, statistics, radii), `certification` (folders of certificates), `auditing`
+(attacks), `training`, and the commands `train`, `certify`, `audit` and `report`, each run as
+``python -m lsrs_jax.<command>``.
 """
 
 __version__ = "0.1.0"
