@@ -13,7 +13,8 @@ or orthogonal).
 """
 
 from lsrs_jax import command, models
-from lsrs_jax.certification import deterministic, smoothed, verify
+from lsrs_jax import config as configuration
+from lsrs_jax.certification import deterministic, folder, smoothed, verify
 from lsrs_jax.certification import job as jobs
 from lsrs_jax.distributed import cache_compilations
 
@@ -29,6 +30,9 @@ def run(arguments):
     config = command.config_of_training(options.workdir, rest)
     place = options.workdir / "certify" / config.certify.name
     if options.from_counts:
+        path = place / "certificates.json"
+        if path.exists():  # what was chosen then holds, but for what is chosen now
+            config = command.config_from_flags(rest, configuration.from_dict(folder.read(path)["config"]))
         smoothed.from_counts(place, config)
         return
     if options.verify:
