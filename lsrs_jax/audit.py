@@ -24,13 +24,13 @@ from lsrs_jax.auditing import table as tables
 from lsrs_jax.auditing.auditor import Auditor, Settings
 from lsrs_jax.certification import folder
 from lsrs_jax.certification import job as jobs
+from lsrs_jax.certification.smoothed import vote_loop
 from lsrs_jax.distributed import cache_compilations
 from lsrs_jax.errors import UserError
 from lsrs_jax.files import locked
-from lsrs_jax.keys import root_key
 from lsrs_jax.progress import Progress
+from lsrs_jax.smoothing.confidence import MAX_VOTES
 from lsrs_jax.smoothing.table import read_table
-from lsrs_jax.smoothing.votes import Votes
 
 _SECONDS_PER_REPORT = 2.0
 
@@ -57,8 +57,8 @@ def _parse(arguments):
     options, rest = parser.parse_known_args(arguments)
     limits = {"images": 0, "restarts": 1, "steps": 1, "samples": 1, "votes": 1}
     for name, least in limits.items():
-        if not least <= getattr(options, name) < 2**27:
-            raise UserError(f"--{name} must be a whole number of at least {least}, got {getattr(options, name)}")
+        if not least <= getattr(options, name) <= MAX_VOTES:
+            raise UserError(f"--{name} must be a whole number from {least} to 2**27, got {getattr(options, name)}")
     fields = {name: getattr(options, name) for name in limits}
     return options, Settings(fractions=_fractions(options.fractions), **fields), rest
 
@@ -100,7 +100,8 @@ def _audit(job, settings, stored):
     table = read_table(job.folder / "certificates.tsv")
     size = min(settings.images or len(table), len(table))
     rows = np.unique(np.linspace(0, len(table) - 1, size).astype(int))
-    journal, auditor = tables.Journal(job.folder, settings), _auditor(job, settings, stored)
+    journal = tables.Journal(job.folder, settings, stored["derivation"]["certificates"])
+    auditor = _auditor(job, settings, stored["lipschitz"]["constant"])
     left = len(rows) - len(journal.done)
     print(
         f"{len(rows):,} certificates, {left:,} of them to attack: {len(settings.fractions)} radii inside each, "
@@ -110,11 +111,12 @@ def _audit(job, settings, stored):
     )
     progress, finished, shown = None, 0, time.monotonic()
     for number, batch in enumerate(np.array_split(rows, -(-len(rows) // job.config.certify.tile[0]))):
-        if set(table.idx[batch].tolist()) <= journal.done:
+        new = len(set(table.idx[batch].tolist()) - journal.done)
+        if not new:
             continue
         images = job.dataset.pixels(table.idx[batch], np.float64)
         journal.append(table, batch, auditor(images, table.predict[batch], table.radius[batch], number))
-        finished += len(batch)
+        finished += new
         if progress is None:  # the first batch compiles
             progress = Progress(left, finished)
         elif time.monotonic() - shown > _SECONDS_PER_REPORT:
@@ -123,21 +125,11 @@ def _audit(job, settings, stored):
     _conclude(journal.path)
 
 
-def _auditor(job, settings, stored):
-    config = job.config
-    certify = config.certify
+def _auditor(job, settings, lipschitz):
+    certify, seed = job.config.certify, job.config.seed
     encoder, head = job.model.for_certification(job.params, certify.head_dtype)
-    votes = Votes(
-        head,
-        encoder.report.output_shape,
-        sigma=config.sigma,
-        key=root_key(config.seed),
-        arithmetic=certify.arithmetic,
-        tile=tuple(certify.tile),
-        spmd=certify.spmd,
-    )
-    constant = stored["lipschitz"]["constant"]
-    return Auditor(encoder, head, votes, lipschitz=constant, alpha=certify.alpha, settings=settings, seed=config.seed)
+    votes = vote_loop(job.config, head, encoder.report.output_shape)
+    return Auditor(encoder, head, votes, lipschitz=lipschitz, alpha=certify.alpha, settings=settings, seed=seed)
 
 
 def _conclude(path):

@@ -37,7 +37,7 @@ def run(arguments):
         return
     if options.verify:
         command.only(options.workdir, config, ("certify.name",), "--verify")
-        verify.run(place, options.workdir)
+        verify.run(place)
         return
     cache_compilations()
     job = jobs.load(options.workdir, config)

@@ -55,8 +55,8 @@ class Checkpoints:
         except Exception as error:  # Orbax and TensorStore raise whatever their writers raise, often a save later
             line = " ".join(str(error).split())[-160:]
             raise UserError(
-                f"cannot write a checkpoint into {self._folder} ({type(error).__name__}: ...{line}); make room, and "
-                "the same command goes on from the last one"
+                f"cannot write a checkpoint into {self._folder} ({type(error).__name__}: ...{line}); once that is "
+                "mended, room made where a disk is full, the same command goes on from the last one"
             ) from error
 
     def latest(self):

@@ -75,6 +75,9 @@ class LipschitzReport:
         try:
             layers = tuple(LayerBound(**layer) for layer in values["layers"])
             report = cls(layers, tuple(values["input_shape"]), tuple(values["output_shape"]))
+            for shape in (report.input_shape, report.output_shape):
+                if not all(type(size) is int and size >= 1 for size in shape) or math.prod(shape) > _LARGEST:
+                    raise ValueError(f"{shape} is the shape of no image or latent")
             if report.constant != values["constant"]:
                 raise ValueError("the Lipschitz constant is not that of the layers")
         except (KeyError, TypeError, OverflowError) as error:
@@ -88,6 +91,9 @@ class LipschitzReport:
         ]
         rows.append(f"encoder {self.input_shape} -> {self.output_shape}: Lipschitz constant {self.constant:.15g}")
         return "\n".join(rows)
+
+
+_LARGEST = 2**31  # numbers of an image or a latent: beyond it a mistake
 
 
 class Materialized(NamedTuple):

@@ -129,7 +129,7 @@ _PLAIN = {
 
 
 def _evaluate(jaxpr, consts, arguments):
-    """A program, its products and convolutions by NumPy. All else cannot lose precision, and may run on the CPU."""
+    """A program, its products and convolutions by NumPy; all else, loops included, in float64 on the CPU."""
     values = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, arguments, strict=True))
 
     def value(atom):
@@ -138,7 +138,7 @@ def _evaluate(jaxpr, consts, arguments):
     for equation in jaxpr.eqns:
         inputs, name = [value(atom) for atom in equation.invars], equation.primitive.name
         inner = [equation.params[key] for key in ("jaxpr", "call_jaxpr") if key in equation.params]
-        if name == "conv_general_dilated":
+        if name == "conv_general_dilated" and _by_numpy(equation):
             outputs = [_convolve(*inputs, **equation.params)]
         elif name == "dot_general":
             outputs = [_multiply(*inputs, equation.params["dimension_numbers"])]
@@ -169,13 +169,28 @@ def _multiply(left, right, dimension_numbers):
     return np.tensordot(left, right, (left_sum, right_sum))
 
 
-def _convolve(x, kernel, *, dimension_numbers, window_strides, padding, **others):
-    plain = {"lhs_dilation": 1, "rhs_dilation": 1, "feature_group_count": 1, "batch_group_count": 1}
-    if any(np.any(np.asarray(others[name]) != number) for name, number in plain.items()):
-        raise NotImplementedError("dilated and grouped convolutions are not part of any encoder")
-    x, kernel = x.transpose(dimension_numbers.lhs_spec), kernel.transpose(dimension_numbers.rhs_spec)
+def _convolve(x, kernel, *, dimension_numbers, window_strides, padding, lhs_dilation, rhs_dilation, **others):
+    x = _dilate(x.transpose(dimension_numbers.lhs_spec), lhs_dilation)
+    kernel = _dilate(kernel.transpose(dimension_numbers.rhs_spec), rhs_dilation)
     x = np.pad(x, ((0, 0), (0, 0), *padding))
-    windows = sliding_window_view(x, kernel.shape[2:], (2, 3))[:, :, :: window_strides[0], :: window_strides[1]]
-    y = np.tensordot(windows, kernel, ((1, 4, 5), (1, 2, 3)))  # batch, height, width, features
-    back = np.argsort(dimension_numbers.out_spec)
-    return y.transpose(0, 3, 1, 2).transpose(back)
+    axes, steps = tuple(range(2, x.ndim)), [slice(None, None, stride) for stride in window_strides]
+    windows = sliding_window_view(x, kernel.shape[2:], axes)[(slice(None), slice(None), *steps)]
+    groups = others["feature_group_count"]
+    summed = ((1, *range(x.ndim, 2 * x.ndim - 2)), (1, *axes))
+    parts = zip(np.split(windows, groups, axis=1), np.split(kernel, groups), strict=True)
+    y = np.concatenate([np.tensordot(own, weights, summed) for own, weights in parts], axis=-1)
+    return np.moveaxis(y, -1, 1).transpose(np.argsort(dimension_numbers.out_spec))
+
+
+def _dilate(array, factors):
+    """Zeros between the entries of the axes from the third on."""
+    shape = [(size - 1) * factor + 1 for size, factor in zip(array.shape[2:], factors, strict=True)]
+    dilated = np.zeros((*array.shape[:2], *shape), array.dtype)
+    dilated[(slice(None), slice(None), *[slice(None, None, factor) for factor in factors])] = array
+    return dilated
+
+
+def _by_numpy(equation):
+    """Whether `_convolve` knows a convolution: all but those that only gradients and croppings have."""
+    padding, groups = equation.params["padding"], equation.params["batch_group_count"]
+    return groups == 1 and min(min(pair) for pair in padding) >= 0

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import QUICK, finish, full_disk, run, start, without_time
+from commands import QUICK, finish, full_disk, run, start
 from conftest import threefry
 
 from lsrs_jax import audit, certify, layers, report, smoothing
@@ -234,7 +234,6 @@ def test_certificates_of_an_understated_constant_fail_the_command(certified, tmp
         audit.run([f"--workdir={copy}", "--config.certify.name=false", *flags])
     assert stop.value.code == 1
     assert "the certificates do not hold" in capsys.readouterr().err
-    assert without_time(copy / "certify" / "false" / "certificates.tsv")
 
 
 @pytest.mark.parametrize(
@@ -242,7 +241,7 @@ def test_certificates_of_an_understated_constant_fail_the_command(certified, tmp
     [
         (["--fractions=0,1"], "numbers in \\(0, 1\\]"),
         (["--fractions=all"], "numbers in \\(0, 1\\]"),
-        (["--restarts=0"], "restarts must be a whole number of at least 1"),
+        (["--restarts=0"], "restarts must be a whole number from 1 to"),
         (["--config.certify.name=none"], "holds no certificates: run"),
         (["--config.model.head=linear"], "trained with model.head"),
         (["--config.certify.alpha=0.5"], "audit takes certify.alpha from the certificates"),

@@ -80,6 +80,30 @@ def test_a_nan_is_refused(materialized):
         selfcheck.check_encoder(materialized, lambda images: np.full((len(images), 10), np.nan))
 
 
+CONVOLUTION_OPTIONS = {
+    "strided": {"window_strides": (2, 1), "padding": ((1, 2), (0, 3))},
+    "dilated": {"window_strides": (1, 1), "padding": "SAME", "rhs_dilation": (2, 3)},
+    "transposed": {"window_strides": (1, 1), "padding": ((2, 2), (1, 1)), "lhs_dilation": (2, 2)},
+    "grouped": {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": 2},
+    "cropping": {"window_strides": (1, 1), "padding": ((-1, 0), (0, -1))},
+}
+
+
+@pytest.mark.parametrize("options", CONVOLUTION_OPTIONS.values(), ids=CONVOLUTION_OPTIONS)
+def test_a_layer_of_ones_own_may_convolve_in_any_way(options):
+    rng = np.random.default_rng(0)
+    kernel = rng.standard_normal((3, 2, 4 // options.get("feature_group_count", 1), 6))
+    x = rng.standard_normal((2, 9, 8, 4))
+
+    def apply(kernel, x):
+        return jax.lax.conv_general_dilated(x, kernel, dimension_numbers=("NHWC", "HWIO", "NHWC"), **options)
+
+    with jax.enable_x64(True):
+        program = jax.make_jaxpr(apply)(kernel, x)
+        found = selfcheck._evaluate(program.jaxpr, program.consts, [kernel, x])[0]
+        np.testing.assert_allclose(found, apply(kernel, x), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("sigma", [0.12, 1.0, 1 / 3])
 def test_noise_keeps_its_law_and_its_sums(sigma):
     selfcheck.check_noise(noise.Sound(sigma))

@@ -33,7 +33,7 @@ def copy(original, tmp_path):
 
 
 def check(workdir, name="default"):
-    verify.run(workdir / "certify" / name, workdir)
+    verify.run(workdir / "certify" / name)
 
 
 def test_what_was_certified_is_verified_and_left_alone(original, copy):

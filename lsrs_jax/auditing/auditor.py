@@ -1,5 +1,6 @@
 """All attacks on a batch of certified images, and the prediction that judges them."""
 
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -72,9 +73,9 @@ class Auditor:
             """The best of several restarts, by votes."""
 
             def attempt(restart):
-                own = jax.random.fold_in(key, restart)
-                points = attacks.pgd(target, images, classes, radius, own, steps=steps, samples=samples)
-                return points, target.share(points, classes, jax.random.fold_in(own, steps), samples, rounds=4)
+                attack_key, vote_key = jax.random.split(jax.random.fold_in(key, restart))
+                points = attacks.pgd(target, images, classes, radius, attack_key, steps=steps, samples=samples)
+                return points, target.share(points, classes, vote_key, samples, rounds=4)
 
             points, shares = jax.lax.map(attempt, jnp.arange(settings.restarts))
             return points[jnp.argmin(shares, axis=0), jnp.arange(len(images))]
@@ -105,7 +106,8 @@ class Auditor:
         Returns:
           `Found`.
         """
-        count, key = len(images), jax.random.fold_in(self._key, number)
+        count, batch_key = len(images), jax.random.fold_in(self._key, number)
+        keys = (jax.random.fold_in(batch_key, use) for use in itertools.count())
         unperturbed = self._predict(images)
         classes = np.where(certified >= 0, certified, unperturbed)
         found = Found(
@@ -115,8 +117,12 @@ class Auditor:
             np.full(count, np.inf),
             np.full(count, "none", dtype=object),
         )
-        padded = np.pad(images, ((0, self._batch - count), *[(0, 0)] * (images.ndim - 1)), mode="edge")
-        wanted = np.pad(np.maximum(classes, 0), (0, self._batch - count), mode="edge")
+
+        def fill(values):
+            """Up to a whole batch, with repetitions of the last image."""
+            return np.pad(values, ((0, self._batch - count), *[(0, 0)] * (values.ndim - 1)), mode="edge")
+
+        padded, wanted = fill(images), fill(np.maximum(classes, 0))
         device = jnp.asarray(padded, jnp.float32), jnp.asarray(wanted, jnp.int32)
 
         def judge(name, points, there=None):
@@ -137,15 +143,13 @@ class Auditor:
             scale = lengths / np.maximum(norm, 1e-300) * (1 - 1e-9)
             return images + scale.reshape(-1, *[1] * (images.ndim - 1)) * offset
 
-        def descended(lengths, part):
-            lengths = np.pad(lengths, (0, self._batch - count), mode="edge").astype(np.float32)
-            points = self._descend(*device, lengths, jax.random.fold_in(key, part))
+        def descended(lengths):
+            points = self._descend(*device, fill(lengths).astype(np.float32), next(keys))
             return np.asarray(points, np.float64)[:count]
 
-        def beyond(name, points, part):
+        def beyond(name, points):
             """The way from the image to points of an attack: where it leaves the class, and inside the radius."""
-            near = np.pad(points, ((0, self._batch - count), *[(0, 0)] * (images.ndim - 1)), mode="edge")
-            near = self._shorten(device[0], jnp.asarray(near, jnp.float32), device[1], jax.random.fold_in(key, part))
+            near = self._shorten(device[0], jnp.asarray(fill(points), jnp.float32), device[1], next(keys))
             near = np.asarray(near, np.float64)[:count]
             boundary = np.linalg.norm((near - images).reshape(count, -1), axis=1)
             for push in _PUSHES:
@@ -155,14 +159,13 @@ class Auditor:
         unit = self._votes.arithmetic.sigma / self._lipschitz
         judge("none", images, unperturbed)
         with pinned(), jax.default_matmul_precision("highest"):
-            for part, fraction in enumerate(self._settings.fractions):
+            for fraction in self._settings.fractions:
                 lengths = fraction * radius
-                judge("pgd", at(descended(lengths, part), lengths))
-            for part, multiple in enumerate(_LADDER, start=100):
-                beyond("pgd", descended(radius + multiple * unit, part), part + 100)
-            starts = self._starts(padded, wanted)
-            points = self._decide(*device, starts, jax.random.fold_in(key, 300))
-            beyond("decision", np.asarray(points, np.float64)[:count], 301)
+                judge("pgd", at(descended(lengths), lengths))
+            for multiple in _LADDER:
+                beyond("pgd", descended(radius + multiple * unit))
+            points = self._decide(*device, self._starts(padded, wanted), next(keys))
+            beyond("decision", np.asarray(points, np.float64)[:count])
         return found
 
     def _starts(self, images, classes):

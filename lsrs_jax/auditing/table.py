@@ -1,6 +1,5 @@
 """audit.tsv and audit.json beside the certificates they are about."""
 
-import hashlib
 import json
 from typing import NamedTuple
 
@@ -32,7 +31,10 @@ class Audit(NamedTuple):
     distance: np.ndarray
 
     def robust_accuracy(self, radius):
-        """Empirical upper bound: share of images that are right and that no attack flipped within this radius."""
+        """Empirical upper bound: share of images that are right and that no attack flipped within this radius.
+
+        An image without certificate on which `predict` abstains counts as wrong, as in certified accuracy.
+        """
         return float(np.mean(self.correct & (self.distance > radius)))
 
 
@@ -68,15 +70,16 @@ class Journal:
     Args:
       place: the folder.
       settings: `auditor.Settings`; another audit's are refused.
+      certificates: digest of the table that is attacked.
 
     Attributes:
       done: indices of the images that are in it.
     """
 
-    def __init__(self, place, settings):
+    def __init__(self, place, settings, certificates):
         self.path = place / "audit.tsv"
-        table = hashlib.sha256((place / "certificates.tsv").read_bytes()).hexdigest()
-        self.done = self._resume({"certificates": table, "settings": json.loads(json.dumps(settings._asdict()))})
+        settings = json.loads(json.dumps(settings._asdict()))
+        self.done = self._resume({"certificates": certificates, "settings": settings})
 
     def _resume(self, identity):
         """Images that an earlier session of the same audit has done; begins a new one where there is none."""

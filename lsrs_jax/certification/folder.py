@@ -42,29 +42,36 @@ def read(path):
     """
     try:
         stored = read_json(path)
-        if isinstance(stored, dict) and "digest" not in stored:
-            raise UserError(f"{path} was written by another version; certify under another --config.certify.name")
-        _check(stored, {"identity": _IDENTITY, "lipschitz": dict, "config": dict, "record": list}, "")
-        if stored["digest"] != digest(stored):
-            raise ValueError("its content does not have the digest it names")
-        identity, derivation = stored["identity"], stored["derivation"]
-        if identity["certificate"] not in CERTIFICATES or not 2 <= identity["classes"] <= _MOST_CLASSES:
-            raise ValueError("identity is that of no certificate")
-        if not all(type(size) is int and 1 <= size <= _MOST_CLASSES for size in identity["model"]["input_shape"]):
-            raise ValueError("input_shape is that of no image")
-        LipschitzReport.from_dict(stored["lipschitz"])
-        config = configuration.check(configuration.from_dict(stored["config"]))
-        if config.certify.certificate != identity["certificate"]:
-            raise ValueError("identity and config are of different kinds")
-        if derivation is not None:
-            _check(derivation, {"certificates": str, "bound": str}, "derivation.")
-            smoothed = {"alpha": float, "votes": _VOTES}
-            _check(derivation, smoothed if identity["certificate"] == "smoothed" else {}, "derivation.")
+        outdated = isinstance(stored, dict) and "digest" not in stored
+        if not outdated:
+            _check_content(stored)
     except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError) and str(error).startswith(str(path)):
-            raise
         raise UserError(f"{path} is damaged ({error}); restore it, or use another --config.certify.name") from error
+    if outdated:
+        raise UserError(f"{path} was written by another version; certify under another --config.certify.name")
     return stored
+
+
+def _check_content(stored):
+    """Raises ValueError, KeyError or TypeError for what `write` would not have written."""
+    _check(stored, {"identity": _IDENTITY, "lipschitz": dict, "config": dict, "record": list}, "")
+    if stored["digest"] != digest(stored):
+        raise ValueError("its content does not have the digest it names")
+    identity, derivation = stored["identity"], stored["derivation"]
+    if identity["certificate"] not in CERTIFICATES or not 2 <= identity["classes"] <= _MOST_CLASSES:
+        raise ValueError("identity is that of no certificate")
+    if not all(type(size) is int and 1 <= size <= _MOST_CLASSES for size in identity["model"]["input_shape"]):
+        raise ValueError("input_shape is that of no image")
+    LipschitzReport.from_dict(stored["lipschitz"])
+    config = configuration.check(configuration.from_dict(stored["config"]))
+    if config.certify.certificate != identity["certificate"]:
+        raise ValueError("identity and config are of different kinds")
+    smoothed = identity["certificate"] == "smoothed"
+    if smoothed:
+        _check(identity, {"arithmetic": {"name": str}}, "identity.")
+    if derivation is not None:
+        votes = {"alpha": float, "votes": _VOTES} if smoothed else {}
+        _check(derivation, {"certificates": str, "bound": str} | votes, "derivation.")
 
 
 def _check(values, wanted, prefix):

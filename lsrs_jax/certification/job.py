@@ -51,6 +51,13 @@ class Job:
         }
 
 
+def restore(workdir, model, step=None):
+    """`checkpoint.restore_model` for the parameters of a model."""
+    with pinned():
+        target = jax.eval_shape(model.init, root_key(0))
+    return checkpoint.restore_model(workdir, target, step)
+
+
 def load(workdir, config):
     """The `Job` of a configuration: its data, its network and the newest checkpoint of the workdir."""
     certify = config.certify
@@ -59,9 +66,7 @@ def load(workdir, config):
     if not len(indices):
         raise UserError(f"no image to certify: certify.start={certify.start} in a split of {len(dataset)}")
     model = models.build(config.model, dataset.shape, dataset.num_classes)
-    with pinned():
-        target = jax.eval_shape(model.init, root_key(0))
-    params, meta = checkpoint.restore_model(workdir, target)
+    params, meta = restore(workdir, model)
     if meta["step"] < config.train.steps:
         print(f"note: the training stopped at step {meta['step']} of {config.train.steps}")
     return Job(config, workdir / "certify" / certify.name, dataset, indices, model, params, meta)

@@ -10,7 +10,7 @@ from lsrs_jax import selfcheck
 from lsrs_jax.certification import folder
 from lsrs_jax.errors import UserError
 from lsrs_jax.keys import IMPLEMENTATION, root_key
-from lsrs_jax.materialize import Float64Encoder, LipschitzReport
+from lsrs_jax.materialize import Float64Encoder
 from lsrs_jax.progress import Progress, duration
 from lsrs_jax.smoothing import schedule
 from lsrs_jax.smoothing.ledger import Ledger, has_rows
@@ -134,16 +134,7 @@ def run(job):
     identity |= {"prng": IMPLEMENTATION, "arithmetic": _terms(law, latent_shape)}
     certification = Certification(job.folder, config, identity, encoder.report.to_dict())
     record = certification.past_sessions()
-    votes = Votes(
-        head,
-        latent_shape,
-        sigma=config.sigma,
-        key=root_key(config.seed),
-        arithmetic=certify.arithmetic,
-        noise=certify.noise,
-        tile=certify.tile,
-        spmd=certify.spmd,
-    )
+    votes = vote_loop(config, head, latent_shape)
     if votes.num_classes != dataset.num_classes:
         raise UserError(f"the head has {votes.num_classes} classes, the data {dataset.num_classes}")
     encode = Float64Encoder(encoder, certify.tile[0])
@@ -161,6 +152,21 @@ def run(job):
             _sample(job, certification, ledger, votes, encoder.report, encode, pending, record)
         tallies, certificates = certification.derive(ledger, record, certification.settled)
     _print_summary(job.folder, certification, tallies, certificates, job.indices)
+
+
+def vote_loop(config, head, latent_shape):
+    """The `Votes` of a configuration."""
+    certify = config.certify
+    return Votes(
+        head,
+        latent_shape,
+        sigma=config.sigma,
+        key=root_key(config.seed),
+        arithmetic=certify.arithmetic,
+        noise=certify.noise,
+        tile=certify.tile,
+        spmd=certify.spmd,
+    )
 
 
 def _headline(job, certification, pending):
@@ -277,8 +283,6 @@ def reopen(place, config, stored):
         contradict each other.
     """
     path, identity = place / "certificates.json", stored["identity"]
-    if not isinstance(identity.get("arithmetic"), dict):
-        raise UserError(f"{place} was written by another version; certify under another --config.certify.name")
     wanted = identity_of_config(config) | {"arithmetic": config.certify.arithmetic}
     cast = {name: identity.get(name) for name in wanted} | {"arithmetic": identity["arithmetic"].get("name")}
     difference = configuration.first_difference(cast, wanted)
@@ -288,12 +292,12 @@ def reopen(place, config, stored):
             f"the votes in {place} were cast with {name} {old!r}, not {new!r}: only alpha and bound can be derived "
             "anew; certify under another --config.certify.name"
         )
-    try:
-        latent_shape = LipschitzReport.from_dict(stored["lipschitz"]).output_shape
-        if identity["arithmetic"] != _terms(arithmetic(config.certify.arithmetic, config.sigma), latent_shape):
-            raise ValueError("arithmetic is not that of the configuration and the latent")
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{path} is damaged ({error}); restore it, or use another --config.certify.name") from error
+    law = arithmetic(config.certify.arithmetic, config.sigma)
+    if identity["arithmetic"] != _terms(law, stored["lipschitz"]["output_shape"]):
+        raise UserError(
+            f"{path} is damaged (its arithmetic is not that of the configuration and the latent); restore it, or use "
+            "another --config.certify.name"
+        )
     return Certification(place, config, identity, stored["lipschitz"])
 
 

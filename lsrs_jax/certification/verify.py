@@ -3,15 +3,14 @@
 import hashlib
 import math
 
-import jax
 import numpy as np
 
-from lsrs_jax import checkpoint, models
 from lsrs_jax import config as configuration
+from lsrs_jax import models
 from lsrs_jax.certification import folder
+from lsrs_jax.certification.job import restore
 from lsrs_jax.certification.smoothed import reopen
 from lsrs_jax.errors import UserError
-from lsrs_jax.keys import pinned, root_key
 from lsrs_jax.smoothing import ledger as ledgers
 from lsrs_jax.smoothing.noise import arithmetic
 from lsrs_jax.smoothing.table import format_table
@@ -19,12 +18,12 @@ from lsrs_jax.smoothing.table import format_table
 _SAME = 1e-9  # relative: the singular values of one encoder on two machines
 
 
-def run(place, workdir):
+def run(place):
     """Re-derives every certificate in a folder and compares digests; changes nothing. Prints what holds.
 
     Args:
-      place: ``<workdir>/certify/<name>``.
-      workdir: of the training; its configuration and, where it is still there, its checkpoint are compared.
+      place: ``<workdir>/certify/<name>``. Of the workdir the configuration and the checkpoint, where they are still
+        there, are compared.
 
     Raises:
       UserError: naming the first file, and in a table the first line and column, that differs.
@@ -51,7 +50,7 @@ def run(place, workdir):
     if derivation["certificates"] != hashlib.sha256(text.encode()).hexdigest():
         raise UserError(f"{place / 'certificates.tsv'} has changed: its digest is not the one in {path.name}")
     constant = stored["lipschitz"]["constant"]
-    weights = _check_checkpoint(workdir, config, identity, constant)
+    weights = _check_checkpoint(place.parents[1], config, identity, constant)
     count = text.count("\n") - 1
     if smoothed:
         votes = sum(int(counts.sum()) for tally in tallies.tallies.values() for counts in tally.counts.values())
@@ -146,9 +145,7 @@ def _check_checkpoint(workdir, config, identity, constant):
     if not (workdir / "checkpoints" / str(step)).is_dir():
         return f"ledger are intact; the checkpoint of step {step} is not here to be compared"
     model = models.build(config.model, tuple(identity["model"]["input_shape"]), identity["classes"])
-    with pinned():
-        target = jax.eval_shape(model.init, root_key(0))
-    params, meta = checkpoint.restore_model(workdir, target, step)
+    params, meta = restore(workdir, model, step)
     if meta["digest"] != identity["checkpoint"]["digest"]:
         raise UserError(f"the checkpoint of step {step} in {workdir} is not the one that was certified: digests differ")
     encoder, _ = model.for_certification(params, config.certify.head_dtype)
