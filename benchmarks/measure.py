@@ -67,22 +67,26 @@ def rates(works, seconds, label):
 
 def flops(function, shape, batch=256):
     """FLOPs of a row of `function` by the count of XLA, before it optimises: the same on every backend."""
-    with _highest():
-        lowered = jax.jit(function).lower(jax.ShapeDtypeStruct((batch, *shape), jnp.float32))
-    return lowered.cost_analysis()["flops"] / batch
+    return _counted(function, jax.ShapeDtypeStruct((batch, *shape), jnp.float32)) / batch
+
+
+def _counted(function, *operands):
+    # On the CPU: other back ends do not count before they compile.
+    with _highest(), jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return jax.jit(function).lower(*operands).cost_analysis()["flops"]
 
 
 def _highest():
     return jax.default_matmul_precision("highest")
 
 
-def matmul(dtype):
-    """A work whose repetition is a product of two square matrices, 2·SIZE³ FLOPs."""
-    a = (jax.random.normal(domain_key(0, "probe"), (SIZE, SIZE), jnp.float32) / SIZE**0.5).astype(dtype)
+def matmul(dtype, size=SIZE, precision="highest"):
+    """A work whose repetition is a product of two square matrices, 2·size³ FLOPs."""
+    a = (jax.random.normal(domain_key(0, "probe"), (size, size), jnp.float32) / size**0.5).astype(dtype)
 
     @jax.jit
     def chain(a, k):
-        with _highest():
+        with jax.default_matmul_precision(precision):
             return jax.lax.fori_loop(0, k, lambda _, b: b @ a, a)
 
     return lambda k: chain(a, k).block_until_ready()
@@ -146,7 +150,7 @@ def _apply(equation, *operands):
 
 def _flops(equation):
     operands = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
-    return jax.jit(lambda *x: _apply(equation, *x)).lower(*operands).cost_analysis()["flops"]
+    return _counted(lambda *x: _apply(equation, *x), *operands)
 
 
 def _repeated(equation):

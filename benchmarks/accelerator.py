@@ -1,0 +1,363 @@
+"""What only an accelerator can tell: precision, throughput, whole test sets, the full CIFAR-10 table.
+
+  python benchmarks/accelerator.py run --out=runs/accelerator --data=$TFDS_DATA_DIR --minutes=8
+  python benchmarks/accelerator.py run --out=runs/accelerator --sections=precision,throughput      # needs no data
+  python benchmarks/accelerator.py render --out=runs/accelerator    # Markdown of what is there
+
+Sections are made of pieces; the result of each is a JSON file under --out, and a piece that is there is not made again:
+stopped at any moment, the same command goes on. No piece begins after --minutes, and trainings and certifications that
+run then are asked to save and stop. --tiny makes every piece in seconds, to try the script. Nothing is downloaded.
+
+Sections, in order of value:
+  precision   σ of every family as built and as run under each matmul precision; the float64 encoder against NumPy; what
+              the self-check refuses; the law of the noise; one model certified here and on the CPU
+  throughput  ceilings (matrix products, copies); votes/s of heads; noise; encoder; training steps
+  table       trains and certifies the runs of study "full" (benchmarks/study_runs.py), kept under docs/results/cifar10
+  whole       the 10,000 test images with the default head of the table: fixed and staged, wall seconds
+"""
+
+import argparse
+import collections
+import datetime
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import measure
+import precision
+import throughput
+
+from lsrs_jax.errors import UserError
+from lsrs_jax.files import write_atomic
+from lsrs_jax.smoothing.table import read_table
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Work:
+    """What pieces need: options, folders, and commands that end at the deadline.
+
+    Args:
+      options: of the command line.
+    """
+
+    def __init__(self, options):
+        self.options, self.tiny = options, options.tiny
+        self.end = time.monotonic() + 60 * options.minutes
+
+    def command(self, *words, environment=None):
+        """Runs a command of the package or a script; returns its wall seconds.
+
+        Raises:
+          UserError: with the last line of a command that failed, or that the deadline stopped.
+        """
+        print(" ".join(map(str, words)), file=sys.stderr, flush=True)
+        start = time.monotonic()
+        process = subprocess.Popen(
+            [sys.executable, *map(str, words)],
+            cwd=ROOT,
+            env=os.environ | (environment or {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            output, _ = process.communicate(timeout=max(1.0, self.end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.communicate()
+            raise UserError("stopped at the deadline; the same command goes on") from None
+        if process.returncode:
+            raise UserError((output.strip().splitlines() or [f"ended with code {process.returncode}"])[-1])
+        return time.monotonic() - start
+
+
+def same_votes(work):
+    """A model of the digits, trained here, certified here and on the CPU: votes and certificates that differ."""
+    place = work.options.out / "runs" / "digits"
+    flags = ["--config.train.steps=50", "--config.certify.n=1000", "--config.certify.stop=40"] if work.tiny else []
+    work.command("-m", "lsrs_jax.train", "--config=configs/digits.py", f"--workdir={place}", *flags)
+    tables = {}
+    for name, environment in (("here", {}), ("cpu", {"JAX_PLATFORMS": "cpu"})):
+        flag = f"--config.certify.name={name}"
+        work.command("-m", "lsrs_jax.certify", f"--workdir={place}", flag, environment=environment)
+        tables[name] = read_table(place / "certify" / name / "certificates.tsv")
+    counts = {name: _votes(place / "certify" / name / "votes.0.tsv") for name in tables}
+    here, cpu = tables["here"], tables["cpu"]
+    moved = sum((row - counts["here"][key]).total() for key, row in counts["cpu"].items())
+    return {
+        "images": len(here),
+        "votes": sum(row.total() for row in counts["cpu"].values()),
+        "votes_that_differ": moved,
+        "predictions_that_differ": int((here.predict != cpu.predict).sum()),
+        "largest_difference_of_radii": float(abs(here.radius - cpu.radius).max()),
+        "average_certified_radius": {name: table.average_certified_radius for name, table in tables.items()},
+    }
+
+
+def _votes(path):
+    """(image, purpose) → class → votes, from a ledger."""
+    header, *lines = [line.split("\t") for line in path.read_text().splitlines()]
+    found = collections.defaultdict(collections.Counter)
+    for line in lines:
+        row = dict(zip(header, line, strict=True))
+        votes = dict(pair.split(":") for pair in row["votes"].split(","))
+        found[row["idx"], row["purpose"]].update({int(label): int(count) for label, count in votes.items()})
+    return found
+
+
+def table(work):
+    """The runs of study "full"."""
+    words = ["benchmarks/studies.py", "run", "--study=full", f"--runs={work.options.out / 'runs'}"]
+    seconds = work.command(*words, f"--jobs={work.options.jobs}", environment=_data(work))
+    return {"seconds": seconds}
+
+
+def whole(work, schedule, dtype):
+    """Wall seconds from the checkpoint of the default model to the finished table of all test images."""
+    place = work.options.out / "runs" / "full-lsrs"
+    if not place.exists():
+        raise UserError(f"{place} holds no training: section table makes it")
+    name = f"test-{schedule}-{dtype}"
+    flags = {"name": name, "schedule": schedule, "head_dtype": dtype, "step": 500 if work.tiny else 1}
+    flags = [f"--config.certify.{field}={value}" for field, value in flags.items()]
+    words = ["-m", "lsrs_jax.certify", f"--workdir={place}", "--config.data.split=test", *flags]
+    seconds = work.command(*words, environment=_data(work))
+    found = read_table(place / "certify" / name / "certificates.tsv")
+    record = json.loads((place / "certify" / name / "certificates.json").read_text())["record"]
+    return {
+        "images": len(found),
+        "command_seconds": seconds,
+        "loop_seconds": sum(session["seconds"] for session in record),
+        "sessions": len(record),
+        "votes": int(found.n.sum()),
+        "average_certified_radius": found.average_certified_radius,
+    }
+
+
+def _data(work):
+    return {"TFDS_DATA_DIR": str(work.options.data)} if work.options.data else {}
+
+
+def families(work):
+    """The table of benchmarks/orthogonal.py."""
+    path = work.options.out / "orthogonal.md"
+    pairs = "8x8" if work.tiny else "64x32"
+    command = f"{sys.executable} benchmarks/orthogonal.py --pairs={pairs} --repeats=3 > {path}"
+    work.command("-c", f"import subprocess, sys; sys.exit(subprocess.call({command!r}, shell=True))")
+    return {"markdown": path.read_text()}
+
+
+def pieces(work):
+    """Section → name of a piece → function without arguments."""
+    tiny = work.tiny
+    seconds, tiles = (0.02, [(4, 4)]) if tiny else (0.4, [(64, 64), (64, 512)])
+    variants = {"lsrs": [], "gaussian": [], "free": [], "free,gaussian": ["--config.train.loss=gaussian"]}
+    variants["free,gaussian"].append("--config.train.noises=1")
+    variants["free,gaussian,bf16"] = [*variants["free,gaussian"], "--config.train.head_dtype=bfloat16"]
+    if tiny:
+        variants = {name: [*flags, "--config.data.batch_size=8"] for name, flags in variants.items()}
+    part = functools.partial
+    found = {
+        "precision": {
+            **{f"kernels-{flag}": part(precision.kernels, flag) for flag in precision.FLAGS},
+            **{f"encoder-{flag}": part(precision.encoder, flag) for flag in precision.FLAGS},
+            "noise": part(precision.noise, 2**20 if tiny else 2**30),
+            "same-votes": part(same_votes, work),
+        },
+        "throughput": {
+            "ceilings": part(throughput.ceilings, 256 if tiny else 8192, seconds),
+        },
+        "table": {"runs": part(table, work)},
+        "whole": {
+            f"{schedule}-{dtype}": part(whole, work, schedule, dtype)
+            for dtype in ("bfloat16", "float32")
+            for schedule in ("staged", "fixed")
+        },
+    }
+    for name in throughput.heads():
+        for dtype in reversed(throughput.DTYPES):
+            label = name.replace("/", "-").replace(" ", "-")
+            found["throughput"][f"votes-{label}-{dtype}"] = part(throughput.votes, name, dtype, tiles, seconds)
+    found["throughput"] |= {
+        "encoder": part(throughput.encoder, 16 if tiny else 1024, seconds),
+        "train-steps": part(throughput.train_steps, variants, 2 if tiny else 30),
+        "families": part(families, work),
+    }
+    return found
+
+
+def machine():
+    """What results belong to."""
+    versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
+    device = jax.local_devices()[0]
+    return {
+        "device": device.device_kind,
+        "backend": jax.default_backend(),
+        "versions": versions,
+        "day": str(datetime.date.today()),
+    }
+
+
+def run(options):
+    """Makes the pieces that are missing; returns the names of those that failed."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    work, failed = Work(options), []
+    found = pieces(work)
+    for section in options.sections:
+        for name, make in found[section].items():
+            path = options.out / f"{section}.{name}.json"
+            if path.exists():
+                continue
+            if time.monotonic() > work.end:
+                raise UserError("the minutes are over; the same command goes on")
+            print(f"{section}: {name}", file=sys.stderr, flush=True)
+            start = time.monotonic()
+            try:
+                result = make()
+            except (UserError, RuntimeError) as error:  # of XLA as well: the other pieces go on
+                line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                print(f"{section}: {name}: {line}", file=sys.stderr, flush=True)
+                failed.append(f"{section}.{name}")
+                continue
+            took = round(time.monotonic() - start, 2)
+            facts = {"machine": machine(), "seconds": took, "result": result}
+            write_atomic(path, json.dumps(facts, indent=1) + "\n")
+    return failed
+
+
+def parse(arguments):
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "render"))
+    parser.add_argument("--out", type=Path, required=True, help="folder of results and workdirs")
+    parser.add_argument("--data", type=Path, help="folder of tensorflow-datasets; $TFDS_DATA_DIR where left out")
+    parser.add_argument("--sections", default="precision,throughput,table,whole")
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--jobs", type=int, default=1, help="runs of the table side by side")
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args(arguments)
+    options.out, options.sections = options.out.resolve(), options.sections.split(",")
+    unknown = set(options.sections) - {"precision", "throughput", "table", "whole"}
+    if unknown:
+        parser.error(f"no section {sorted(unknown)[0]!r}")
+    return options
+
+
+def load(folder):
+    """Section → piece → what it found, of the pieces that are there; and the machines they belong to."""
+    found, machines = collections.defaultdict(dict), []
+    for path in sorted(folder.glob("*.*.json")):
+        section, name = path.name.removesuffix(".json").split(".", 1)
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        found[section][name] = facts["result"]
+        if facts["machine"] not in machines:
+            machines.append(facts["machine"])
+    return found, machines
+
+
+def _precision(found):
+    """Tables of section precision."""
+    rows = []
+    for flag in precision.FLAGS:
+        for method, sigma in found.get(f"kernels-{flag}", {}).items():
+            cells = [" / ".join(f"{value:.1e}" for value in sigma[kind]) for kind in ("built", "trained", "certified")]
+            share = found.get(f"encoder-{flag}", {}).get(method, {})
+            refused = "yes" if share.get("float32_refused") else "NO" if share else "-"
+            cells.append(f"{share['share_of_the_charge']:.1e}" if share else "-")
+            rows.append([flag, method, *cells, refused])
+    if rows:
+        columns = "matmul precision|family|float32 kernels as built|float32 layer as it runs|float64 layer as certified"
+        measure.table(f"{columns}|of the charged rounding|float32 encoder refused", rows)
+    if noise := found.get("noise"):
+        print(
+            f"Noise: {noise['draws']:,} draws on the device, χ² p-value {noise['p_value']:.2g}; against a σ wrong by "
+            f"0.1 % {noise['wrong_p_value']:.2g}.\n"
+        )
+    if same := found.get("same-votes"):
+        here, cpu = (same["average_certified_radius"][name] for name in ("here", "cpu"))
+        print(
+            f"One model of the digits certified here and on the CPU: {same['votes_that_differ']:g} of "
+            f"{same['votes']:,} votes differ, {same['predictions_that_differ']} of {same['images']} predictions; "
+            f"radii by at most {same['largest_difference_of_radii']:.1e}; ACR {here:.5f} and {cpu:.5f}.\n"
+        )
+
+
+def _throughput(found):
+    """Tables of section throughput."""
+    ceilings = found.get("ceilings")
+    if not ceilings:
+        return
+    row = [f"{ceilings[name] / 1e12:.4g}" for name in ("float32", "tf32", "bfloat16", "copy")]
+    measure.table("matrix products, float32: TFLOP/s|TF32|bfloat16|copy, TB/s (read and written)", [row])
+    rows = []
+    for name, votes in found.items():
+        if not name.startswith("votes-"):
+            continue
+        head, dtype = name.removeprefix("votes-").rsplit("-", 1)
+        rate = votes["votes"][votes["best"]]
+        noise = [f"{votes[kind]:.1%}" if kind in votes else "-" for kind in ("noise_share", "independent_over_shared")]
+        cells = [f"{rate / 1e6:.2f} M", votes["best"], f"{votes['flops'] / 1e6:.1f}"]
+        rows.append([head, dtype, *cells, f"{rate * votes['flops'] / ceilings[dtype]:.0%}", *noise])
+    if rows:
+        columns = "head|dtype|votes/s|tile|MFLOP/vote|of the matmul ceiling|noise, of the loop|own noise over shared"
+        measure.table(columns, rows)
+    if encoder := found.get("encoder"):
+        rows = [[f"{encoder[kind]:,.0f}" for kind in ("float64", "float32")] + [f"{encoder['flops'] / 1e6:.1f}"]]
+        measure.table("default encoder in float64, images/s|in float32|MFLOP/image", rows)
+    if steps := found.get("train-steps"):
+        rows = [[name, f"{1e3 * seconds:.1f}"] for name, seconds in steps.items()]
+        measure.table("training step of configs/cifar10.py|ms", rows)
+    if "families" in found:
+        print(found["families"]["markdown"])
+
+
+def _whole(found):
+    """Table of section whole."""
+    rows = []
+    for name, whole in found.items():
+        cells = [f"{whole['images']:,}", f"{whole['votes']:,}", f"{whole['command_seconds']:.1f}"]
+        cells += [f"{whole['loop_seconds']:.1f}", str(whole["sessions"]), f"{whole['average_certified_radius']:.3f}"]
+        rows.append([name, *cells])
+    if rows:
+        measure.table("schedule and dtype|images|votes|command, s|votes and decisions, s|sessions|ACR", rows)
+
+
+def render(options):
+    """Prints what is there as Markdown."""
+    found, machines = load(options.out)
+    if not machines:
+        raise UserError(f"{options.out} holds no results: run makes them")
+    for facts in machines:
+        versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+        print(f"{facts['device']} ({facts['backend']}), {facts['day']}; {versions}\n")
+    for section, show in {"precision": _precision, "throughput": _throughput, "whole": _whole}.items():
+        if section in options.sections and found[section]:
+            print(f"## {section.capitalize()}\n")
+            show(found[section])
+
+
+def main(arguments):
+    """The command; see the module's docstring."""
+    options = parse(arguments)
+    if options.what == "render":
+        render(options)
+        return
+    failed = run(options)
+    if failed:
+        raise UserError(f"{len(failed)} pieces failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,116 @@
+"""Section precision of benchmarks/accelerator.py: what of the certificates' arithmetic this platform keeps."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import stats
+
+from lsrs_jax import orthogonal, selfcheck
+from lsrs_jax.errors import UserError
+from lsrs_jax.keys import domain_key, pinned
+from lsrs_jax.layers import Encoder, Haar, MaxMin, OrthogonalConv
+from lsrs_jax.materialize import Float64Encoder, materialize
+from lsrs_jax.orthogonal.building import build_kernels
+from lsrs_jax.smoothing import grid
+from lsrs_jax.smoothing.noise import arithmetic
+
+FLAGS = ("default", "bfloat16", "highest")
+WIDE, SMALL = (32, 8), (8, 8)  # channels, pixels across: kernels as they are used; a layer small enough for its matrix
+BINS = 200
+
+
+def _convolution(size):
+    channels, pixels = size
+    return orthogonal.ConvShape((3, 3), (1, 1), channels, channels, (pixels, pixels), "circular")
+
+
+def _raw(method, shape, count):
+    family = orthogonal.family(method)
+    return [family.init(key, shape, "random") for key in jax.random.split(domain_key(0, "probe"), count)]
+
+
+def kernels(flag):
+    """``[σ_max − 1, 1 − σ_min]`` per family: of float32 kernels as built under a flag, of a layer's matrix as it runs.
+
+    ``trained`` layers run in float32 with the user's flag, as in training; ``certified`` ones as `certify` runs them,
+    in float64 from float64 kernels: their matrix is what the device makes of the unit vectors.
+    """
+    found = {}
+    for method in orthogonal.FAMILIES:
+        shape = _convolution(WIDE)
+        raws = _raw(method, shape, 2)
+        with jax.default_matmul_precision(flag):
+            built = jax.jit(lambda raws, m=method, s=shape: build_kernels([(m, s, raw) for raw in raws]))(raws)
+        spectra = [orthogonal.family(method).spectrum(jax.tree.map(np.asarray, kernel), shape) for kernel in built]
+        channels, pixels = SMALL
+        net = Encoder((OrthogonalConv(channels, (3, 3), method=method, initializer="random"),))
+        units = np.eye(channels * pixels**2).reshape(-1, pixels, pixels, channels)
+        variables = net.init(domain_key(0, "init"), jnp.zeros((1, *units.shape[1:])))
+        with jax.default_matmul_precision(flag):
+            trained = np.asarray(jax.jit(net.apply)(variables, jnp.asarray(units, jnp.float32)))
+            frozen = materialize(net, variables, units.shape[1:])
+            certified = Float64Encoder(frozen, 64)(units)
+        found[method] = {
+            "built": [max(s.sigma_max for s in spectra) - 1, 1 - min(s.sigma_min for s in spectra)],
+            "trained": _deviation(trained),
+            "certified": _deviation(certified),
+            "charged": frozen.report.constant - 1,
+        }
+    return found
+
+
+def _deviation(outputs):
+    singular = np.linalg.svd(np.asarray(outputs, np.float64).reshape(len(outputs), -1), compute_uv=False)
+    return [float(singular.max()) - 1, 1 - float(singular.min())]
+
+
+def encoder(flag):
+    """Of the float64 encoder's charged rounding, the share that this platform uses; and what of float32 is refused."""
+    found = {}
+    shape = (16, 16, 3)
+    for method in orthogonal.FAMILIES:
+        conv = functools.partial(OrthogonalConv, kernel_size=(3, 3), method=method, initializer="random")
+        net = Encoder((Haar(), conv(12), MaxMin(), conv(12), MaxMin()))
+        frozen = materialize(net, jax.jit(net.init)(domain_key(0, "init"), jnp.zeros((1, *shape))), shape)
+        weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), frozen.params)
+        with jax.default_matmul_precision(flag):
+            share = selfcheck.check_encoder(frozen, Float64Encoder(frozen, 4))
+            apply = jax.jit(frozen.apply)
+            try:
+                selfcheck.check_encoder(frozen, lambda x, f=apply, w=weights: f(w, jnp.asarray(x, jnp.float32)))
+            except UserError as error:
+                refused = str(error)
+            else:
+                refused = ""
+        found[method] = {"share_of_the_charge": share, "float32_refused": refused}
+    return found
+
+
+def noise(draws):
+    """The grid noise of the device: equal to NumPy's where it is checked, and its law by a χ² test over many draws.
+
+    ``wrong_p_value`` is that of the same draws against σ · 1.001: the test would see it.
+    """
+    sigma, size = 0.25, 2**20
+    law = arithmetic("sound", sigma)
+    selfcheck.check_noise(law)
+    q = grid.spacing(sigma)
+    edges = np.floor(np.linspace(-4, 4, BINS - 1) * sigma / q) + 0.5
+    with pinned():
+        tables, limits = jnp.asarray(law.tables), jnp.asarray(np.floor(edges).astype(np.int32))
+
+        @jax.jit
+        def histogram(key):
+            drawn = law.draw(key, (size,), tables)
+            return jnp.bincount(jnp.searchsorted(limits, drawn, side="left"), length=BINS)
+
+        keys = jax.random.split(domain_key(1, "probe"), max(1, draws // size))
+        counts = sum(np.asarray(histogram(key), np.int64) for key in keys)
+
+    def p_value(assumed):
+        cumulative = stats.norm.cdf(np.concatenate([[-np.inf], edges, [np.inf]]) * q / assumed)
+        return float(stats.chisquare(counts, counts.sum() * np.diff(cumulative)).pvalue)
+
+    return {"draws": int(counts.sum()), "p_value": p_value(sigma), "wrong_p_value": p_value(1.001 * sigma)}

@@ -1,0 +1,127 @@
+"""Section throughput of benchmarks/accelerator.py: the vote loop and the encoder against the ceilings of the device."""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import measure
+import numpy as np
+
+from lsrs_jax import models
+from lsrs_jax.command import config_from_flags
+from lsrs_jax.keys import domain_key
+from lsrs_jax.materialize import Float64Encoder
+from lsrs_jax.training import loop, optimizer
+
+IMAGE, CLASSES = (32, 32, 3), 10
+HEADS = {
+    "resnet on 16x16x12": ("resnet", (16, 16, 12)),
+    "convnet_light on 8x8x48": ("convnet_light", (8, 8, 48)),
+    "resnet18_tail on 8x8x48": ("resnet18_tail", (8, 8, 48)),
+    "linear on 512": ("linear", (512,)),
+}
+DEFAULT = "configs/cifar10.py"  # its head is one more
+DTYPES = ("float32", "bfloat16")  # the last is the smallest
+
+
+def ceilings(size, seconds):
+    """FLOP/s of square matrix products by precision, and bytes/s of a copy (read and written)."""
+    products = {"float32": ("float32", "highest"), "tf32": ("float32", "tensorfloat32"), "bfloat16": ("bfloat16",) * 2}
+    works = {name: measure.matmul(dtype, size, flag) for name, (dtype, flag) in products.items()}
+    block = jnp.zeros((16, size, size), jnp.float32)
+
+    @jax.jit
+    def copies(block, k):
+        return jax.lax.fori_loop(0, k, lambda i, x: x + 1.0, block)
+
+    works["copy"] = lambda k: copies(block, k).block_until_ready()
+    rates = measure.rates(works, seconds, "ceilings")
+    return {name: rates[name] * 2 * size**3 for name in products} | {"copy": rates["copy"] * 2 * block.nbytes}
+
+
+def heads():
+    """Name → ``(function of a dtype, shape)`` of every head that is measured."""
+    found = {
+        name: (functools.partial(measure.head_function, head, shape, CLASSES), shape)
+        for name, (head, shape) in HEADS.items()
+    }
+    _, model, params = _default("lsrs")
+    shape = jax.eval_shape(model.encode, params, jax.ShapeDtypeStruct((1, *IMAGE), jnp.float32)).shape[1:]
+    name = f"{DEFAULT} on {'x'.join(map(str, shape))}"
+    return {name: (lambda dtype: model.for_certification(params, dtype)[1], shape)} | found
+
+
+@functools.cache
+def _default(variant):
+    config = config_from_flags([f"--config={DEFAULT}:{variant}"])
+    model = models.build(config.model, IMAGE, CLASSES)
+    return config, model, model.init(domain_key(0, "init"))
+
+
+def votes(name, dtype, tiles, seconds):
+    """Votes/s of a head by tile; in the smallest dtype also what noise costs at the best tile, shared and own."""
+    function, shape = heads()[name]
+    head = function(dtype)
+    loops = {f"{a}x{b}": measure.vote_loop(head, shape, (a, b)) for a, b in tiles}
+    works = {tile: measure.voting(loop) for tile, loop in loops.items()}
+    rows = {tile: loop.tile[0] * loop.tile[1] for tile, loop in loops.items()}
+    rates = measure.rates(works, seconds, f"{name}, {dtype}")
+    rates = {tile: rate * rows[tile] for tile, rate in rates.items()}
+    best = max(rates, key=rates.get)
+    found = {"flops": measure.flops(function("float32"), shape), "votes": rates, "best": best}
+    if dtype != DTYPES[-1]:
+        return found
+    others = {"noise": measure.drawing(loops[best])}
+    others["independent"] = measure.voting(measure.vote_loop(head, shape, loops[best].tile, noise="independent"))
+    more = {kind: rate * rows[best] for kind, rate in measure.rates(others, seconds, f"{name}, noise").items()}
+    return found | {
+        "noise_share": rates[best] / more["noise"],
+        "independent_over_shared": more["independent"] / rates[best],
+    }
+
+
+def encoder(batch, seconds):
+    """Images/s of the default encoder in float64, as certified, and in float32, and what it must compute."""
+    _, model, params = _default("lsrs")
+    frozen, _ = model.for_certification(params)
+    images = np.random.default_rng(0).random((batch, *IMAGE))
+    weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), frozen.params)
+    plain, single = jax.jit(frozen.apply), jnp.asarray(images, jnp.float32)
+    double = Float64Encoder(frozen, batch)
+
+    def repeated(call):
+        def work(k):
+            for _ in range(k):
+                out = call()
+            jax.block_until_ready(out)
+
+        return work
+
+    works = {"float64": repeated(lambda: double(images)), "float32": repeated(lambda: plain(weights, single))}
+    rates = measure.rates(works, seconds, "encoder")
+    return {"flops": models.cost(model).encoder} | {name: rate * batch for name, rate in rates.items()}
+
+
+def train_steps(variants, count):
+    """Seconds of a training step of the default configuration's variants, images and noise included."""
+    found = {}
+    for variant, flags in variants.items():
+        config = config_from_flags([f"--config={DEFAULT}:{variant.split(',')[0]}", *flags])
+        model = models.build(config.model, IMAGE, CLASSES)
+        transformation = optimizer.build(config.train)
+        params = model.init(domain_key(0, "init"))
+        state = loop.State(params, transformation.init(params), jax.tree.map(jnp.copy, params))
+        step = loop.step_function(model, config, transformation.update)
+        rng = np.random.default_rng(0)
+        images = jnp.asarray(rng.random((config.data.batch_size, *IMAGE)), jnp.float32)
+        labels = jnp.asarray(rng.integers(CLASSES, size=len(images)), jnp.int32)
+        measure.say(f"training step of {variant}")
+        state, metrics = step(state, images, labels, domain_key(0, "probe"), np.uint32(0))  # compiles
+        jax.block_until_ready(metrics)
+        start = time.perf_counter()
+        for index in range(count):
+            state, metrics = step(state, images, labels, domain_key(0, "probe"), np.uint32(index + 1))
+        jax.block_until_ready(metrics)
+        found[variant] = (time.perf_counter() - start) / count
+    return found
