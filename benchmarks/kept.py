@@ -130,14 +130,20 @@ def columns(run):
         f"{table.average_certified_radius:.3f}",
         f"{table.abstention:.3f}",
         duration(float(table.seconds.mean())),
+        _machine(run),
     ]
+
+
+def _machine(run):
+    """The kind of device that certified, without its number."""
+    return run.certificates["record"][-1]["devices"].partition(" x ")[2].upper()
 
 
 def header():
     """The names of `columns`."""
     accuracy = [f"r={radius:g}" for radius in RADII]
     cost = ["noise on", "MFLOP once", "MFLOP/vote", "speed-up", "distances kept", "training, s"]
-    return [*cost, "without noise", *accuracy, "ACR", "abstain", "time/image"]
+    return [*cost, "without noise", *accuracy, "ACR", "abstain", "time/image", "on"]
 
 
 def card(run):

@@ -4,6 +4,7 @@ import dataclasses
 
 STUDY = "configs/cifar10_study.py"
 HEADLINE = "configs/cifar10_small.py"
+FULL = "configs/cifar10.py"
 LAST = 6  # blocks of the network of the studies
 SPLIT = 4  # where it is cut in the studies that vary something else
 SEEDS = (0, 1, 2)
@@ -93,10 +94,24 @@ def _headline():
     }
 
 
+def _full():
+    """For an accelerator; base classifiers are certified in bfloat16."""
+    flags = ("certify.step=1", "certify.head_dtype=bfloat16")
+    gaussian = ("train.loss=gaussian", "train.noises=1")
+    return {
+        "LSRS: Gaussian augmentation": Run("full-gaussian", f"{FULL}:gaussian", flags),
+        "ISRS, free network: Gaussian augmentation": Run("full-free-gaussian", f"{FULL}:free", (*flags, *gaussian)),
+        "LSRS: consistency": Run("full-lsrs", f"{FULL}:lsrs", flags),
+        "ISRS, free network: consistency": Run("full-free", f"{FULL}:free", flags),
+        "ISRS, same network: consistency": Run("full-isrs_split", f"{FULL}:isrs_split", flags),
+    }
+
+
 STUDIES = {
     "split": Study("pareto", _splits()),
     "family": Study("curves", _families()),
     "loss": Study("curves", _losses()),
     "sigma": Study("curves", _sigmas()),
     "headline": Study("curves", _headline()),
+    "full": Study("curves", _full()),
 }

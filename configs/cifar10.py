@@ -7,7 +7,7 @@ Variants: ``lsrs`` (default; five orthogonal blocks of 64 channels, noise on the
 network's 98 MFLOP, consistency regularisation), ``isrs_split`` (ISRS of the same network), ``free`` (ISRS of a network
 of the same shapes without constraints), ``gaussian``, ``macer`` and ``smoothadv`` (``lsrs`` trained otherwise),
 ``margin`` (the orthogonal blocks with a linear head, deterministic). The splits of the public code that preceded LSRS:
-``partial``, ``latent``, ``preprocessor``; their heads are larger. Not yet run to the end: no GPU was at hand.
+``partial``, ``latent``, ``preprocessor``; their heads are larger.
 """
 
 from lsrs_jax.config import choose, default
