@@ -45,7 +45,9 @@ def load_runs(arguments):
         for table in found:
             suffix = f"/{table.parent.name}" if len(found) > 1 else ""
             name = label or path.resolve().name.removesuffix(".tsv")
-            runs.append(Run(_plain(name + suffix), read_table(table), _decided(table), _audit(table)))
+            # The files beside it are about the table of this name.
+            beside = (_decided(_derivation(table)), _audit(table)) if table.name == "certificates.tsv" else ()
+            runs.append(Run(_plain(name + suffix), read_table(table), *beside))
     labels = [run.label for run in runs]
     for label in labels:
         if labels.count(label) > 1:
@@ -58,24 +60,58 @@ def _plain(name):
     return "".join("_" if character in _SPECIAL or not character.isprintable() else character for character in name)
 
 
-def _decided(table):
+def _derivation(table):
+    """The derivation that certificates.json beside a table holds, {} without one; refuses that of another table."""
     try:
-        radii = read_json(table.parent / "certificates.json")["derivation"]["radii"]
-        # The file may be of another program, or damaged: then it says nothing.
+        stored = read_json(table.with_name("certificates.json"))
+    except (OSError, ValueError):
+        return {}
+    # The file may be of another program, or damaged.
+    stored = stored if isinstance(stored, dict) else {}
+    derivation = stored["derivation"] if isinstance(stored.get("derivation"), dict) else {}
+    named = derivation.get("certificates")
+    if ("digest" in stored or isinstance(named, str)) and named != _digest(table):
+        counts = " --from-counts" if "votes" in derivation else ""
+        raise UserError(
+            f"{table} is not the table that certificates.json beside it names; restore it, or derive it again: "
+            f"{_command('certify', table)}{counts}"
+        )
+    return derivation
+
+
+def _decided(derivation):
+    try:
+        radii = derivation["radii"]
         return tuple(radii) if radii and all(0 <= real(radius) <= 1e300 for radius in radii) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # a table of somebody else's
+    except (KeyError, TypeError):
+        return None  # of another program
 
 
 def _audit(table):
-    """The audit beside a table, if it is about this very table."""
+    """The audit beside a table; refuses that of another table."""
     path = table.with_name("audit.tsv")
     try:
         audited = read_json(path.with_suffix(".json"))["certificates"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    begun = path.exists() and path.read_bytes().count(b"\n") > 1
-    return read_audit(path) if begun and audited == hashlib.sha256(table.read_bytes()).hexdigest() else None
+    if not path.exists() or path.read_bytes().count(b"\n") < 2:
+        return None
+    if audited != _digest(table):
+        raise UserError(
+            f"{path} is the audit of another table than {table.name} beside it; move it and audit.json away, "
+            f"and audit this one: {_command('audit', table)}"
+        )
+    return read_audit(path)
+
+
+def _digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _command(name, table):
+    """The command that makes the files beside a table."""
+    place = table.resolve().parent
+    return f"python -m lsrs_jax.{name} --workdir={place.parent.parent} --config.certify.name={place.name}"
 
 
 def _split(argument):

@@ -152,7 +152,9 @@ def test_a_table_that_changed_has_no_audit(audited, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(audited, copy)
     run("certify", f"--workdir={copy}", "--from-counts", "--config.certify.alpha=0.05", "--config.certify.tile=(8,32)")
-    assert report.load_runs([str(copy)])[0].audit is None
+    again = rf"another table than certificates.tsv .*audit --workdir={copy} --config.certify.name=default"
+    with pytest.raises(UserError, match=again):
+        report.load_runs([str(copy)])
     with pytest.raises(UserError, match=r"other certificates or settings \(certificates was"):
         audit.run([f"--workdir={copy}", *FLAGS])
     path = copy / "certify" / "default" / "certificates.tsv"

@@ -1,3 +1,5 @@
+import hashlib
+import json
 import re
 
 import numpy as np
@@ -28,6 +30,23 @@ def test_report_writes_table_and_pictures(tmp_path, capsys):
     assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "out" / "curve.svg").read_text()
     assert "| Peer | 2 |" in capsys.readouterr().out
+
+
+def test_a_table_that_its_certificates_json_does_not_name_is_refused(tmp_path):
+    path = write_log(tmp_path / "a" / "certify" / "full" / "certificates.tsv", [0.1, 0.6])
+    derivation = {"certificates": hashlib.sha256(path.read_bytes()).hexdigest(), "votes": {}}
+    beside = path.with_name("certificates.json")
+    beside.write_text(json.dumps({"derivation": derivation}))
+    assert report.load_runs([str(tmp_path / "a")])[0].label == "a"
+    write_log(path, [0.1, 0.7])
+    again = f"certify --workdir={tmp_path / 'a'} --config.certify.name=full"
+    with pytest.raises(UserError, match=f"is not the table .*: python -m lsrs_jax.{again} --from-counts"):
+        report.load_runs([str(tmp_path / "a")])
+    beside.write_text(json.dumps({"derivation": None, "digest": ""}))  # broken off before its table was written
+    with pytest.raises(UserError, match=f"{again}$"):
+        report.load_runs([str(path)])
+    # Another name, other files.
+    assert report.load_runs([str(path.rename(path.with_name("copy.tsv")))])[0].label == "copy"
 
 
 def test_a_run_with_several_certifications_gives_several_rows(tmp_path):
