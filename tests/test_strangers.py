@@ -471,6 +471,28 @@ def test_numbers_from_which_a_radius_would_follow_are_not_believed(certification
     assert derive(certification, json_text(stored).encode())
 
 
+def test_another_identity_is_told_in_words_that_a_user_knows(certification):
+    home, _, stored, _ = certification
+    path, identity = home / "certificates.json", stored["identity"]
+    path.write_text(json.dumps(stored))
+    assert folder.read_record(path, identity) == stored["record"]
+    checkpoint, data = identity["checkpoint"], identity["data"] | {"version": "1.0.0", "split": "test"}
+    for change, words in (
+        ({"checkpoint": {"step": 5, "digest": "11"}}, "of the checkpoint of step 3, and the newest is that of step 5;"),
+        ({"checkpoint": checkpoint | {"digest": "11"}}, "the checkpoint of step 3 has other weights than it had;"),
+        ({"data": data | {"name": "mnist", "digest": "11"}}, "data.name was 'digits' and is now 'mnist';"),
+        ({"tile": [2, 32], "stages": [96]}, "certify.tile was [2, 16] and is now [2, 32];"),
+        ({"stages": [96]}, "stages was"),
+    ):
+        with pytest.raises(UserError) as error:
+            folder.read_record(path, identity | change)
+        assert words in str(error.value), error.value
+    old = stored | {"identity": identity | {"data": data | {"digest": "00"}}}
+    path.write_text(sealed(old))
+    with pytest.raises(UserError, match=r"images or labels of digits 1.0.0, split test, are not what they were;"):
+        folder.read_record(path, identity | {"data": data | {"digest": "11"}})
+
+
 @examples(300)
 @given(st.data())
 def test_a_changed_certificates_json_gives_the_same_certificates_or_none(certification, data):

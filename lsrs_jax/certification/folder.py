@@ -93,17 +93,37 @@ def training(place):
 def read_record(path, identity):
     """The record of earlier sessions in a certificates.json; refuses one of another identity."""
     stored = read(path)
-    # The kind of certificate first: everything else follows from it.
-    difference = configuration.first_difference(
-        {"certificate": stored["identity"].get("certificate")}, {"certificate": identity["certificate"]}
-    ) or configuration.first_difference(stored["identity"], identity)
+    difference = _difference(stored["identity"], identity)
     if difference:
-        name, old, new = difference
         raise UserError(
-            f"{path.parent} holds certificates of another run: {name} was {old!r} and is now {new!r}; use another "
-            "--config.certify.name, or the old value to resume"
+            f"{path.parent} holds certificates of another run: {difference}; use another --config.certify.name, or the "
+            "old value to resume"
         )
     return list(stored["record"])
+
+
+_FOLLOWING = ("arithmetic", "checkpoint.digest", "data.digest", "stages")
+# Where the configuration has what an identity names.
+_FIELDS = {"arithmetic.name": "certify.arithmetic"}
+_FIELDS |= {name: f"certify.{name}" for name in ("certificate", "n0", "n", "schedule", "tile", "noise", "head_dtype")}
+
+
+def _difference(old, new):
+    """In what two identities differ, in words; None where they agree."""
+    # The kind of certificate first, for everything else follows from it; last what follows from the others itself.
+    found = configuration.first_difference(*({"certificate": one["certificate"]} for one in (old, new)))
+    found = found or configuration.first_difference(old, new, _FOLLOWING) or configuration.first_difference(old, new)
+    if not found:
+        return None
+    name, was, now = found
+    if name == "checkpoint.step":
+        return f"they are of the checkpoint of step {was}, and the newest is that of step {now}"
+    if name == "checkpoint.digest":
+        return f"the checkpoint of step {new['checkpoint']['step']} has other weights than it had"
+    if name == "data.digest":
+        data = new["data"]
+        return f"images or labels of {data['name']} {data['version']}, split {data['split']}, are not what they were"
+    return f"{_FIELDS.get(name, name)} was {was!r} and is now {now!r}"
 
 
 def session(images):
