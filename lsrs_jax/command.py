@@ -5,6 +5,7 @@ import contextlib
 import errno
 import logging as stdlib_logging
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -17,6 +18,8 @@ from lsrs_jax import interrupt
 from lsrs_jax.errors import UserError
 
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+_FIELD = re.compile(r"--?config\.([^=]*)")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,6 +50,8 @@ def config_from_flags(rest, stored=None):
     stray = [a for a in rest if not a.startswith("--config")]
     if stray and not any(a.startswith("--config") and "=" not in a for a in rest):
         raise UserError(f"unknown argument {stray[0]!r}; see --help")
+    for name in (match[1] for match in map(_FIELD.match, rest) if match):
+        configuration.check_field(name)
     file = next((a.split("=", 1)[1].partition(":")[0] for a in rest if a.startswith("--config=")), "")
     if stored is None and file and not os.path.isfile(file):
         raise UserError(f"no configuration file {file!r}")
@@ -99,16 +104,12 @@ def only(workdir, config, fields, what):
 
 def _reason(error):
     """The one sentence that matters of a flag or configuration error."""
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    text = f"KeyError: {error}" if isinstance(error, KeyError) else str(error)
     lines = [line.strip() for line in text.replace("\\n", "\n").splitlines() if line.strip()]
     if "Traceback" in text:  # the library quotes the whole traceback of a failing file
         lines = lines[-1:]
     text = " ".join(lines).replace("Flags parsing error: ", "").replace("flag --config=None: ", "")
-    # A misspelt field arrives as the repr of a KeyError's message.
-    text = text.replace("\\'", "'").removeprefix("ValueError: ").strip()
-    if text[:2] == "''" and text[-1:] == "'":
-        text = text[1:-1]
-    return text or type(error).__name__
+    return text.removeprefix("ValueError: ").strip() or type(error).__name__
 
 
 def folder(text):

@@ -227,8 +227,7 @@ def _update(config, values, prefix):
     for key, value in values.items():
         name = f"{prefix}{key}"
         if key not in config:
-            near = difflib.get_close_matches(key, list(config), 1)
-            raise UserError(f"unknown config field {name!r}" + (f"; did you mean {prefix}{near[0]}?" if near else ""))
+            raise _unknown(prefix, key, config)
         if isinstance(config[key], ConfigDict):
             if not isinstance(value, dict):
                 raise UserError(f"config field {name} holds fields, got {value!r}")
@@ -240,6 +239,30 @@ def _update(config, values, prefix):
             config[key] = _elements(config[key], value) if isinstance(value, list) else value
         except (TypeError, OverflowError) as error:
             raise UserError(f"config field {name} has the wrong type: {value!r}") from error
+
+
+def _unknown(prefix, key, section):
+    """The error for a field that a section, whose names begin with `prefix`, does not have."""
+    near = difflib.get_close_matches(key, list(section), 1)
+    hint = (
+        f"did you mean {prefix}{near[0]}?" if near else f"{prefix[:-1] or 'a configuration'} has {', '.join(section)}"
+    )
+    return UserError(f"unknown config field {prefix + key!r}; {hint}")
+
+
+def check_field(name):
+    """Raises UserError unless a field of this name, dotted, takes a value."""
+    section, prefix = default(), ""
+    for part in name.split("."):
+        if not isinstance(section, ConfigDict):
+            raise UserError(f"config field {prefix[:-1]} is no section: it takes a value")
+        if part not in section:
+            raise _unknown(prefix, part, section)
+        section, prefix = section[part], f"{prefix}{part}."
+    if isinstance(section, ConfigDict):
+        raise UserError(
+            f"config field {name} is a section: set one of {', '.join(prefix + field for field in section)}"
+        )
 
 
 def _elements(default, values):

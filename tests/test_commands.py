@@ -324,7 +324,7 @@ def damage_ledger(workdir):
 
 
 BAD_CERTIFY = {
-    "misspelt field": ([], "--config.certify.alhpa=0.1", 'Did you mean "alpha"'),
+    "misspelt field": ([], "--config.certify.alhpa=0.1", "did you mean certify.alpha?"),
     "wrong type": ([], "--config.certify.n=many", "n"),
     "negative sigma": ([], "--config.sigma=-1.0", "sigma must be a positive number"),
     "no votes": ([], "--config.certify.n=0", "certify.n must be between 1"),
@@ -428,7 +428,7 @@ BAD_TRAIN = {
     "file that is no config": (["--config=tests/commands.py"], "has no attribute 'get_config'"),
     "missing config": (["--config=configs/nothing.py"], "no configuration file 'configs/nothing.py'"),
     "unknown variant": (["--config=configs/digits.py:lsr"], "choose one of lsrs, cayley, isrs, isrs_split"),
-    "misspelt field": (["--config=configs/digits.py", "--config.sgima=1.0"], "sgima"),
+    "misspelt field": (["--config=configs/digits.py", "--config.sgima=1.0"], "did you mean sigma?"),
     "wrong type": (["--config=configs/digits.py", "--config.train.steps=ten"], "steps"),
     "letters as mean": (["--config=configs/digits.py", "--config.model.mean=('a',)"], "mean"),
     "nan as std": (["--config=configs/digits.py", "--config.model.std=(nan,)"], "std"),

@@ -5,8 +5,8 @@ import re
 import pytest
 from conftest import ROOT
 
+from lsrs_jax import command, models
 from lsrs_jax import config as configuration
-from lsrs_jax import models
 from lsrs_jax.errors import UserError
 
 
@@ -80,6 +80,27 @@ def test_foreign_values_are_refused(values, why):
         complete[key] = complete[key] | value if isinstance(value, dict) else value
     with pytest.raises(UserError, match=why):
         configuration.from_dict(complete)
+
+
+@pytest.mark.parametrize(
+    ("flag", "why"),
+    [
+        ("--config.foo=1", "unknown config field 'foo'; a configuration has certify, data, model, seed, sigma, train"),
+        ("--config.foo.bar=1", "unknown config field 'foo'; a configuration has"),
+        (
+            "--config.train.macer.foo=1",
+            "'train.macer.foo'; train.macer has margin, sharpness, weight",
+        ),
+        ("--config.data.nam=x", "unknown config field 'data.nam'; did you mean data.name?"),
+        ("--config.model.widths[0]=3", "did you mean model.widths?"),
+        ("--config.sigma.bar=1", "config field sigma is no section"),
+        ("--config.train.macer=1", "config field train.macer is a section: set one of train.macer.margin, "),
+    ],
+)
+def test_a_flag_that_names_no_field_is_told_which_there_are(flag, why):
+    with pytest.raises(UserError) as error:
+        command.config_from_flags([flag], configuration.default())
+    assert why in str(error.value)
 
 
 def test_a_missing_field_is_refused_not_guessed(tmp_path):
