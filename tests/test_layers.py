@@ -195,9 +195,19 @@ def test_integers_are_refused_instead_of_silenced(layer):
         layer.init(threefry(0), jnp.zeros((1, 4, 4, 2), jnp.uint8))
 
 
+def convolution(method, features, shape):
+    """A 3x3 layer of a family for images of a shape, if the family takes it."""
+    layer = layers.OrthogonalConv(features, (3, 3), method=method, initializer="random")
+    try:
+        layer.output_shape(shape)
+    except UserError:
+        pytest.skip("the family refuses this shape")
+    return layer
+
+
 @pytest.mark.parametrize("method", orthogonal.FAMILIES)
 def test_bfloat16_images_stay_bfloat16(method):
-    layer = layers.OrthogonalConv(4, (3, 3), method=method, initializer="random")
+    layer = convolution(method, 4, (4, 4, 4))
     x = jax.random.normal(threefry(0), (2, 4, 4, 4))
     variables = jax.jit(layer.init)(threefry(1), x)
     exact, rough = (jax.jit(layer.apply)(variables, x.astype(dtype)) for dtype in (jnp.float32, jnp.bfloat16))
@@ -252,7 +262,7 @@ def test_an_encoder_builds_its_kernels_together_and_computes_the_same():
 
 @pytest.mark.parametrize("method", orthogonal.FAMILIES)
 def test_training_kernel_and_materialised_kernel_agree(method):
-    layer = layers.OrthogonalConv(12, (3, 3), method=method, initializer="random")
+    layer = convolution(method, 12, (8, 8, 8))
     x = jnp.zeros((1, 8, 8, 8))
     params = layer.init(threefry(3), x)["params"]
     shape = layer.conv_shape((8, 8, 8))

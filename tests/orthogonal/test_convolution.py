@@ -1,5 +1,6 @@
 import itertools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.linalg
-from conftest import threefry
+from conftest import ROOT, threefry
 from jax.test_util import check_grads
 from test_matrix import precisions
 
@@ -252,6 +253,18 @@ def test_the_pure_functions_refuse_what_the_module_refuses(method, key):
     plain = family.build(family.init(key, shape, "identity"), shape)
     with pytest.raises(UserError, match="floating-point"):
         family.apply(plain, jnp.ones((1, 4, 4, 4), jnp.uint8), shape)
+
+
+def test_the_family_that_the_documentation_adds_is_one(monkeypatch, key):
+    section = (ROOT / "docs" / "layers.md").read_text().partition("## Adding a family\n")[2]
+    module = {}
+    exec(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1], module)
+    monkeypatch.setitem(FAMILIES, "pointwise", module["FAMILY"])
+    test_singular_values_are_one("pointwise", SAMPLE[1])
+    test_initialisations_differ("pointwise", key)
+    test_leaves_of_an_initialisation_can_be_donated("pointwise", key)
+    test_the_pure_functions_refuse_what_the_module_refuses("pointwise", key)
+    test_construction_ignores_the_users_matmul_precision("pointwise", key)
 
 
 @pytest.mark.parametrize("strides", [(2, 2), (4, 2)])
