@@ -65,6 +65,7 @@ def _parse(arguments):
 
 def run(arguments):
     """The command; see the module's docstring."""
+    command.no_config_file("audit", arguments)
     options, settings, rest = _parse(arguments)
     asked = command.config_of_training(options.workdir, rest)
     command.only(options.workdir, asked, ("certify.name", "data.dir"), "audit")

@@ -21,6 +21,7 @@ from lsrs_jax.distributed import cache_compilations
 
 def run(arguments):
     """The command; see the module's docstring."""
+    command.no_config_file("certify", arguments)
     parser = command.parser("certify", __doc__)
     parser.add_argument("--workdir", required=True, type=command.folder, help="folder of a training")
     instead = parser.add_mutually_exclusive_group()

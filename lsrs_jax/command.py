@@ -74,6 +74,15 @@ def config_from_flags(rest, stored=None):
     return configuration.check(configuration.from_dict(plain))
 
 
+def no_config_file(name, arguments):
+    """Raises UserError for ``--config=FILE`` given to a command that takes its configuration from the workdir."""
+    if any(argument.partition("=")[0] == "--config" for argument in arguments):
+        raise UserError(
+            f"{name} takes no --config=FILE: its configuration is that of the training in --workdir=DIR, and what is "
+            "to differ is given as --config.field=value"
+        )
+
+
 def config_of_training(workdir, rest):
     """The configuration of a training, under ``--config.field=value`` flags that leave its network alone.
 

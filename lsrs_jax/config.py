@@ -149,7 +149,11 @@ def _limits(config):
         ("train.optimizer", train.optimizer in ("adam", "sgd"), "'adam' or 'sgd'"),
         ("train.schedule", train.schedule in ("cosine", "constant"), "'cosine' or 'constant'"),
         ("train.learning_rate", 0 < train.learning_rate < float("inf"), "a positive number"),
-        ("train.warmup_steps", 0 <= train.warmup_steps < train.steps, "at least 0 and below train.steps"),
+        (
+            "train.warmup_steps",
+            0 <= train.warmup_steps < train.steps,
+            f"at least 0 and below train.steps={train.steps}",
+        ),
         ("train.weight_decay", 0 <= train.weight_decay < float("inf"), "at least 0"),
         ("train.log_every", train.log_every >= 1, "at least 1"),
         ("train.evaluate_every", train.evaluate_every >= 1, "at least 1"),

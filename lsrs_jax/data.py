@@ -92,8 +92,9 @@ def _load_tfds(name, split, data_dir):
     )
     chosen = [path for path in versions if path.name == version] if version else versions[-1:]
     if not chosen:
-        found = ", ".join(path.name for path in versions) or "none"
-        raise UserError(f"{home} holds no prepared version {version or ''}(found: {found}); prepare it with: {prepare}")
+        wanted, found = f" {version}" if version else "", ", ".join(path.name for path in versions)
+        only = f", only {found}" if found else ""
+        raise UserError(f"{home} holds no prepared version{wanted}{only}; prepare it with: {prepare}")
     import tensorflow_datasets as tfds
 
     try:

@@ -44,13 +44,17 @@ class _Metrics:
         if self._board:
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, metrics["step"])
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name != "step")
+        shown = "  ".join(f"{name} {_brief(value)}" for name, value in metrics.items() if name != "step")
         print(f"step {metrics['step']:>6}  {shown}" + (f"  {left} left" if left else ""), flush=True)
 
     def close(self):
         self._file.close()
         if self._board:
             self._board.close()
+
+
+def _brief(value):
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _complete_lines(path):

@@ -48,6 +48,7 @@ def test_training_leaves_what_certification_needs(trained):
     metrics = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     losses = {row["step"]: row["loss"] for row in metrics if "loss" in row}
     assert list(losses) == [20, 40, 60]
+    assert all(row["images_per_second"] > 0 for row in metrics if "loss" in row)
     assert losses[60] < losses[20] < 2.4
     assert next(row for row in metrics if "test_noisy_accuracy" in row)["test_clean_accuracy"] > 0.3
     assert list((trained / "tensorboard").glob("events.*"))
@@ -331,6 +332,11 @@ BAD_CERTIFY = {
     "no selection": ([], "--config.certify.n0=0", "certify.n0 must be between 1"),
     "alpha": ([], "--config.certify.alpha=1.0", "certify.alpha"),
     "name": ([], "--config.certify.name=../x", "certify.name"),
+    "config file": (
+        [],
+        "--config=configs/digits.py",
+        "certify takes no --config=FILE: its configuration is",
+    ),
     "stray argument": ([], "--n=5", "unknown argument"),
     "stray word": ([], "fast", "unknown argument"),
     "no images": ([], "--config.certify.start=5000", "0 or above certify.start=5000"),
@@ -430,6 +436,10 @@ BAD_TRAIN = {
     "unknown variant": (["--config=configs/digits.py:lsr"], "choose one of lsrs, cayley, isrs, isrs_split"),
     "misspelt field": (["--config=configs/digits.py", "--config.sgima=1.0"], "did you mean sigma?"),
     "wrong type": (["--config=configs/digits.py", "--config.train.steps=ten"], "steps"),
+    "long warm-up": (
+        ["--config=configs/digits.py", "--config.train.steps=60", "--config.train.warmup_steps=60"],
+        "warmup_steps must be at least 0 and below train.steps=60, got 60",
+    ),
     "letters as mean": (["--config=configs/digits.py", "--config.model.mean=('a',)"], "mean"),
     "nan as std": (["--config=configs/digits.py", "--config.model.std=(nan,)"], "std"),
     "crop": (["--config=configs/digits.py", "--config.data.crop=9"], "data.crop 9"),
@@ -463,7 +473,7 @@ def test_a_diverging_training_names_the_step_and_its_advice_works(tmp_path):
 
 def test_a_batch_that_does_not_divide_over_devices_is_refused(tmp_path):
     line = refused("train", *QUICK, "--config.data.batch_size=100", f"--workdir={tmp_path / 'new'}", devices=8)
-    assert "not divisible by the 8 local devices" in line
+    assert "not divisible by the 8 local devices; choose a multiple of 8" in line
     assert not (tmp_path / "new").exists()
 
 
@@ -645,3 +655,4 @@ def test_help_and_missing_workdir():
         assert code == 0
         assert "python -m lsrs_jax" in out
     assert "--workdir" in refused("train", "--config=configs/digits.py")
+    assert "--workdir" in refused("certify", "--config=configs/digits.py")

@@ -83,6 +83,20 @@ def test_augmentation_shifts_and_flips_each_image_its_own_way():
     assert data.augment(images, crop=0, flip=False, seed=0, step=0) is images
 
 
+def test_a_set_without_the_version_asked_for_names_those_it_has(tmp_path):
+    (tmp_path / "mnist").mkdir()
+    for name, words in (
+        ("mnist", "no prepared version; prepare"),
+        ("mnist:9.0.0", "no prepared version 9.0.0; prepare"),
+    ):
+        with pytest.raises(UserError, match=words):
+            data.load(name, "test", str(tmp_path))
+    (tmp_path / "mnist" / "3.0.1").mkdir()
+    (tmp_path / "mnist" / "3.0.1" / "dataset_info.json").write_text("{}")
+    with pytest.raises(UserError, match=r"no prepared version 9.0.0, only 3.0.1; prepare"):
+        data.load("mnist:9.0.0", "test", str(tmp_path))
+
+
 def test_real_sets(real_data):
     mnist = data.load("mnist", "test", str(real_data))
     assert mnist.images.shape == (10_000, 28, 28, 1)

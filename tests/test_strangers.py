@@ -248,6 +248,16 @@ def test_what_is_no_plain_number_is_refused_though_python_would_read_it(place, c
         assert read(place / "table.tsv", with_field(column, text).encode()) is None, text
 
 
+def test_a_line_with_more_or_fewer_fields_is_told_so(place):
+    for line, number in (("9\t1\t1\t0.5", 4), ("9" + "\t1" * 12, 13)):
+        (place / "table.tsv").write_text(TABLE + line + "\n")
+        with pytest.raises(UserError, match=rf"line 5 cannot be read \({number} columns instead of 12\)"):
+            read_table(place / "table.tsv")
+    (place / "audit.tsv").write_text(AUDIT + "9\t3\n")
+    with pytest.raises(UserError, match=r"line 4 cannot be read \(2 columns instead of"):
+        audits.read(place / "audit.tsv")
+
+
 def test_numbers_that_no_report_could_add_up_are_refused(place):
     for column, text in (
         ("time", "9" * 400 + ":00:00"),

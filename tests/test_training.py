@@ -1,3 +1,7 @@
+import collections
+import itertools
+import types
+
 import jax
 import numpy as np
 import optax
@@ -37,7 +41,7 @@ def test_weight_decay_touches_the_heads_kernels_only():
     jax.tree.map(np.testing.assert_array_equal, moved, params)
 
 
-def trained(tmp_path, **fields):
+def trained(tmp_path, log=lambda *_: None, **fields):
     """(result, rest) of a training of 6 steps, read back from its checkpoint."""
     config = default()
     config.data.batch_size, config.train.steps, config.train.evaluate_every = 8, 6, 6
@@ -47,10 +51,25 @@ def trained(tmp_path, **fields):
     dataset = Dataset("x", "1", "train", rng.integers(0, 256, (16, 4, 4, 1), np.uint8), rng.integers(0, 3, 16), 3)
     model = models.build(config.model, dataset.shape, 3)
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
-        result = loop.train(model, config, dataset, dataset, checkpoints, lambda *_: None)
+        result = loop.train(model, config, dataset, dataset, checkpoints, log)
         params, _ = checkpoint.restore_model(tmp_path, result)
         jax.tree.map(np.testing.assert_array_equal, params, result)
     return config, model, dataset, result
+
+
+def test_the_speed_of_training_is_that_of_steps_alone(tmp_path, monkeypatch):
+    clock, logged = itertools.count(), []
+
+    def slow(evaluator, params, key):
+        collections.deque(itertools.islice(clock, 1000), 0)
+        return 0.5, 0.5
+
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(Evaluator, "__call__", slow)
+    trained(tmp_path, lambda metrics, left=None: logged.append((metrics, left)), log_every=1, evaluate_every=2)
+    rows = [row for row, _ in logged if "loss" in row]
+    assert [row.get("images_per_second") for row in rows] == [None] + [8.0] * 5  # batches of 8, a tick for each
+    assert all(left is None for row, left in logged if row["step"] in (1, 6))  # nothing is known, or nothing left
 
 
 def test_the_average_is_what_is_kept_and_the_parameters_train_on(tmp_path):

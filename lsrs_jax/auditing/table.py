@@ -9,6 +9,7 @@ from lsrs_jax import config as configuration
 from lsrs_jax import interrupt
 from lsrs_jax.errors import UserError
 from lsrs_jax.files import append, read_json, write_atomic
+from lsrs_jax.smoothing.table import fields_of
 
 COLUMNS = ("idx", "label", "predict", "radius", "unperturbed", "pairs", "flips", "distance", "attack")
 
@@ -46,7 +47,7 @@ def read(path):
     rows = []
     for number, line in enumerate(lines[1:-1], start=2):
         try:
-            row = dict(zip(COLUMNS, line.split("\t"), strict=True))
+            row = fields_of(line, COLUMNS)
             numbers = [int(row[name]) for name in ("idx", "label", "predict", "unperturbed", "pairs", "flips")]
             radius, distance = float(row["radius"]), float(row["distance"])
             if not (0 <= radius < np.inf and distance >= 0 and all(-1 <= number < 2**53 for number in numbers)):

@@ -114,7 +114,7 @@ def read_table(path):
     rows, truncated = [], False
     for number, line in enumerate(lines[1:], start=2):
         try:
-            rows.append(_parse(dict(zip(header, line.split("\t"), strict=True))))
+            rows.append(_parse(fields_of(line, header)))
         except ValueError as error:
             if number == len(lines) and not ended:
                 truncated = True
@@ -129,6 +129,14 @@ def read_table(path):
         raise UserError(f"{path} names image {values[counts > 1][0]} twice")
     votes = columns[6] if "n" in header else None
     return Table(*columns[:6], votes=votes, truncated=truncated)
+
+
+def fields_of(line, columns):
+    """``{column: text}`` of a line; raises ValueError where it has more or fewer."""
+    fields = line.split("\t")
+    if len(fields) != len(columns):
+        raise ValueError(f"{len(fields)} columns instead of {len(columns)}")
+    return dict(zip(columns, fields, strict=True))
 
 
 def _parse(row):

@@ -108,7 +108,10 @@ def check_batch(config, dataset):
         raise UserError(f"data.crop {config.data.crop} shifts images of {height}x{width} out of sight; make it smaller")
     devices = jax.local_device_count()
     if config.data.batch_size % devices:
-        raise UserError(f"data.batch_size {config.data.batch_size} is not divisible by the {devices} local devices")
+        raise UserError(
+            f"data.batch_size {config.data.batch_size} is not divisible by the {devices} local devices; choose a "
+            f"multiple of {devices}"
+        )
 
 
 def train(model, config, train_set, test_set, checkpoints, log):
@@ -148,8 +151,11 @@ def train(model, config, train_set, test_set, checkpoints, log):
             images = datasets.augment(images, crop=config.data.crop, flip=config.data.flip, seed=config.seed, step=step)
             return jax.device_put((images, train_set.labels[index]), split(mesh))
 
-        def report(window):
-            """Logs the mean over the steps since the last report; reading them is what waits for the device."""
+        def report(window, since):
+            """Logs the mean over the steps since the last report; reading them is what waits for the device.
+
+            Their speed is that of the steps after ``since``, ``(number of steps, time)``: nothing else is in it.
+            """
             losses, accuracies = np.asarray(jax.device_get(window), np.float64).T
             done = step + 1
             if not np.isfinite(losses).all():
@@ -159,12 +165,11 @@ def train(model, config, train_set, test_set, checkpoints, log):
                     f"train.learning_rate (now {settings.learning_rate}), or check sigma and model.std"
                     + (" into another --workdir; its checkpoints are kept" if checkpoints.latest() else "")
                 )
-            values = {"step": done, "loss": losses.mean(), "accuracy": accuracies.mean()}
-            speed = round(progress.rate(done) * config.data.batch_size, 1)
-            log(
-                values | {"learning_rate": rate(step), "images_per_second": speed},
-                progress.left(done) if done < settings.steps else None,
-            )
+            images, seconds = (done - since[0]) * config.data.batch_size, time.monotonic() - since[1]
+            values = {"step": done, "loss": losses.mean(), "accuracy": accuracies.mean(), "learning_rate": rate(step)}
+            if images:
+                values["images_per_second"] = round(images / seconds, 1)
+            log(values, progress.left(done) if first + 1 < done < settings.steps else None)
 
         def save(done):
             checkpoints.save(done, state.result, state.rest)
@@ -175,11 +180,13 @@ def train(model, config, train_set, test_set, checkpoints, log):
         # A step hands its state to the next: a signal waits for its end, and for the checkpoint that keeps it.
         with interrupt.deferred() as stopping:
             for step in range(first, settings.steps):
+                if not window:
+                    since = step, time.monotonic()
                 state, metrics = train_step(state, *batch(step), key, np.uint32(step))
                 done = step + 1
                 if step == first:  # the step that compiles says nothing about the rate
                     jax.block_until_ready(metrics)
-                    progress = Progress(settings.steps, done)
+                    progress, since = Progress(settings.steps, done), (done, time.monotonic())
                 window.append(metrics)
                 due = [
                     done == settings.steps or done % every == 0
@@ -187,7 +194,7 @@ def train(model, config, train_set, test_set, checkpoints, log):
                 ]
                 stop = stopping()
                 if stop or any(due):
-                    report(window)
+                    report(window, since)
                     window = []
                 if due[1]:
                     noisy, clean = evaluate(state.result, jax.random.fold_in(domain_key(config.seed, "evaluate"), done))
