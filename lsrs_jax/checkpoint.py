@@ -1,8 +1,8 @@
 """Orbax checkpoints, hidden behind this file.
 
 A checkpoint has three items: ``model`` (parameters; enough to certify), ``train`` (optimizer state) and ``meta``
-(JSON: step, digest of the parameters). Restoring takes a target of shapes and puts every array on the devices asked
-for, so a checkpoint written on eight devices opens on one.
+(JSON: step, digest of the parameters, what they were trained on). Restoring takes a target of shapes and puts every
+array on the devices asked for, so a checkpoint written on eight devices opens on one.
 """
 
 import contextlib
@@ -63,12 +63,16 @@ class Checkpoints:
         """The step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
-    def save(self, step, params, opt_state):
-        """Starts saving; the arrays are copied to the host before this returns."""
+    def save(self, step, params, opt_state, **trained_on):
+        """Starts saving; the arrays are copied to the host before this returns.
+
+        Args:
+          trained_on: plain values about the data, for `trained_on`.
+        """
         items = ocp.args.Composite(
             model=ocp.args.StandardSave(params),
             train=ocp.args.StandardSave(opt_state),
-            meta=ocp.args.JsonSave({"step": int(step), "digest": digest(params)}),
+            meta=ocp.args.JsonSave({"step": int(step), "digest": digest(params)} | trained_on),
         )
         with self._writing():
             self._manager.save(step, args=items)
@@ -98,21 +102,35 @@ def restore_model(workdir, target, step=None):
       step: of the checkpoint; the newest where None.
 
     Returns:
-      ``(params, meta)``: NumPy-convertible arrays on the default device, and ``{"step", "digest"}``.
+      ``(params, meta)``: NumPy-convertible arrays on the default device, and ``{"step", "digest", …}``.
 
     Raises:
       UserError: for a missing, truncated or foreign checkpoint; the digest of what was read must match.
     """
+    with _opened(workdir) as (manager, folder):
+        step = manager.latest_step() if step is None else step
+        restored = _restore(manager, folder, step, model=ocp.args.StandardRestore(_abstract(target)))
+    return restored["model"], restored["meta"]
+
+
+def trained_on(workdir):
+    """What `Checkpoints.save` was told about the data, from the newest checkpoint; {} in one that says nothing."""
+    with _opened(workdir) as (manager, folder), _checkpoint_readable(folder / str(manager.latest_step())):
+        meta = manager.restore(manager.latest_step(), args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        return {name: value for name, value in meta.items() if name not in ("step", "digest")}
+
+
+@contextlib.contextmanager
+def _opened(workdir):
+    """The manager of a workdir that has a complete checkpoint, and its folder."""
     folder = Path(workdir).absolute() / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"no checkpoint in {workdir}: train first (python -m lsrs_jax.train --workdir={workdir} ...)")
     options = ocp.CheckpointManagerOptions(read_only=True)
     with _all_readable(folder), ocp.CheckpointManager(folder, options=options, item_names=_ITEMS) as manager:
-        step = manager.latest_step() if step is None else step
-        if step is None:
+        if manager.latest_step() is None:
             raise UserError(f"no complete checkpoint in {folder}: let the training finish or resume it")
-        restored = _restore(manager, folder, step, model=ocp.args.StandardRestore(_abstract(target)))
-    return restored["model"], restored["meta"]
+        yield manager, folder
 
 
 def _abstract(target):
@@ -127,7 +145,7 @@ def _abstract(target):
 
 def _restore(manager, folder, step, **items):
     where = folder / str(step)
-    with _readable(f"checkpoint {where}: it is damaged, or made for another network or image size", _REMEDY):
+    with _checkpoint_readable(where):
         restored = manager.restore(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore()))
         meta = restored["meta"]
         intact = digest(restored["model"]) == meta["digest"] and meta["step"] == step
@@ -146,6 +164,10 @@ def _readable(what, remedy):
     except Exception as error:  # Orbax and TensorStore raise whatever their readers raise
         line = " ".join(str(error).split())[:160]
         raise UserError(f"cannot read {what} ({type(error).__name__}: {line}); {remedy}") from error
+
+
+def _checkpoint_readable(where):
+    return _readable(f"checkpoint {where}: it is damaged, or made for another network or image size", _REMEDY)
 
 
 def _all_readable(folder):

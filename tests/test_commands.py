@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import prepared
 import pytest
 from commands import QUICK, fingerprint, finish, refused, run, start, without_time
 from scipy import stats
@@ -426,6 +427,18 @@ def test_bad_input_to_certify(copy, case, tmp_path):
     flags = flag if isinstance(flag, list) else [flag] if flag else []
     arguments = [f"--workdir={copy}", "--config.certify.name=base", *flags]
     assert why in refused("certify", *arguments, TFDS_DATA_DIR=str(tmp_path / "none"))
+    assert fingerprint(copy) == before
+
+
+@pytest.mark.parametrize(("shape", "classes"), [((28, 28, 1), 10), ((8, 8, 3), 10), ((8, 8, 1), 3)])
+def test_data_that_the_network_was_not_trained_for_are_refused_before_any_work(copy, shape, classes, tmp_path):
+    prepared.write(tmp_path / "sets", "other", {"test": prepared.random_split(4, shape, classes)}, classes)
+    before = fingerprint(copy)
+    flags = ["--config.data.name=other", f"--config.data.dir={tmp_path / 'sets'}", "--config.certify.name=other"]
+    with pytest.raises(UserError) as error:
+        certify.run([f"--workdir={copy}", *flags])
+    trained, found = "[8, 8, 1] in 10 classes", f"{list(shape)} in {classes}:"
+    assert f"trained on images of shape {trained}, but those of other are of shape {found}" in str(error.value)
     assert fingerprint(copy) == before
 
 

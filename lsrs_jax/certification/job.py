@@ -58,6 +58,18 @@ def restore(workdir, model, step=None):
     return checkpoint.restore_model(workdir, target, step)
 
 
+def _check_data(workdir, dataset):
+    """Raises UserError for images of another shape than the training's, which convolutions would take, or classes."""
+    trained = checkpoint.trained_on(workdir)
+    found = {"input_shape": list(dataset.shape), "classes": dataset.num_classes}
+    if trained and trained != found:
+        raise UserError(
+            f"the network in {workdir} was trained on images of shape {trained.get('input_shape')} in "
+            f"{trained.get('classes')} classes, but those of {dataset.name} are of shape {found['input_shape']} in "
+            f"{found['classes']}: certify another data.name, or train a network on this one"
+        )
+
+
 def load(workdir, config):
     """The `Job` of a configuration: its data, its network and the newest checkpoint of the workdir."""
     certify = config.certify
@@ -65,6 +77,7 @@ def load(workdir, config):
     indices = range(certify.start, min(certify.stop or len(dataset), len(dataset)), certify.step)
     if not len(indices):
         raise UserError(f"no image to certify: certify.start={certify.start} in a split of {len(dataset)}")
+    _check_data(workdir, dataset)
     model = models.build(config.model, dataset.shape, dataset.num_classes)
     params, meta = restore(workdir, model)
     if meta["step"] < config.train.steps:

@@ -172,7 +172,8 @@ def train(model, config, train_set, test_set, checkpoints, log):
             log(values, progress.left(done) if first + 1 < done < settings.steps else None)
 
         def save(done):
-            checkpoints.save(done, state.result, state.rest)
+            data = {"input_shape": list(train_set.shape), "classes": train_set.num_classes}
+            checkpoints.save(done, state.result, state.rest, **data)
             # Since the checkpoint before: over all sessions they add up to the time of what was kept.
             log({"step": done, "train_seconds": round(time.monotonic() - start, 2)})
 
