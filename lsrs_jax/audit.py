@@ -123,6 +123,7 @@ def _audit(job, settings, stored):
         elif time.monotonic() - shown > _SECONDS_PER_REPORT:
             shown = time.monotonic()
             print(f"{finished:>6,} of {left:,} images  {progress.left(finished)} left", flush=True)
+    journal.finish()
     _conclude(journal.path)
 
 

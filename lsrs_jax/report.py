@@ -18,8 +18,7 @@ import numpy as np
 
 from lsrs_jax import command
 from lsrs_jax.arguments import real
-from lsrs_jax.auditing.table import Audit
-from lsrs_jax.auditing.table import read as read_audit
+from lsrs_jax.auditing.table import Audit, read_finished
 from lsrs_jax.errors import UserError
 from lsrs_jax.files import read_json, write_atomic
 from lsrs_jax.progress import duration
@@ -34,6 +33,7 @@ class Run:
     table: Table
     radii: tuple[float, ...] | None = None  # that a staged certification decided; its radii say no more than that
     audit: Audit | None = None  # what attacks found on these certificates
+    unfinished: bool = False  # an audit of them was begun
 
 
 def load_runs(arguments):
@@ -46,8 +46,10 @@ def load_runs(arguments):
             suffix = f"/{table.parent.name}" if len(found) > 1 else ""
             name = label or path.resolve().name.removesuffix(".tsv")
             # The files beside it are about the table of this name.
-            beside = (_decided(_derivation(table)), _audit(table)) if table.name == "certificates.tsv" else ()
-            runs.append(Run(_plain(name + suffix), read_table(table), *beside))
+            beside = {}
+            if table.name == "certificates.tsv":
+                beside = {"radii": _decided(_derivation(table)), **_audit(table)}
+            runs.append(Run(_plain(name + suffix), read_table(table), **beside))
     labels = [run.label for run in runs]
     for label in labels:
         if labels.count(label) > 1:
@@ -88,20 +90,20 @@ def _decided(derivation):
 
 
 def _audit(table):
-    """The audit beside a table; refuses that of another table."""
+    """The audit beside a table as fields of a `Run`; refuses that of another table."""
     path = table.with_name("audit.tsv")
-    try:
-        audited = read_json(path.with_suffix(".json"))["certificates"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if not path.exists() or path.read_bytes().count(b"\n") < 2:
-        return None
-    if audited != _digest(table):
+    if not path.exists():
+        return {}
+    found = read_finished(path)
+    if found is None:
+        return {"unfinished": True}
+    attacked, audit = found
+    if attacked != _digest(table):
         raise UserError(
             f"{path} is the audit of another table than {table.name} beside it; move it and audit.json away, "
             f"and audit this one: {_command('audit', table)}"
         )
-    return read_audit(path)
+    return {"audit": audit}
 
 
 def _digest(path):
@@ -187,6 +189,11 @@ def notes(runs):
         f"accuracy on {len(run.audit.idx):,} of its {len(run.table):,} images."
         for run in runs
         if run.audit
+    ]
+    found += [
+        f"{run.label}: its audit is not finished and left out; the same audit command goes on with it."
+        for run in runs
+        if run.unfinished
     ]
     first = runs[0]
     for run in runs[1:]:

@@ -1,5 +1,7 @@
 """Attacks find what is there to be found, and break certificates that claim too much."""
 
+import json
+import random
 import shutil
 import signal
 import time
@@ -8,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import QUICK, finish, full_disk, run, start
+from commands import QUICK, fingerprint, finish, full_disk, run, start
 from conftest import threefry
 
-from lsrs_jax import audit, certify, layers, report, smoothing
+from lsrs_jax import audit, certify, layers, report, sealed, smoothing
 from lsrs_jax.auditing import attacks, table
 from lsrs_jax.auditing.auditor import Auditor, Settings
 from lsrs_jax.errors import UserError
@@ -173,6 +175,8 @@ def test_a_killed_audit_resumes_to_the_same_table(audited, certified, tmp_path):
     process.send_signal(signal.SIGKILL)
     finish(process)
     lines = path.read_text().splitlines(keepends=True)
+    facts = path.with_suffix(".json")
+    sealed.write(facts, json.loads(facts.read_text()) | {"audit": None})  # should it have come to its end
     path.write_text("".join(lines[:6]) + "7\t3\t")  # in the middle of a batch, and of a line
     assert 6 < len(lines) <= 25
     run("audit", f"--workdir={copy}", *FLAGS)
@@ -217,12 +221,36 @@ def test_a_full_disk_leaves_whole_rows_and_no_image_twice(audited, certified, tm
         table.read(path)
 
 
-def test_an_audit_that_found_nothing_yet_does_not_disturb_the_report(audited, tmp_path):
+def test_an_audit_that_is_not_finished_is_left_out_of_the_report(audited, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(audited, copy)
     path = copy / "certify" / "default" / "audit.tsv"
-    path.write_text(path.read_text().splitlines()[0] + "\n")
-    assert report.load_runs([str(copy)])[0].audit is None
+    lines = path.read_text().splitlines(keepends=True)
+    sealed.write(path.with_suffix(".json"), json.loads(path.with_suffix(".json").read_text()) | {"audit": None})
+    for rows in (24, 8, 0):
+        path.write_text("".join(lines[: 1 + rows]))
+        (found,) = report.load_runs([str(copy)])
+        assert found.audit is None
+        assert "run: its audit is not finished and left out" in report.notes([found])[0]
+
+
+@pytest.mark.parametrize("name", ["audit.tsv", "audit.json"])
+def test_an_audit_that_has_changed_is_refused(audited, tmp_path, name):
+    copy = tmp_path / "run"
+    shutil.copytree(audited, copy)
+    path = copy / "certify" / "default" / name
+    text = path.read_text()
+    digit = random.Random(0).choice([place for place, character in enumerate(text) if character in "12345678"])
+    path.write_text(text[:digit] + str(int(text[digit]) + 1) + text[digit + 1 :])
+    before = fingerprint(copy)
+    for command in (lambda: report.load_runs([str(copy)]), lambda: audit.run([f"--workdir={copy}", *FLAGS])):
+        with pytest.raises(UserError, match=rf"{name} (has changed|is damaged).*; restore it, or move .* audit again"):
+            command()
+    assert fingerprint(copy) == before
+    if name == "audit.json":
+        path.unlink()
+        with pytest.raises(UserError, match=r"audit.tsv has no audit.json beside it; restore it"):
+            report.load_runs([str(copy)])
 
 
 def test_certificates_of_an_understated_constant_fail_the_command(certified, tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import hashlib
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from lsrs_jax.auditing import table as audits
 from lsrs_jax.certification import folder, smoothed, verify
 from lsrs_jax.errors import UserError
 from lsrs_jax.materialize import LayerBound, LipschitzReport
+from lsrs_jax.sealed import digest
 from lsrs_jax.smoothing import Certificates
 from lsrs_jax.smoothing.ledger import _HEADER, Ledger, _crc
 from lsrs_jax.smoothing.noise import arithmetic
@@ -401,7 +403,7 @@ def sealed(value):
     """`json_text` with the digest that a certificates.json of this content has, if a reader can compute one."""
     try:
         value = json.loads(json_text(value))
-        return json.dumps(value | {"digest": folder.digest(value)})
+        return json.dumps(value | {"digest": digest(value)})
     except (RecursionError, TypeError):
         return json_text(value)
 
@@ -810,6 +812,19 @@ def test_a_changed_audit_is_read_or_refused_in_one_line(place, start, length, te
         assert np.isfinite(found.radius).all()
         assert (found.distance >= 0).all()
         assert 0 <= found.robust_accuracy(0.1) <= 1
+
+
+@examples(100)
+@given(st.sampled_from(["certificates", "settings", "audit", "digest", None]), st.sampled_from(STRANGE) | JSON)
+def test_facts_about_an_audit_are_its_own_or_refused_in_one_line(place, field, new):
+    home = place / "audited"
+    home.mkdir(exist_ok=True)
+    (home / "audit.tsv").write_text(AUDIT)
+    facts = {"certificates": "00", "settings": {}, "audit": hashlib.sha256(AUDIT.encode()).hexdigest()}
+    content = new if field is None else facts | {field: new}
+    (home / "audit.json").write_text(sealed(content) if field in facts else json_text(content))
+    found = answer(audits.read_finished, home / "audit.tsv")
+    assert found is None or (found[0] == new if field == "certificates" else field == "settings")
 
 
 def test_radii_that_a_staged_certification_decided_are_noted(place):

@@ -10,7 +10,8 @@ import pytest
 from commands import QUICK, fingerprint, refused, run
 
 from lsrs_jax import config as configuration
-from lsrs_jax.certification import folder, smoothed, verify
+from lsrs_jax import sealed
+from lsrs_jax.certification import smoothed, verify
 from lsrs_jax.errors import UserError
 from lsrs_jax.materialize import LayerBound, LipschitzReport
 
@@ -106,7 +107,7 @@ def reseal(place):
     stored["derivation"]["certificates"] = hashlib.sha256((place / "certificates.tsv").read_bytes()).hexdigest()
     content = (place / "votes.0.tsv").read_bytes()
     stored["derivation"]["votes"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    stored["digest"] = folder.digest(stored)
+    stored["digest"] = sealed.digest(stored)
     (place / "certificates.json").write_text(json.dumps(stored))
 
 

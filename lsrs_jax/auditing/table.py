@@ -1,14 +1,19 @@
-"""audit.tsv and audit.json beside the certificates they are about."""
+"""audit.tsv and audit.json beside the certificates they are about.
 
+audit.json holds the digest of the table that is attacked, the settings, and, once the audit is finished, the digest of
+audit.tsv: None until then. Like certificates.json it names its own digest.
+"""
+
+import hashlib
 import json
 from typing import NamedTuple
 
 import numpy as np
 
 from lsrs_jax import config as configuration
-from lsrs_jax import interrupt
+from lsrs_jax import interrupt, sealed
 from lsrs_jax.errors import UserError
-from lsrs_jax.files import append, read_json, write_atomic
+from lsrs_jax.files import append, write_atomic
 from lsrs_jax.smoothing.table import fields_of
 
 COLUMNS = ("idx", "label", "predict", "radius", "unperturbed", "pairs", "flips", "distance", "attack")
@@ -65,6 +70,37 @@ def read(path):
     return audit
 
 
+def _facts(path):
+    """The content of audit.json beside an audit.tsv, which is intact if it is finished."""
+    facts = path.with_suffix(".json")
+    if not facts.exists():
+        raise UserError(f"{path} has no {facts.name} beside it; restore it, or move the audit away")
+    stored = sealed.read(facts, _check_facts, f"move it and {path.name} away to audit again")
+    if stored["audit"] not in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
+        raise UserError(
+            f"{path} has changed: its digest is not the one in {facts.name}; restore it, or move both away to audit "
+            "again"
+        )
+    return stored
+
+
+def _check_facts(stored):
+    if not isinstance(stored["certificates"], str) or not isinstance(stored["settings"], dict):
+        raise TypeError("certificates or settings are missing")
+    if not isinstance(stored["audit"], str | None):
+        raise TypeError("audit is no digest")
+
+
+def read_finished(path):
+    """``(digest of the table that was attacked, `Audit`)`` of a finished audit, else None.
+
+    Raises:
+      UserError: for one that has changed since, or cannot be read.
+    """
+    facts = _facts(path)
+    return (facts["certificates"], read(path)) if facts["audit"] else None
+
+
 class Journal:
     """The audit of one folder of certificates, row by row; what an earlier session has written stays.
 
@@ -79,18 +115,16 @@ class Journal:
 
     def __init__(self, place, settings, certificates):
         self.path = place / "audit.tsv"
-        settings = json.loads(json.dumps(settings._asdict()))
-        self.done = self._resume({"certificates": certificates, "settings": settings})
+        self._identity = json.loads(json.dumps({"certificates": certificates, "settings": settings._asdict()}))
+        self.done = self._resume()
 
-    def _resume(self, identity):
+    def _resume(self):
         """Images that an earlier session of the same audit has done; begins a new one where there is none."""
-        path, facts = self.path, self.path.with_suffix(".json")
-        header = "\t".join(COLUMNS) + "\n"
-        if facts.exists() and path.exists():
-            try:
-                difference = configuration.first_difference(read_json(facts), identity)
-            except (ValueError, TypeError, AttributeError) as error:
-                raise UserError(f"{facts} is damaged ({error}); remove it and audit.tsv to audit again") from error
+        path = self.path
+        if path.exists() and (path.with_suffix(".json").exists() or path.read_bytes().count(b"\n") > 1):
+            stored = _facts(path)
+            identity = {name: stored[name] for name in self._identity}
+            difference = configuration.first_difference(identity, self._identity)
             if difference:
                 raise UserError(
                     f"{path} is the audit of other certificates or settings ({difference[0]} was {difference[1]!r} and "
@@ -99,11 +133,16 @@ class Journal:
             lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
             write_atomic(path, "\n".join(lines[:-1]) + "\n")  # without what a kill may have left of a line
             return set(read(path).idx.tolist()) if len(lines) > 2 else set()
-        if path.exists() and path.read_bytes().count(b"\n") > 1:
-            raise UserError(f"{path} has no {facts.name} beside it; restore it, or move the audit away")
-        write_atomic(facts, json.dumps(identity, indent=2) + "\n")
-        write_atomic(path, header)
+        self._seal(None)
+        write_atomic(path, "\t".join(COLUMNS) + "\n")
         return set()
+
+    def _seal(self, audit):
+        sealed.write(self.path.with_suffix(".json"), self._identity | {"audit": audit})
+
+    def finish(self):
+        """Seals what was found: from now on a change of it is noticed."""
+        self._seal(hashlib.sha256(self.path.read_bytes()).hexdigest())
 
     def append(self, table, rows, found):
         """Writes what was `auditor.Found` about these rows of a table, but for images that are in it."""

@@ -2,7 +2,6 @@
 
 import datetime
 import hashlib
-import json
 import platform
 
 import jax
@@ -10,18 +9,13 @@ import numpy as np
 
 import lsrs_jax
 from lsrs_jax import config as configuration
+from lsrs_jax import sealed
 from lsrs_jax.config import CERTIFICATES
 from lsrs_jax.errors import UserError
-from lsrs_jax.files import read_json, write_atomic
+from lsrs_jax.files import write_atomic
 from lsrs_jax.materialize import LipschitzReport
 
 _MOST_CLASSES = 2**20  # and pixels in a row
-
-
-def digest(content):
-    """SHA-256 of a certificates.json without its own digest, whatever its layout."""
-    content = {name: value for name, value in content.items() if name != "digest"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 _VOTES = {"bytes": int, "sha256": str}
@@ -40,23 +34,12 @@ def read(path):
     Raises:
       UserError: for a damaged one, or one of another version.
     """
-    try:
-        stored = read_json(path)
-        outdated = isinstance(stored, dict) and "digest" not in stored
-        if not outdated:
-            _check_content(stored)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); restore it, or use another --config.certify.name") from error
-    if outdated:
-        raise UserError(f"{path} was written by another version; certify under another --config.certify.name")
-    return stored
+    return sealed.read(path, _check_content, "certify under another --config.certify.name")
 
 
 def _check_content(stored):
     """Raises ValueError, KeyError or TypeError for what `write` would not have written."""
     _check(stored, {"identity": _IDENTITY, "lipschitz": dict, "config": dict, "record": list}, "")
-    if stored["digest"] != digest(stored):
-        raise ValueError("its content does not have the digest it names")
     identity, derivation = stored["identity"], stored["derivation"]
     if identity["certificate"] not in CERTIFICATES or not 2 <= identity["classes"] <= _MOST_CLASSES:
         raise ValueError("identity is that of no certificate")
@@ -162,15 +145,10 @@ def write(folder, config, identity, lipschitz, record, derivation=None, text=Non
     }
     json_path, path = folder / "certificates.json", folder / "certificates.tsv"
 
-    def write_json():
-        # Through text and back: the digest is that of what a reader finds.
-        plain = json.loads(json.dumps(content))
-        write_atomic(json_path, json.dumps(plain | {"digest": digest(plain)}, indent=2) + "\n")
-
     if text is not None and not (path.exists() and path.read_bytes() == text.encode()):
         # Between these writes the old table must not stand beside the new derivation, nor the other way round.
-        write_json()
+        sealed.write(json_path, content)
         write_atomic(path, text)
     if text is not None:
         content["derivation"] = derivation | {"certificates": hashlib.sha256(text.encode()).hexdigest()}
-    write_json()
+    sealed.write(json_path, content)
