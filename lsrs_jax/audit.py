@@ -137,7 +137,10 @@ def _auditor(job, settings, lipschitz):
 def _conclude(path):
     audit = tables.read(path)
     certified, broken, right = audit.predict >= 0, np.flatnonzero(audit.flips > 0), audit.correct
-    print(f"{audit.pairs.sum():,} points inside {certified.sum():,} certified balls: {audit.flips.sum():,} flips")
+    print(
+        f"{audit.pairs.sum():,} points inside {certified.sum():,} certified balls: {audit.flips.sum():,} flips, "
+        f"{audit.undecided.sum():,} undecided (`predict` abstained)"
+    )
     if right.any():
         print(
             f"of {right.sum():,} images that are right without an attack, the nearest flip lies at "

@@ -185,8 +185,9 @@ def notes(runs):
     ]
     found += [
         f"{run.label}: attacked at {run.audit.pairs.sum():,} points inside {(run.audit.predict >= 0).sum():,} of its "
-        f"certificates, {run.audit.flips.sum():,} flips{_verdict(run.audit)}; dashed: what the attacks left of its "
-        f"accuracy on {len(run.audit.idx):,} of its {len(run.table):,} images."
+        f"certificates, {run.audit.flips.sum():,} flips{_verdict(run.audit)}, {run.audit.undecided.sum():,} undecided "
+        f"(`predict` abstained); dashed: what the attacks left of its accuracy on {len(run.audit.idx):,} of its "
+        f"{len(run.table):,} images."
         for run in runs
         if run.audit
     ]

@@ -81,6 +81,7 @@ def test_a_lipschitz_constant_understated_by_two_is_caught(linear):
     attack = auditor(linear)
     found = attack(images, true.predict, true.radius, 0)
     assert (found.flips == 0).all()
+    assert (found.undecided <= found.pairs).all()
     # The image, PGD at both fractions, and one point of each of the four attacks that look beyond.
     assert (found.pairs >= 7)[true.predict >= 0].all()
     found = attack(images, false.predict, false.radius, 0)
@@ -146,7 +147,9 @@ def test_an_audit_finds_no_flip_and_the_report_shows_its_curve(audited, tmp_path
     accuracies = [found.robust_accuracy(radius) for radius in (0, 0.2, 0.5, 1, 2)]
     assert accuracies == sorted(accuracies, reverse=True)
     assert accuracies[0] > accuracies[-1]
-    assert "24 of its 40 images" in run("report", f"LSRS={audited}", f"--out={tmp_path}")
+    out = run("report", f"LSRS={audited}", f"--out={tmp_path}")
+    assert f"0 flips, {found.undecided.sum()} undecided (`predict` abstained)" in out
+    assert "24 of its 40 images" in out
     assert "LSRS, under attack (24 images)" in (tmp_path / "curve.svg").read_text()
 
 
@@ -198,10 +201,13 @@ def test_what_few_votes_cannot_tell_is_not_held_against_the_certificates(audited
     )
     for name in ("audit.tsv", "audit.json"):
         (copy / "certify" / "default" / name).unlink()
-    run("audit", f"--workdir={copy}", "--steps=1", "--samples=2", "--restarts=1", "--fractions=1", "--votes=40")
+    out = run("audit", f"--workdir={copy}", "--steps=1", "--samples=2", "--restarts=1", "--fractions=1", "--votes=40")
     (found,) = report.load_runs([str(copy)])
     idle = table.read(copy / "certify" / "default" / "audit.tsv")
     assert len(idle.idx) == len(found.table)
+    assert f"0 flips, {idle.undecided.sum()} undecided" in out
+    assert 0 < idle.undecided.sum() < idle.pairs.sum()
+    assert (idle.undecided[idle.predict < 0] == 0).all()
     for radius in np.linspace(0, found.table.radius.max(), 30):
         assert found.audit.robust_accuracy(radius) >= found.table.certified_accuracy(radius + 1e-12)
 

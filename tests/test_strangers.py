@@ -793,7 +793,7 @@ def test_a_foreign_file_beside_a_table_says_nothing(place, value, where):
         assert all(type(radius) in (int, float) and 0 <= radius <= 1e300 for radius in value)
 
 
-AUDIT = "\t".join(audits.COLUMNS) + "\n0\t3\t3\t0.5\t3\t12\t0\t0.75\tpgd\n4\t1\t-1\t0.0\t-1\t0\t0\tinf\tnone\n"
+AUDIT = "\t".join(audits.COLUMNS) + "\n0\t3\t3\t0.5\t3\t12\t0\t2\t0.75\tpgd\n4\t1\t-1\t0.0\t-1\t0\t0\t0\tinf\tnone\n"
 
 
 @examples(200)

@@ -35,6 +35,7 @@ class Found(NamedTuple):
       unperturbed: class that `predict` gives the image itself, or −1.
       pairs: points inside the certified radius that were tried.
       flips: those among them where `predict` returned another class than the certificate.
+      undecided: those where it abstained: no flips, and no class of the certificate either.
       distance: ℓ2 norm of the nearest flip of all, inf without one; away from the certified class where there is a
         certificate, else from `unperturbed`.
       attack: the one that found it.
@@ -43,6 +44,7 @@ class Found(NamedTuple):
     unperturbed: np.ndarray
     pairs: np.ndarray
     flips: np.ndarray
+    undecided: np.ndarray
     distance: np.ndarray
     attack: np.ndarray
 
@@ -112,8 +114,7 @@ class Auditor:
         classes = np.where(certified >= 0, certified, unperturbed)
         found = Found(
             unperturbed,
-            np.zeros(count, int),
-            np.zeros(count, int),
+            *np.zeros((3, count), int),
             np.full(count, np.inf),
             np.full(count, "none", dtype=object),
         )
@@ -133,6 +134,7 @@ class Auditor:
             inside = (certified >= 0) & (distance < radius)
             found.pairs[:] += inside
             found.flips[:] += inside & flipped
+            found.undecided[:] += inside & (there < 0)
             nearer = flipped & (distance < found.distance)
             found.distance[nearer], found.attack[nearer] = distance[nearer], name
 

@@ -16,7 +16,9 @@ from lsrs_jax.errors import UserError
 from lsrs_jax.files import append, write_atomic
 from lsrs_jax.smoothing.table import fields_of
 
-COLUMNS = ("idx", "label", "predict", "radius", "unperturbed", "pairs", "flips", "distance", "attack")
+COLUMNS = ("idx", "label", "predict", "radius", "unperturbed", "pairs", "flips", "undecided", "distance", "attack")
+
+_WHOLE = ("idx", "label", "predict", "unperturbed", "pairs", "flips", "undecided")
 
 
 class Audit(NamedTuple):
@@ -25,7 +27,7 @@ class Audit(NamedTuple):
     Attributes:
       idx, predict, radius: of the certificates.
       correct: whether the image is right without an attack: by its certificate, or where there is none by `predict`.
-      pairs, flips, distance: as in `auditor.Found`.
+      pairs, flips, undecided, distance: as in `auditor.Found`.
     """
 
     idx: np.ndarray
@@ -34,6 +36,7 @@ class Audit(NamedTuple):
     correct: np.ndarray
     pairs: np.ndarray
     flips: np.ndarray
+    undecided: np.ndarray
     distance: np.ndarray
 
     def robust_accuracy(self, radius):
@@ -53,15 +56,15 @@ def read(path):
     for number, line in enumerate(lines[1:-1], start=2):
         try:
             row = fields_of(line, COLUMNS)
-            numbers = [int(row[name]) for name in ("idx", "label", "predict", "unperturbed", "pairs", "flips")]
+            numbers = [int(row[name]) for name in _WHOLE]
             radius, distance = float(row["radius"]), float(row["distance"])
             if not (0 <= radius < np.inf and distance >= 0 and all(-1 <= number < 2**53 for number in numbers)):
                 raise ValueError("a number is out of range")
         except ValueError as error:
             raise UserError(f"{path} line {number} cannot be read ({error})") from error
-        idx, label, certified, unperturbed, pairs, flips = numbers
+        idx, label, certified, unperturbed, *points = numbers
         class_ = certified if certified >= 0 else unperturbed
-        rows.append((idx, certified, radius, class_ == label, pairs, flips, distance))
+        rows.append((idx, certified, radius, class_ == label, *points, distance))
     if not rows:
         raise UserError(f"{path} holds no attacked images")
     audit = Audit(*map(np.asarray, zip(*rows, strict=True)))
@@ -154,6 +157,7 @@ class Journal:
             found.unperturbed,
             found.pairs,
             found.flips,
+            found.undecided,
             [repr(float(distance)) for distance in found.distance],
             found.attack,
         )
