@@ -19,6 +19,17 @@ from lsrs_jax.certification import job as jobs
 from lsrs_jax.distributed import cache_compilations
 
 
+def _derived_as(chosen, options, place):
+    """The configuration of the training, but for how the certificates of a folder were derived; says what is kept."""
+    config = configuration.load(options.workdir / "config.json")
+    for name in smoothed.DERIVED:
+        kept, trained = chosen.certify[name], config.certify[name]
+        if kept != trained:
+            config.certify[name] = kept
+            print(f"{place} was derived with {name} {kept}, which holds unless --config.certify.{name} is given")
+    return config
+
+
 def run(arguments):
     """The command; see the module's docstring."""
     command.no_config_file("certify", arguments)
@@ -30,15 +41,16 @@ def run(arguments):
     options, rest = parser.parse_known_args(arguments)
     config = command.config_of_training(options.workdir, rest)
     place = options.workdir / "certify" / config.certify.name
-    if options.from_counts:
-        path = place / "certificates.json"
-        if path.exists():  # what was chosen then holds, but for what is chosen now
-            config = command.config_from_flags(rest, configuration.from_dict(folder.read(path)["config"]))
-        smoothed.from_counts(place, config)
-        return
     if options.verify:
         command.only(options.workdir, config, ("certify.name",), "--verify")
         verify.run(place)
+        return
+    path = place / "certificates.json"
+    if path.exists():  # what was chosen then holds, but for what is chosen now
+        chosen = configuration.from_dict(folder.read(path)["config"])
+        config = command.config_from_flags(rest, chosen if options.from_counts else _derived_as(chosen, options, place))
+    if options.from_counts:
+        smoothed.from_counts(place, config)
         return
     cache_compilations()
     job = jobs.load(options.workdir, config)

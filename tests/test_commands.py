@@ -188,6 +188,19 @@ def test_another_alpha_needs_no_votes(copy, certified):
     assert (table.radius > before.radius).any()
 
 
+def test_what_was_derived_stays_until_another_flag_is_given(copy):
+    path = copy / "certify" / "base" / "certificates.tsv"
+    flags = [f"--workdir={copy}", "--config.certify.name=base"]
+    run("certify", *flags, "--from-counts", "--config.certify.alpha=0.05", "--config.certify.bound=multiclass")
+    derived = path.read_bytes()
+    out = run("certify", *flags)
+    assert "was derived with alpha 0.05, which holds unless --config.certify.alpha is given" in out
+    assert path.read_bytes() == derived
+    out = run("certify", *flags, "--config.certify.alpha=0.001")
+    assert "alpha 0.001, multiclass bound" in out
+    assert path.read_bytes() != derived
+
+
 def test_compiled_programs_are_kept_and_a_broken_cache_does_no_harm(copy, certified, tmp_path):
     def certify_again(name, home):
         run("certify", f"--workdir={copy}", f"--config.certify.name={name}", XDG_CACHE_HOME=str(home))

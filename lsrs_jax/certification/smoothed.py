@@ -19,6 +19,7 @@ from lsrs_jax.smoothing.sweep import Block, Status, Sweep
 from lsrs_jax.smoothing.table import format_table
 from lsrs_jax.smoothing.votes import Votes
 
+DERIVED = ("alpha", "bound", "radii", "epsilon")  # fields of `certify` on which no vote depends
 _SECONDS_PER_DERIVATION = 60.0
 _BLOCK_BYTES = 2**30  # latents of so many images are kept at a time
 _LARGEST_RADIUS = 10.0  # in units of σ: no number of votes certifies more
