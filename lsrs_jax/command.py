@@ -143,16 +143,17 @@ def main(run):
 def execute(run):
     """Runs a command: expected errors become one line on stderr and exit code 2.
 
-    SIGTERM ends the process like an interrupt; what is on disk stays valid and the same command resumes.
+    SIGTERM ends the process like an interrupt, a second one at once; what is on disk stays valid and the same command
+    resumes.
     """
     warnings.filterwarnings("ignore")
     logging.set_verbosity(logging.FATAL)
     # Orbax leaves half-finished tasks behind when a checkpoint is damaged; its own exception is the message.
     stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
     sys.unraisablehook = lambda _: None
-    interrupt.install()
     try:
-        run(sys.argv[1:])
+        with interrupt.handled():
+            run(sys.argv[1:])
     except UserError as error:
         _fail(str(error))
     except BrokenPipeError:  # whoever read the output has gone

@@ -1,9 +1,14 @@
-"""SIGTERM and Ctrl-C: at once where nothing can be lost, and after what must not be torn apart."""
+"""SIGTERM and Ctrl-C: at once where nothing can be lost, else after what must not be torn; the second time at once."""
 
 import contextlib
+import os
 import signal
+import time
 
-_state = {"depth": 0, "pending": None}
+_NUMBERS = (signal.SIGTERM, signal.SIGINT)
+# Seconds in which a second signal is the first one again: timeout(1) and others send theirs to process and group alike.
+_ECHO = 0.5
+_state = {"depth": 0, "pending": None, "first": None}
 
 
 class Interrupted(BaseException):
@@ -15,16 +20,33 @@ class Interrupted(BaseException):
 
 
 def _handle(number, _):
+    now = time.monotonic()
+    if _state["first"] is not None:
+        if now - _state["first"] > _ECHO:
+            # What is on disk is valid after every write: this loses no more than a kill does.
+            os.write(2, b"interrupted twice, ended at once; the same command resumes\n")
+            os._exit(128 + number)
+        return
     # Noted in any case: raised inside a finalizer, an exception is dropped, and the next block must raise it again.
-    _state["pending"] = number
+    _state["first"], _state["pending"] = now, number
     if not _state["depth"]:
         raise Interrupted(number)
 
 
-def install():
-    """From now on SIGTERM and SIGINT raise `Interrupted` in the main thread, at the end of `deferred` blocks only."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+@contextlib.contextmanager
+def handled():
+    """Inside, SIGTERM and SIGINT raise `Interrupted` in the main thread, at the end of `deferred` blocks only.
+
+    A second one, while the first is served, ends the process. Behind the block signals do what they do to any process.
+    """
+    _state.update(pending=None, first=None)
+    for number in _NUMBERS:
         signal.signal(number, _handle)
+    try:
+        yield
+    finally:
+        for number in _NUMBERS:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

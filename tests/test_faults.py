@@ -6,12 +6,14 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import pytest
-from commands import QUICK, finish, full_disk, run, start, without_time
+from commands import QUICK, ROOT, finish, full_disk, run, start, without_time
 
 from lsrs_jax import interrupt
 
@@ -217,27 +219,63 @@ def test_a_deferred_signal_waits_for_the_end_of_the_block_and_hides_no_error():
             os.kill(os.getpid(), signal.SIGTERM)
             raise OSError("full")
 
-    interrupt.install()
     try:
-        with pytest.raises(interrupt.Interrupted) as stopped:
+        with interrupt.handled(), pytest.raises(interrupt.Interrupted) as stopped:
             interrupted()
         assert stopped.value.code == 143
-        with pytest.raises(interrupt.Interrupted) as stopped:
-            at_once()
-        assert stopped.value.code == 130
-        # What a finalizer may have swallowed is raised again, once.
-        with pytest.raises(interrupt.Interrupted), interrupt.deferred():
-            done.append("again")
-        with interrupt.deferred() as waiting:
-            done.append(waiting())
-        with pytest.raises(OSError, match="full"):
-            failing()
-        with pytest.raises(interrupt.Interrupted), interrupt.deferred():
-            pass
+        with interrupt.handled():
+            with pytest.raises(interrupt.Interrupted) as stopped:
+                at_once()
+            assert stopped.value.code == 130
+            # What a finalizer may have swallowed is raised again, once.
+            with pytest.raises(interrupt.Interrupted), interrupt.deferred():
+                done.append("again")
+            with interrupt.deferred() as waiting:
+                done.append(waiting())
+        with interrupt.handled():
+            with pytest.raises(OSError, match="full"):
+                failing()
+            with pytest.raises(interrupt.Interrupted), interrupt.deferred():
+                pass
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     assert done == [False, True, "outer", "again", False]
+
+
+SLOW = """
+import contextlib, sys, time
+from lsrs_jax import command, interrupt
+
+def run(arguments):
+    try:
+        with interrupt.deferred() if arguments == ["block"] else contextlib.nullcontext():
+            print("ready", flush=True)
+            time.sleep(60)
+    finally:  # as a checkpoint that is being saved
+        print("served", flush=True)
+        time.sleep(60)
+
+command.main(run)
+"""
+
+
+@pytest.mark.parametrize("where", ["block", "end"])
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_at_once_with_one_line(where, second):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, where], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    if where == "end":
+        assert process.stdout.readline() == "served\n"
+    process.send_signal(second)  # an echo of the first
+    time.sleep(2 * interrupt._ECHO)
+    assert process.poll() is None
+    process.send_signal(second)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (128 + second, "interrupted twice, ended at once; the same command resumes\n")
 
 
 def test_sigterm_saves_the_step_it_came_in(home):

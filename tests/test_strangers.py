@@ -861,7 +861,7 @@ def one_line(monkeypatch, capsys, run, arguments):
     """The line on stderr of a command that must end with exit code 2; as `commands.refused`, in this process."""
     monkeypatch.setattr(sys, "argv", ["lsrs_jax", *map(str, arguments)])
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    monkeypatch.setattr(command.interrupt, "install", lambda: None)
+    monkeypatch.setattr(command.interrupt, "handled", contextlib.nullcontext)
     capsys.readouterr()
     with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
         command.execute(run)
