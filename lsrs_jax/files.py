@@ -102,8 +102,25 @@ def lock(file, what):
 
 @contextlib.contextmanager
 def locked(path, what):
-    """Holds the lock of a file made for it; the file stays behind, empty."""
+    """Holds the lock of a file made for it; the file stays behind, empty.
+
+    Yields:
+      a function that raises UserError once another file, or none, has that name: somebody has removed or moved the
+      folder, and with it the lock.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         lock(file, what)
-        yield
+
+        def check():
+            try:
+                held = os.path.samestat(os.fstat(file.fileno()), path.stat())
+            except FileNotFoundError:
+                held = False
+            if not held:
+                raise UserError(
+                    f"{path.parent} was removed or moved away while it was written; move it back and give the same "
+                    "command again, or start anew"
+                )
+
+        yield check

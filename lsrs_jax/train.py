@@ -84,8 +84,8 @@ def run(arguments):
     test_set = datasets.load(data.name, data.split, data.dir)
     model = models.build(config.model, train_set.shape, train_set.num_classes)
     loop.check_batch(config, train_set)
-    with locked(options.workdir / ".train.lock", f"training in {options.workdir}"):
-        _train(options.workdir, config, model, train_set, test_set)
+    with locked(options.workdir / ".train.lock", f"training in {options.workdir}") as check:
+        _train(options.workdir, check, config, model, train_set, test_set)
     margin = config.train.loss == "margin" and config.certify.certificate == "smoothed"
     print(
         f"next: python -m lsrs_jax.certify --workdir={options.workdir}"
@@ -104,7 +104,7 @@ def _check_same_training(workdir, config):
         )
 
 
-def _train(workdir, config, model, train_set, test_set):
+def _train(workdir, check, config, model, train_set, test_set):
     with Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints:
         first = checkpoints.latest() or 0
         if first:
@@ -120,8 +120,14 @@ def _train(workdir, config, model, train_set, test_set):
             flush=True,
         )
         metrics = _Metrics(workdir, first)
+
+        def log(*row):
+            check()  # into a folder that is gone, checkpoints would be written all the same
+            metrics(*row)
+
         try:
-            loop.train(model, config, train_set, test_set, checkpoints, metrics)
+            loop.train(model, config, train_set, test_set, checkpoints, log)
+            check()
         finally:
             metrics.close()
 

@@ -295,6 +295,23 @@ def test_sigterm_saves_the_step_it_came_in(home):
     )
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_training_whose_folder_is_gone_ends_with_one_line(home, moved):
+    workdir, away = home / "gone", home / "away"
+    process = launch("train", workdir)
+    while process.poll() is None and not (workdir / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    workdir.rename(away)
+    if not moved:
+        shutil.rmtree(away)
+    code, _, err = finish(process)
+    assert code == 2, err
+    assert err.startswith(f"error: {workdir} was removed or moved away while it was written; ")
+    assert err.count("\n") == 1
+    for folder in (workdir, away):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def test_a_full_disk_keeps_what_is_on_it(undisturbed, home):
     """Votes that do not fit are not half written, and nothing is lost of those that were."""
     workdir = home / "full"
