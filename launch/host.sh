@@ -1,24 +1,56 @@
 #!/usr/bin/env bash
-# What one machine runs: environment, training, certification. Safe to start again after an interruption; each step
-# resumes where it was.
+# What one process of a run does, on whatever machine: environment, training, certification. Safe to start again after
+# an interruption; each step resumes where it was.
 #
 #   CONFIG=configs/cifar10_small.py WORKDIR=runs/cifar launch/host.sh [--config.field=value ...]
 #
 # EXTRA=cuda or EXTRA=tpu installs JAX for that hardware. Flags are given to training; the certification takes its
-# configuration from the workdir.
+# configuration from the workdir. TASK=train or TASK=certify does one of the two, TASK=setup neither. Several processes
+# of one run find each other as docs/scale.md says; all of them must see the same WORKDIR.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-CONFIG=${CONFIG:?which experiment, e.g. CONFIG=configs/digits.py or configs/digits.py:isrs}
-WORKDIR=${WORKDIR:?folder for checkpoints and certificates, e.g. WORKDIR=runs/digits}
+TASK=${TASK:-all}
+case "$TASK" in
+all | train | certify | setup) ;;
+*)
+  echo "error: TASK must be all, train, certify or setup, not $TASK" >&2
+  exit 2
+  ;;
+esac
+if [ "$TASK" != setup ]; then
+  WORKDIR=${WORKDIR:?folder for checkpoints and certificates, e.g. WORKDIR=runs/digits}
+fi
+if [ "$TASK" = all ] || [ "$TASK" = train ]; then
+  CONFIG=${CONFIG:?which experiment, e.g. CONFIG=configs/digits.py or configs/digits.py:isrs}
+fi
 PYTHON=${PYTHON:-python3}
 EXTRA=${EXTRA:-}
 
 stamp=.venv/ready-plots${EXTRA:+-$EXTRA}
-if [ ! -e "$stamp" ]; then
+if [ -z "$EXTRA" ] && [ -e .venv/ready ]; then
+  stamp=.venv/ready # of `make`, which installs more
+fi
+install() {
+  [ ! -e "$stamp" ] || return 0
   "$PYTHON" -m venv .venv
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[plots${EXTRA:+,$EXTRA}]"
   touch "$stamp"
+}
+if [ ! -e "$stamp" ]; then
+  # Processes that share this folder install once, one after the other.
+  if command -v flock >/dev/null; then
+    exec 9>.install.lock
+    flock 9
+    install
+    exec 9>&-
+  else
+    install
+  fi
 fi
-.venv/bin/python -m lsrs_jax.train --config="$CONFIG" --workdir="$WORKDIR" "$@"
-.venv/bin/python -m lsrs_jax.certify --workdir="$WORKDIR"
+if [ "$TASK" = all ] || [ "$TASK" = train ]; then
+  .venv/bin/python -m lsrs_jax.train --config="$CONFIG" --workdir="$WORKDIR" "$@"
+fi
+if [ "$TASK" = all ] || [ "$TASK" = certify ]; then
+  .venv/bin/python -m lsrs_jax.certify --workdir="$WORKDIR"
+fi

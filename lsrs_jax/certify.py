@@ -4,19 +4,19 @@
   python -m lsrs_jax.certify --workdir=runs/digits --config.certify.n=100000 --config.certify.name=full
   python -m lsrs_jax.certify --workdir=runs/x --config.certify.certificate=deterministic --config.certify.name=margin
 
-The configuration comes from the workdir; flags override it. Writes the vote ledger, certificates.tsv and
+The configuration comes from the workdir; flags override it. Writes the vote ledgers, certificates.tsv and
 certificates.json into <workdir>/certify/<name>. The same command resumes an interrupted certification, on any number
-of devices; with --from-counts it derives new certificates from the votes on disk, with another alpha or bound, without
-the model or the data; with --verify it derives every radius again, compares digests, and names the first line that
-differs. Deterministic certificates take no votes: they are the margins of a linear head (model.head linear, normalized
-or orthogonal).
+of devices and processes (docs/scale.md); with --from-counts it derives new certificates from the votes on disk, with
+another alpha or bound, without the model or the data; with --verify it derives every radius again, compares digests,
+and names the first line that differs. Deterministic certificates take no votes: they are the margins of a linear head
+(model.head linear, normalized or orthogonal).
 """
 
 from lsrs_jax import command, models
 from lsrs_jax import config as configuration
 from lsrs_jax.certification import deterministic, folder, smoothed, verify
 from lsrs_jax.certification import job as jobs
-from lsrs_jax.distributed import cache_compilations
+from lsrs_jax.distributed import cache_compilations, started
 
 
 def _derived_as(chosen, options, place):
@@ -52,10 +52,17 @@ def run(arguments):
     if options.from_counts:
         smoothed.from_counts(place, config)
         return
-    cache_compilations()
-    job = jobs.load(options.workdir, config)
-    print(models.describe(job.model))
-    (smoothed if config.certify.certificate == "smoothed" else deterministic).run(job)
+    with started() as process:
+        cache_compilations()
+        with process.together("the start"):
+            job = jobs.load(options.workdir, config)
+        print(models.describe(job.model))
+        if config.certify.certificate == "smoothed":
+            smoothed.run(job, process)
+        else:
+            if process.leads:
+                deterministic.run(job)
+            process.wait("the certificates")
 
 
 if __name__ == "__main__":

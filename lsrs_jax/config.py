@@ -70,6 +70,7 @@ def default():
     config.train.smoothadv.radius = 0.25  # of the attack in the latent, with so many steps
     config.train.smoothadv.steps = 2
     config.train.ema = 0.0  # decay of the average of the parameters that is evaluated and certified; 0: the last ones
+    config.train.shard_parameters = False  # over the devices, with the optimizer's state, for what outgrows one of them
     config.train.head_dtype = "float32"  # or "bfloat16", for accelerators; parameters stay in float32
     config.train.optimizer = "adam"  # or "sgd" (Nesterov momentum 0.9)
     config.train.learning_rate = 1e-3

@@ -165,21 +165,22 @@ def batch_indices(size, batch_size, seed, step):
     return permutation[position * batch_size : (position + 1) * batch_size]
 
 
-def augment(images, *, crop, flip, seed, step):
+def augment(images, *, crop, flip, seed, step, rows=slice(None), batch_size=None):
     """Random shifts by up to `crop` pixels (zero padding) and horizontal flips, deterministic in (seed, step).
 
     Args:
       images: ``(B, H, W, C)``, any dtype; returned with the same shape and dtype.
+      rows: which of a batch of `batch_size` they are, all of it by default: an image is shifted and flipped alike,
+        whether the others are here or not.
     """
     rng = np.random.default_rng([seed, 1, step])
     batch, height, width = images.shape[:3]
+    whole = batch if batch_size is None else batch_size
     if crop:
         padded = np.pad(images, ((0, 0), (crop, crop), (crop, crop), (0, 0)))
-        shift = rng.integers(0, 2 * crop + 1, (2, batch))
-        rows = shift[0][:, None, None] + np.arange(height)[:, None]
-        columns = shift[1][:, None, None] + np.arange(width)
-        images = padded[np.arange(batch)[:, None, None], rows, columns]
+        down, right = rng.integers(0, 2 * crop + 1, (2, whole))[:, rows, None, None]
+        images = padded[np.arange(batch)[:, None, None], down + np.arange(height)[:, None], right + np.arange(width)]
     if flip:
-        flipped = rng.random(batch) < 0.5
+        flipped = rng.random(whole)[rows] < 0.5
         images = np.where(flipped[:, None, None, None], images[:, :, ::-1], images)
     return images

@@ -12,11 +12,14 @@ _state = {"depth": 0, "pending": None, "first": None}
 
 
 class Interrupted(BaseException):
-    """A signal asked the process to end; `code` is the exit code by convention, 128 + the signal's number."""
+    """A signal asked the process to end; `code` is the exit code by convention, 128 + the signal's number.
 
-    def __init__(self, number):
+    `agreed` where all processes of the run end at the same place.
+    """
+
+    def __init__(self, number, agreed=False):
         super().__init__(signal.Signals(number).name)
-        self.code = 128 + number
+        self.code, self.agreed = 128 + number, agreed
 
 
 def _handle(number, _):
@@ -47,6 +50,11 @@ def handled():
     finally:
         for number in _NUMBERS:
             signal.signal(number, signal.SIG_DFL)
+
+
+def agreed():
+    """The `Interrupted` of a process that stops because one of its run was told to; that may be another one."""
+    return Interrupted(_state["pending"] or signal.SIGTERM, agreed=True)
 
 
 @contextlib.contextmanager

@@ -4,17 +4,17 @@
   python -m lsrs_jax.train --config=configs/digits.py:isrs --workdir=runs/digits_isrs --config.seed=1
 
 Writes config.json, checkpoints/ and metrics.jsonl into the workdir. The same command resumes an interrupted training
-with the exact next batch.
+with the exact next batch, on any number of devices and processes (docs/scale.md).
 """
 
+import contextlib
 import json
-
-import jax
 
 from lsrs_jax import command, models
 from lsrs_jax import config as configuration
 from lsrs_jax import data as datasets
 from lsrs_jax.checkpoint import Checkpoints
+from lsrs_jax.distributed import cache_compilations, devices, started
 from lsrs_jax.errors import UserError
 from lsrs_jax.files import locked, naming, write_atomic
 from lsrs_jax.training import loop
@@ -79,13 +79,19 @@ def run(arguments):
     )
     options, rest = parser.parse_known_args(arguments)
     config = command.config_from_flags(rest)
-    data = config.data
-    train_set = datasets.load(data.name, data.train_split, data.dir)
-    test_set = datasets.load(data.name, data.split, data.dir)
-    model = models.build(config.model, train_set.shape, train_set.num_classes)
-    loop.check_batch(config, train_set)
-    with locked(options.workdir / ".train.lock", f"training in {options.workdir}") as check:
-        _train(options.workdir, check, config, model, train_set, test_set)
+    with started() as process, contextlib.ExitStack() as stack:
+        cache_compilations()
+        data = config.data
+        with process.together("the start"):
+            train_set = datasets.load(data.name, data.train_split, data.dir)
+            test_set = datasets.load(data.name, data.split, data.dir)
+            model = models.build(config.model, train_set.shape, train_set.num_classes)
+            loop.check_batch(config, train_set)
+            check = _no_check
+            if process.leads:
+                lock = locked(options.workdir / ".train.lock", f"training in {options.workdir}")
+                check = stack.enter_context(lock)
+        _train(options.workdir, process, check, config, model, train_set, test_set)
     margin = config.train.loss == "margin" and config.certify.certificate == "smoothed"
     print(
         f"next: python -m lsrs_jax.certify --workdir={options.workdir}"
@@ -104,21 +110,34 @@ def _check_same_training(workdir, config):
         )
 
 
-def _train(workdir, check, config, model, train_set, test_set):
+def _no_check():
+    pass
+
+
+def _no_log(*_):
+    pass
+
+
+def _train(workdir, process, check, config, model, train_set, test_set):
     with Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints:
         first = checkpoints.latest() or 0
-        if first:
-            _check_same_training(workdir, config)
-        configuration.save(config, workdir / "config.json")
+        with process.together("the configuration"):
+            if first:
+                _check_same_training(workdir, config)
+            if process.leads:
+                configuration.save(config, workdir / "config.json")
         if first >= config.train.steps:
             print(f"already trained to step {first}: {workdir}")
             return
         print(
             f"{config.data.name}: {len(train_set):,} training and {len(test_set):,} test images {train_set.shape}; "
-            f"{jax.local_device_count()} x {jax.default_backend()}\n"
+            f"{devices()}\n"
             f"{models.describe(model)}" + (f"\nresuming after step {first}" if first else ""),
             flush=True,
         )
+        if not process.leads:
+            loop.train(model, config, train_set, test_set, checkpoints, _no_log)
+            return
         metrics = _Metrics(workdir, first)
 
         def log(*row):

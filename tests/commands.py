@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,24 @@ def start(command, *arguments, devices=1, prefix=(), **environment):
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def start_together(count, command, *arguments, devices=1, **environment):
+    """The `count` processes of one run, over localhost."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    settings = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), **environment}
+    return [
+        start(command, *arguments, devices=devices, JAX_PROCESS_ID=str(index), **settings) for index in range(count)
+    ]
+
+
+def run_together(count, command, *arguments, **settings):
+    """Stdout of the first of several processes that must all succeed."""
+    ends = [finish(process) for process in start_together(count, command, *arguments, **settings)]
+    assert [code for code, _, _ in ends] == [0] * count, "\n".join(err for _, _, err in ends)
+    return ends[0][1]
 
 
 def finish(process):

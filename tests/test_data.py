@@ -38,7 +38,7 @@ def test_what_is_missing_says_how_to_get_it(tmp_path):
     prepared.write(tmp_path, "records", {"train": prepared.random_split(3, (4, 4, 1))}, file_format="tfrecord")
     for name, split, why in (
         ("cifar10", "train", f"tfds build cifar10 --file_format=array_record --data_dir={tmp_path}"),
-        ("tiny:2.0.0", "train", "found: 1.0.0"),
+        ("tiny:2.0.0", "train", "only 1.0.0"),
         ("tiny", "tran", "did you mean 'train'"),
         ("tiny", "test", "has no split 'test'"),
         ("records", "train", "needs TensorFlow"),

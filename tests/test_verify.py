@@ -106,7 +106,8 @@ def reseal(place):
     stored = json.loads((place / "certificates.json").read_text())
     stored["derivation"]["certificates"] = hashlib.sha256((place / "certificates.tsv").read_bytes()).hexdigest()
     content = (place / "votes.0.tsv").read_bytes()
-    stored["derivation"]["votes"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    votes = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    stored["derivation"]["votes"] = {"votes.0.tsv": votes}
     stored["digest"] = sealed.digest(stored)
     (place / "certificates.json").write_text(json.dumps(stored))
 

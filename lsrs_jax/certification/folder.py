@@ -3,6 +3,7 @@
 import datetime
 import hashlib
 import platform
+import re
 
 import jax
 import numpy as np
@@ -16,9 +17,6 @@ from lsrs_jax.files import write_atomic
 from lsrs_jax.materialize import LipschitzReport
 
 _MOST_CLASSES = 2**20  # and pixels in a row
-
-
-_VOTES = {"bytes": int, "sha256": str}
 _IDENTITY = {
     "certificate": str,
     "checkpoint": {"step": int, "digest": str},
@@ -53,8 +51,14 @@ def _check_content(stored):
     if smoothed:
         _check(identity, {"arithmetic": {"name": str}}, "identity.")
     if derivation is not None:
-        votes = {"alpha": float, "votes": _VOTES} if smoothed else {}
+        votes = {"alpha": float, "votes": dict} if smoothed else {}
         _check(derivation, {"certificates": str, "bound": str} | votes, "derivation.")
+        if smoothed and not derivation["votes"]:
+            raise ValueError("its certificates name no ledger")
+        for name in derivation["votes"] if smoothed else ():
+            if not re.fullmatch(r"votes\.\d{1,9}\.tsv", name):
+                raise ValueError(f"{name[:40]!r} is no ledger")
+            _check(derivation["votes"][name], {"bytes": int, "sha256": str}, f"derivation.votes.{name}.")
 
 
 def _check(values, wanted, prefix):
@@ -115,7 +119,8 @@ def session(images):
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seconds": None,
         "images": images,
-        "devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
+        "devices": f"{jax.device_count()} x {jax.local_devices()[0].device_kind}",
+        "processes": jax.process_count(),
         "host": platform.machine(),
         "versions": {
             "lsrs_jax": lsrs_jax.__version__,

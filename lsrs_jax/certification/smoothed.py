@@ -1,19 +1,20 @@
 """Certificates of the smoothed classifier: votes, a ledger of them, and what they prove."""
 
+import functools
 import time
 
-import jax
 import numpy as np
 
 from lsrs_jax import config as configuration
 from lsrs_jax import selfcheck
 from lsrs_jax.certification import folder
+from lsrs_jax.distributed import ALONE, devices
 from lsrs_jax.errors import UserError
 from lsrs_jax.keys import IMPLEMENTATION, root_key
 from lsrs_jax.materialize import Float64Encoder
 from lsrs_jax.progress import Progress, duration
+from lsrs_jax.smoothing import ledger as ledgers
 from lsrs_jax.smoothing import schedule
-from lsrs_jax.smoothing.ledger import Ledger, has_rows
 from lsrs_jax.smoothing.noise import arithmetic
 from lsrs_jax.smoothing.sweep import Block, Status, Sweep
 from lsrs_jax.smoothing.table import format_table
@@ -58,9 +59,10 @@ class Certification:
       config: the configuration.
       identity: what makes two sets of votes comparable; a resume that differs in any of it is refused.
       lipschitz: the `LipschitzReport` behind the certificates as a dict.
+      process: `distributed.Place`; the first one writes the certificates, each one its own votes.
     """
 
-    def __init__(self, place, config, identity, lipschitz):
+    def __init__(self, place, config, identity, lipschitz, process=ALONE):
         certify, law = config.certify, identity["arithmetic"]
         self.folder, self.config, self.identity, self.lipschitz = place, config, identity, lipschitz
         self.plan = _plan(certify)
@@ -73,12 +75,13 @@ class Certification:
             tuple(certify.radii) or None,
             certify.epsilon,
         )
-        self.path = place / "votes.0.tsv"
-        self.settled = set()
+        self.process, self.settled = process, set()
 
     def ledger(self):
-        """The open ledger; the file is made if missing."""
-        return Ledger(self.path, self.plan, self.identity["classes"])
+        """The open `Ledger`; its file is made if missing."""
+        path, process = self.folder / ledgers.name(self.process.index), self.process
+        meet = functools.partial(process.wait, "ledgers")
+        return ledgers.Ledger(path, self.plan, self.identity["classes"], process.count, meet)
 
     def settle(self, tallies):
         """bool per tally, all at a look; remembers the settled ones."""
@@ -86,15 +89,22 @@ class Certification:
         self.settled |= {tally.idx for tally, yes in zip(tallies, found, strict=True) if yes}
         return found
 
+    def adopt(self, ledger):
+        """Settles what other processes have brought to a look since."""
+        ledger.refresh()
+        waiting = [tally for idx, tally in ledger.tallies.items() if idx not in self.settled and ledger.at_a_look(idx)]
+        if waiting:
+            self.settle(waiting)
+
     def past_sessions(self):
         """The record of earlier sessions; refuses votes of another run. Without votes there is nothing to mix."""
         path = self.folder / "certificates.json"
-        if not has_rows(self.path):
+        if not ledgers.has_rows(self.folder):
             if (self.folder / "certificates.tsv").exists():
                 if path.exists():
                     folder.read_record(path, self.identity)
                 raise UserError(
-                    f"{self.folder} holds certificates but no votes; restore {self.path.name}, or use another "
+                    f"{self.folder} holds certificates but no votes; restore {ledgers.name('*')}, or use another "
                     "--config.certify.name"
                 )
             return []
@@ -117,32 +127,28 @@ class Certification:
             return tallies, None
         certificates = self.derivation.certificates(self.plan, tallies)
         text = format_table(tallies, certificates, self.lipschitz["constant"])
-        derivation = {"alpha": self.derivation.alpha, "bound": self.derivation.bound, "votes": ledger.digest()}
+        derivation = {"alpha": self.derivation.alpha, "bound": self.derivation.bound, "votes": ledger.digests()}
         if self.identity["schedule"] == "staged":
             derivation |= {"radii": self.derivation.radii, "epsilon": self.derivation.epsilon}
         folder.write(self.folder, self.config, self.identity, self.lipschitz, record, derivation, text)
         return tallies, certificates
 
 
-def run(job):
-    """Samples what is missing in the ledger, derives the certificates and prints a summary."""
-    config, dataset = job.config, job.dataset
-    certify = config.certify
-    encoder, head = job.model.for_certification(job.params, certify.head_dtype)
-    latent_shape = encoder.report.output_shape
-    law = arithmetic(certify.arithmetic, config.sigma)
-    identity = job.identity("smoothed") | identity_of_config(config)
-    identity |= {"prng": IMPLEMENTATION, "arithmetic": _terms(law, latent_shape)}
-    certification = Certification(job.folder, config, identity, encoder.report.to_dict())
-    record = certification.past_sessions()
-    votes = vote_loop(config, head, latent_shape)
-    if votes.num_classes != dataset.num_classes:
-        raise UserError(f"the head has {votes.num_classes} classes, the data {dataset.num_classes}")
-    encode = Float64Encoder(encoder, certify.tile[0])
-    selfcheck.check_noise(votes.arithmetic)
-    selfcheck.check_encoder(encoder, encode)
+def run(job, process=ALONE):
+    """Samples what is missing in the ledgers, derives the certificates and prints a summary.
+
+    Every process of the run calls this with the same job. Each takes its share of the images that are not settled, on
+    its own devices: the noise of an image does not depend on who casts its votes.
+
+    Args:
+      job: `job.Job`.
+      process: `distributed.Place`.
+    """
+    with process.together("the preparation of the votes"):
+        certification, record, votes, encoder, encode = _prepare(job, process)
     with certification.ledger() as ledger:
-        _check_labels(ledger, dataset)
+        with process.together("the ledgers"):
+            _check_labels(ledger, job.dataset)
         at_a_look = [tally for idx, tally in ledger.tallies.items() if ledger.at_a_look(idx)]
         if at_a_look:
             certification.settle(at_a_look)
@@ -151,8 +157,30 @@ def run(job):
         print(_headline(job, certification, len(pending)), flush=True)
         if pending:
             _sample(job, certification, ledger, votes, encoder.report, encode, pending, record)
+        if not process.leads:
+            return
         tallies, certificates = certification.derive(ledger, record, certification.settled)
     _print_summary(job.folder, certification, tallies, certificates, job.indices)
+
+
+def _prepare(job, process):
+    """What votes need, tried out before any is cast: ``(certification, record, votes, encoder, encode)``."""
+    config, dataset = job.config, job.dataset
+    certify = config.certify
+    encoder, head = job.model.for_certification(job.params, certify.head_dtype)
+    latent_shape = encoder.report.output_shape
+    law = arithmetic(certify.arithmetic, config.sigma)
+    identity = job.identity("smoothed") | identity_of_config(config)
+    identity |= {"prng": IMPLEMENTATION, "arithmetic": _terms(law, latent_shape)}
+    certification = Certification(job.folder, config, identity, encoder.report.to_dict(), process)
+    record = certification.past_sessions()
+    votes = vote_loop(config, head, latent_shape)
+    if votes.num_classes != dataset.num_classes:
+        raise UserError(f"the head has {votes.num_classes} classes, the data {dataset.num_classes}")
+    encode = Float64Encoder(encoder, certify.tile[0])
+    selfcheck.check_noise(votes.arithmetic)
+    selfcheck.check_encoder(encoder, encode)
+    return certification, record, votes, encoder, encode
 
 
 def vote_loop(config, head, latent_shape):
@@ -175,7 +203,7 @@ def _headline(job, certification, pending):
     lines = [
         f"{dataset.name} {dataset.split}: {len(job.indices):,} images, {len(job.indices) - pending:,} of them done; "
         f"sigma {job.config.sigma}, n0 {certify.n0}, n {certify.n:,}, alpha {certify.alpha}, {certify.bound} bound, "
-        f"{certify.arithmetic} arithmetic; {jax.local_device_count()} x {jax.default_backend()}"
+        f"{certify.arithmetic} arithmetic; {devices()}"
     ]
     if len(plan.looks) > 1:
         wanted = f"radii {', '.join(f'{r:g}' for r in certify.radii)}" if certify.radii else "the radius itself"
@@ -189,12 +217,15 @@ def _headline(job, certification, pending):
 def _check_labels(ledger, dataset):
     for tally in ledger.tallies.values():
         if tally.idx >= len(dataset) or tally.label != dataset.labels[tally.idx]:
-            raise UserError(f"{ledger.path} does not fit the data: image {tally.idx} has another label there")
+            raise UserError(
+                f"{ledger.path.parent} does not fit the data: image {tally.idx} has another label in its votes"
+            )
 
 
 def _sample(job, certification, ledger, votes, report, encode, pending, record):
-    config, start = job.config, time.monotonic()
+    config, process, start = job.config, certification.process, time.monotonic()
     session, derived = folder.session(len(pending)), start
+    share = pending[process.index :: process.count]
 
     def begin():
         """With the first votes, not before: a head that cannot be certified leaves nothing behind."""
@@ -205,20 +236,34 @@ def _sample(job, certification, ledger, votes, report, encode, pending, record):
     def settled(tallies):
         nonlocal derived
         found = certification.settle(tallies)
-        if time.monotonic() - derived > _SECONDS_PER_DERIVATION:
+        if process.leads and time.monotonic() - derived > _SECONDS_PER_DERIVATION:
+            certification.adopt(ledger)
             certification.derive(ledger, record, certification.settled)
             derived = time.monotonic()
         return found
 
     def say(line):
-        print(line, flush=True)
+        print(line if process.count == 1 else f"{line} (of this process's share)", flush=True)
 
-    status = Status(certification.plan, len(job.indices), len(job.indices) - len(pending), say)
-    sweep = Sweep(votes, ledger, settled, status, begin)
+    if process.count == 1:
+        before = len(job.indices) - len(pending)
+        status = Status(certification.plan, len(job.indices), before, say)
+        sweep = Sweep(votes, ledger, settled, status, begin)
+    else:
+        # It must be on disk what votes are of before any process writes one.
+        with process.together("the first votes"):
+            if process.leads:
+                begin()
+        status = Status(certification.plan, len(share), 0, say)
+        sweep = Sweep(votes, ledger, settled, status)
     size = max(config.certify.tile[0], _BLOCK_BYTES // (4 * int(np.prod(votes.latent_shape))))
-    for first in range(0, len(pending), size):
-        sweep.run(_block(job, ledger, votes, report, encode, pending[first : first + size]))
+    for first in range(0, len(share), size):
+        sweep.run(_block(job, ledger, votes, report, encode, share[first : first + size]))
     status.show()
+    ledger.flush()
+    process.wait("the votes")
+    if process.leads:
+        certification.adopt(ledger)
     session["seconds"] = round(time.monotonic() - start, 3)
 
 
@@ -259,8 +304,8 @@ def from_counts(place, config):
         kind = stored["identity"].get("certificate")
         raise UserError(f"--from-counts is for smoothed certificates; {place} holds {kind} ones")
     certification = reopen(place, config, stored)
-    if not has_rows(certification.path):
-        raise UserError(f"{place} holds no votes; restore {certification.path.name}")
+    if not ledgers.has_rows(place):
+        raise UserError(f"{place} holds no votes; restore {ledgers.name('*')}")
     with certification.ledger() as ledger:
         chosen = [idx for idx in ledger.tallies if ledger.at_a_look(idx)]
         left_out = len(ledger.tallies) - len(chosen)

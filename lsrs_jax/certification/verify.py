@@ -38,14 +38,14 @@ def run(place):
     text = _read(place / "certificates.tsv")
     config = configuration.from_dict(stored["config"])
     _check_training(place, stored)
-    smoothed, ledger = identity["certificate"] == "smoothed", place / "votes.0.tsv"
+    smoothed = identity["certificate"] == "smoothed"
     if smoothed:
         certification = reopen(place, config, stored)
         if (derivation["alpha"], derivation["bound"]) != (config.certify.alpha, config.certify.bound):
             raise UserError(f"{path} contradicts itself: its derivation and its configuration differ in alpha or bound")
         tallies = _check_votes(certification, derivation["votes"])
         _compare(text, certification, tallies)
-    elif derivation["bound"] != "margin" or ledger.exists():
+    elif derivation["bound"] != "margin" or ledgers.files(place):
         raise UserError(f"{path} contradicts itself: deterministic certificates have the bound margin, and no votes")
     if derivation["certificates"] != hashlib.sha256(text.encode()).hexdigest():
         raise UserError(f"{place / 'certificates.tsv'} has changed: its digest is not the one in {path.name}")
@@ -94,20 +94,26 @@ def _check_training(place, stored):
     )
 
 
-def _check_votes(certification, digest):
-    """`Tallies` of the ledger, which must be what it was when the certificates were derived; rows may have followed."""
-    path, law = certification.path, certification.identity["arithmetic"]
-    if not path.exists():
-        raise UserError(f"{path} is missing: without votes no certificate can be checked")
+def _check_votes(certification, digests):
+    """`Tallies` of the ledgers, which must be what they were when the certificates were derived; rows may have
+    followed."""
+    place, law = certification.folder, certification.identity["arithmetic"]
+    for name in digests:
+        if not (place / name).exists():
+            raise UserError(f"{place / name} is missing: without votes no certificate can be checked")
     # A damaged line is named; where every line is well-formed, all that is known is that the file is another one.
-    tallies = ledgers.read(path, certification.plan, certification.identity["classes"])
-    if ledgers.digest(path.read_bytes()[: digest["bytes"]]) != digest:
-        raise UserError(f"{path} has changed: its digest is not the one in certificates.json")
+    paths = ledgers.files(place)
+    tallies = ledgers.read(paths, certification.plan, certification.identity["classes"])
+    for name, digest in digests.items():
+        if ledgers.digest((place / name).read_bytes()[: digest["bytes"]]) != digest:
+            raise UserError(f"{place / name} has changed: its digest is not the one in certificates.json")
     latent = np.zeros((1, *certification.lipschitz["output_shape"]))
     least = float(arithmetic(law["name"], law["sigma"]).slack(latent)[0])
     for tally in tallies.tallies.values():
         if tally.slack < least:
-            raise UserError(f"{path}: image {tally.idx} is charged {tally.slack}, less than the rounding of its latent")
+            raise UserError(
+                f"{place}: image {tally.idx} is charged {tally.slack}, less than the rounding of its latent"
+            )
     return tallies
 
 

@@ -3,9 +3,11 @@
 A ledger is a TSV file with the header ``idx label slack purpose first stop votes seconds crc``. A row says: for image
 ``idx``, the chunks [first, stop) of this purpose gave these votes (``class:count`` pairs). ``slack`` is the ℓ2
 distance in the latent charged to this image, ``seconds`` the time charged to it for these chunks, ``crc`` the CRC-32 of
-the row before it.
+the row before it. Each process of a run has a ledger of its own, ``votes.<process>.tsv``; the rows of a folder are
+those of all of them together, whichever process cast which.
 """
 
+import contextlib
 import hashlib
 import time
 import zlib
@@ -30,9 +32,20 @@ def _line(row):
     return f"{content}\t{_crc(content)}\n"
 
 
-def has_rows(path):
-    """Whether a ledger holds more than its header. Cheap, and without the lock."""
-    return path.exists() and path.stat().st_size > len(_HEADER)
+def name(process):
+    """The file name of the ledger of a process."""
+    return f"votes.{process}.tsv"
+
+
+def files(folder):
+    """The ledgers in a folder, in the order of their processes."""
+    numbers = [path.name.split(".")[1] for path in folder.glob(name("*"))]
+    return [folder / name(number) for number in sorted(map(int, filter(_is_natural, numbers)))]
+
+
+def has_rows(folder):
+    """Whether a folder holds more than headers. Cheap, and without locks."""
+    return any(path.stat().st_size > len(_HEADER) for path in files(folder))
 
 
 def digest(content):
@@ -40,27 +53,48 @@ def digest(content):
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def read(path, plan, num_classes):
-    """The `Tallies` of a ledger, which is neither locked nor mended; raises UserError for a damaged one."""
+def read(paths, plan, num_classes):
+    """The `Tallies` of ledgers, which are neither locked nor mended; raises UserError for a damaged one."""
     tallies = Tallies(plan, num_classes)
-    _count_lines(tallies, path, path.read_bytes())
+    _count(tallies, {path: (_whole_lines(path, path.read_bytes()), len(_HEADER)) for path in paths})
     return tallies
 
 
-def _count_lines(tallies, path, content):
-    """Counts the rows of a ledger's bytes; returns the whole lines among them."""
+def _whole_lines(path, content):
+    """Those of a ledger's bytes that a kill did not tear."""
     whole = content[: content.rfind(b"\n") + 1]
     if not (whole.startswith(_HEADER.encode()) or (not whole and _HEADER.encode().startswith(content))):
         raise UserError(f"{path} is not a vote ledger: its first line differs; restore it or remove it")
-    for number, line in enumerate(whole[len(_HEADER) :].split(b"\n")[:-1], start=2):
-        try:
-            tallies.count(_parse(line.decode("utf-8"), tallies))
-        except ValueError as error:
-            raise UserError(
-                f"{path} line {number} is damaged ({error}); restore the file, or certify again under "
-                "another --config.certify.name"
-            ) from error
     return whole
+
+
+def _count(tallies, contents):
+    """Counts rows of ledgers, path → whole lines and the offset of the first that counts.
+
+    Of one image they may lie in several files, in any order.
+    """
+    rows, order = [], list(tallies.plan.totals)
+    for path, (content, offset) in contents.items():
+        first = content[:offset].count(b"\n") + 1
+        for number, line in enumerate(content[offset:].split(b"\n")[:-1], first):
+            with _damage(path, number):
+                rows.append((_parse(line.decode("utf-8"), tallies), path, number))
+    rows.sort(key=lambda found: (found[0].idx, order.index(found[0].purpose), found[0].first))
+    for row, path, number in rows:
+        with _damage(path, number):
+            tallies.count(row)
+
+
+@contextlib.contextmanager
+def _damage(path, number):
+    """Names the line where something is wrong with one."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(
+            f"{path} line {number} is damaged ({error}); restore the file, or certify again under another "
+            "--config.certify.name"
+        ) from error
 
 
 def _parse(line, tallies):
@@ -84,12 +118,16 @@ def _parse(line, tallies):
 
 
 class Ledger(Tallies):
-    """An open ledger, locked against a second process.
+    """The ledgers of a folder, of which one is this process's to write, locked against a second process.
 
     Args:
-      path: the file; made if missing.
+      path: the own file; made if missing.
       plan: `tally.Plan`.
       num_classes: K.
+      processes: how many of them write into the folder. Ledgers of others, left by a run of more processes, are locked
+        by the first.
+      meet: called when the own file is locked and mended, and before the others are read: where several processes
+        write, it returns when all of them have got there.
 
     Raises:
       UserError: for a malformed row, chunks counted twice or left out, or votes that do not add up. A half-written
@@ -99,17 +137,23 @@ class Ledger(Tallies):
     they were appended at the latest (with the next append after it), and when the ledger is closed.
     """
 
-    def __init__(self, path, plan, num_classes):
+    def __init__(self, path, plan, num_classes, processes=1, meet=lambda: None):
         super().__init__(plan, num_classes)
         self.path, self._unwritten, self._written = Path(path), [], time.monotonic()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a+b", buffering=0)
-        try:
+        self._open = contextlib.ExitStack()
+        with contextlib.ExitStack() as opened:
+            self._file = opened.enter_context(self.path.open("a+b", buffering=0))
             lock(self._file, f"writing {self.path}")
-            self._read()
-        except BaseException:
-            self._file.close()
-            raise
+            if self.path.name == name(0):
+                for path in files(self.path.parent)[1:]:
+                    if path.name not in map(name, range(processes)):
+                        lock(opened.enter_context(path.open("rb")), f"writing {path}")
+            own = self._mended()
+            meet()
+            self._sizes = {}
+            _count(self, {self.path: (own, len(_HEADER))} | self._news())
+            self._open = opened.pop_all()
 
     def __enter__(self):
         return self
@@ -122,17 +166,33 @@ class Ledger(Tallies):
         try:
             self.flush()
         finally:
-            self._file.close()
+            self._open.close()
 
-    def _read(self):
+    def _mended(self):
+        """The content of the own file, with a header and without half a line."""
         self._file.seek(0)
         content = self._file.readall()
-        whole = _count_lines(self, self.path, content)
+        whole = _whole_lines(self.path, content)
         if len(whole) < len(content):
             self._file.truncate(len(whole))
         self._size = len(whole)
         if not whole:
             self._write(_HEADER)
+        return whole
+
+    def _news(self):
+        """What the other files hold that was not counted yet."""
+        news = {}
+        for path in files(self.path.parent):
+            if path != self.path:
+                whole = _whole_lines(path, path.read_bytes())
+                news[path] = whole, self._sizes.get(path, len(_HEADER))
+                self._sizes[path] = len(whole)
+        return news
+
+    def refresh(self):
+        """Counts what other processes have written since."""
+        _count(self, self._news())
 
     def append(self, rows):
         """Counts rows and writes them, soon."""
@@ -146,9 +206,10 @@ class Ledger(Tallies):
         if time.monotonic() - self._written > _SECONDS_PER_WRITE:
             self.flush()
 
-    def digest(self):
-        """Size and SHA-256 of what is on disk; rows may follow it later."""
-        return digest(self.path.read_bytes()[: self._size])
+    def digests(self):
+        """File name → size and SHA-256 of what was counted of it and is on disk; rows may follow it later."""
+        sizes = self._sizes | {self.path: self._size}
+        return {path.name: digest(path.read_bytes()[: sizes[path]]) for path in sorted(sizes)}
 
     def flush(self):
         """Writes the rows in memory and waits until they are on disk."""
@@ -166,7 +227,11 @@ def _crc(content):
     return f"{zlib.crc32(content.encode()):08x}"
 
 
+def _is_natural(text):
+    return text.isascii() and text.isdigit() and len(text) <= 18
+
+
 def _natural(text):
-    if not (text.isascii() and text.isdigit() and len(text) <= 18):
+    if not _is_natural(text):
         raise ValueError(f"{text!r} is not a natural number")
     return int(text)

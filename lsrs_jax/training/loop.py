@@ -1,5 +1,6 @@
-"""The training loop: data parallel over the local devices, resumable to the exact next batch."""
+"""The training loop: data parallel over the devices of all processes, resumable to the exact next batch."""
 
+import collections
 import dataclasses
 import functools
 import time
@@ -11,8 +12,7 @@ import numpy as np
 import optax
 
 from lsrs_jax import data as datasets
-from lsrs_jax import interrupt
-from lsrs_jax.distributed import local_mesh, replicated, split
+from lsrs_jax import distributed, interrupt
 from lsrs_jax.errors import UserError
 from lsrs_jax.keys import domain_key, pinned
 from lsrs_jax.progress import Progress
@@ -49,14 +49,21 @@ class State(NamedTuple):
         return State(rest[1], rest[0], result)
 
 
-def step_function(model, config, update):
-    """One jitted optimizer step. The noise of step s comes from the key of (seed, "train", s) alone."""
+def step_function(model, config, update, shardings=None):
+    """One jitted optimizer step. The noise of step s comes from the key of (seed, "train", s) alone.
+
+    Args:
+      shardings: those of the state, and that of whatever every device has whole; left to XLA where None.
+    """
     model = dataclasses.replace(model, head_dtype=config.train.head_dtype)
     loss, decay = losses.of_config(config), config.train.ema
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
     def train_step(state, images, labels, key, step):
         def loss_of(params):
+            if shardings:
+                # XLA gives wrong gradients of an orthogonal kernel's construction from parameters that are divided.
+                params = jax.lax.with_sharding_constraint(params, shardings[1])
             return loss(model, params, images, labels, jax.random.fold_in(key, step))
 
         metrics, gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
@@ -78,8 +85,9 @@ class Evaluator:
     def __init__(self, model, sigma, dataset, mesh, batch=256):
         self._dataset, self._mesh = dataset, mesh
         self._batch = -(-min(batch, len(dataset)) // mesh.size) * mesh.size
+        self._own = distributed.own_rows(mesh, self._batch)
 
-        @jax.jit
+        @functools.partial(jax.jit, out_shardings=distributed.replicated(mesh))
         def correct(params, images, labels, valid, key):
             latents = model.encode(params, images)
             noise = sigma * jax.random.normal(key, latents.shape, latents.dtype)
@@ -92,30 +100,55 @@ class Evaluator:
         """``(noisy accuracy, clean accuracy)`` over the whole split; the last batch is padded and masked."""
         size, totals = len(self._dataset), np.zeros(2, np.int64)
         for index, start in enumerate(range(0, size, self._batch)):
-            rows = np.minimum(np.arange(start, start + self._batch), size - 1)
-            valid = np.arange(start, start + self._batch) < size
-            arrays = (self._dataset.pixels(rows, np.float32), self._dataset.labels[rows], valid)
-            arrays = jax.device_put(arrays, split(self._mesh))
+            numbers = np.arange(start, start + self._batch)[self._own]
+            rows = np.minimum(numbers, size - 1)
+            arrays = (self._dataset.pixels(rows, np.float32), self._dataset.labels[rows], numbers < size)
+            arrays = distributed.joined(self._mesh, arrays)
             totals += [int(hits) for hits in self._correct(params, *arrays, jax.random.fold_in(key, index))]
         return totals / size
 
 
 def check_batch(config, dataset):
-    """Raises UserError unless batch and crop fit the data and the batch divides over the local devices."""
+    """Raises UserError unless batch and crop fit the data and the batch divides over the devices."""
     size, (height, width, _) = len(dataset), dataset.shape
     datasets.batch_indices(size, config.data.batch_size, config.seed, 0)
     if config.data.crop >= min(height, width):
         raise UserError(f"data.crop {config.data.crop} shifts images of {height}x{width} out of sight; make it smaller")
-    devices = jax.local_device_count()
+    devices = jax.device_count()
     if config.data.batch_size % devices:
         raise UserError(
-            f"data.batch_size {config.data.batch_size} is not divisible by the {devices} local devices; choose a "
+            f"data.batch_size {config.data.batch_size} is not divisible by the {devices} devices; choose a "
             f"multiple of {devices}"
         )
 
 
+_UNDER_WAY = 2  # steps for whose outcome the host does not wait
+
+
+class _Stop:
+    """After which step to stop: one that all processes agree on, once any of them was told to.
+
+    Their flags meet on the devices beside each step, and are read a few steps later: nothing waits for them.
+    """
+
+    def __init__(self, mesh, told):
+        self._mesh, self._told, self._meeting = mesh, told, collections.deque()
+        self._any = jax.jit(jnp.max, out_shardings=distributed.replicated(mesh))
+
+    def __call__(self):
+        """Whether the step that was just launched is the last one."""
+        if self._mesh.is_multi_process:
+            flags = np.full(len(self._mesh.local_devices), self._told(), np.int32)
+            self._meeting.append(self._any(distributed.joined(self._mesh, flags)))
+            return len(self._meeting) > _UNDER_WAY and bool(self._meeting.popleft())
+        return self._told()
+
+
 def train(model, config, train_set, test_set, checkpoints, log):
     """Trains to ``config.train.steps``, from the newest checkpoint if there is one.
+
+    Every process of the run calls this with the same arguments. A batch is the same whatever their number; each process
+    cuts its own rows out of it.
 
     Args:
       model: `lsrs_jax.models.Model`.
@@ -129,27 +162,42 @@ def train(model, config, train_set, test_set, checkpoints, log):
 
     Raises:
       UserError: if the loss stops being finite (the last checkpoint is kept).
-      Interrupted: after a signal, when the step it came in is finished and saved.
+      Interrupted: after a signal to any process, when the steps under way are finished and saved.
     """
-    mesh, settings = local_mesh(), config.train
+    mesh, settings = distributed.global_mesh(), config.train
+    whole = distributed.replicated(mesh)
     with pinned():
         transformation = optimizer.build(settings)
-        params = jax.device_put(model.init(domain_key(config.seed, "init")), replicated(mesh))
-        opt_state = jax.device_put(jax.jit(transformation.init)(params), replicated(mesh))
-        state = State(params, opt_state, jax.tree.map(jnp.copy, params) if settings.ema else None)
+
+        def fresh(key):
+            params = model.init(key)
+            return State(params, transformation.init(params), jax.tree.map(jnp.copy, params) if settings.ema else None)
+
+        key = domain_key(config.seed, "init")
+        shapes = jax.eval_shape(fresh, key)
+        shardings = jax.tree.map(lambda _: whole, shapes)
+        if settings.shard_parameters:
+            shardings = distributed.sharded(mesh, shapes)
+        state = jax.jit(fresh, out_shardings=shardings)(key)
         first = checkpoints.latest() or 0
         if first:
-            state = state.resumed(*checkpoints.restore(first, state.result, state.rest))
-        train_step = step_function(model, config, transformation.update)
+            # The result is kept whole, for whoever certifies it.
+            result = distributed.placed(state.result, whole)
+            result, rest = checkpoints.restore(first, result, state.rest)
+            state = state.resumed(distributed.placed(result, shardings.result), rest)
+        train_step = step_function(model, config, transformation.update, (shardings, whole))
         evaluate = Evaluator(model, config.sigma, test_set, mesh)
         rate = optimizer.schedule(settings)
-        key = domain_key(config.seed, "train")
+        key, size = domain_key(config.seed, "train"), config.data.batch_size
+        own = distributed.own_rows(mesh, size)
+        crop_and_flip = functools.partial(
+            datasets.augment, crop=config.data.crop, flip=config.data.flip, seed=config.seed, rows=own, batch_size=size
+        )
 
         def batch(step):
-            index = datasets.batch_indices(len(train_set), config.data.batch_size, config.seed, step)
-            images = train_set.pixels(index, np.float32)
-            images = datasets.augment(images, crop=config.data.crop, flip=config.data.flip, seed=config.seed, step=step)
-            return jax.device_put((images, train_set.labels[index]), split(mesh))
+            index = datasets.batch_indices(len(train_set), size, config.seed, step)[own]
+            images = crop_and_flip(train_set.pixels(index, np.float32), step=step)
+            return distributed.joined(mesh, (images, train_set.labels[index]))
 
         def report(window, since):
             """Logs the mean over the steps since the last report; reading them is what waits for the device.
@@ -173,13 +221,14 @@ def train(model, config, train_set, test_set, checkpoints, log):
 
         def save(done):
             data = {"input_shape": list(train_set.shape), "classes": train_set.num_classes}
-            checkpoints.save(done, state.result, state.rest, **data)
+            checkpoints.save(done, distributed.placed(state.result, whole), state.rest, **data)
             # Since the checkpoint before: over all sessions they add up to the time of what was kept.
             log({"step": done, "train_seconds": round(time.monotonic() - start, 2)})
 
         start, window = time.monotonic(), []
         # A step hands its state to the next: a signal waits for its end, and for the checkpoint that keeps it.
-        with interrupt.deferred() as stopping:
+        with interrupt.deferred() as told:
+            stopping = _Stop(mesh, told)
             for step in range(first, settings.steps):
                 if not window:
                     since = step, time.monotonic()
@@ -204,6 +253,7 @@ def train(model, config, train_set, test_set, checkpoints, log):
                     save(done)
                     start = time.monotonic()
                 if stop:
-                    break
+                    checkpoints.wait()
+                    raise interrupt.agreed()
             checkpoints.wait()
-    return state.result
+        return distributed.placed(state.result, whole)

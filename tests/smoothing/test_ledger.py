@@ -44,7 +44,7 @@ def test_what_is_written_is_read(path):
         assert not len(ledger.tallies[2].looks)
         ledger.append(rows(2)[2:])
     with open_ledger(path) as ledger:
-        assert [idx for idx in ledger.tallies if ledger.plan.next_stop(ledger.done(idx)) is None] == [4, 2]
+        assert [idx for idx in ledger.tallies if ledger.plan.next_stop(ledger.done(idx)) is None] == [2, 4]
 
 
 def test_any_torn_tail_is_cut_off_and_nothing_else(path):

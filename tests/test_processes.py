@@ -1,0 +1,200 @@
+"""Several processes of one run: they train alike, certify alike, and stop together. Over localhost, on CPU devices."""
+
+import json
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+from commands import QUICK, finish, refused, run, run_together, start_together, without_time
+
+from lsrs_jax import distributed
+from lsrs_jax.errors import UserError
+from lsrs_jax.smoothing.table import read_table
+
+TABLE = "certify/default/certificates.tsv"
+SLOW = [*QUICK, "--config.train.steps=100000", "--config.train.checkpoint_every=100000"]
+
+
+def losses(workdir):
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def wait_for(condition, processes):
+    while not condition():
+        assert all(process.poll() is None for process in processes), [finish(process) for process in processes]
+        time.sleep(0.02)
+
+
+def checkpoints(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit())
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Trained and certified by one process with four devices."""
+    workdir = tmp_path_factory.mktemp("alone")
+    run("train", *QUICK, f"--workdir={workdir}", devices=4)
+    run("certify", f"--workdir={workdir}", devices=4)
+    return workdir
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_losses_do_not_depend_on_the_number_of_processes(alone, tmp_path, sharded):
+    flags = [f"--config.train.shard_parameters={sharded}"]
+    out = run_together(2, "train", *QUICK, f"--workdir={tmp_path}", *flags, devices=2)
+    assert "4 x cpu in 2 processes" in out
+    np.testing.assert_allclose(losses(tmp_path), losses(alone), atol=1e-5, rtol=0)
+    # What they wrote opens anywhere.
+    run("certify", f"--workdir={tmp_path}", "--config.certify.stop=2")
+
+
+def test_certificates_do_not_depend_on_the_number_of_processes(alone, tmp_path):
+    workdir = tmp_path / "several"
+    shutil.copytree(alone, workdir)
+    shutil.rmtree(workdir / "certify")
+    out = run_together(2, "certify", f"--workdir={workdir}", devices=2)
+    assert "40 images: certified accuracy" in out
+    assert without_time(workdir / TABLE) == without_time(alone / TABLE)
+    ledgers = [workdir / "certify" / "default" / f"votes.{process}.tsv" for process in range(2)]
+    assert all(path.read_text().count("\n") > 20 for path in ledgers)
+    assert "verified: 40 certificates" in run("certify", f"--workdir={workdir}", "--verify")
+    # Every ledger counts: in a digest, and as votes.
+    content = ledgers[1].read_text()
+    row = content.splitlines()[1].split("\t")
+    ledgers[1].write_text(content.replace(row[-1], f"{int(row[-1], 16) ^ 1:08x}", 1))
+    assert "votes.1.tsv line 2 is damaged" in refused("certify", f"--workdir={workdir}", "--verify")
+    ledgers[1].unlink()
+    assert "votes.1.tsv is missing" in refused("certify", f"--workdir={workdir}", "--verify")
+    run("certify", f"--workdir={workdir}", devices=2)  # casts the lost votes again
+    assert without_time(workdir / TABLE) == without_time(alone / TABLE)
+
+
+@pytest.mark.parametrize("counts", [(2, 1), (1, 2)])
+def test_a_killed_certification_is_resumed_by_another_number_of_processes(alone, tmp_path, counts):
+    workdir = tmp_path / "killed"
+    shutil.copytree(alone, workdir)
+    flags = [f"--workdir={workdir}", "--config.certify.name=whole", "--config.certify.n=100000"]
+    flags += ["--config.certify.tile=(2,8)", "--config.certify.schedule=staged"]
+    table = "certify/whole/certificates.tsv"
+    run("certify", *flags, devices=2)
+    whole = without_time(workdir / table)
+    shutil.rmtree(workdir / "certify" / "whole")
+
+    def votes():
+        return sum(path.stat().st_size for path in (workdir / "certify").glob("whole/votes.*.tsv"))
+
+    processes = start_together(counts[0], "certify", *flags, devices=1)
+    wait_for(lambda: votes() > 800, processes)
+    for process in processes:
+        process.kill()
+    for process in processes:
+        finish(process)
+    assert not (workdir / table).exists() or without_time(workdir / table) != whole
+    run_together(counts[1], "certify", *flags, devices=1)
+    assert without_time(workdir / table) == whole
+    record = json.loads((workdir / "certify" / "whole" / "certificates.json").read_text())["record"]
+    assert [entry["processes"] for entry in record] == list(counts)
+    run("certify", f"--workdir={workdir}", "--config.certify.name=whole", "--verify")
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
+    processes = start_together(2, "train", *SLOW, f"--workdir={tmp_path}", devices=2)
+    wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and losses(tmp_path), processes)
+    processes[1].send_signal(signal.SIGTERM)
+    ends = [finish(process) for process in processes]
+    assert [code for code, _, _ in ends] == [143, 143], ends
+    assert all("interrupted; the same command resumes" in err for _, _, err in ends)
+    (step,) = checkpoints(tmp_path)
+    assert step >= 20
+    (again,) = start_together(1, "train", *SLOW, f"--workdir={tmp_path}", devices=4)
+    seen = len(losses(tmp_path))
+    wait_for(lambda: len(losses(tmp_path)) > seen, [again])
+    again.send_signal(signal.SIGTERM)
+    code, out, _ = finish(again)
+    assert code == 143
+    assert f"resuming after step {step}\n" in out
+
+
+def test_a_training_is_resumed_by_another_number_of_processes(alone, tmp_path):
+    processes = start_together(2, "train", *QUICK, f"--workdir={tmp_path}", devices=2)
+    wait_for(lambda: checkpoints(tmp_path), processes)
+    processes[1].kill()
+    processes[0].kill()
+    for process in processes:
+        finish(process)
+    assert "resuming after step" in run("train", *QUICK, f"--workdir={tmp_path}", devices=4)
+    np.testing.assert_allclose(losses(tmp_path), losses(alone), atol=1e-5, rtol=0)
+
+
+def test_where_one_process_fails_all_end_with_one_line(alone, tmp_path):
+    """The first cannot have the lock of a workdir in which another run trains."""
+    first = start_together(1, "train", *SLOW, f"--workdir={tmp_path}")
+    wait_for(lambda: (tmp_path / "metrics.jsonl").exists(), first)
+    ends = [finish(process) for process in start_together(2, "train", *SLOW, f"--workdir={tmp_path}")]
+    first[0].kill()
+    finish(first[0])
+    assert [code for code, _, _ in ends] == [2, 2], ends
+    assert "error: another process is training in" in ends[0][2]
+    assert "error: process 0 of 2 failed at the start; what it says is in its own output" in ends[1][2]
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"JAX_NUM_PROCESSES": "2"}, "JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID must be set where JAX_NUM_PROCESSES is"),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "x:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"},
+            "the second from 0 on and below the first",
+        ),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "x:1", "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"},
+            "must be whole numbers",
+        ),
+    ],
+)
+def test_a_place_that_makes_no_sense_is_refused(environment, message):
+    with pytest.raises(UserError, match=message):
+        distributed._arguments(environment)
+
+
+@pytest.mark.parametrize(
+    ("environment", "several"),
+    [
+        ({}, False),
+        ({"SLURM_STEP_NUM_TASKS": "1", "OMPI_COMM_WORLD_SIZE": "1", "TPU_WORKER_HOSTNAMES": "one"}, False),
+        ({"SLURM_NTASKS": "4"}, False),  # the batch script itself, outside srun
+        ({"SLURM_STEP_NUM_TASKS": "4"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "one,two"}, True),
+        ({"JAX_DISTRIBUTED": "auto"}, True),
+        ({"SLURM_STEP_NUM_TASKS": "4", "JAX_DISTRIBUTED": "off"}, False),
+    ],
+)
+def test_processes_are_found_where_there_are_several(environment, several):
+    assert (distributed._arguments(environment) == {}) == several
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_four_processes_of_two_devices(tmp_path):
+    """Train with all, kill them, resume with two, certify with four: the certificates of one process."""
+    flags = [*QUICK, "--config.train.steps=400", "--config.certify.n=20000", "--config.certify.stop=0"]
+    one, four = tmp_path / "one", tmp_path / "four"
+    run("train", *flags, f"--workdir={one}", devices=8)
+    processes = start_together(4, "train", *flags, f"--workdir={four}", devices=2)
+    wait_for(lambda: checkpoints(four), processes)
+    for process in processes:
+        process.kill()
+        finish(process)
+    run_together(2, "train", *flags, f"--workdir={four}", devices=4)
+    np.testing.assert_allclose(losses(four), losses(one), atol=1e-5, rtol=0)
+    run_together(4, "certify", f"--workdir={four}", devices=2)
+    alone = tmp_path / "alone"
+    shutil.copytree(four, alone)
+    shutil.rmtree(alone / "certify")
+    run("certify", f"--workdir={alone}")
+    assert without_time(alone / TABLE) == without_time(four / TABLE)
+    assert read_table(four / TABLE).radius.max() > 0
