@@ -48,9 +48,26 @@ if [ ! -e "$stamp" ]; then
     install
   fi
 fi
+
+# A container or a scheduler may tell this shell alone to stop: the command hears of it, and says how it ended.
+forwarding() {
+  local child code=0
+  "$@" &
+  child=$!
+  trap 'kill -TERM "$child" 2>/dev/null || true' TERM
+  trap 'kill -INT "$child" 2>/dev/null || true' INT
+  wait "$child" || code=$?
+  while kill -0 "$child" 2>/dev/null; do # a signal ends the first wait, not the command
+    code=0
+    wait "$child" || code=$?
+  done
+  trap - TERM INT
+  [ "$code" -eq 0 ] || exit "$code"
+}
+
 if [ "$TASK" = all ] || [ "$TASK" = train ]; then
-  .venv/bin/python -m lsrs_jax.train --config="$CONFIG" --workdir="$WORKDIR" "$@"
+  forwarding .venv/bin/python -m lsrs_jax.train --config="$CONFIG" --workdir="$WORKDIR" "$@"
 fi
 if [ "$TASK" = all ] || [ "$TASK" = certify ]; then
-  .venv/bin/python -m lsrs_jax.certify --workdir="$WORKDIR"
+  forwarding .venv/bin/python -m lsrs_jax.certify --workdir="$WORKDIR"
 fi

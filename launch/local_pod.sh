@@ -48,7 +48,7 @@ start() {
 finish() {
   local pid failed=0
   for pid in "${pids[@]}"; do
-    wait "$pid" || failed=1
+    { wait "$pid"; } 2>/dev/null || failed=1
   done
   return $failed
 }

@@ -20,6 +20,7 @@ import numpy as np
 
 from lsrs_jax import command
 from lsrs_jax import config as configuration
+from lsrs_jax import workdir as workdirs
 from lsrs_jax.auditing import table as tables
 from lsrs_jax.auditing.auditor import Auditor, Settings
 from lsrs_jax.certification import folder
@@ -47,7 +48,9 @@ def _fractions(text):
 
 def _parse(arguments):
     parser = command.parser("audit", __doc__)
-    parser.add_argument("--workdir", required=True, type=command.folder, help="folder of a training, certified")
+    parser.add_argument(
+        "--workdir", required=True, type=command.workdir, help="folder of a training, certified; or gs://..."
+    )
     parser.add_argument("--images", type=int, default=0, help="so many of the certificates, evenly; 0: all of them")
     parser.add_argument("--fractions", default="0.25,0.5,0.75,0.9,1", help="of each radius, where PGD looks inside it")
     parser.add_argument("--restarts", type=int, default=2, help="random starts of PGD per radius")
@@ -67,9 +70,14 @@ def run(arguments):
     """The command; see the module's docstring."""
     command.no_config_file("audit", arguments)
     options, settings, rest = _parse(arguments)
-    asked = command.config_of_training(options.workdir, rest)
-    command.only(options.workdir, asked, ("certify.name", "data.dir"), "audit")
-    place = options.workdir / "certify" / asked.certify.name
+    with workdirs.opened(options.workdir) as workdir:
+        _run(workdir.path, options, settings, rest)
+
+
+def _run(workdir, options, settings, rest):
+    asked = command.config_of_training(workdir, rest)
+    command.only(workdir, asked, ("certify.name", "data.dir"), "audit")
+    place = workdir / "certify" / asked.certify.name
     path = place / "certificates.json"
     if not path.exists():
         raise UserError(f"{place} holds no certificates: run python -m lsrs_jax.certify --workdir={options.workdir}")
@@ -87,11 +95,10 @@ def run(arguments):
         )
     config.data.dir = asked.data.dir
     cache_compilations()
-    job = jobs.load(options.workdir, config)
+    job = jobs.load(workdir, config)
     if job.meta["digest"] != stored["identity"]["checkpoint"]["digest"]:
         raise UserError(
-            f"{options.workdir} was trained further since {place} was certified; certify it under another "
-            "--config.certify.name"
+            f"{workdir} was trained further since {place} was certified; certify it under another --config.certify.name"
         )
     with locked(place / ".audit.lock", f"auditing {place}"):
         _audit(job, settings, stored)

@@ -14,14 +14,16 @@ and names the first line that differs. Deterministic certificates take no votes:
 
 from lsrs_jax import command, models
 from lsrs_jax import config as configuration
+from lsrs_jax import workdir as workdirs
 from lsrs_jax.certification import deterministic, folder, smoothed, verify
 from lsrs_jax.certification import job as jobs
 from lsrs_jax.distributed import cache_compilations, started
+from lsrs_jax.errors import UserError
 
 
-def _derived_as(chosen, options, place):
+def _derived_as(chosen, workdir, place):
     """The configuration of the training, but for how the certificates of a folder were derived; says what is kept."""
-    config = configuration.load(options.workdir / "config.json")
+    config = configuration.load(workdir / "config.json")
     for name in smoothed.DERIVED:
         kept, trained = chosen.certify[name], config.certify[name]
         if kept != trained:
@@ -34,35 +36,43 @@ def run(arguments):
     """The command; see the module's docstring."""
     command.no_config_file("certify", arguments)
     parser = command.parser("certify", __doc__)
-    parser.add_argument("--workdir", required=True, type=command.folder, help="folder of a training")
+    parser.add_argument("--workdir", required=True, type=command.workdir, help="folder of a training, or gs://...")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--from-counts", action="store_true", help="derive from the votes on disk; sample nothing")
     instead.add_argument("--verify", action="store_true", help="derive every radius again and compare; change nothing")
     options, rest = parser.parse_known_args(arguments)
-    config = command.config_of_training(options.workdir, rest)
-    place = options.workdir / "certify" / config.certify.name
+    with started() as process, workdirs.opened(options.workdir) as workdir:
+        _run(workdir, process, options, rest)
+
+
+def _run(workdir, process, options, rest):
+    config = command.config_of_training(workdir.path, rest)
+    place = workdir.path / "certify" / config.certify.name
+    if (options.verify or options.from_counts) and process.count > 1:
+        raise UserError("--from-counts and --verify are for one process; start it alone, or with JAX_DISTRIBUTED=off")
     if options.verify:
-        command.only(options.workdir, config, ("certify.name",), "--verify")
+        command.only(workdir.path, config, ("certify.name",), "--verify")
         verify.run(place)
         return
     path = place / "certificates.json"
     if path.exists():  # what was chosen then holds, but for what is chosen now
         chosen = configuration.from_dict(folder.read(path)["config"])
-        config = command.config_from_flags(rest, chosen if options.from_counts else _derived_as(chosen, options, place))
+        config = command.config_from_flags(
+            rest, chosen if options.from_counts else _derived_as(chosen, workdir.path, place)
+        )
     if options.from_counts:
         smoothed.from_counts(place, config)
         return
-    with started() as process:
-        cache_compilations()
-        with process.together("the start"):
-            job = jobs.load(options.workdir, config)
-        print(models.describe(job.model))
-        if config.certify.certificate == "smoothed":
-            smoothed.run(job, process)
-        else:
-            if process.leads:
-                deterministic.run(job)
-            process.wait("the certificates")
+    cache_compilations()
+    with process.together("the start"):
+        job = jobs.load(workdir.path, config)
+    print(models.describe(job.model))
+    if config.certify.certificate == "smoothed":
+        smoothed.run(job, process, workdir)
+    else:
+        if process.leads:
+            deterministic.run(job)
+        process.wait("the certificates")
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ array on the devices asked for, so a checkpoint written on eight devices opens o
 
 import contextlib
 import hashlib
-from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
 from lsrs_jax.errors import UserError
+from lsrs_jax.workdir import checkpoints as folder_of
 
 
 def digest(params):
@@ -30,7 +30,7 @@ class Checkpoints:
     """The checkpoints of one workdir, saved asynchronously."""
 
     def __init__(self, workdir, keep=2):
-        self._folder = Path(workdir).absolute() / "checkpoints"
+        self._folder = folder_of(workdir)
         if self._folder.exists() and not self._folder.is_dir():
             raise UserError(f"{self._folder} is not a folder; move it away, or use another --workdir")
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
@@ -123,7 +123,7 @@ def trained_on(workdir):
 @contextlib.contextmanager
 def _opened(workdir):
     """The manager of a workdir that has a complete checkpoint, and its folder."""
-    folder = Path(workdir).absolute() / "checkpoints"
+    folder = folder_of(workdir)
     if not folder.is_dir():
         raise UserError(f"no checkpoint in {workdir}: train first (python -m lsrs_jax.train --workdir={workdir} ...)")
     options = ocp.CheckpointManagerOptions(read_only=True)

@@ -16,6 +16,7 @@ from ml_collections import config_flags
 from lsrs_jax import config as configuration
 from lsrs_jax import interrupt
 from lsrs_jax.errors import UserError
+from lsrs_jax.workdir import SCHEMES
 
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
@@ -127,6 +128,15 @@ def folder(text):
     if not text or (path.exists() and not path.is_dir()):
         raise argparse.ArgumentTypeError(f"{text!r} is not a folder")
     return path
+
+
+def workdir(text):
+    """Argument type: a folder, or the URL of one in a bucket; for `workdir.opened`."""
+    if "://" not in text:
+        return folder(text)
+    if not text.startswith(SCHEMES) or text in SCHEMES:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a folder nor the URL of one ({', '.join(SCHEMES)})")
+    return text
 
 
 def main(run):

@@ -13,6 +13,7 @@ import json
 from lsrs_jax import command, models
 from lsrs_jax import config as configuration
 from lsrs_jax import data as datasets
+from lsrs_jax import workdir as workdirs
 from lsrs_jax.checkpoint import Checkpoints
 from lsrs_jax.distributed import cache_compilations, devices, started
 from lsrs_jax.errors import UserError
@@ -75,12 +76,13 @@ def run(arguments):
     """The command; see the module's docstring."""
     parser = command.parser("train", __doc__)
     parser.add_argument(
-        "--workdir", required=True, type=command.folder, help="folder of this training; made if missing"
+        "--workdir", required=True, type=command.workdir, help="folder of this training, made if missing; or gs://..."
     )
     options, rest = parser.parse_known_args(arguments)
     config = command.config_from_flags(rest)
     with started() as process, contextlib.ExitStack() as stack:
         cache_compilations()
+        workdir = stack.enter_context(workdirs.opened(options.workdir))
         data = config.data
         with process.together("the start"):
             train_set = datasets.load(data.name, data.train_split, data.dir)
@@ -89,9 +91,9 @@ def run(arguments):
             loop.check_batch(config, train_set)
             check = _no_check
             if process.leads:
-                lock = locked(options.workdir / ".train.lock", f"training in {options.workdir}")
+                lock = locked(workdir.path / ".train.lock", f"training in {options.workdir}")
                 check = stack.enter_context(lock)
-        _train(options.workdir, process, check, config, model, train_set, test_set)
+        _train(workdir, process, check, config, model, train_set, test_set)
     margin = config.train.loss == "margin" and config.certify.certificate == "smoothed"
     print(
         f"next: python -m lsrs_jax.certify --workdir={options.workdir}"
@@ -101,11 +103,11 @@ def run(arguments):
 
 def _check_same_training(workdir, config):
     """A workdir with a checkpoint belongs to the configuration that made it."""
-    old = configuration.to_dict(configuration.load(workdir / "config.json"))
+    old = configuration.to_dict(configuration.load(workdir.path / "config.json"))
     difference = configuration.other_training(old, configuration.to_dict(config))
     if difference:
         raise UserError(
-            f"{workdir} was trained with {difference[0]}={difference[1]!r}, not {difference[2]!r}: "
+            f"{workdir.name} was trained with {difference[0]}={difference[1]!r}, not {difference[2]!r}: "
             "use another --workdir, or the old value to resume"
         )
 
@@ -119,15 +121,16 @@ def _no_log(*_):
 
 
 def _train(workdir, process, check, config, model, train_set, test_set):
-    with Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints:
+    with Checkpoints(workdir.path, config.train.keep_checkpoints) as checkpoints:
         first = checkpoints.latest() or 0
         with process.together("the configuration"):
             if first:
                 _check_same_training(workdir, config)
             if process.leads:
-                configuration.save(config, workdir / "config.json")
+                configuration.save(config, workdir.path / "config.json")
+                workdir.push()
         if first >= config.train.steps:
-            print(f"already trained to step {first}: {workdir}")
+            print(f"already trained to step {first}: {workdir.name}")
             return
         print(
             f"{config.data.name}: {len(train_set):,} training and {len(test_set):,} test images {train_set.shape}; "
@@ -138,11 +141,13 @@ def _train(workdir, process, check, config, model, train_set, test_set):
         if not process.leads:
             loop.train(model, config, train_set, test_set, checkpoints, _no_log)
             return
-        metrics = _Metrics(workdir, first)
+        metrics = _Metrics(workdir.path, first)
 
         def log(*row):
             check()  # into a folder that is gone, checkpoints would be written all the same
             metrics(*row)
+            if "train_seconds" in row[0]:  # with every checkpoint
+                workdir.push()
 
         try:
             loop.train(model, config, train_set, test_set, checkpoints, log)

@@ -72,6 +72,15 @@ def test_certificates_do_not_depend_on_the_number_of_processes(alone, tmp_path):
     assert without_time(workdir / TABLE) == without_time(alone / TABLE)
 
 
+def test_processes_that_share_a_bucket_only(alone, tmp_path):
+    remote = tmp_path / "remote"
+    shutil.copytree(alone, remote)
+    shutil.rmtree(remote / "certify")
+    run_together(2, "certify", f"--workdir=file://{remote}")
+    assert without_time(remote / TABLE) == without_time(alone / TABLE)
+    assert (remote / "certify" / "default" / "votes.1.tsv").read_text().count("\n") > 20
+
+
 @pytest.mark.parametrize("counts", [(2, 1), (1, 2)])
 def test_a_killed_certification_is_resumed_by_another_number_of_processes(alone, tmp_path, counts):
     workdir = tmp_path / "killed"

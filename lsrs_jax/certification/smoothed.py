@@ -134,7 +134,7 @@ class Certification:
         return tallies, certificates
 
 
-def run(job, process=ALONE):
+def run(job, process, workdir):
     """Samples what is missing in the ledgers, derives the certificates and prints a summary.
 
     Every process of the run calls this with the same job. Each takes its share of the images that are not settled, on
@@ -143,6 +143,7 @@ def run(job, process=ALONE):
     Args:
       job: `job.Job`.
       process: `distributed.Place`.
+      workdir: `workdir.Workdir`.
     """
     with process.together("the preparation of the votes"):
         certification, record, votes, encoder, encode = _prepare(job, process)
@@ -156,7 +157,7 @@ def run(job, process=ALONE):
         print(encoder.report)
         print(_headline(job, certification, len(pending)), flush=True)
         if pending:
-            _sample(job, certification, ledger, votes, encoder.report, encode, pending, record)
+            _sample(job, workdir, certification, ledger, votes, encoder.report, encode, pending, record)
         if not process.leads:
             return
         tallies, certificates = certification.derive(ledger, record, certification.settled)
@@ -222,7 +223,7 @@ def _check_labels(ledger, dataset):
             )
 
 
-def _sample(job, certification, ledger, votes, report, encode, pending, record):
+def _sample(job, workdir, certification, ledger, votes, report, encode, pending, record):
     config, process, start = job.config, certification.process, time.monotonic()
     session, derived = folder.session(len(pending)), start
     share = pending[process.index :: process.count]
@@ -237,6 +238,7 @@ def _sample(job, certification, ledger, votes, report, encode, pending, record):
         nonlocal derived
         found = certification.settle(tallies)
         if process.leads and time.monotonic() - derived > _SECONDS_PER_DERIVATION:
+            workdir.pull()
             certification.adopt(ledger)
             certification.derive(ledger, record, certification.settled)
             derived = time.monotonic()
@@ -254,6 +256,7 @@ def _sample(job, certification, ledger, votes, report, encode, pending, record):
         with process.together("the first votes"):
             if process.leads:
                 begin()
+                workdir.push()
         status = Status(certification.plan, len(share), 0, say)
         sweep = Sweep(votes, ledger, settled, status)
     size = max(config.certify.tile[0], _BLOCK_BYTES // (4 * int(np.prod(votes.latent_shape))))
@@ -261,8 +264,10 @@ def _sample(job, certification, ledger, votes, report, encode, pending, record):
         sweep.run(_block(job, ledger, votes, report, encode, share[first : first + size]))
     status.show()
     ledger.flush()
+    workdir.push()
     process.wait("the votes")
     if process.leads:
+        workdir.pull()
         certification.adopt(ledger)
     session["seconds"] = round(time.monotonic() - start, 3)
 

@@ -14,6 +14,7 @@ from lsrs_jax.errors import UserError
 from lsrs_jax.smoothing import ledger as ledgers
 from lsrs_jax.smoothing.noise import arithmetic
 from lsrs_jax.smoothing.table import format_table
+from lsrs_jax.workdir import checkpoints
 
 _SAME = 1e-9  # relative: the singular values of one encoder on two machines
 
@@ -148,7 +149,7 @@ def _compare(text, certification, tallies):
 def _check_checkpoint(workdir, config, identity, constant):
     """Digest and Lipschitz constant of the weights; says in words what could be compared."""
     step = identity["checkpoint"]["step"]
-    if not (workdir / "checkpoints" / str(step)).is_dir():
+    if not (checkpoints(workdir) / str(step)).is_dir():
         return f"ledger are intact; the checkpoint of step {step} is not here to be compared"
     model = models.build(config.model, tuple(identity["model"]["input_shape"]), identity["classes"])
     params, meta = restore(workdir, model, step)

@@ -1,0 +1,100 @@
+"""Workdirs in a bucket, played by a folder: what one machine writes, another one sees, and nothing is overwritten."""
+
+import shutil
+
+import pytest
+from commands import QUICK, finish, refused, run, start, without_time
+
+from lsrs_jax import workdir
+from lsrs_jax.errors import UserError
+
+
+@pytest.fixture
+def machines(tmp_path):
+    """The bucket's folder, and its copies on two machines."""
+    remote = tmp_path / "remote"
+    (remote / "checkpoints" / "3").mkdir(parents=True)
+    (remote / "checkpoints" / "3" / "weights").write_text("large")
+    (remote / "config.json").write_text("{}")
+    copies = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        copies.append(workdir.Bucket(f"file://{remote}", tmp_path / name))
+    return remote, *copies
+
+
+def test_small_files_travel_and_checkpoints_stay(machines):
+    remote, one, two = machines
+    assert (one.path / "config.json").read_text() == "{}"
+    assert not (one.path / "checkpoints").exists()
+    assert str(workdir.checkpoints(one.path)) == str(remote / "checkpoints")
+    place = one.path / "certify" / "default"
+    place.mkdir(parents=True)
+    (place / "votes.1.tsv").write_text("a")
+    (place / ".lock").write_text("")
+    one.push()
+    two.pull()
+    assert (two.path / "certify" / "default" / "votes.1.tsv").read_text() == "a"
+    assert not (remote / "certify" / "default" / ".lock").exists()
+    (place / "votes.1.tsv").write_text("ab")
+    one.push()
+    two.pull()
+    assert (two.path / "certify" / "default" / "votes.1.tsv").read_text() == "ab"
+
+
+def test_what_was_written_here_is_not_overwritten(machines):
+    _, one, two = machines
+    (one.path / "own").write_text("theirs")
+    one.push()
+    (two.path / "own").write_text("mine")
+    two.pull()
+    assert (two.path / "own").read_text() == "mine"
+    (two.path / "config.json").write_text("mine")
+    two.pull()
+    assert (two.path / "config.json").read_text() == "mine"
+
+
+def test_a_local_workdir_is_used_in_place(tmp_path):
+    with workdir.opened(tmp_path) as opened:
+        opened.push()
+        opened.pull()
+        assert opened.path == tmp_path
+    assert not list(tmp_path.iterdir())
+    assert str(workdir.checkpoints(tmp_path)) == str(tmp_path / "checkpoints")
+
+
+def test_what_is_written_last_is_copied_whatever_ends_the_block(tmp_path):
+    def work():
+        with workdir.opened(f"file://{tmp_path}") as opened:
+            (opened.path / "a").write_text("1")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        work()
+    assert (tmp_path / "a").read_text() == "1"
+
+
+def test_a_bucket_out_of_reach_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot read or write file://"), workdir.opened(f"file://{tmp_path}/file"):
+        pass
+    assert "neither a folder nor the URL of one" in refused("certify", "--workdir=ftp://x/y")
+    assert "neither a folder nor the URL of one" in refused("certify", "--workdir=gs://")
+
+
+def test_the_commands_work_in_a_bucket(tmp_path):
+    remote, local = tmp_path / "remote", tmp_path / "local"
+    first = start("train", *QUICK, "--config.train.checkpoint_every=10", f"--workdir=file://{remote}")
+    while first.poll() is None and not list(remote.glob("checkpoints/10")):
+        pass
+    first.kill()
+    finish(first)
+    assert "next: python -m lsrs_jax.certify" in run("train", *QUICK, f"--workdir=file://{remote}")
+    assert (remote / "metrics.jsonl").read_text().count('"loss"') >= 2
+    shutil.copytree(remote, local)
+    run("certify", f"--workdir=file://{remote}")
+    run("certify", f"--workdir={local}")
+    table = "certify/default/certificates.tsv"
+    assert without_time(remote / table) == without_time(local / table)
+    assert "verified: 40 certificates" in run("certify", f"--workdir=file://{remote}", "--verify")
+    assert "already trained" in run("train", *QUICK, f"--workdir=file://{remote}")
