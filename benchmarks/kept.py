@@ -67,7 +67,7 @@ def keep(workdir, folder, commands):
     """Copies from a workdir what is kept of it, and writes run.json and, last, card.md: with it the run is complete."""
     source = workdir / "certify" / "default"
     config = configuration.load(workdir / "config.json")
-    dataset = datasets.load(config.data.name, config.data.split, config.data.dir)
+    dataset = datasets.of_config(config.data, config.data.split)
     model = models.build(config.model, dataset.shape, dataset.num_classes)
     cost = models.cost(model)
     facts = {

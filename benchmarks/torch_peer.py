@@ -14,7 +14,7 @@ import numpy as np
 
 from lsrs_jax import layers, models
 from lsrs_jax.errors import UserError
-from lsrs_jax.heads import ConvHead
+from lsrs_jax.heads import BlocksHead, ConvHead
 from lsrs_jax.keys import domain_key
 
 BATCH, SMALL_BATCH = 1000, 128  # the published one, and one that stays in the cache
@@ -52,19 +52,35 @@ def network(torch, model):
             chain.append(nn.PixelUnshuffle(layer.strides[0]))
         elif isinstance(layer, layers.OrthogonalConv):
             chain.append(_conv(nn, shape[-1], layer.features, layer.kernel_size, layer.strides, bias=False))
+        elif isinstance(layer, layers.Haar):
+            chain += [nn.PixelUnshuffle(2), _module(torch, lambda x: _haar(torch, x))]
         elif isinstance(layer, layers.MaxMin):
             chain.append(_module(torch, lambda x: _maxmin(torch, x)))
         else:
             raise UserError(f"No rows of PyTorch: it has no counterpart of {type(layer).__name__} here")
         shape = layer.output_shape(shape)
-    if not isinstance(model.head, ConvHead):
-        raise UserError(f"No rows of PyTorch: it has no counterpart of {type(model.head).__name__} here")
     channels = shape[-1]
-    for width, stride in model.head.stages:
-        chain += [_conv(nn, channels, width, (3, 3), (stride, stride)), nn.ReLU(inplace=True)]
+    for width, stride, unshuffled in _head_stages(model.head):
+        if unshuffled > 1:
+            chain.append(nn.PixelUnshuffle(unshuffled))
+        chain += [_conv(nn, channels * unshuffled**2, width, (3, 3), (stride, stride)), nn.ReLU(inplace=True)]
         channels = width
     mean = _module(torch, lambda x: x.mean(dim=(2, 3)))
     return nn.Sequential(*chain, mean, nn.Linear(channels, model.head.num_classes)).eval()
+
+
+def _head_stages(head):
+    """``(channels, stride, space-to-depth in front)`` of the convolutions of a head."""
+    if isinstance(head, ConvHead):
+        return [(width, stride, 1) for width, stride in head.stages]
+    if isinstance(head, BlocksHead) and all(head.widths):
+        return [(width, 1, stride) for width, stride in zip(head.widths, head.strides, strict=True)]
+    raise UserError(f"No rows of PyTorch: it has no counterpart of {type(head).__name__} here")
+
+
+def _haar(torch, x):
+    a, b, c, d = x.unflatten(1, (-1, 4)).unbind(2)
+    return torch.cat([a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d], dim=1) / 2
 
 
 def _conv(nn, channels, width, size, strides, bias=True):
@@ -128,7 +144,10 @@ class Peer:
     def __init__(self, model_config, image, classes, options, batches):
         self._chunk, self.note = int(np.prod(options.tile)), None
         works, self.flops, layers_of = {}, {}, {}
-        for name, changes in (("LSRS", {}), ("ISRS", {"noise": "input"}), ("head", {"encoder": "identity"})):
+        split = model_config.split
+        blocks = {"widths": tuple(model_config.widths)[split:], "strides": tuple(model_config.strides)[split:]}
+        alone = {"encoder": "identity", "split": 0, **blocks}
+        for name, changes in (("LSRS", {}), ("ISRS", {"noise": "input"}), ("head", alone)):
             variant = model_config.copy_and_resolve_references()
             variant.update(changes)
             model = models.build(variant, image, classes)
@@ -139,10 +158,10 @@ class Peer:
             self.flops[name] = measure.flops(function, shape)
             layers_of[name] = measure.layers(function, shape, batches)
             if name == "LSRS":
-                split = model
+                whole = model
         self._layers, self._head_layers = layers_of["ISRS"], layers_of["LSRS"]
         works |= {"matmul": measure.matmul("float32")} | measure.layer_works(self._layers)
-        works |= self._torch_works(split, image, classes)
+        works |= self._torch_works(whole, image, classes)
         rates = measure.rates(works, options.seconds, "the classic loop")
         self._measured = measure.Measured(self.flops["ISRS"], self._layers, rates, self._chunk)
         self.rates = {name: rates[name] * self._chunk for name in self.flops}

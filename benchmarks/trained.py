@@ -98,7 +98,7 @@ class Run:
             raise UserError(f"{workdir} holds no training")
         self.config = configuration.load(stored)
         data = self.config.data
-        self.dataset = datasets.load(data.name, data.split, data.dir)
+        self.dataset = datasets.of_config(data, data.split)
         step = max(1, len(self.dataset) // images)
         self.indices = list(range(0, len(self.dataset), step))[:images]
         self._prepare()

@@ -12,7 +12,7 @@ and names the first line that differs. Deterministic certificates take no votes:
 (model.head linear, normalized or orthogonal).
 """
 
-from lsrs_jax import command, models
+from lsrs_jax import command, models, profiling
 from lsrs_jax import config as configuration
 from lsrs_jax import workdir as workdirs
 from lsrs_jax.certification import deterministic, folder, smoothed, verify
@@ -40,6 +40,7 @@ def run(arguments):
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--from-counts", action="store_true", help="derive from the votes on disk; sample nothing")
     instead.add_argument("--verify", action="store_true", help="derive every radius again and compare; change nothing")
+    profiling.add_argument(parser)
     options, rest = parser.parse_known_args(arguments)
     with started() as process, workdirs.opened(options.workdir) as workdir:
         _run(workdir, process, options, rest)
@@ -68,7 +69,8 @@ def _run(workdir, process, options, rest):
         job = jobs.load(workdir.path, config)
     print(models.describe(job.model))
     if config.certify.certificate == "smoothed":
-        smoothed.run(job, process, workdir)
+        with profiling.captured(options.profile if process.leads else None, workdir.path / "profile") as tick:
+            smoothed.run(job, process, workdir, tick)
     else:
         if process.leads:
             deterministic.run(job)

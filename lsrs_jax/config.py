@@ -17,11 +17,15 @@ _MAY_CHANGE = (  # between the first start of a training and its resumption
     "certify",
     "data.dir",
     "data.split",
+    "data.workers",
     "train.log_every",
     "train.evaluate_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
 )
+
+
+_LARGEST_IMAGE = 4096
 
 
 def default():
@@ -38,6 +42,11 @@ def default():
     config.data.batch_size = 128
     config.data.crop = 0  # random shifts in pixels
     config.data.flip = False  # random horizontal flips
+    config.data.size = (
+        0  # photos of any size are cut to so many pixels across and down, and decoded when they are needed;
+    )
+    config.data.area = (0.08, 1.0)  # in training to a random part, with a share of the area from here to there,
+    config.data.workers = 0  # by so many processes; 0: by threads. size=0: images of one size, in memory
 
     config.model = ConfigDict()
     config.model.encoder = "shallow"  # lsrs_jax.encoders.ENCODERS; "identity" is input-space smoothing
@@ -129,6 +138,14 @@ def _limits(config):
         ("data.name", _is_plain_name(data.name.replace(":", "")), "the name of a data set, as in 'cifar10'"),
         ("data.batch_size", data.batch_size >= 1, "at least 1"),
         ("data.crop", data.crop >= 0, "at least 0"),
+        ("data.crop", not (data.size and data.crop), "0 where data.size is given: photos are cut by data.area"),
+        ("data.size", 0 <= data.size <= _LARGEST_IMAGE, f"between 0 and {_LARGEST_IMAGE}"),
+        (
+            "data.area",
+            len(data.area) == 2 and 0 < data.area[0] <= data.area[1] <= 1,
+            "two shares, 0 < least <= most <= 1",
+        ),
+        ("data.workers", 0 <= data.workers <= 1024, "between 0 and 1024"),
         ("train.steps", train.steps >= 1, "at least 1"),
         ("train.loss", train.loss in LOSSES, " or ".join(map(repr, LOSSES))),
         (

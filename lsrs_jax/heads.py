@@ -119,6 +119,38 @@ class ResNetHead(nn.Module):
         return nn.Dense(self.num_classes)(z.mean(axis=(1, 2)))
 
 
+class BottleneckHead(nn.Module):
+    """Residual blocks of ResNet-50: 1x1, 3x3 and 1x1 convolutions; the mean over positions, a dense layer.
+
+    Group normalisation takes the place of batch normalisation (Wu and He 2018), so that rows stay independent; the last
+    scale of a block starts at zero. A stride lies on the 3x3 convolution.
+
+    Attributes:
+      stages: ``(channels inside, blocks, stride of the first)``; four times as many channels leave a block.
+      stem: whether a 7x7 convolution of stride 2 and a max pool of stride 2 come first.
+    """
+
+    num_classes: int
+    stages: tuple[tuple[int, int, int], ...]
+    stem: bool = False
+
+    @nn.compact
+    def __call__(self, z):
+        def conv(z, channels, size, stride=1, **scale):
+            kernel = nn.initializers.he_normal()
+            z = nn.Conv(channels, (size, size), (stride, stride), use_bias=False, kernel_init=kernel)(z)
+            return nn.GroupNorm(_GROUPS, **scale)(z)
+
+        if self.stem:
+            z = nn.max_pool(nn.relu(conv(z, 64, 7, 2)), (3, 3), (2, 2), "SAME")
+        for inside, count, first in self.stages:
+            for stride in (first, *[1] * (count - 1)):
+                skip = z if (z.shape[-1], stride) == (4 * inside, 1) else conv(z, 4 * inside, 1, stride)
+                inner = nn.relu(conv(nn.relu(conv(z, inside, 1)), inside, 3, stride))
+                z = nn.relu(skip + conv(inner, 4 * inside, 1, scale_init=nn.initializers.zeros))
+        return nn.Dense(self.num_classes)(z.mean(axis=(1, 2)))
+
+
 class BlocksHead(nn.Module):
     """The free twin of `lsrs_jax.encoders.blocks`: the same shapes and FLOPs, ReLU for the orthogonal activation.
 
@@ -142,9 +174,11 @@ class BlocksHead(nn.Module):
         return nn.Dense(self.num_classes)(z.mean(axis=(1, 2)))
 
 
+_GROUPS = 32
+_RESNET50 = ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2))
 _RESNET18 = ((64, 1), (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1))
 
-# num_classes -> module. The `resnet18` have no normalisation; `resnet18_tail` is layers 3 and 4.
+# classes -> module. The `resnet18` have no normalisation; `resnet18_tail` is layers 3 and 4, `resnet50_tail` layer 4.
 HEADS = {
     "linear": LinearHead,
     "normalized": NormalizedHead,
@@ -155,5 +189,7 @@ HEADS = {
     "resnet": lambda classes: ResNetHead(classes, ((32, 1), (64, 2))),
     "resnet18": lambda classes: ResNetHead(classes, _RESNET18),
     "resnet18_tail": lambda classes: ResNetHead(classes, _RESNET18[4:], stem=False),
+    "resnet50": lambda classes: BottleneckHead(classes, _RESNET50, stem=True),
+    "resnet50_tail": lambda classes: BottleneckHead(classes, _RESNET50[3:]),
     "convnet_small": lambda classes: ConvHead(classes, ((16, 1), (32, 2), (32, 1))),
 }

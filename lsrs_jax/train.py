@@ -10,7 +10,7 @@ with the exact next batch, on any number of devices and processes (docs/scale.md
 import contextlib
 import json
 
-from lsrs_jax import command, models
+from lsrs_jax import command, models, plan, profiling
 from lsrs_jax import config as configuration
 from lsrs_jax import data as datasets
 from lsrs_jax import workdir as workdirs
@@ -75,25 +75,33 @@ def _is_metrics(line):
 def run(arguments):
     """The command; see the module's docstring."""
     parser = command.parser("train", __doc__)
-    parser.add_argument(
-        "--workdir", required=True, type=command.workdir, help="folder of this training, made if missing; or gs://..."
-    )
+    parser.add_argument("--workdir", type=command.workdir, help="folder of this training, made if missing; or gs://...")
+    parser.add_argument("--plan", action="store_true", help="print what it will need, and start nothing")
+    profiling.add_argument(parser)
     options, rest = parser.parse_known_args(arguments)
+    if not (options.workdir or options.plan):
+        parser.error("the following arguments are required: --workdir (or --plan)")
     config = command.config_from_flags(rest)
     with started() as process, contextlib.ExitStack() as stack:
         cache_compilations()
+        if options.plan:
+            train_set = datasets.of_config(config.data, config.data.train_split)
+            loop.check_batch(config, train_set)
+            print(plan.report(models.build(config.model, train_set.shape, train_set.num_classes), config))
+            return
         workdir = stack.enter_context(workdirs.opened(options.workdir))
         data = config.data
         with process.together("the start"):
-            train_set = datasets.load(data.name, data.train_split, data.dir)
-            test_set = datasets.load(data.name, data.split, data.dir)
+            train_set = datasets.of_config(data, data.train_split)
+            test_set = datasets.of_config(data, data.split)
             model = models.build(config.model, train_set.shape, train_set.num_classes)
             loop.check_batch(config, train_set)
             check = _no_check
             if process.leads:
                 lock = locked(workdir.path / ".train.lock", f"training in {options.workdir}")
                 check = stack.enter_context(lock)
-        _train(workdir, process, check, config, model, train_set, test_set)
+        tick = stack.enter_context(profiling.captured(options.profile, workdir.path / "profile"))
+        _train(workdir, process, check, config, model, train_set, test_set, tick)
     margin = config.train.loss == "margin" and config.certify.certificate == "smoothed"
     print(
         f"next: python -m lsrs_jax.certify --workdir={options.workdir}"
@@ -120,7 +128,7 @@ def _no_log(*_):
     pass
 
 
-def _train(workdir, process, check, config, model, train_set, test_set):
+def _train(workdir, process, check, config, model, train_set, test_set, tick):
     with Checkpoints(workdir.path, config.train.keep_checkpoints) as checkpoints:
         first = checkpoints.latest() or 0
         with process.together("the configuration"):
@@ -146,6 +154,7 @@ def _train(workdir, process, check, config, model, train_set, test_set):
         def log(*row):
             check()  # into a folder that is gone, checkpoints would be written all the same
             metrics(*row)
+            tick()
             if "train_seconds" in row[0]:  # with every checkpoint
                 workdir.push()
 

@@ -20,12 +20,18 @@ def _field(number, payload):
     return bytes([number << 3 | 2]) + _varint(len(payload)) + payload
 
 
+def encoded(image, kind="png", **options):
+    """Bytes of an image file."""
+    file = io.BytesIO()
+    Image.fromarray(image.squeeze()).save(file, kind, **options)
+    return file.getvalue()
+
+
 def _example(image, label):
-    """A tf.train.Example with a PNG and an integer."""
-    png = io.BytesIO()
-    Image.fromarray(image.squeeze()).save(png, "png")
+    """A tf.train.Example with an image file, or the bytes that are given for one, and an integer."""
+    file = image if isinstance(image, bytes) else encoded(image)
     features = {
-        b"image": _field(1, _field(1, png.getvalue())),
+        b"image": _field(1, _field(1, file)),
         b"label": _field(3, _field(1, _varint(int(label)))),
     }
     entries = b"".join(_field(1, _field(1, name) + _field(2, value)) for name, value in features.items())
@@ -33,7 +39,7 @@ def _example(image, label):
 
 
 def write(folder, name, splits, num_classes=3, file_format="array_record"):
-    """`splits` maps names to (images uint8 (N, H, W, C), labels)."""
+    """`splits` maps names to (images uint8 (N, H, W, C), labels); images of any size as a list of arrays or files."""
     home = folder / name / "1.0.0"
     home.mkdir(parents=True)
     described = []
@@ -53,7 +59,8 @@ def write(folder, name, splits, num_classes=3, file_format="array_record"):
         )
     info = {"fileFormat": file_format, "name": name, "version": "1.0.0", "splits": described}
     (home / "dataset_info.json").write_text(json.dumps(info))
-    shape = {"dimensions": [str(size) for size in images.shape[1:]]}
+    sizes = (-1, -1, 3) if isinstance(images, list) else images.shape[1:]
+    shape = {"dimensions": [str(size) for size in sizes]}
     prefix = "tensorflow_datasets.core.features"
     features = {
         "image": {"image": {"dtype": "uint8", "shape": shape}, "pythonClassName": f"{prefix}.image_feature.Image"},
@@ -70,3 +77,17 @@ def write(folder, name, splits, num_classes=3, file_format="array_record"):
 def random_split(size, shape, num_classes=3, seed=0):
     rng = np.random.default_rng(seed)
     return rng.integers(0, 256, (size, *shape), np.uint8), rng.integers(0, num_classes, size)
+
+
+def photos(size, num_classes=3, seed=0):
+    """Smooth pictures of many sizes, the class in their colours: ``(list of JPEG files, labels)``."""
+    rng = np.random.default_rng(seed)
+    files, labels = [], rng.integers(0, num_classes, size)
+    for label in labels:
+        height, width = rng.integers(24, 60, 2)
+        down, across = np.mgrid[:height, :width] / 60
+        waves = np.sin(6 * down + rng.uniform(0, 6)) * np.sin(6 * across + rng.uniform(0, 6))
+        colour = np.linspace(0, 2, 3) * (label + 1) / num_classes
+        image = 128 + 60 * waves[:, :, None] * colour + rng.normal(0, 4, (height, width, 3))
+        files.append(encoded(np.clip(image, 0, 255).astype(np.uint8), "jpeg", quality=95))
+    return files, labels

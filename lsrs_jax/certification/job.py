@@ -27,7 +27,7 @@ class Job:
 
     config: Any
     folder: Path
-    dataset: datasets.Dataset
+    dataset: datasets.Dataset | datasets.Photos
     indices: range
     model: models.Model
     params: Any
@@ -73,7 +73,7 @@ def _check_data(workdir, dataset):
 def load(workdir, config):
     """The `Job` of a configuration: its data, its network and the newest checkpoint of the workdir."""
     certify = config.certify
-    dataset = datasets.load(config.data.name, config.data.split, config.data.dir)
+    dataset = datasets.of_config(config.data, config.data.split)
     indices = range(certify.start, min(certify.stop or len(dataset), len(dataset)), certify.step)
     if not len(indices):
         raise UserError(f"no image to certify: certify.start={certify.start} in a split of {len(dataset)}")

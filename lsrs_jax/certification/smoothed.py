@@ -134,7 +134,7 @@ class Certification:
         return tallies, certificates
 
 
-def run(job, process, workdir):
+def run(job, process, workdir, tick):
     """Samples what is missing in the ledgers, derives the certificates and prints a summary.
 
     Every process of the run calls this with the same job. Each takes its share of the images that are not settled, on
@@ -144,6 +144,7 @@ def run(job, process, workdir):
       job: `job.Job`.
       process: `distributed.Place`.
       workdir: `workdir.Workdir`.
+      tick: called with every line of progress.
     """
     with process.together("the preparation of the votes"):
         certification, record, votes, encoder, encode = _prepare(job, process)
@@ -157,7 +158,7 @@ def run(job, process, workdir):
         print(encoder.report)
         print(_headline(job, certification, len(pending)), flush=True)
         if pending:
-            _sample(job, workdir, certification, ledger, votes, encoder.report, encode, pending, record)
+            _sample(job, workdir, certification, ledger, votes, encoder.report, encode, pending, record, tick)
         if not process.leads:
             return
         tallies, certificates = certification.derive(ledger, record, certification.settled)
@@ -223,7 +224,7 @@ def _check_labels(ledger, dataset):
             )
 
 
-def _sample(job, workdir, certification, ledger, votes, report, encode, pending, record):
+def _sample(job, workdir, certification, ledger, votes, report, encode, pending, record, tick):
     config, process, start = job.config, certification.process, time.monotonic()
     session, derived = folder.session(len(pending)), start
     share = pending[process.index :: process.count]
@@ -245,6 +246,7 @@ def _sample(job, workdir, certification, ledger, votes, report, encode, pending,
         return found
 
     def say(line):
+        tick()
         print(line if process.count == 1 else f"{line} (of this process's share)", flush=True)
 
     if process.count == 1:

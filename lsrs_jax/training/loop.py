@@ -1,6 +1,7 @@
 """The training loop: data parallel over the devices of all processes, resumable to the exact next batch."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import time
@@ -79,6 +80,22 @@ def step_function(model, config, update, shardings=None):
     return train_step
 
 
+def parts(model, config, mesh):
+    """``(fresh, shardings, train_step)``: key → first `State`, how a mesh holds it, and `step_function` on it."""
+    settings, whole = config.train, distributed.replicated(mesh)
+    transformation = optimizer.build(settings)
+
+    def fresh(key):
+        params = model.init(key)
+        return State(params, transformation.init(params), jax.tree.map(jnp.copy, params) if settings.ema else None)
+
+    shapes = jax.eval_shape(fresh, domain_key(config.seed, "init"))
+    shardings = jax.tree.map(lambda _: whole, shapes)
+    if settings.shard_parameters:
+        shardings = distributed.sharded(mesh, shapes)
+    return fresh, shardings, step_function(model, config, transformation.update, (shardings, whole))
+
+
 class Evaluator:
     """Accuracy of the base classifier on a split, with one noise draw per image and without noise."""
 
@@ -153,7 +170,7 @@ def train(model, config, train_set, test_set, checkpoints, log):
     Args:
       model: `lsrs_jax.models.Model`.
       config: the whole configuration.
-      train_set, test_set: `lsrs_jax.data.Dataset`.
+      train_set, test_set: `lsrs_jax.data.Dataset` or `lsrs_jax.data.Photos`.
       checkpoints: `lsrs_jax.checkpoint.Checkpoints`.
       log: function of a dict of metrics and, with training metrics, the time left as text; called in step order.
 
@@ -167,37 +184,19 @@ def train(model, config, train_set, test_set, checkpoints, log):
     mesh, settings = distributed.global_mesh(), config.train
     whole = distributed.replicated(mesh)
     with pinned():
-        transformation = optimizer.build(settings)
-
-        def fresh(key):
-            params = model.init(key)
-            return State(params, transformation.init(params), jax.tree.map(jnp.copy, params) if settings.ema else None)
-
-        key = domain_key(config.seed, "init")
-        shapes = jax.eval_shape(fresh, key)
-        shardings = jax.tree.map(lambda _: whole, shapes)
-        if settings.shard_parameters:
-            shardings = distributed.sharded(mesh, shapes)
-        state = jax.jit(fresh, out_shardings=shardings)(key)
+        fresh, shardings, train_step = parts(model, config, mesh)
+        state = jax.jit(fresh, out_shardings=shardings)(domain_key(config.seed, "init"))
         first = checkpoints.latest() or 0
         if first:
             # The result is kept whole, for whoever certifies it.
             result = distributed.placed(state.result, whole)
             result, rest = checkpoints.restore(first, result, state.rest)
             state = state.resumed(distributed.placed(result, shardings.result), rest)
-        train_step = step_function(model, config, transformation.update, (shardings, whole))
         evaluate = Evaluator(model, config.sigma, test_set, mesh)
         rate = optimizer.schedule(settings)
         key, size = domain_key(config.seed, "train"), config.data.batch_size
         own = distributed.own_rows(mesh, size)
-        crop_and_flip = functools.partial(
-            datasets.augment, crop=config.data.crop, flip=config.data.flip, seed=config.seed, rows=own, batch_size=size
-        )
-
-        def batch(step):
-            index = datasets.batch_indices(len(train_set), size, config.seed, step)[own]
-            images = crop_and_flip(train_set.pixels(index, np.float32), step=step)
-            return distributed.joined(mesh, (images, train_set.labels[index]))
+        batches = datasets.training_batches(train_set, config.data, config.seed, first, settings.steps, own)
 
         def report(window, since):
             """Logs the mean over the steps since the last report; reading them is what waits for the device.
@@ -227,12 +226,12 @@ def train(model, config, train_set, test_set, checkpoints, log):
 
         start, window = time.monotonic(), []
         # A step hands its state to the next: a signal waits for its end, and for the checkpoint that keeps it.
-        with interrupt.deferred() as told:
+        with contextlib.closing(batches), interrupt.deferred() as told:
             stopping = _Stop(mesh, told)
-            for step in range(first, settings.steps):
+            for step, batch in zip(range(first, settings.steps), batches, strict=True):
                 if not window:
                     since = step, time.monotonic()
-                state, metrics = train_step(state, *batch(step), key, np.uint32(step))
+                state, metrics = train_step(state, *distributed.joined(mesh, batch), key, np.uint32(step))
                 done = step + 1
                 if step == first:  # the step that compiles says nothing about the rate
                     jax.block_until_ready(metrics)

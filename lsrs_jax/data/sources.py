@@ -1,71 +1,41 @@
-"""Image classification sets in memory: the embedded digits, and any prepared tensorflow-datasets set."""
+"""Where the sets come from: the embedded digits, and any prepared tensorflow-datasets set."""
 
-import dataclasses
 import difflib
-import hashlib
 import os
 from pathlib import Path
 
 import numpy as np
 
+from lsrs_jax.data.memory import Dataset
+from lsrs_jax.data.photos import Photos
 from lsrs_jax.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """One split, in the order of its source.
-
-    Attributes:
-      name, version, split: what it is; part of a certificate's identity.
-      images: uint8 ``(N, H, W, C)``.
-      labels: int32 ``(N,)``, in ``[0, num_classes)``.
-      num_classes: K.
-      max_value: pixel value that stands for 1.0 (255; the digits use 16).
-    """
-
-    name: str
-    version: str
-    split: str
-    images: np.ndarray
-    labels: np.ndarray
-    num_classes: int
-    max_value: int = 255
-
-    def __len__(self):
-        return len(self.labels)
-
-    @property
-    def shape(self):
-        """``(H, W, C)``."""
-        return self.images.shape[1:]
-
-    def digest(self):
-        """SHA-256 over images and labels: what a certificate was made from, whatever its name and version say."""
-        total = hashlib.sha256(str((self.images.shape, self.max_value, self.num_classes)).encode())
-        total.update(np.ascontiguousarray(self.images).tobytes())
-        total.update(np.ascontiguousarray(self.labels, np.int32).tobytes())
-        return total.hexdigest()
-
-    def pixels(self, index, dtype):
-        """Images of `index` scaled to [0, 1], the unit of every radius."""
-        return np.asarray(self.images[index], dtype) / np.asarray(self.max_value, dtype)
+def of_config(data, split):
+    """`load` for the ``data`` section of a configuration."""
+    return load(data.name, split, data.dir, data.size)
 
 
-def load(name, split, data_dir=""):
-    """Loads one split into memory.
+def load(name, split, data_dir="", size=0):
+    """Loads one split: a `Dataset` in memory, or `Photos` that are decoded when they are read.
 
     Args:
       name: ``"digits"`` (scikit-learn's 1,797 handwritten digits, 8x8x1; ``train`` is the first 1,437 of them and
         ``test`` the last 360, by other writers) or the name of a tensorflow-datasets set prepared as array_record.
       split: a split name; tensorflow-datasets slices such as ``"test[:100]"`` work for its sets.
       data_dir: where the sets lie; ``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``, where empty.
+      size: 0 for images of one size, which stay as they are; else every photo is cut to so many pixels across and down.
 
     Raises:
       UserError: with the command that prepares a missing set.
     """
     if name.startswith("digits:"):
         raise UserError("the embedded digits have one version: data.name='digits'")
-    return _load_digits(split) if name == "digits" else _load_tfds(name, split, data_dir)
+    if name != "digits":
+        return _load_tfds(name, split, data_dir, size)
+    if size:
+        raise UserError("the embedded digits are 8x8 pixels: data.size=0")
+    return _load_digits(split)
 
 
 def _load_digits(split):
@@ -80,7 +50,7 @@ def _load_digits(split):
     return Dataset("digits", "1.0.0", split, images, digits.target[chosen].astype(np.int32), 10, 16)
 
 
-def _load_tfds(name, split, data_dir):
+def _load_tfds(name, split, data_dir, size):
     folder = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     base_name, _, version = name.partition(":")
     home = folder / base_name
@@ -110,6 +80,8 @@ def _load_tfds(name, split, data_dir):
             raise UserError(f"{base_name} is no image classification set: it has the features {sorted(features)}")
         if not builder.info.splits[split].num_examples:
             raise UserError(f"the split {split!r} of {base_name} is empty")
+        if size:
+            return _photos(builder, split, size)
         images, labels = _decode(builder.as_data_source(split), base_name)
     except UserError:
         raise
@@ -147,40 +119,18 @@ def _decode(source, name):
             if image.shape != images.shape[1:]:
                 raise UserError(
                     f"images of {name} differ in size ({images.shape[1:]} and {image.shape}); "
-                    "sets of one image size are supported"
+                    "data.size=224 cuts them to 224x224"
                 )
             images[start + offset], labels[start + offset] = image, example["label"]
     return images, labels
 
 
-def batch_indices(size, batch_size, seed, step):
-    """Indices of training batch `step`, a function of (seed, step) alone: each epoch is a fresh permutation.
+def _photos(builder, split, size):
+    from tensorflow_datasets import decode
 
-    The last ``size % batch_size`` examples of an epoch's permutation are left out.
-    """
-    if not 1 <= batch_size <= size:
-        raise UserError(f"data.batch_size must lie between 1 and the {size} training images, got {batch_size}")
-    epoch, position = divmod(step, size // batch_size)
-    permutation = np.random.default_rng([seed, 0, epoch]).permutation(size)
-    return permutation[position * batch_size : (position + 1) * batch_size]
-
-
-def augment(images, *, crop, flip, seed, step, rows=slice(None), batch_size=None):
-    """Random shifts by up to `crop` pixels (zero padding) and horizontal flips, deterministic in (seed, step).
-
-    Args:
-      images: ``(B, H, W, C)``, any dtype; returned with the same shape and dtype.
-      rows: which of a batch of `batch_size` they are, all of it by default: an image is shifted and flipped alike,
-        whether the others are here or not.
-    """
-    rng = np.random.default_rng([seed, 1, step])
-    batch, height, width = images.shape[:3]
-    whole = batch if batch_size is None else batch_size
-    if crop:
-        padded = np.pad(images, ((0, 0), (crop, crop), (crop, crop), (0, 0)))
-        down, right = rng.integers(0, 2 * crop + 1, (2, whole))[:, rows, None, None]
-        images = padded[np.arange(batch)[:, None, None], down + np.arange(height)[:, None], right + np.arange(width)]
-    if flip:
-        flipped = rng.random(whole)[rows] < 0.5
-        images = np.where(flipped[:, None, None, None], images[:, :, ::-1], images)
-    return images
+    features = builder.info.features
+    source = builder.as_data_source(split, decoders={"image": decode.SkipDecoding()})
+    channels = features["image"].shape[-1] or 3
+    if channels not in (1, 3):
+        raise UserError(f"images of {builder.name} have {channels} channels; photos have 1 or 3")
+    return Photos(builder.name, str(builder.version), split, source, size, channels, features["label"].num_classes)

@@ -1,0 +1,173 @@
+"""What a training and its certification will need, before either is started: memory, FLOPs, time on named chips."""
+
+import dataclasses
+import math
+import os
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lsrs_jax import distributed, models
+from lsrs_jax.flops import flops
+from lsrs_jax.keys import domain_key, pinned
+from lsrs_jax.training import loop
+
+USED = (
+    0.3  # of a chip's peak: what the vote loop of configs/cifar10.py reached on an H200 (docs/results/accelerator.md)
+)
+FREE = 0.9  # of a chip's memory: the rest is the runtime's and fragments
+
+
+class Chip(NamedTuple):
+    """From the vendors' data sheets: dense peaks, without sparsity."""
+
+    memory: float  # GiB
+    bandwidth: float  # TB/s
+    bfloat16: float  # TFLOP/s of matrix products; training's float32 as well on a TPU, by default
+    float32: float  # TFLOP/s in true float32: of votes. A TPU takes six products in bfloat16
+    training: float  # TFLOP/s of float32 at JAX's default precision: TF32 or bfloat16
+
+
+CHIPS = {
+    "A100 (80 GB)": Chip(80, 2.0, 312, 19.5, 156),
+    "H100": Chip(80, 3.35, 989, 67, 495),
+    "H200": Chip(141, 4.8, 989, 67, 495),
+    "TPU v4": Chip(32, 1.2, 275, 275 / 6, 275),
+    "TPU v5e": Chip(16, 0.82, 197, 197 / 6, 197),
+    "TPU v5p": Chip(95, 2.77, 459, 459 / 6, 459),
+    "TPU v6e": Chip(32, 1.64, 918, 918 / 6, 918),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """Of one compiled program, per device.
+
+    Attributes:
+      memory: bytes of arguments, results and temporaries, as XLA lays them out for the platform at hand.
+      flops: of convolutions and matrix products.
+      moved: bytes that its operations read and write.
+    """
+
+    memory: int
+    flops: float
+    moved: float
+
+    def fits(self, chip):
+        """Whether a chip's memory is enough."""
+        return self.memory <= FREE * chip.memory * 2**30
+
+    def seconds(self, chip, dtype, times=1):
+        """Of so many calls, by arithmetic and memory traffic; launches and the host come on top."""
+        peak = {"float32": chip.float32, "bfloat16": chip.bfloat16, "training": chip.training}[dtype]
+        return times * max(self.flops / (USED * peak * 1e12), self.moved / (chip.bandwidth * 1e12))
+
+
+def _need(function, arguments, devices):
+    compiled = function.lower(*arguments).compile()
+    found, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    memory = (
+        found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes - found.alias_size_in_bytes
+    )
+    return Need(memory, flops(function, *arguments) / devices, costs.get("bytes accessed", 0.0))
+
+
+def training(model, config):
+    """The `Need` of an optimizer step of `config` on all devices of this run."""
+    mesh = distributed.global_mesh()
+    rows, whole = distributed.split(mesh), distributed.replicated(mesh)
+    with pinned():
+        fresh, shardings, train_step = loop.parts(model, config, mesh)
+        key = domain_key(config.seed, "train")
+        shapes = jax.eval_shape(fresh, domain_key(config.seed, "init"))
+
+        def placed(leaf, sharding):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        size = config.data.batch_size
+        arguments = (
+            jax.tree.map(placed, shapes, shardings),
+            jax.ShapeDtypeStruct((size, *model.input_shape), jnp.float32, sharding=rows),
+            jax.ShapeDtypeStruct((size,), jnp.int32, sharding=rows),
+            jax.device_put(key, whole),
+            np.uint32(0),
+        )
+        return _need(train_step, arguments, mesh.size)
+
+
+def votes(model, config):
+    """The `Need` of one tile of votes on one device; the noise is drawn into memory of its own."""
+    images, samples = config.certify.tile
+    model = dataclasses.replace(model, head_dtype=config.certify.head_dtype)
+    with pinned():
+        params = jax.eval_shape(model.init, domain_key(config.seed, "init"))
+        image = jax.ShapeDtypeStruct((images, *model.input_shape), jnp.float32)
+        latent = jax.eval_shape(model.encode, params, image).shape[1:]
+
+        @jax.jit
+        def cast(params, latents, noise):
+            noisy = (latents[:, None] + noise).reshape(images * samples, *latent)
+            return jnp.argmax(model.classify(params, noisy), axis=-1)
+
+        spec = jax.ShapeDtypeStruct
+        arguments = (params, spec((images, *latent), jnp.float32), spec((samples, *latent), jnp.float32))
+        return _need(cast, arguments, 1)
+
+
+def _here():
+    """Bytes of memory of a device of this machine; None where nobody says."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def _gib(size):
+    return f"{size / 2**30:,.2f} GiB"
+
+
+def _time(seconds):
+    return f"{seconds * 1000:,.3g} ms" if seconds < 1 else f"{seconds:,.1f} s"
+
+
+def report(model, config):
+    """The plan as text: sizes, memory per device, time on every one of `CHIPS`, and warnings where it cannot fit."""
+    step, tile = training(model, config), votes(model, config)
+    count, n = jax.device_count(), config.certify.n0 + config.certify.n
+    calls = n / math.prod(config.certify.tile)
+    lines = [
+        models.describe(model),
+        f"training on {distributed.devices()}: {config.data.batch_size:,} images a step, on each device "
+        f"{step.flops / 1e12:,.3g} TFLOP and {_gib(step.memory)}",
+        f"certification: {n:,} votes an image at most, {calls * tile.flops / 1e12:,.3g} TFLOP; on each device "
+        f"{_gib(tile.memory)} for a tile of {config.certify.tile[0]} images x {config.certify.tile[1]} votes",
+        "",
+        f"{'chip':<14}{'memory':>9}{'training':>14}{'a step':>12}{'certification':>16}{'a certificate':>16}",
+    ]
+    for name, chip in CHIPS.items():
+        fits = ["fits" if need.fits(chip) else "does not fit" for need in (step, tile)]
+        times = step.seconds(chip, "training"), tile.seconds(chip, config.certify.head_dtype, calls)
+        lines.append(
+            f"{name:<14}{chip.memory:>5.0f} GiB{fits[0]:>14}{_time(times[0]):>12}{fits[1]:>16}{_time(times[1]):>16}"
+        )
+    lines += [
+        "",
+        f"Memory as XLA lays it out for {jax.default_backend()}; other platforms fuse otherwise. Times on as many",
+        f"chips as there are devices here (JAX_NUM_CPU_DEVICES=8 plays eight): products at {USED:.0%} of the peak, or",
+        "memory traffic at the full rate where that takes longer; the many launches of small networks come on top.",
+    ]
+    here, remedies = _here(), "more devices, a smaller data.batch_size or train.shard_parameters=true"
+    lines += [
+        f"warning: {what} needs {_gib(need.memory)} per device, this machine has {_gib(here)}: take {remedy}"
+        for what, need, remedy in (
+            ("training", step, remedies),
+            ("certification", tile, "a smaller certify.tile"),
+        )
+        if here and need.memory > FREE * here
+    ]
+    none = [name for name, chip in CHIPS.items() if not step.fits(chip)]
+    if none:
+        lines.append(f"warning: training on {count} device(s) does not fit {', '.join(none)}: take {remedies}")
+    return "\n".join(lines)
