@@ -43,6 +43,7 @@ from lsrs_jax import models
 from lsrs_jax.command import config_from_flags
 from lsrs_jax.errors import UserError
 from lsrs_jax.keys import domain_key
+from lsrs_jax.plan import CHIPS
 
 IMAGE, CLASSES = (32, 32, 3), 10
 CASES = {
@@ -51,12 +52,10 @@ CASES = {
     "resnet on 16x16x12": ("resnet", (16, 16, 12)),
 }
 TYPICAL = "convnet_light on 8x8x48"  # the cost model takes its utilisation from here
-# Dense peak FLOP/s by the makers' data sheets: bfloat16, float32 without tensor cores (None: none is given).
-CHIPS = {
-    "H100 SXM": (989e12, 67e12),
-    "A100 SXM": (312e12, 19.5e12),
-    "TPU v5e": (197e12, None),
-    "TPU v5p": (459e12, None),
+# Dense peak FLOP/s: bfloat16, float32 without tensor cores (None: none is given).
+PEAKS = {
+    name: (chip.bfloat16 * 1e12, None if name.startswith("TPU") else chip.float32 * 1e12)
+    for name, chip in CHIPS.items()
 }
 IMAGENET_HEAD = 100e6  # FLOPs per vote, assumed
 
@@ -315,7 +314,7 @@ def section_g(bench):
         f"10,000 CIFAR-10 images, {typical.flops / 1e6:.2f} MFLOP/vote": (10_000, typical.flops),
         f"50,000 ImageNet images, {IMAGENET_HEAD / 1e6:.0f} MFLOP/vote (assumed)": (50_000, IMAGENET_HEAD),
     }
-    chips = {name: dict(zip(("bfloat16", "float32"), peaks, strict=True)) for name, peaks in CHIPS.items()}
+    chips = {name: dict(zip(("bfloat16", "float32"), peaks, strict=True)) for name, peaks in PEAKS.items()}
     chips |= {"this machine, measured ceilings": {"bfloat16": half.ceiling, "float32": typical.ceiling}}
     print("## g. The cost model\n")
     print(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsrs_jax import distributed, models
-from lsrs_jax.flops import flops
+from lsrs_jax.flops import flops, held, traffic
 from lsrs_jax.keys import domain_key, pinned
 from lsrs_jax.training import loop
 
@@ -46,9 +46,9 @@ class Need:
     """Of one compiled program, per device.
 
     Attributes:
-      memory: bytes of arguments, results and temporaries, as XLA lays them out for the platform at hand.
+      memory: bytes of arguments, results and temporaries.
       flops: of convolutions and matrix products.
-      moved: bytes that its operations read and write.
+      moved: bytes that these read and write.
     """
 
     memory: int
@@ -65,17 +65,8 @@ class Need:
         return times * max(self.flops / (USED * peak * 1e12), self.moved / (chip.bandwidth * 1e12))
 
 
-def _need(function, arguments, devices):
-    compiled = function.lower(*arguments).compile()
-    found, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    memory = (
-        found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes - found.alias_size_in_bytes
-    )
-    return Need(memory, flops(function, *arguments) / devices, costs.get("bytes accessed", 0.0))
-
-
 def training(model, config):
-    """The `Need` of an optimizer step of `config` on all devices of this run."""
+    """The `Need` of an optimizer step of `config` on all devices of this run, memory as XLA lays it out for them."""
     mesh = distributed.global_mesh()
     rows, whole = distributed.split(mesh), distributed.replicated(mesh)
     with pinned():
@@ -94,11 +85,17 @@ def training(model, config):
             jax.device_put(key, whole),
             np.uint32(0),
         )
-        return _need(train_step, arguments, mesh.size)
+        found = train_step.lower(*arguments).compile().memory_analysis()
+        memory = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+        counts = (count(train_step, *arguments) / mesh.size for count in (flops, traffic))
+        return Need(memory - found.alias_size_in_bytes, *counts)
 
 
 def votes(model, config):
-    """The `Need` of one tile of votes on one device; the noise is drawn into memory of its own."""
+    """The `Need` of one tile of votes on one device.
+
+    Counted as written: what XLA says of a program without gradients leaves out what it merges on a CPU.
+    """
     images, samples = config.certify.tile
     model = dataclasses.replace(model, head_dtype=config.certify.head_dtype)
     with pinned():
@@ -106,14 +103,13 @@ def votes(model, config):
         image = jax.ShapeDtypeStruct((images, *model.input_shape), jnp.float32)
         latent = jax.eval_shape(model.encode, params, image).shape[1:]
 
-        @jax.jit
         def cast(params, latents, noise):
             noisy = (latents[:, None] + noise).reshape(images * samples, *latent)
             return jnp.argmax(model.classify(params, noisy), axis=-1)
 
         spec = jax.ShapeDtypeStruct
         arguments = (params, spec((images, *latent), jnp.float32), spec((samples, *latent), jnp.float32))
-        return _need(cast, arguments, 1)
+        return Need(*(count(cast, *arguments) for count in (held, flops, traffic)))
 
 
 def _here():

@@ -86,7 +86,7 @@ def run(arguments):
         cache_compilations()
         if options.plan:
             train_set = datasets.of_config(config.data, config.data.train_split)
-            loop.check_batch(config, train_set)
+            loop.check_devices(config)
             print(plan.report(models.build(config.model, train_set.shape, train_set.num_classes), config))
             return
         workdir = stack.enter_context(workdirs.opened(options.workdir))

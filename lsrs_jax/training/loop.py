@@ -131,6 +131,11 @@ def check_batch(config, dataset):
     datasets.batch_indices(size, config.data.batch_size, config.seed, 0)
     if config.data.crop >= min(height, width):
         raise UserError(f"data.crop {config.data.crop} shifts images of {height}x{width} out of sight; make it smaller")
+    check_devices(config)
+
+
+def check_devices(config):
+    """Raises UserError unless the batch divides over the devices."""
     devices = jax.device_count()
     if config.data.batch_size % devices:
         raise UserError(

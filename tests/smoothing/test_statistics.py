@@ -9,6 +9,7 @@ from scipy import special, stats
 
 from lsrs_jax.errors import UserError
 from lsrs_jax.smoothing import certified_radius, confidence, from_counts
+from lsrs_jax.smoothing.partition import BOUNDS
 from lsrs_jax.smoothing.radius import float32_slack, sampled_sigma
 from lsrs_jax.smoothing.table import read_table
 
@@ -215,6 +216,23 @@ def test_coverage_holds_and_wrong_procedures_are_caught(classes, trials):
     assert exceeds(found["unsplit_alpha"], trials, 0.05)
     # Clopper-Pearson is conservative, but not absurdly: half of alpha is used.
     assert not stats.binom.cdf(found["fresh"], trials, 0.025) < 1e-6
+
+
+def test_a_thousand_classes_are_bounded_where_none_has_half_of_the_votes():
+    """0.45 of the votes over two rivals and 997 classes that share 0.3: the binary bound abstains, buckets certify."""
+    trials, alpha, rng = 1500, 0.05, np.random.default_rng(0)
+    p = np.r_[0.45, 0.15, 0.1, np.full(997, 0.3 / 997)]
+    true = (stats.norm.ppf(p[0]) - stats.norm.ppf(p[1])) / 2
+    votes = rng.multinomial(100, p, trials), rng.multinomial(10_000, p, trials)
+    binary, multiclass = (from_counts(*votes, sigma=1.0, alpha=alpha, bound=bound) for bound in BOUNDS)
+    assert (binary.predict == -1).all()
+    assert (multiclass.predict == 0).all()
+    assert not exceeds(int((multiclass.radius > true).sum()), trials, alpha)
+    # The 997 are dealt out to several buckets: all in one would leave 0.37 of it.
+    assert np.median(multiclass.radius) > 0.6 * true
+    # The strongest rival as it was counted, without a bound, claims more than is true.
+    claimed = (stats.norm.ppf(multiclass.p_a_lower) - stats.norm.ppf(votes[1][:, 1] / 10_000)) / 2
+    assert exceeds(int((claimed > true).sum()), trials, alpha)
 
 
 # ------------------------------------------------------------------------------------------------------ published logs

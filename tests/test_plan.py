@@ -1,0 +1,110 @@
+"""What `--plan` foretells: FLOPs by hand, memory as it is then taken, and warnings where it cannot fit."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from commands import QUICK, ROOT, refused, run
+
+from lsrs_jax import models, plan
+from lsrs_jax.config import default
+from lsrs_jax.flops import held, traffic
+
+
+def small(**model):
+    config = default()
+    config.model.update({"encoder": "identity", "head": "linear", **model})
+    config.data.batch_size, config.train.noises = 16, 1
+    return models.build(config.model, (8, 8, 1), 10), config
+
+
+def test_the_flops_of_a_step_are_those_by_hand_divided_over_the_devices():
+    model, config = small()
+    need = plan.training(model, config)
+    # Forward, and the gradient of the weights; the image needs none. 2 FLOPs x 16 images x 64 x 10.
+    assert need.flops * jax.device_count() == pytest.approx(2 * 2 * 16 * 640, rel=0.01)
+
+
+def test_memory_grows_with_the_batch_and_shrinks_with_shards():
+    model, config = small(encoder="blocks", head="blocks")
+    sizes = {}
+    for config.data.batch_size in (16, 1024, 4096):
+        sizes[config.data.batch_size] = plan.training(model, config).memory
+    assert (sizes[4096] - sizes[1024]) / (sizes[1024] - sizes[16]) == pytest.approx(3072 / 1008, rel=0.25)
+    config.data.batch_size = 16
+    config.model.head = "mlp"
+    config.model.encoder = "identity"
+    model = models.build(config.model, (32, 32, 3), 10)
+    whole = plan.training(model, config).memory
+    config.train.shard_parameters = True
+    assert plan.training(model, config).memory < 0.8 * whole
+
+
+def test_votes_need_their_tile():
+    model, config = small(head="convnet")
+    one = plan.votes(model, config)
+    config.certify.tile = (64, 64)
+    two = plan.votes(model, config)
+    assert two.flops == pytest.approx(16 * one.flops)
+    assert two.memory > 8 * one.memory
+
+
+def test_bytes_alive_are_counted_as_they_come_and_go():
+    x = jax.ShapeDtypeStruct((1000,), np.float32)
+    assert held(lambda x: x + 1, x) == 8000
+    assert held(lambda x: ((x + 1) * 2) - 3, x) == 12_000  # the argument stays, the sum goes
+    assert held(jax.jit(lambda x: jax.jit(lambda y: (y + 1) * 2)(x) - 3), x) == 12_000
+    assert held(lambda x: (x + 1, x * 2), x) == 12_000
+
+    def dot(x):
+        return x @ x
+
+    matrix = jax.ShapeDtypeStruct((10, 10), np.float32)
+    assert traffic(dot, matrix) == 1200
+    assert traffic(lambda x: jax.lax.scan(lambda c, _: (dot(c), None), x, length=5)[0], matrix) == 6000
+
+
+def test_time_is_that_of_the_slower_of_arithmetic_and_memory():
+    chip = plan.Chip(memory=16, bandwidth=1.0, bfloat16=100, float32=10, training=50)
+    busy = plan.Need(memory=2**30, flops=30e12, moved=1e9)
+    assert busy.seconds(chip, "bfloat16") == pytest.approx(1.0)
+    assert busy.seconds(chip, "float32", times=2) == pytest.approx(20.0)
+    assert plan.Need(2**30, 1e9, 2e12).seconds(chip, "training") == pytest.approx(2.0)
+    assert busy.fits(chip)
+    assert not plan.Need(15 * 2**30, 1.0, 1.0).fits(chip)
+
+
+def test_the_command_prints_a_plan_and_starts_nothing(tmp_path):
+    out = run("train", *QUICK, "--plan", devices=2)
+    assert "training on 2 x cpu" in out
+    for name in plan.CHIPS:
+        assert f"\n{name}" in out
+    assert "warning" not in out
+    out = run("train", *QUICK, "--plan", f"--workdir={tmp_path / 'w'}", "--config.certify.tile=(1000000,100)")
+    assert "warning: certification needs" in out
+    assert "does not fit" in out
+    assert not (tmp_path / "w").exists()
+    assert "--workdir (or --plan)" in refused("train", *QUICK)
+
+
+@pytest.mark.soak
+def test_the_memory_of_a_plan_is_what_training_takes():
+    out = subprocess.run(
+        [sys.executable, "benchmarks/memory.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    print(out)
+    ratios = [float(line.split("|")[-2]) for line in out.splitlines()[2:]]
+    assert len(ratios) == 2
+    assert np.abs(np.log(ratios)).max() < np.log(1.25)  # within 20 % of what was taken
+
+
+def test_a_profile_is_recorded_beside_the_run(tmp_path):
+    run("train", *QUICK, f"--workdir={tmp_path}", "--profile=0.1")
+    run("certify", f"--workdir={tmp_path}", "--profile=0.1", "--config.certify.n=20000")
+    assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 2
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps[-1] == 60
+    assert "positive number of seconds" in refused("train", *QUICK, f"--workdir={tmp_path}", "--profile=0")
