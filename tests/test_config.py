@@ -27,6 +27,7 @@ def test_every_experiment_is_a_valid_config(path):
         "cifar10": ("lsrs", "isrs_split", "free", "gaussian", "macer", "smoothadv", "margin", "partial", "latent"),
         "cifar10_small": ("lsrs", "isrs_split", "free", "cayley", "deep"),
         "cifar10_orthogonal": ("adaptive", "paraunitary", "exponential", "cayley"),
+        "imagenet": ("lsrs", "isrs_split", "isrs", "smoke", "smoke_isrs"),
         "cifar10_study": ("split0", "split6", "split4_input", "split4_haar", "margin"),
     }
     variants = named.get(path.stem, ("lsrs", "cayley", "isrs", "isrs_split"))
@@ -35,7 +36,9 @@ def test_every_experiment_is_a_valid_config(path):
     for variant in variants:
         assert f"``{re.sub('[1-5]', '<k>', variant)}``" in module.__doc__
         config = module.get_config(variant)
-        image = {"digits": (8, 8, 1), "mnist": (28, 28, 1)}.get(config.data.name, (32, 32, 3))
+        image = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "imagenet2012": (224, 224, 3)}.get(
+            config.data.name, (32, 32, 3)
+        )
         assert models.build(config.model, image, 10).input_shape == image
     with pytest.raises(ValueError, match="unknown variant"):
         module.get_config("lrss")

@@ -110,6 +110,8 @@ def training_batches(dataset, data, seed, first, stop, own=slice(None)):
     if data.workers:
         if not flags.FLAGS.is_parsed():  # Grain has some, and takes their defaults
             flags.FLAGS.mark_as_parsed()
+        # What workers had decoded ahead at the end is given back by Python's tracker, which would say so on stderr.
+        os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
         options = grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=2)
         batches = batches.mp_prefetch(options, _worker)
     with contextlib.closing(iter(batches)) as prepared:
