@@ -74,6 +74,8 @@ class LipschitzReport:
         """
         try:
             layers = tuple(LayerBound(**layer) for layer in values["layers"])
+            if not all(isinstance(values[name], list | tuple) for name in ("input_shape", "output_shape")):
+                raise ValueError("its shapes are no lists")
             report = cls(layers, tuple(values["input_shape"]), tuple(values["output_shape"]))
             for shape in (report.input_shape, report.output_shape):
                 if not all(type(size) is int and size >= 1 for size in shape) or math.prod(shape) > _LARGEST:

@@ -475,6 +475,8 @@ def test_numbers_from_which_a_radius_would_follow_are_not_believed(certification
         (("lipschitz", "constant"), 1.0),
         (("lipschitz", "layers", 0, "sigma_max"), 1.0),
         (("lipschitz", "output_shape"), [1]),
+        (("lipschitz", "output_shape"), {}),
+        (("identity", "model", "input_shape"), {}),
         (("identity", "classes"), 2.0),
         (("identity", "classes"), 10**12),
         (("identity", "classes"), "3"),

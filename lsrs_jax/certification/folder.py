@@ -41,7 +41,8 @@ def _check_content(stored):
     identity, derivation = stored["identity"], stored["derivation"]
     if identity["certificate"] not in CERTIFICATES or not 2 <= identity["classes"] <= _MOST_CLASSES:
         raise ValueError("identity is that of no certificate")
-    if not all(type(size) is int and 1 <= size <= _MOST_CLASSES for size in identity["model"]["input_shape"]):
+    shape = identity["model"]["input_shape"]
+    if not isinstance(shape, list) or not all(type(size) is int and 1 <= size <= _MOST_CLASSES for size in shape):
         raise ValueError("input_shape is that of no image")
     LipschitzReport.from_dict(stored["lipschitz"])
     config = configuration.check(configuration.from_dict(stored["config"]))

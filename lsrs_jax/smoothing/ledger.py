@@ -126,7 +126,7 @@ class Ledger(Tallies):
       num_classes: K.
       processes: how many of them write into the folder. Ledgers of others, left by a run of more processes, are locked
         by the first.
-      meet: called when the own file is locked and mended, and before the others are read: where several processes
+      meet: called when the own file is there and locked, and before the others are read: where several processes
         write, it returns when all of them have got there.
 
     Raises:
@@ -149,10 +149,14 @@ class Ledger(Tallies):
                 for path in files(self.path.parent)[1:]:
                     if path.name not in map(name, range(processes)):
                         lock(opened.enter_context(path.open("rb")), f"writing {path}")
-            own = self._mended()
+            self._file.seek(0)
+            content = self._file.readall()
+            whole = _whole_lines(self.path, content)
             meet()
             self._sizes = {}
-            _count(self, {self.path: (own, len(_HEADER))} | self._news())
+            _count(self, {self.path: (whole, len(_HEADER))} | self._news())
+            # Last: a ledger that is refused is left as it is.
+            self._mend(whole, len(content))
             self._open = opened.pop_all()
 
     def __enter__(self):
@@ -168,17 +172,13 @@ class Ledger(Tallies):
         finally:
             self._open.close()
 
-    def _mended(self):
-        """The content of the own file, with a header and without half a line."""
-        self._file.seek(0)
-        content = self._file.readall()
-        whole = _whole_lines(self.path, content)
-        if len(whole) < len(content):
+    def _mend(self, whole, size):
+        """Cuts half a line off the own file, and gives it a header."""
+        if len(whole) < size:
             self._file.truncate(len(whole))
         self._size = len(whole)
         if not whole:
             self._write(_HEADER)
-        return whole
 
     def _news(self):
         """What the other files hold that was not counted yet."""
