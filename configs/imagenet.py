@@ -18,6 +18,8 @@ _RESNET50 = {"model.encoder": "identity", "model.head": "resnet50"}
 _SMOKE = {
     "data.batch_size": 8,
     "data.split": "validation[:8]",
+    "train.head_dtype": "float32",  # on a CPU
+    "certify.head_dtype": "float32",
     "train.steps": 4,
     "train.warmup_steps": 1,
     "train.log_every": 1,
