@@ -1,12 +1,13 @@
 """Photos of any size: which part of them is seen, whoever decodes them."""
 
 import io
+import json
 
 import numpy as np
 import prepared
 import pytest
 import tensorflow_datasets as tfds
-from commands import ROOT, finish, refused, run, start, without_time
+from commands import ROOT, finish, refused, run, run_together, start, without_time
 from PIL import Image
 
 from lsrs_jax import certify, data, train
@@ -182,6 +183,18 @@ def test_trained_certified_killed_and_resumed(snaps, tmp_path):
     assert len(tables[0]) == 7
     run("certify", f"--workdir={tmp_path / 'whole'}", "--verify")
     assert "data.size" in refused("train", *flags, f"--workdir={tmp_path / 'whole'}", "--config.data.size=28")
+
+
+def test_two_processes_see_the_batches_of_one(snaps, tmp_path):
+    flags = [*SMALL, f"--config.data.dir={snaps}", "--config.data.workers=1"]
+    run("train", *flags, f"--workdir={tmp_path / 'one'}", devices=2)
+    run_together(2, "train", *flags, f"--workdir={tmp_path / 'two'}")
+    losses = []
+    for name in ("one", "two"):
+        rows = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        losses.append([row["loss"] for row in rows if "loss" in row])
+    assert len(losses[0]) == 4
+    np.testing.assert_allclose(losses[0], losses[1], atol=1e-5, rtol=0)
 
 
 def test_crop_belongs_to_images_of_one_size(snaps, tmp_path):
