@@ -70,6 +70,9 @@ start train "$@"
 until checkpoint || ! kill -0 "${pids[0]}" 2>/dev/null; do sleep 0.1; done
 if kill -KILL -- "-${pids[N - 1]}" 2>/dev/null; then
   echo "process $((N - 1)) is killed; the others end when they miss it"
+else
+  echo "error: the training ended before a process could be killed: give it more steps" >&2
+  exit 1
 fi
 finish || true
 echo "training again: it resumes"
@@ -78,6 +81,10 @@ finish || {
   echo "error: the training failed; see $WORKDIR.log/" >&2
   exit 1
 }
+if ! grep -rq "resuming after step" "$WORKDIR.log"; then
+  echo "error: the training did not resume; see $WORKDIR.log/" >&2
+  exit 1
+fi
 echo "certifying with $N processes, then with one"
 start certify
 finish || {

@@ -4,7 +4,7 @@
 #   export TPU_NAME=lsrs ZONE=europe-west4-b PROJECT=my-project
 #   launch/tpu_vm.sh create                    # TYPE=v5litepod-16 (v4-8, v5p-8, v6e-8 ...), SPOT=1 for spot capacity
 #   launch/tpu_vm.sh setup                     # copies this checkout's last commit to every host and installs it
-#   CONFIG=configs/cifar10.py WORKDIR=gs://bucket/run launch/tpu_vm.sh run [--config.field=value ...]
+#   CONFIG=configs/digits.py WORKDIR=gs://bucket/run launch/tpu_vm.sh run [--config.field=value ...]
 #   launch/tpu_vm.sh status                    # state of the slice, last lines of every host
 #   WORKDIR=gs://bucket/run launch/tpu_vm.sh collect      # certificates to runs/$TPU_NAME/
 #   launch/tpu_vm.sh delete                    # ends the costs of the slice
@@ -14,12 +14,17 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 dry=
-if [ "${1:-}" = --dry-run ]; then
-  dry=1
-  shift
-fi
+words=()
+for word in "$@"; do
+  if [ "$word" = --dry-run ]; then dry=1; else words+=("$word"); fi
+done
+set -- ${words[@]+"${words[@]}"}
 step=${1:?which step: create, setup, run, status, collect or delete}
 shift
+if [ "$step" != run ] && [ $# -gt 0 ]; then
+  echo "error: $step takes nothing more, got $*" >&2
+  exit 2
+fi
 TPU_NAME=${TPU_NAME:?name of the slice, e.g. TPU_NAME=lsrs}
 ZONE=${ZONE:?where it is, e.g. ZONE=europe-west4-b}
 PROJECT=${PROJECT:?who pays, e.g. PROJECT=my-project}

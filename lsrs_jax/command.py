@@ -136,6 +136,8 @@ def workdir(text):
         return folder(text)
     if not text.startswith(SCHEMES) or text in SCHEMES:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a folder nor the URL of one ({', '.join(SCHEMES)})")
+    if text.startswith("file://") and not text.startswith("file:///"):
+        raise argparse.ArgumentTypeError(f"{text!r} must name a folder from the root on: file:///...")
     return text
 
 

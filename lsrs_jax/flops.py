@@ -46,9 +46,10 @@ def _flops(equation):
     out = equation.outvars[0].aval
     if equation.primitive.name == "conv_general_dilated":
         kernel = equation.invars[1].aval
-        # The output features are in the output already.
+        # The output features are in the output already; a dilated input is zeros for the most part.
         features = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
-        return _per_product(out) * math.prod(out.shape) * (math.prod(kernel.shape) // features)
+        zeros = math.prod(equation.params["lhs_dilation"])
+        return _per_product(out) * math.prod(out.shape) * (math.prod(kernel.shape) // features) // zeros
     (contracted, _), _ = equation.params["dimension_numbers"]
     left = equation.invars[0].aval.shape
     return _per_product(out) * math.prod(out.shape) * math.prod(left[axis] for axis in contracted)
@@ -69,6 +70,11 @@ def _size(variable):
     return 0 if extended or not hasattr(aval, "shape") else math.prod(aval.shape) * aval.dtype.itemsize
 
 
+def _beyond(jaxpr):
+    """What an inner program holds beside its arguments and results, which the outer one counts."""
+    return max(_peak(jaxpr) - sum(map(_size, (*jaxpr.invars, *jaxpr.outvars))), 0)
+
+
 def _peak(jaxpr):
     last = {variable: len(jaxpr.eqns) for variable in jaxpr.outvars if not isinstance(variable, Literal)}
     for index, equation in reversed(list(enumerate(jaxpr.eqns))):
@@ -78,11 +84,8 @@ def _peak(jaxpr):
     live = peak = sum(map(_size, (*jaxpr.invars, *jaxpr.constvars)))
     for index, equation in enumerate(jaxpr.eqns):
         own = sum(map(_size, equation.outvars))
-        # What an inner program holds beyond its arguments and results, which are counted here.
-        around = own + sum(_size(variable) for variable in equation.invars)
-        inner = max((_peak(part) for part in jaxprs_in_params(equation.params)), default=0)
         live += own
-        peak = max(peak, live + max(inner - around, 0))
+        peak = max(peak, live + max(map(_beyond, jaxprs_in_params(equation.params)), default=0))
         for variable in {v for v in equation.invars if not isinstance(v, Literal)}:
             if last[variable] == index and variable not in jaxpr.invars:
                 live -= _size(variable)

@@ -77,17 +77,23 @@ def training(model, config):
         def placed(leaf, sharding):
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
+        def arguments(size):
+            return (
+                jax.tree.map(placed, shapes, shardings),
+                jax.ShapeDtypeStruct((size, *model.input_shape), jnp.float32, sharding=rows),
+                jax.ShapeDtypeStruct((size,), jnp.int32, sharding=rows),
+                jax.device_put(key, whole),
+                np.uint32(0),
+            )
+
         size = config.data.batch_size
-        arguments = (
-            jax.tree.map(placed, shapes, shardings),
-            jax.ShapeDtypeStruct((size, *model.input_shape), jnp.float32, sharding=rows),
-            jax.ShapeDtypeStruct((size,), jnp.int32, sharding=rows),
-            jax.device_put(key, whole),
-            np.uint32(0),
-        )
-        found = train_step.lower(*arguments).compile().memory_analysis()
+        found = train_step.lower(*arguments(size)).compile().memory_analysis()
         memory = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-        counts = (count(train_step, *arguments) / mesh.size for count in (flops, traffic))
+        counts = []
+        for count in (flops, traffic):
+            one, two = (count(train_step, *arguments(times * size)) for times in (1, 2))
+            # What does not grow with the batch, the building of kernels, every device does.
+            counts.append(2 * one - two + (two - one) / mesh.size)
         return Need(memory - found.alias_size_in_bytes, *counts)
 
 
@@ -150,9 +156,11 @@ def report(model, config):
         )
     lines += [
         "",
-        f"Memory as XLA lays it out for {jax.default_backend()}; other platforms fuse otherwise. Times on as many",
-        f"chips as there are devices here (JAX_NUM_CPU_DEVICES=8 plays eight): products at {USED:.0%} of the peak, or",
-        "memory traffic at the full rate where that takes longer; the many launches of small networks come on top.",
+        f"Memory as XLA lays it out for {jax.default_backend()}; other platforms fuse otherwise. A step on as many",
+        "chips as there are devices here (JAX_NUM_CPU_DEVICES=8 plays eight), a certificate on one: products at "
+        f"{USED:.0%} of the peak,",
+        "or memory traffic at the full rate where that takes longer. Communication, and the many launches of small",
+        "networks, come on top.",
     ]
     here, remedies = _here(), "more devices, a smaller data.batch_size or train.shard_parameters=true"
     lines += [

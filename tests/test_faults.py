@@ -272,7 +272,7 @@ def test_a_second_signal_ends_at_once_with_one_line(where, second):
     if where == "end":
         assert process.stdout.readline() == "served\n"
     process.send_signal(second)  # an echo of the first
-    time.sleep(2 * interrupt._ECHO)
+    time.sleep(6 * interrupt._ECHO)  # a busy machine may serve the first late
     assert process.poll() is None
     process.send_signal(second)
     _, err = process.communicate(timeout=30)

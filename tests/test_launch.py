@@ -133,6 +133,15 @@ def test_what_is_missing_is_said_before_anything_is_asked(stubs, command, enviro
     assert calls == []
 
 
+def test_a_dry_run_is_one_wherever_the_word_stands_and_nothing_is_left_over(stubs):
+    code, out, _, calls = stubs(LAUNCH / "tpu_vm.sh", "create", "--dry-run", **SLICE)
+    assert (code, calls) == (0, [])
+    assert "gcloud" in out
+    code, _, err, calls = stubs(LAUNCH / "tpu_vm.sh", "delete", "--quietly", **SLICE)
+    assert (code, calls) == (2, [])
+    assert err == "error: delete takes nothing more, got --quietly\n"
+
+
 @pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (143, True)])
 def test_a_slurm_job_queues_again_when_it_was_interrupted(stubs, tmp_path, code, requeued):
     home = tmp_path / "checkout"

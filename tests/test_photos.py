@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 
 import numpy as np
 import prepared
@@ -160,6 +161,38 @@ def test_a_photo_that_cannot_be_decoded_is_named(tmp_path, workers):
         batches(tmp_path, stop=1, workers=workers)
     with pytest.raises(UserError, match="image 7 of snaps train cannot be decoded"):
         data.load("snaps", "train", tmp_path, 16).pixels([7], np.float32)
+
+
+def test_a_broken_png_is_named_without_addresses(tmp_path):
+    files = [prepared.encoded(np.zeros((30, 30, 3), np.uint8))[:8] + b"\0\0\0\5\1\2\3\4" + bytes(20), b"nothing"]
+    prepared.write(tmp_path, "snaps", {"train": (files, [0, 1])})
+    split = data.load("snaps", "train", tmp_path, 16)
+    for index in range(2):
+        with pytest.raises(UserError, match=f"image {index} of snaps train cannot be decoded") as error:
+            split.pixels([index], np.float32)
+        assert "0x" not in str(error.value)
+
+
+def test_a_worker_that_is_killed_is_one_line(snaps):
+    stream = data.training_batches(data.load("snaps", "train", snaps, 16), settings(workers=1), 5, 0, 500)
+    next(stream)
+    for child in multiprocessing.active_children():
+        child.kill()
+    with pytest.raises(UserError, match=r"was killed .*fewer data\.workers"):
+        list(stream)
+
+
+def test_what_was_trained_is_kept_where_a_test_photo_is_broken(tmp_path):
+    files, labels = prepared.photos(12)
+    prepared.write(tmp_path, "snaps", {"train": (files, labels), "test": ([*files[:11], files[11][:200]], labels)})
+    flags = [*SMALL, f"--config.data.dir={tmp_path}", f"--workdir={tmp_path / 'w'}", "--config.data.workers=0"]
+    assert "image 11 of snaps test cannot be decoded" in refused("train", *flags)
+    assert (tmp_path / "w" / "checkpoints" / "4").is_dir()
+
+
+def test_buckets_are_not_read(tmp_path):
+    with pytest.raises(UserError, match="a folder that this machine sees"):
+        data.load("snaps", "train", "gs://bucket/tfds", 16)
 
 
 def test_trained_certified_killed_and_resumed(snaps, tmp_path):

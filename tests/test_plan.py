@@ -11,7 +11,7 @@ from commands import QUICK, ROOT, refused, run
 
 from lsrs_jax import models, plan
 from lsrs_jax.config import default
-from lsrs_jax.flops import held, traffic
+from lsrs_jax.flops import flops, held, traffic
 
 
 def small(**model):
@@ -26,6 +26,27 @@ def test_the_flops_of_a_step_are_those_by_hand_divided_over_the_devices():
     need = plan.training(model, config)
     # Forward, and the gradient of the weights; the image needs none. 2 FLOPs x 16 images x 64 x 10.
     assert need.flops * jax.device_count() == pytest.approx(2 * 2 * 16 * 640, rel=0.01)
+
+
+def test_what_every_device_builds_for_itself_is_not_divided():
+    for fields, built in (({}, False), ({"encoder": "blocks", "head": "blocks"}, True)):
+        model, config = small(**fields)
+        few = plan.training(model, config)
+        config.data.batch_size = 32
+        many = plan.training(model, config)
+        # Per device, as if there were no image.
+        assert (2 * few.flops - many.flops > 0.01 * few.flops) == built
+        assert (2 * few.moved - many.moved > 0.01 * few.moved) or not built
+
+
+def test_the_zeros_of_a_dilated_input_are_no_work():
+    def conv(x, w):
+        return jax.lax.conv_general_dilated(x, w, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    x, w = jax.ShapeDtypeStruct((1, 8, 8, 3), np.float32), jax.ShapeDtypeStruct((3, 3, 3, 5), np.float32)
+    assert flops(conv, x, w) == 2 * 16 * 5 * 27
+    gradient = jax.grad(lambda x, w: conv(x, w).sum())
+    assert flops(gradient, x, w) == flops(conv, x, w) * 2 or flops(gradient, x, w) == flops(conv, x, w)
 
 
 def test_memory_grows_with_the_batch_and_shrinks_with_shards():
@@ -62,6 +83,9 @@ def test_bytes_alive_are_counted_as_they_come_and_go():
     def dot(x):
         return x @ x
 
+    rows = jax.ShapeDtypeStruct((20, 1000), np.float32)
+    # The rows, the sums, and in the body a row, its double and the carry.
+    assert held(lambda rows: jax.lax.scan(lambda c, row: (c + (row * 2).sum(), None), 0.0, rows)[0], rows) >= 84_000
     matrix = jax.ShapeDtypeStruct((10, 10), np.float32)
     assert traffic(dot, matrix) == 1200
     assert traffic(lambda x: jax.lax.scan(lambda c, _: (dot(c), None), x, length=5)[0], matrix) == 6000

@@ -54,6 +54,10 @@ def test_what_was_written_here_is_not_overwritten(machines):
     assert (two.path / "config.json").read_text() == "mine"
 
 
+def test_the_url_of_a_folder_begins_at_the_root():
+    assert "from the root on" in refused("certify", "--workdir=file://relative")
+
+
 def test_a_local_workdir_is_used_in_place(tmp_path):
     with workdir.opened(tmp_path) as opened:
         opened.push()

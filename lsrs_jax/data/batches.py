@@ -115,5 +115,13 @@ def training_batches(dataset, data, seed, first, stop, own=slice(None)):
         options = grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=2)
         batches = batches.mp_prefetch(options, _worker)
     with contextlib.closing(iter(batches)) as prepared:
-        for images, labels in prepared:
-            yield np.asarray(images, np.float32) / np.float32(255), np.asarray(labels, np.int32)
+        try:
+            for images, labels in prepared:
+                yield np.asarray(images, np.float32) / np.float32(255), np.asarray(labels, np.int32)
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):
+                raise
+            raise UserError(
+                "a process that decodes photos was killed (out of memory?): take fewer data.workers; the same command "
+                "resumes"
+            ) from error

@@ -7,6 +7,7 @@ import hashlib
 import io
 import math
 import os
+import re
 from typing import Any
 
 import numpy as np
@@ -103,10 +104,10 @@ class Photos:
         try:
             with Image.open(io.BytesIO(example["image"])) as opened:
                 photo = opened.convert("RGB" if self.channels == 3 else "L")
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # decoders raise what they like
+            reason = re.sub(r" <[^>]*>", "", " ".join(str(error).split()))
             raise UserError(
-                f"image {index} of {self.name} {self.split} cannot be decoded ({' '.join(str(error).split())}): "
-                "prepare the set again"
+                f"image {index} of {self.name} {self.split} cannot be decoded ({reason}): prepare the set again"
             ) from error
         cut = photo.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box_of(*photo.size))
         return np.asarray(cut).reshape(self.shape), int(example["label"])

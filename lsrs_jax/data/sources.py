@@ -52,6 +52,10 @@ def _load_digits(split):
 
 def _load_tfds(name, split, data_dir, size):
     folder = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    if "://" in str(data_dir):
+        raise UserError(
+            f"data.dir must be a folder that this machine sees, not {data_dir}: copy the set there, or mount it"
+        )
     base_name, _, version = name.partition(":")
     home = folder / base_name
     prepare = f"pip install tensorflow-cpu && tfds build {base_name} --file_format=array_record --data_dir={folder}"
@@ -131,6 +135,7 @@ def _photos(builder, split, size):
     features = builder.info.features
     source = builder.as_data_source(split, decoders={"image": decode.SkipDecoding()})
     channels = features["image"].shape[-1] or 3
-    if channels not in (1, 3):
-        raise UserError(f"images of {builder.name} have {channels} channels; photos have 1 or 3")
+    if channels not in (1, 3) or np.dtype(features["image"].np_dtype) != np.uint8:
+        kind = f"{channels} channels of {np.dtype(features['image'].np_dtype)}"
+        raise UserError(f"images of {builder.name} have {kind}; photos have 1 or 3 of uint8")
     return Photos(builder.name, str(builder.version), split, source, size, channels, features["label"].num_classes)

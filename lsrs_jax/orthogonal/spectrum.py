@@ -5,11 +5,16 @@ give), up to the backward error of LAPACK's SVD and of the FFT, a few hundred un
 adds a margin that covers both.
 """
 
+import functools
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 _MARGIN = 1e-11
+_SMALL = 2**20  # numbers in the blocks of a layer, below which threads are not worth their while
 
 
 class Spectrum(NamedTuple):
@@ -74,7 +79,18 @@ def frequency_blocks(kernel, hw):
 def frequency_singular_values(blocks):
     """Singular values per frequency of blocks ``(rows, columns, m, n)`` → ``(rows·columns, min(m, n))``."""
     blocks = np.asarray(blocks)
-    return np.linalg.svd(blocks.reshape(-1, *blocks.shape[-2:]), compute_uv=False)
+    blocks = blocks.reshape(-1, *blocks.shape[-2:])
+    if blocks.size < _SMALL:
+        return np.linalg.svd(blocks, compute_uv=False)
+    # Threads of BLAS that wait for each other take a hundred times as long where the cores are shared.
+    with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = np.array_split(blocks, min(len(blocks), 8 * os.cpu_count()))
+        return np.concatenate(list(pool.map(lambda part: np.linalg.svd(part, compute_uv=False), parts)))
+
+
+@functools.cache
+def _blas():
+    return ThreadpoolController()
 
 
 def kernel_spectrum(kernel, input_hw, strides=(1, 1), padding="circular"):

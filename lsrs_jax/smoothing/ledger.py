@@ -186,7 +186,8 @@ class Ledger(Tallies):
         for path in files(self.path.parent):
             if path != self.path:
                 whole = _whole_lines(path, path.read_bytes())
-                news[path] = whole, self._sizes.get(path, len(_HEADER))
+                # Another process may not have written its header yet.
+                news[path] = whole, max(self._sizes.get(path, 0), len(_HEADER))
                 self._sizes[path] = len(whole)
         return news
 

@@ -251,7 +251,14 @@ def train(model, config, train_set, test_set, checkpoints, log):
                     report(window, since)
                     window = []
                 if due[1]:
-                    noisy, clean = evaluate(state.result, jax.random.fold_in(domain_key(config.seed, "evaluate"), done))
+                    try:
+                        found = evaluate(state.result, jax.random.fold_in(domain_key(config.seed, "evaluate"), done))
+                    except UserError:  # of the test data: what was trained is kept
+                        if not mesh.is_multi_process:
+                            save(done)
+                            checkpoints.wait()
+                        raise
+                    noisy, clean = found
                     log({"step": done, "test_noisy_accuracy": noisy, "test_clean_accuracy": clean})
                 if stop or due[2]:
                     save(done)
