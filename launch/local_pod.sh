@@ -61,8 +61,9 @@ stop() {
 }
 trap stop EXIT
 
+# Whether there is a whole checkpoint; one that is being written has a longer name.
 checkpoint() {
-  compgen -G "$WORKDIR/checkpoints/[0-9]*" >/dev/null
+  compgen -G "$WORKDIR/checkpoints/[0-9]*" | grep -qE '/[0-9]+$'
 }
 
 echo "training with $N processes of $DEVICES devices"

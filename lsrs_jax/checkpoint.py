@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lsrs_jax.errors import UserError
+from lsrs_jax.errors import OthersLost, UserError
 from lsrs_jax.workdir import checkpoints as folder_of
 
 
@@ -54,6 +54,11 @@ class Checkpoints:
             yield
         except Exception as error:  # Orbax and TensorStore raise whatever their writers raise, often a save later
             line = " ".join(str(error).split())[-160:]
+            if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+                raise OthersLost(
+                    f"another process of this run ended while a checkpoint was written ({line}); the same command "
+                    "resumes"
+                ) from error
             raise UserError(
                 f"cannot write a checkpoint into {self._folder} ({type(error).__name__}: ...{line}); once that is "
                 "mended, room made where a disk is full, the same command goes on from the last one"

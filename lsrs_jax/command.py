@@ -167,7 +167,7 @@ def execute(run):
         with interrupt.handled():
             run(sys.argv[1:])
     except UserError as error:
-        _fail(str(error))
+        _fail(str(error), error.code)
     except BrokenPipeError:  # whoever read the output has gone
         sys.exit(141)
     except OSError as error:
@@ -184,6 +184,6 @@ def execute(run):
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _fail(message):
+def _fail(message, code=2):
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)

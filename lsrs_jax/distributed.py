@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import multihost
 
-from lsrs_jax.errors import UserError
+from lsrs_jax.errors import OthersLost, UserError
 from lsrs_jax.interrupt import Interrupted
 
 AXIS = "devices"
@@ -42,13 +42,19 @@ class Place:
         return self.index == 0
 
     def wait(self, what):
-        """Returns when every process has come to this line, a week later at the latest. No device takes part."""
+        """Returns when every process has come to this line, a week later at the latest. No device takes part.
+
+        Raises:
+          OthersLost: where one of them has ended.
+        """
         if self.count > 1:
             name = f"{what} {next(_meetings)}"  # no barrier is used twice
             try:
                 multihost.sync_global_processes(name, timeout=_WEEK, processes=set(range(self.count)))
             except RuntimeError as error:
-                raise UserError(f"another process of this run ended before {what}; the same command resumes") from error
+                raise OthersLost(
+                    f"another process of this run ended before {what}; the same command resumes"
+                ) from error
 
     @contextlib.contextmanager
     def together(self, what):
@@ -88,7 +94,8 @@ def started():
     ``JAX_DISTRIBUTED=off`` keeps a process alone. All but the first print nothing but errors.
 
     Raises:
-      UserError: where they do not find each other.
+      UserError: where the environment contradicts itself.
+      OthersLost: where they do not find each other.
     """
     arguments = _arguments(os.environ)
     if arguments is None:
@@ -102,7 +109,7 @@ def started():
         )
     except (RuntimeError, ValueError) as error:
         line = " ".join(str(error).split())[:200]
-        raise UserError(
+        raise OthersLost(
             f"this process did not find the others of its run ({line}); check {', '.join(_EXPLICIT)} in all of them"
         ) from error
     place = Place(jax.process_index(), jax.process_count())

@@ -127,6 +127,20 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
     assert f"resuming after step {step}\n" in out
 
 
+def test_a_signal_to_one_process_of_a_certification_is_no_error_of_the_others(alone, tmp_path):
+    """Exit code 75 tells whoever started them to try again; 2 would tell that something is to be mended."""
+    workdir = tmp_path / "interrupted"
+    shutil.copytree(alone, workdir)
+    flags = [f"--workdir={workdir}", "--config.certify.name=long", "--config.certify.n=100000"]
+    processes = start_together(2, "certify", *flags, "--config.certify.tile=(2,8)", devices=1)
+    ledger = workdir / "certify" / "long" / "votes.1.tsv"
+    wait_for(lambda: ledger.exists() and ledger.stat().st_size > 300, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    ends = [finish(process) for process in processes]
+    assert [code for code, _, _ in ends] == [75, 143], ends
+    assert "error: another process of this run ended before the votes; the same command resumes" in ends[0][2]
+
+
 def test_a_training_is_resumed_by_another_number_of_processes(alone, tmp_path):
     processes = start_together(2, "train", *QUICK, f"--workdir={tmp_path}", devices=2)
     wait_for(lambda: checkpoints(tmp_path), processes)
