@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 import kept
+import numpy as np
 from study_runs import STUDIES
 
 from lsrs_jax import command, report
@@ -83,8 +84,35 @@ def section(name, found):
     for label, run in found.items():
         cells = [f"[{label}](cifar10/{run.name}/card.md)", *kept.columns(run)]
         lines.append("| " + " | ".join(cells) + " |")
+    lines += means(found, STUDIES[name].reference) if STUDIES[name].reference and not missing else []
     lines += [f"\n{missing} of the {missing + len(found)} runs of this study have not been made."] if missing else []
     return "\n".join(lines) + f"\n\n![{name}](cifar10/{name}.png)"
+
+
+def means(found, reference):
+    """The lines of a table of means over seeds, compared with that of a label."""
+    groups = {}
+    for label, run in found.items():
+        groups.setdefault(label.rpartition(", seed ")[0], []).append(run.table)
+
+    def radii(label):
+        """Per seed and image; 0 where it is wrong."""
+        return np.array([np.where(table.predict == table.label, table.radius, 0.0) for table in groups[label]])
+
+    accuracies = " | ".join(f"r={radius:g}" for radius in kept.RADII)
+    compared = f"ACR over that of {reference} | difference (standard error over images)"
+    lines = [f"\n| mean of the seeds | {accuracies} | ACR (standard deviation over seeds) | {compared} |"]
+    lines.append("|" + "---|" * (4 + len(kept.RADII)))
+    base = radii(reference)
+    for label, tables in groups.items():
+        own, cells = radii(label), [label]
+        cells += [f"{np.mean([table.certified_accuracy(radius) for table in tables]):.3f}" for radius in kept.RADII]
+        cells.append(f"{own.mean():.4f} ({own.mean(axis=1).std(ddof=1):.4f})")
+        difference = own.mean(axis=0) - base.mean(axis=0)
+        error = difference.std(ddof=1) / np.sqrt(len(difference))
+        cells += [f"{own.mean() / base.mean():.1%}", f"{difference.mean():+.4f} ({error:.4f})"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def pareto(found, path):

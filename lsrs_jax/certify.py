@@ -40,7 +40,7 @@ def run(arguments):
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--from-counts", action="store_true", help="derive from the votes on disk; sample nothing")
     instead.add_argument("--verify", action="store_true", help="derive every radius again and compare; change nothing")
-    profiling.add_argument(parser)
+    profiling.add_argument(instead)
     options, rest = parser.parse_known_args(arguments)
     with started() as process, workdirs.opened(options.workdir) as workdir:
         _run(workdir, process, options, rest)

@@ -10,9 +10,10 @@ from jax.extend.core import Literal, jaxprs_in_params
 def flops(function, *arguments):
     """FLOPs of the convolutions and matrix products of ``function(*arguments)``, by the field's convention.
 
-    Two per multiplication and addition, those on padding included (circular or zero), eight where the factors are
-    complex; everything else counts nothing. Arguments may be `jax.ShapeDtypeStruct`. Loops count each turn where their
-    number is known (``scan``), once where it is not; of a condition all branches count.
+    Two per multiplication and addition, eight where the factors are complex, those on padding included (circular or
+    zero), those on the zeros of a dilated input not; everything else counts nothing. Arguments may be
+    `jax.ShapeDtypeStruct`. Loops count each turn where their number is known (``scan``), once where it is not; of a
+    condition all branches count.
     """
     return _total(jax.make_jaxpr(function)(*arguments).jaxpr, _flops)
 

@@ -14,9 +14,8 @@ from lsrs_jax.flops import flops, held, traffic
 from lsrs_jax.keys import domain_key, pinned
 from lsrs_jax.training import loop
 
-USED = (
-    0.3  # of a chip's peak: what the vote loop of configs/cifar10.py reached on an H200 (docs/results/accelerator.md)
-)
+# Of a chip's peak: what the votes of configs/cifar10.py took of an H200's (docs/results/accelerator.md).
+USED = 0.3
 FREE = 0.9  # of a chip's memory: the rest is the runtime's and fragments
 
 
@@ -136,42 +135,49 @@ def _time(seconds):
 
 def report(model, config):
     """The plan as text: sizes, memory per device, time on every one of `CHIPS`, and warnings where it cannot fit."""
-    step, tile = training(model, config), votes(model, config)
-    count, n = jax.device_count(), config.certify.n0 + config.certify.n
-    calls = n / math.prod(config.certify.tile)
+    certify, smoothed = config.certify, config.certify.certificate == "smoothed"
+    n = certify.n0 + certify.n
+    # (column, what one unit of it is called, its need, how often, in which arithmetic, what helps)
+    parts = [("training", "a step", training(model, config), 1, "training", _REMEDIES)]
+    if smoothed:
+        tile, calls = votes(model, config), n / math.prod(certify.tile)
+        parts.append(("certification", "a certificate", tile, calls, certify.head_dtype, "a smaller certify.tile"))
+    step = parts[0][2]
     lines = [
         models.describe(model),
         f"training on {distributed.devices()}: {config.data.batch_size:,} images a step, on each device "
         f"{step.flops / 1e12:,.3g} TFLOP and {_gib(step.memory)}",
         f"certification: {n:,} votes an image at most, {calls * tile.flops / 1e12:,.3g} TFLOP; on each device "
-        f"{_gib(tile.memory)} for a tile of {config.certify.tile[0]} images x {config.certify.tile[1]} votes",
+        f"{_gib(tile.memory)} for a tile of {certify.tile[0]} images x {certify.tile[1]} votes"
+        if smoothed
+        else "certification: deterministic, without votes",
         "",
-        f"{'chip':<14}{'memory':>9}{'training':>14}{'a step':>12}{'certification':>16}{'a certificate':>16}",
+        f"{'chip':<14}{'memory':>9}" + "".join(f"{name:>16}{unit:>16}" for name, unit, *_ in parts),
     ]
     for name, chip in CHIPS.items():
-        fits = ["fits" if need.fits(chip) else "does not fit" for need in (step, tile)]
-        times = step.seconds(chip, "training"), tile.seconds(chip, config.certify.head_dtype, calls)
-        lines.append(
-            f"{name:<14}{chip.memory:>5.0f} GiB{fits[0]:>14}{_time(times[0]):>12}{fits[1]:>16}{_time(times[1]):>16}"
+        cells = "".join(
+            f"{'fits' if need.fits(chip) else 'does not fit':>16}{_time(need.seconds(chip, dtype, times)):>16}"
+            for _, _, need, times, dtype, _ in parts
         )
+        lines.append(f"{name:<14}{chip.memory:>5.0f} GiB{cells}")
     lines += [
         "",
-        f"Memory as XLA lays it out for {jax.default_backend()}; other platforms fuse otherwise. A step on as many",
-        "chips as there are devices here (JAX_NUM_CPU_DEVICES=8 plays eight), a certificate on one: products at "
-        f"{USED:.0%} of the peak,",
-        "or memory traffic at the full rate where that takes longer. Communication, and the many launches of small",
-        "networks, come on top.",
+        f"Memory as XLA lays it out for {jax.default_backend()}; other platforms fuse otherwise. Times: a step on as",
+        "many chips as there are devices here (JAX_NUM_CPU_DEVICES=8 plays eight), a certificate on one;",
+        f"products at {USED:.0%} of the peak, or memory traffic at the full rate where that takes longer.",
+        "Communication, and the many launches of small networks, come on top.",
     ]
-    here, remedies = _here(), "more devices, a smaller data.batch_size or train.shard_parameters=true"
-    lines += [
-        f"warning: {what} needs {_gib(need.memory)} per device, this machine has {_gib(here)}: take {remedy}"
-        for what, need, remedy in (
-            ("training", step, remedies),
-            ("certification", tile, "a smaller certify.tile"),
-        )
-        if here and need.memory > FREE * here
-    ]
-    none = [name for name, chip in CHIPS.items() if not step.fits(chip)]
-    if none:
-        lines.append(f"warning: training on {count} device(s) does not fit {', '.join(none)}: take {remedies}")
+    here = _here()
+    for what, _, need, _, _, remedy in parts:
+        none = [name for name, chip in CHIPS.items() if not need.fits(chip)]
+        if here and need.memory > FREE * here:
+            lines.append(
+                f"warning: {what} needs {_gib(need.memory)} per device, this machine has {_gib(here)}: take {remedy}"
+            )
+        if none:
+            few = f"{what} on {jax.device_count()} device(s)"
+            lines.append(f"warning: {few} does not fit {', '.join(none)}: take {remedy}")
     return "\n".join(lines)
+
+
+_REMEDIES = "more devices, a smaller data.batch_size or train.shard_parameters=true"

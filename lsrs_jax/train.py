@@ -76,8 +76,9 @@ def run(arguments):
     """The command; see the module's docstring."""
     parser = command.parser("train", __doc__)
     parser.add_argument("--workdir", type=command.workdir, help="folder of this training, made if missing; or gs://...")
-    parser.add_argument("--plan", action="store_true", help="print what it will need, and start nothing")
-    profiling.add_argument(parser)
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--plan", action="store_true", help="print what it will need, and start nothing")
+    profiling.add_argument(instead)
     options, rest = parser.parse_known_args(arguments)
     if not (options.workdir or options.plan):
         parser.error("the following arguments are required: --workdir (or --plan)")
@@ -86,7 +87,7 @@ def run(arguments):
         cache_compilations()
         if options.plan:
             train_set = datasets.of_config(config.data, config.data.train_split)
-            loop.check_devices(config)
+            loop.check_batch(config, train_set)
             print(plan.report(models.build(config.model, train_set.shape, train_set.num_classes), config))
             return
         workdir = stack.enter_context(workdirs.opened(options.workdir))

@@ -80,7 +80,9 @@ def test_augmentation_shifts_and_flips_each_image_its_own_way():
     assert counts.min() > 5  # all 18 outcomes, each about 22 times
     np.testing.assert_array_equal(out, data.augment(images, crop=1, flip=True, seed=0, step=3))
     assert (out != data.augment(images, crop=1, flip=True, seed=0, step=4)).any()
-    assert data.augment(images, crop=0, flip=False, seed=0, step=0) is images
+    np.testing.assert_array_equal(data.augment(images, crop=0, flip=False, seed=0, step=0), images)
+    part = data.augment(images[7:90], crop=1, flip=True, seed=0, step=3, rows=slice(7, 90), batch_size=400)
+    np.testing.assert_array_equal(part, out[7:90])
 
 
 def test_a_set_without_the_version_asked_for_names_those_it_has(tmp_path):

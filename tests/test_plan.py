@@ -46,7 +46,8 @@ def test_the_zeros_of_a_dilated_input_are_no_work():
     x, w = jax.ShapeDtypeStruct((1, 8, 8, 3), np.float32), jax.ShapeDtypeStruct((3, 3, 3, 5), np.float32)
     assert flops(conv, x, w) == 2 * 16 * 5 * 27
     gradient = jax.grad(lambda x, w: conv(x, w).sum())
-    assert flops(gradient, x, w) == flops(conv, x, w) * 2 or flops(gradient, x, w) == flops(conv, x, w)
+    # Each weight meets each output once again.
+    assert flops(gradient, x, w) == 2 * flops(conv, x, w)
 
 
 def test_memory_grows_with_the_batch_and_shrinks_with_shards():
@@ -84,8 +85,9 @@ def test_bytes_alive_are_counted_as_they_come_and_go():
         return x @ x
 
     rows = jax.ShapeDtypeStruct((20, 1000), np.float32)
-    # The rows, the sums, and in the body a row, its double and the carry.
-    assert held(lambda rows: jax.lax.scan(lambda c, row: (c + (row * 2).sum(), None), 0.0, rows)[0], rows) >= 84_000
+    # The rows, their sum, and within a step the double of a row.
+    total = held(lambda rows: jax.lax.scan(lambda c, row: (c + (row * 2).sum(), None), 0.0, rows)[0], rows)
+    assert total == 80_000 + 4 + 4_000
     matrix = jax.ShapeDtypeStruct((10, 10), np.float32)
     assert traffic(dot, matrix) == 1200
     assert traffic(lambda x: jax.lax.scan(lambda c, _: (dot(c), None), x, length=5)[0], matrix) == 6000
@@ -111,6 +113,10 @@ def test_the_command_prints_a_plan_and_starts_nothing(tmp_path):
     assert "warning: certification needs" in out
     assert "does not fit" in out
     assert not (tmp_path / "w").exists()
+    out = run("train", *QUICK, "--plan", "--config.model.head=linear", "--config.certify.certificate=deterministic")
+    assert "certification: deterministic, without votes" in out
+    assert "a certificate" not in out.split("\n\n")[1]
+    assert "not allowed with argument" in refused("train", *QUICK, "--plan", "--profile=1")
     assert "--workdir (or --plan)" in refused("train", *QUICK)
 
 
@@ -122,7 +128,7 @@ def test_the_memory_of_a_plan_is_what_training_takes():
     print(out)
     ratios = [float(line.split("|")[-2]) for line in out.splitlines()[2:]]
     assert len(ratios) == 2
-    assert np.abs(np.log(ratios)).max() < np.log(1.25)  # within 20 % of what was taken
+    assert all(0.8 <= ratio <= 1.2 for ratio in ratios)
 
 
 def test_a_profile_is_recorded_beside_the_run(tmp_path):

@@ -40,16 +40,19 @@ def augment(images, *, crop, flip, seed, step, rows=slice(None), batch_size=None
         whether the others are here or not.
     """
     rng = np.random.default_rng([seed, 1, step])
-    batch, height, width = images.shape[:3]
-    whole = batch if batch_size is None else batch_size
+    (batch, height, width), whole = images.shape[:3], batch_size or len(images)
+    down, right = np.zeros((2, batch), int)
+    flipped = np.zeros(batch, bool)
     if crop:
-        padded = np.pad(images, ((0, 0), (crop, crop), (crop, crop), (0, 0)))
-        down, right = rng.integers(0, 2 * crop + 1, (2, whole))[:, rows, None, None]
-        images = padded[np.arange(batch)[:, None, None], down + np.arange(height)[:, None], right + np.arange(width)]
+        down, right = rng.integers(0, 2 * crop + 1, (2, whole))[:, rows]
+        images = np.pad(images, ((0, 0), (crop, crop), (crop, crop), (0, 0)))
     if flip:
         flipped = rng.random(whole)[rows] < 0.5
-        images = np.where(flipped[:, None, None, None], images[:, :, ::-1], images)
-    return images
+    views = np.empty((batch, height, width, *images.shape[3:]), images.dtype)
+    for view, image, top, left, mirrored in zip(views, images, down, right, flipped, strict=True):
+        part = image[top : top + height, left : left + width]
+        view[:] = part[:, ::-1] if mirrored else part
+    return views
 
 
 class _Views:
@@ -93,15 +96,24 @@ def training_batches(dataset, data, seed, first, stop, own=slice(None)):
       dataset: `Dataset` or `Photos`.
       data: the ``data`` section of the configuration.
       own: the rows of each batch that this process needs.
+
+    Raises:
+      UserError: for a photo that cannot be decoded, and where a process that decodes was killed.
     """
     if not isinstance(dataset, Photos):
         for step in range(first, stop):
             index = batch_indices(len(dataset), data.batch_size, seed, step)[own]
-            images = dataset.pixels(index, np.float32)
-            shifted = augment(
-                images, crop=data.crop, flip=data.flip, seed=seed, step=step, rows=own, batch_size=data.batch_size
+            # Shifted as bytes, a quarter of the numbers.
+            images = augment(
+                dataset.images[index],
+                crop=data.crop,
+                flip=data.flip,
+                seed=seed,
+                step=step,
+                rows=own,
+                batch_size=data.batch_size,
             )
-            yield shifted, dataset.labels[index]
+            yield dataset.scaled(images, np.float32), dataset.labels[index]
         return
     rows = range(data.batch_size)[own]
     views = grain.MapDataset.source(_Views(dataset, data, seed, first, stop, rows)).batch(len(rows))

@@ -41,6 +41,14 @@ class Dataset:
         total.update(np.ascontiguousarray(self.labels, np.int32).tobytes())
         return total.hexdigest()
 
+    def read(self, index, dtype):
+        """``(pixels, labels)`` of `index`."""
+        return self.pixels(index, dtype), self.labels[index]
+
     def pixels(self, index, dtype):
         """Images of `index` scaled to [0, 1], the unit of every radius."""
-        return np.asarray(self.images[index], dtype) / np.asarray(self.max_value, dtype)
+        return self.scaled(self.images[index], dtype)
+
+    def scaled(self, images, dtype):
+        """Images of this set, as stored, scaled to [0, 1]."""
+        return np.asarray(images, dtype) / np.asarray(self.max_value, dtype)

@@ -11,7 +11,8 @@ import re
 from typing import Any
 
 import numpy as np
-from PIL import Image
+import PIL
+from PIL import Image, features
 
 from lsrs_jax.errors import UserError
 
@@ -70,23 +71,27 @@ class Photos:
         return self._read_through[1]
 
     def digest(self):
-        """SHA-256 over photos and labels as stored, the images' shape, and the first images as decoded here.
+        """SHA-256 over photos and labels as stored, the images' shape, and the decoder.
 
-        Another decoder, or another version of it, may give other pixels: then this is another split.
+        **Guarantee**: two splits of one digest hold the same images, if one version of Pillow and of its JPEG decoder
+        gives the same pixels wherever it gives them for the first eight photos. Another version is another split.
         """
-        total = hashlib.sha256(str((self._read_through[0], self.shape, self.num_classes)).encode())
-        total.update(self._central(np.arange(min(_PROBES, len(self)))).tobytes())
+        decoder = (PIL.__version__, features.version("jpg"), features.version("libjpeg_turbo"))
+        total = hashlib.sha256(str((self._read_through[0], self.shape, self.num_classes, decoder)).encode())
+        total.update(self.pixels(np.arange(min(_PROBES, len(self))), np.float32).tobytes())
         return total.hexdigest()
+
+    def read(self, index, dtype):
+        """``(pixels, labels)`` of `index`, without reading the rest of the split."""
+        # Decoding and resampling leave the interpreter free.
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            cuts = list(pool.map(lambda i: self._cut(int(i), central_square), index))
+        images, labels = (np.stack(column) for column in zip(*cuts, strict=True))
+        return np.asarray(images, dtype) / np.asarray(255, dtype), labels.astype(np.int32)
 
     def pixels(self, index, dtype):
         """Images of `index` scaled to [0, 1], the unit of every radius."""
-        return np.asarray(self._central(index), dtype) / np.asarray(255, dtype)
-
-    def _central(self, index):
-        index = [int(i) for i in index]
-        # Decoding and resampling leave the interpreter free.
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            return np.stack(list(pool.map(lambda i: self._cut(i, central_square)[0], index)))
+        return self.read(index, dtype)[0]
 
     def random_view(self, index, rng, area, flip):
         """``(uint8 (H, W, C), label)``: a random part of a photo, at random mirrored: "Inception" augmentation.

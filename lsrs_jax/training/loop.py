@@ -119,8 +119,7 @@ class Evaluator:
         for index, start in enumerate(range(0, size, self._batch)):
             numbers = np.arange(start, start + self._batch)[self._own]
             rows = np.minimum(numbers, size - 1)
-            arrays = (self._dataset.pixels(rows, np.float32), self._dataset.labels[rows], numbers < size)
-            arrays = distributed.joined(self._mesh, arrays)
+            arrays = distributed.joined(self._mesh, (*self._dataset.read(rows, np.float32), numbers < size))
             totals += [int(hits) for hits in self._correct(params, *arrays, jax.random.fold_in(key, index))]
         return totals / size
 
@@ -131,11 +130,6 @@ def check_batch(config, dataset):
     datasets.batch_indices(size, config.data.batch_size, config.seed, 0)
     if config.data.crop >= min(height, width):
         raise UserError(f"data.crop {config.data.crop} shifts images of {height}x{width} out of sight; make it smaller")
-    check_devices(config)
-
-
-def check_devices(config):
-    """Raises UserError unless the batch divides over the devices."""
     devices = jax.device_count()
     if config.data.batch_size % devices:
         raise UserError(
@@ -252,13 +246,14 @@ def train(model, config, train_set, test_set, checkpoints, log):
                     window = []
                 if due[1]:
                     try:
-                        found = evaluate(state.result, jax.random.fold_in(domain_key(config.seed, "evaluate"), done))
+                        noisy, clean = evaluate(
+                            state.result, jax.random.fold_in(domain_key(config.seed, "evaluate"), done)
+                        )
                     except UserError:  # of the test data: what was trained is kept
                         if not mesh.is_multi_process:
                             save(done)
                             checkpoints.wait()
                         raise
-                    noisy, clean = found
                     log({"step": done, "test_noisy_accuracy": noisy, "test_clean_accuracy": clean})
                 if stop or due[2]:
                     save(done)
