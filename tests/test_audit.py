@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import QUICK, fingerprint, finish, full_disk, run, start
+from commands import QUICK, fingerprint, finish, full_disk, refused, run, start
 from conftest import threefry
 
 from lsrs_jax import audit, certify, layers, report, sealed, smoothing
@@ -166,6 +166,20 @@ def test_a_table_that_changed_has_no_audit(audited, tmp_path):
     path.write_text(path.read_text().replace("\t3\t", "\t4\t", 1))
     with pytest.raises(UserError, match="is not the one its"):
         audit.run([f"--workdir={copy}", *FLAGS])
+
+
+def test_verify_looks_at_the_audit_too(audited, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(audited, copy)
+    path = copy / "certify" / "default" / "audit.tsv"
+    verify = ["certify", f"--workdir={copy}", "--verify"]
+    assert "; the audit of 24 of them, with 0 flips, is unchanged" in run(*verify)
+    whole = path.read_text()
+    path.write_text(whole.replace("\t0\t", "\t1\t", 1))
+    assert f"{path} has changed: its digest is not the one in audit.json" in refused(*verify)
+    path.write_text(whole)
+    run("certify", f"--workdir={copy}", "--from-counts", "--config.certify.alpha=0.05", "--config.certify.tile=(8,32)")
+    assert "; note: audit.tsv is the audit of another table" in run(*verify)
 
 
 def test_a_killed_audit_resumes_to_the_same_table(audited, certified, tmp_path):

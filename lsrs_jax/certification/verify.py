@@ -7,6 +7,7 @@ import numpy as np
 
 from lsrs_jax import config as configuration
 from lsrs_jax import models
+from lsrs_jax.auditing.table import read_finished
 from lsrs_jax.certification import folder
 from lsrs_jax.certification.job import restore
 from lsrs_jax.certification.smoothed import reopen
@@ -20,7 +21,9 @@ _SAME = 1e-9  # relative: the singular values of one encoder on two machines
 
 
 def run(place):
-    """Re-derives every certificate in a folder and compares digests; changes nothing. Prints what holds.
+    """Re-derives every certificate in a folder and compares digests, that of an audit as well; changes nothing.
+
+    Prints what holds.
 
     Args:
       place: ``<workdir>/certify/<name>``. Of the workdir the configuration and the checkpoint, where they are still
@@ -48,10 +51,12 @@ def run(place):
         _compare(text, certification, tallies)
     elif derivation["bound"] != "margin" or ledgers.files(place):
         raise UserError(f"{path} contradicts itself: deterministic certificates have the bound margin, and no votes")
-    if derivation["certificates"] != hashlib.sha256(text.encode()).hexdigest():
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    if derivation["certificates"] != digest:
         raise UserError(f"{place / 'certificates.tsv'} has changed: its digest is not the one in {path.name}")
     constant = stored["lipschitz"]["constant"]
     weights = _check_checkpoint(place.parents[1], config, identity, constant)
+    audit = _check_audit(place / "audit.tsv", digest)
     count = text.count("\n") - 1
     if smoothed:
         votes = sum(int(counts.sum()) for tally in tallies.tallies.values() for counts in tally.counts.values())
@@ -59,7 +64,7 @@ def run(place):
     else:
         print(f"verified: the table of {count:,} deterministic certificates in {place} is unchanged; they come from no")
         print("votes: to compute their radii again, certify under another --config.certify.name and compare")
-    print(f"Lipschitz constant {constant:.15g}, configuration and {weights}")
+    print(f"Lipschitz constant {constant:.15g}, configuration and {weights}{audit}")
     trained = place.parents[1] / "config.json"
     if trained.exists():
         own = configuration.load(trained)
@@ -144,6 +149,19 @@ def _compare(text, certification, tallies):
         raise UserError(
             f"{path} line {number} (image {cells[1][0]}): {names[column]} is {was[:40]!r}, the ledger gives {gives!r}"
         )
+
+
+def _check_audit(path, digest):
+    """The audit of the table with this digest, where there is one, is what it was; says in words what was found."""
+    if not path.exists():
+        return ""
+    found = read_finished(path)
+    if found is None:
+        return "; the audit beside them is unfinished"
+    attacked, audit = found
+    if attacked != digest:
+        return f"; note: {path.name} is the audit of another table"
+    return f"; the audit of {len(audit.idx):,} of them, with {audit.flips.sum():,} flips, is unchanged"
 
 
 def _check_checkpoint(workdir, config, identity, constant):
