@@ -3,28 +3,34 @@
   python benchmarks/accelerator.py run --out=runs/accelerator --data=$TFDS_DATA_DIR --minutes=8
   python benchmarks/accelerator.py run --out=runs/accelerator --sections=precision,throughput      # needs no data
   python benchmarks/accelerator.py render --out=runs/accelerator    # Markdown of what is there
+  python benchmarks/accelerator.py pack --out=runs/accelerator      # results.tar.gz, to unpack in another clone
 
 Sections are made of pieces; the result of each is a JSON file under --out, and a piece that is there is not made again:
 stopped at any moment, the same command goes on. No piece begins after --minutes, and trainings and certifications that
-run then are asked to save and stop. --tiny makes every piece in seconds, to try the script. Nothing is downloaded.
+run then are asked to save and stop. A folder holds the results of one kind of device. --tiny makes every piece in
+seconds, to try the script. Nothing is downloaded.
 
 Sections, in order of value:
   precision   σ of every family as built and as run under each matmul precision; the float64 encoder against NumPy; what
               the self-check refuses; the law of the noise; one model certified here and on the CPU
-  throughput  ceilings (matrix products, copies); votes/s of heads; noise; encoder; training steps
+  throughput  ceilings (matrix products, copies); votes/s of heads, and layer by layer; noise; encoder; training steps
   table       trains and certifies the runs of study "full" (benchmarks/study_runs.py), kept under docs/results/cifar10
-  whole       the 10,000 test images with the default head of the table: fixed and staged, wall seconds
+  whole       the 10,000 test images with the default head of the table: fixed and staged, wall seconds; certificates
 """
 
 import argparse
 import collections
 import datetime
 import functools
+import gzip
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from importlib import metadata
 from pathlib import Path
@@ -33,12 +39,14 @@ import jax
 import measure
 import precision
 import throughput
+from study_runs import STUDIES
 
 from lsrs_jax.errors import UserError
 from lsrs_jax.files import write_atomic
 from lsrs_jax.smoothing.table import read_table
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS, KEPT = ROOT / "docs" / "results" / "accelerator", ROOT / "docs" / "results" / "cifar10"
 
 
 class Work:
@@ -115,7 +123,13 @@ def _votes(path):
 
 
 def table(work):
-    """The runs of study "full"."""
+    """The runs of study "full"; at tiny size the one that section whole needs, and nothing is kept of it."""
+    if work.tiny:
+        run = STUDIES["full"].rows["LSRS: consistency"]
+        small = ("train.steps=2", "train.warmup_steps=1", "data.batch_size=8", "certify.n=200", "certify.step=500")
+        train, certify = run.commands(work.options.out / "runs" / run.name, "test")
+        train += [f"--config.{flag}" for flag in (*small, "certify.tile=(4,8)")]
+        return {"seconds": sum(work.command("-m", *words, environment=_data(work)) for words in (train, certify))}
     words = ["benchmarks/studies.py", "run", "--study=full", f"--runs={work.options.out / 'runs'}"]
     seconds = work.command(*words, f"--jobs={work.options.jobs}", environment=_data(work))
     return {"seconds": seconds}
@@ -131,14 +145,20 @@ def whole(work, schedule, dtype):
     flags = [f"--config.certify.{field}={value}" for field, value in flags.items()]
     words = ["-m", "lsrs_jax.certify", f"--workdir={place}", "--config.data.split=test", *flags]
     seconds = work.command(*words, environment=_data(work))
-    found = read_table(place / "certify" / name / "certificates.tsv")
-    record = json.loads((place / "certify" / name / "certificates.json").read_text())["record"]
+    source, target = place / "certify" / name, work.options.out / "certificates"
+    found = read_table(source / "certificates.tsv")
+    stored = (source / "certificates.json").read_text()
+    record = json.loads(stored)["record"]
+    target.mkdir(exist_ok=True)
+    write_atomic(target / f"{name}.json", stored)
+    with gzip.open(target / f"{name}.tsv.gz", "wb") as packed:
+        packed.write((source / "certificates.tsv").read_bytes())
     return {
         "images": len(found),
         "command_seconds": seconds,
         "loop_seconds": sum(session["seconds"] for session in record),
         "sessions": len(record),
-        "votes": int(found.n.sum()),
+        "votes": int(found.votes.sum()),
         "average_certified_radius": found.average_certified_radius,
     }
 
@@ -187,6 +207,9 @@ def pieces(work):
         for dtype in reversed(throughput.DTYPES):
             label = name.replace("/", "-").replace(" ", "-")
             found["throughput"][f"votes-{label}-{dtype}"] = part(throughput.votes, name, dtype, tiles, seconds)
+    for dtype in throughput.DTYPES:
+        rows = math.prod(tiles[-1])
+        found["throughput"][f"layers-{dtype}"] = part(throughput.layers, dtype, rows, seconds / 4)
     found["throughput"] |= {
         "encoder": part(throughput.encoder, 16 if tiny else 1024, seconds),
         "train-steps": part(throughput.train_steps, variants, 2 if tiny else 30),
@@ -195,7 +218,7 @@ def pieces(work):
     return found
 
 
-def machine():
+def machine(tiny):
     """What results belong to."""
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
     device = jax.local_devices()[0]
@@ -204,12 +227,20 @@ def machine():
         "backend": jax.default_backend(),
         "versions": versions,
         "day": str(datetime.date.today()),
-    }
+    } | ({"tiny": True} if tiny else {})
+
+
+def _named(facts):
+    """The device of a `machine`."""
+    return facts["device"] + (", at tiny size" if facts.get("tiny") else "")
 
 
 def run(options):
     """Makes the pieces that are missing; returns the names of those that failed."""
     options.out.mkdir(parents=True, exist_ok=True)
+    for other in load(options.out)[1]:
+        if any(other.get(fact) != machine(options.tiny).get(fact) for fact in ("device", "tiny")):
+            raise UserError(f"{options.out} holds results of {_named(other)}: take another --out")
     work, failed = Work(options), []
     found = pieces(work)
     for section in options.sections:
@@ -229,7 +260,7 @@ def run(options):
                 failed.append(f"{section}.{name}")
                 continue
             took = round(time.monotonic() - start, 2)
-            facts = {"machine": machine(), "seconds": took, "result": result}
+            facts = {"machine": machine(work.tiny), "seconds": took, "result": result}
             write_atomic(path, json.dumps(facts, indent=1) + "\n")
     return failed
 
@@ -237,7 +268,7 @@ def run(options):
 def parse(arguments):
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "render"))
+    parser.add_argument("what", choices=("run", "render", "pack"))
     parser.add_argument("--out", type=Path, required=True, help="folder of results and workdirs")
     parser.add_argument("--data", type=Path, help="folder of tensorflow-datasets; $TFDS_DATA_DIR where left out")
     parser.add_argument("--sections", default="precision,throughput,table,whole")
@@ -262,6 +293,20 @@ def load(folder):
         if facts["machine"] not in machines:
             machines.append(facts["machine"])
     return found, machines
+
+
+def pack(options):
+    """One archive of what is small: results and certificates, the runs of the table, at their places in a clone."""
+    files = {path: RESULTS / path.relative_to(options.out) for path in sorted(options.out.glob("*.*.json"))}
+    files |= {path: RESULTS / path.relative_to(options.out) for path in sorted(options.out.glob("certificates/*"))}
+    runs = [KEPT / run.name for run in STUDIES["full"].rows.values()]
+    files |= {path: path for run in runs if (run / "card.md").exists() for path in sorted(run.iterdir())}
+    if not files:
+        raise UserError(f"{options.out} holds no results: run makes them")
+    with tarfile.open(options.out / "results.tar.gz", "w:gz") as archive:
+        for path, place in files.items():
+            archive.add(path, place.relative_to(ROOT))
+    print(f"{len(files)} files in {options.out / 'results.tar.gz'}")
 
 
 def _precision(found):
@@ -310,6 +355,8 @@ def _throughput(found):
     if rows:
         columns = "head|dtype|votes/s|tile|MFLOP/vote|of the matmul ceiling|noise, of the loop|own noise over shared"
         measure.table(columns, rows)
+    for dtype in throughput.DTYPES:
+        _layers(dtype, found, ceilings[dtype])
     if encoder := found.get("encoder"):
         rows = [[f"{encoder[kind]:,.0f}" for kind in ("float64", "float32")] + [f"{encoder['flops'] / 1e6:.1f}"]]
         measure.table("default encoder in float64, images/s|in float32|MFLOP/image", rows)
@@ -318,6 +365,18 @@ def _throughput(found):
         measure.table("training step of configs/cifar10.py|ms", rows)
     if "families" in found:
         print(found["families"]["markdown"])
+
+
+def _layers(dtype, found, ceiling):
+    """Table of the default head's layers alone, and their share of a vote in the loop."""
+    votes = next((votes for name, votes in found.items() if re.fullmatch(f"votes-configs.*-{dtype}", name)), None)
+    rows = []
+    for layer in found.get(f"layers-{dtype}", []) if votes else []:
+        share = layer["count"] * layer["flops"] / layer["rate"] * votes["votes"][votes["best"]]
+        rows.append([layer["layer"], str(layer["count"]), f"{layer['flops'] / 1e6:.2f}"])
+        rows[-1] += [f"{layer['rate'] / ceiling:.0%}", f"{share:.0%}"]
+    if rows:
+        measure.table(f"default head in {dtype}|layers|MFLOP|of the matmul ceiling|of a vote's time", rows)
 
 
 def _whole(found):
@@ -338,7 +397,7 @@ def render(options):
         raise UserError(f"{options.out} holds no results: run makes them")
     for facts in machines:
         versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-        print(f"{facts['device']} ({facts['backend']}), {facts['day']}; {versions}\n")
+        print(f"{_named(facts)} ({facts['backend']}), {facts['day']}; {versions}\n")
     for section, show in {"precision": _precision, "throughput": _throughput, "whole": _whole}.items():
         if section in options.sections and found[section]:
             print(f"## {section.capitalize()}\n")
@@ -348,8 +407,10 @@ def render(options):
 def main(arguments):
     """The command; see the module's docstring."""
     options = parse(arguments)
-    if options.what == "render":
-        render(options)
+    # Training and certification are processes of their own beside this one.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if options.what != "run":
+        {"render": render, "pack": pack}[options.what](options)
         return
     failed = run(options)
     if failed:

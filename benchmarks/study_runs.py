@@ -33,10 +33,17 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """Rows of one table, label → run, and its figure: ``"pareto"`` or ``"curves"``."""
+    """Rows of one table.
+
+    Attributes:
+      figure: ``"pareto"`` or ``"curves"``.
+      rows: label → run; labels that differ in ``, seed <n>`` alone are repetitions.
+      reference: a label without its seed; where given, means of the repetitions are shown and compared with its own.
+    """
 
     figure: str
     rows: dict[str, Run]
+    reference: str = ""
 
 
 def _run(variant, *flags):
@@ -101,16 +108,27 @@ def _headline():
 
 
 def _full():
-    """For an accelerator; base classifiers are certified in bfloat16."""
+    """For an accelerator, in order of value; base classifiers are certified in bfloat16."""
     flags = ("certify.step=1", "certify.head_dtype=bfloat16")
     gaussian = ("train.loss=gaussian", "train.noises=1")
-    return {
-        "LSRS: Gaussian augmentation": Run("full-gaussian", f"{FULL}:gaussian", flags),
-        "ISRS, free network: Gaussian augmentation": Run("full-free-gaussian", f"{FULL}:free", (*flags, *gaussian)),
-        "LSRS: consistency": Run("full-lsrs", f"{FULL}:lsrs", flags),
-        "ISRS, free network: consistency": Run("full-free", f"{FULL}:free", flags),
-        "ISRS, same network: consistency": Run("full-isrs_split", f"{FULL}:isrs_split", flags),
+    first = {
+        "LSRS: Gaussian augmentation": ("full-gaussian", "gaussian", ()),
+        "ISRS, free network: Gaussian augmentation": ("full-free-gaussian", "free", gaussian),
+        "LSRS: consistency": ("full-lsrs", "lsrs", ()),
     }
+    more = {
+        "ISRS, free network: consistency": ("full-free", "free", ()),
+        "ISRS, same network: consistency": ("full-isrs_split", "isrs_split", ()),
+        "LSRS: SmoothAdv": ("full-smoothadv", "smoothadv", ()),
+    }
+    kinds = first | more
+    for sigma in (0.5, 1.0):
+        for label, (name, variant, own) in first.items():
+            kinds[f"{label}, σ {sigma:g}"] = (f"{name}-sigma{sigma}", variant, (*own, f"sigma={sigma}"))
+    for seed in SEEDS[1:]:
+        for label, (name, variant, own) in first.items():
+            kinds[f"{label}, seed {seed}"] = (f"{name}-seed{seed}", variant, (*own, f"seed={seed}"))
+    return {label: Run(name, f"{FULL}:{variant}", (*flags, *own)) for label, (name, variant, own) in kinds.items()}
 
 
 STUDIES = {
@@ -118,6 +136,6 @@ STUDIES = {
     "family": Study("curves", _families()),
     "loss": Study("curves", _losses()),
     "sigma": Study("curves", _sigmas()),
-    "headline": Study("curves", _headline()),
+    "headline": Study("curves", _headline(), "ISRS, same network"),
     "full": Study("curves", _full()),
 }

@@ -1,5 +1,6 @@
 """Section throughput of benchmarks/accelerator.py: the vote loop and the encoder against the ceilings of the device."""
 
+import collections
 import functools
 import time
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import measure
 import numpy as np
 
+from lsrs_jax import data as datasets
 from lsrs_jax import models
 from lsrs_jax.command import config_from_flags
 from lsrs_jax.keys import domain_key
@@ -81,6 +83,22 @@ def votes(name, dtype, tiles, seconds):
     }
 
 
+def layers(dtype, rows, seconds):
+    """What every layer of the default head does alone: FLOPs for a row, FLOP/s in batches of `rows`."""
+    name, (function, shape) = next(iter(heads().items()))
+    found = measure.layers(function(dtype), shape, [rows])
+    rates = measure.rates(measure.layer_works(found), seconds, f"layers of {name}, {dtype}")
+    return [
+        {
+            "layer": layer.name,
+            "count": layer.count,
+            "flops": layer.flops,
+            "rate": rates[layer.name, rows] * rows * layer.flops,
+        }
+        for layer in found
+    ]
+
+
 def encoder(batch, seconds):
     """Images/s of the default encoder in float64, as certified, and in float32, and what it must compute."""
     _, model, params = _default("lsrs")
@@ -103,9 +121,25 @@ def encoder(batch, seconds):
     return {"flops": models.cost(model).encoder} | {name: rate * batch for name, rate in rates.items()}
 
 
+def _seconds_of_a_batch(count):
+    """To cut, shift and mirror, on one core, as `datasets.training_batches` does."""
+    config, size = _default("lsrs")[0], 50_000
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(256, size=(size, *IMAGE), dtype=np.uint8), rng.integers(CLASSES, size=size)
+    dataset = datasets.Dataset("probe", "1", "train", images, labels, CLASSES)
+    batches = datasets.training_batches(dataset, config.data, 0, 0, count + 1)
+    next(batches)  # permutes
+    start = time.perf_counter()
+    collections.deque(batches, maxlen=0)
+    return (time.perf_counter() - start) / count
+
+
 def train_steps(variants, count):
-    """Seconds of a training step of the default configuration's variants, images and noise included."""
-    found = {}
+    """Seconds of a training step of the default configuration's variants, noise included; and of a batch on the host.
+
+    The host makes the next batches while the device works: the slower one sets the pace.
+    """
+    found = {"a batch on the host": _seconds_of_a_batch(count)}
     for variant, flags in variants.items():
         config = config_from_flags([f"--config={DEFAULT}:{variant.split(',')[0]}", *flags])
         model = models.build(config.model, IMAGE, CLASSES)

@@ -13,10 +13,11 @@ of the same shapes without constraints), ``gaussian``, ``macer`` and ``smoothadv
 from lsrs_jax.config import choose, default
 
 WIDTHS, STRIDES, SPLIT = (64, 64, 64, 64, 48, 64, 64, 128), (2, 1, 1, 1, 2, 1, 1, 2), 5
+SMALL_TILE = (64, 64)  # for heads that see the whole image, which hold more of a batch
 VARIANTS = {
     "lsrs": {},
-    "isrs_split": {"model.noise": "input"},
-    "free": {"model.split": 0},
+    "isrs_split": {"model.noise": "input", "certify.tile": SMALL_TILE},
+    "free": {"model.split": 0, "certify.tile": SMALL_TILE},
     "gaussian": {"train.loss": "gaussian", "train.noises": 1},
     "macer": {"train.loss": "macer", "train.noises": 16},
     "smoothadv": {"train.loss": "smoothadv", "train.noises": 2},
@@ -30,7 +31,7 @@ VARIANTS = {
     },
     "partial": {"model.encoder": "partial", "model.head": "resnet18_tail"},
     "latent": {"model.encoder": "latent", "model.head": "linear", "certify.bound": "multiclass"},
-    "preprocessor": {"model.encoder": "preprocessor", "model.head": "resnet18"},
+    "preprocessor": {"model.encoder": "preprocessor", "model.head": "resnet18", "certify.tile": SMALL_TILE},
 }
 
 
@@ -56,5 +57,5 @@ def get_config(variant="lsrs"):
     config.train.checkpoint_every = 1000
     config.certify.schedule = "staged"
     config.certify.step = 20
-    config.certify.tile = (64, 64)
+    config.certify.tile = (64, 512)
     return choose(config, variant, VARIANTS)

@@ -1,8 +1,11 @@
 """The script for accelerators: it resumes, it ends in time, and its published tables are those of its results."""
 
+import gzip
 import json
 import sys
+import tarfile
 
+import prepared
 import pytest
 from conftest import ROOT
 
@@ -86,3 +89,40 @@ def test_every_piece_at_tiny_size(tmp_path, capsys):
     accelerator.main(["run", f"--out={tmp_path}", "--tiny", "--sections=precision,throughput", "--minutes=30"])
     accelerator.main(["render", f"--out={tmp_path}"])
     assert "NO" not in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A small set of random images in the format of CIFAR-10."""
+    place = tmp_path_factory.mktemp("data")
+    splits = {"train": prepared.random_split(32, (32, 32, 3), 10), "test": prepared.random_split(12, (32, 32, 3), 10)}
+    prepared.write(place, "cifar10", splits, num_classes=10)
+    return place
+
+
+def test_the_whole_set_is_certified_and_packed(tmp_path, data, capsys):
+    arguments = [f"--out={tmp_path / 'out'}", "--sections=table,whole"]
+    accelerator.main(["run", *arguments, f"--data={data}", "--tiny"])
+    capsys.readouterr()
+    accelerator.main(["render", *arguments])
+    printed = capsys.readouterr().out
+    assert ", at tiny size (cpu), " in printed
+    assert "| staged-bfloat16 | 1 | " in printed
+    with pytest.raises(UserError, match=r"holds results of .*, at tiny size: take another --out"):
+        accelerator.main(["run", *arguments])
+    accelerator.main(["pack", *arguments])
+    with tarfile.open(tmp_path / "out" / "results.tar.gz") as archive:
+        archive.extractall(tmp_path / "clone", filter="data")
+    place = tmp_path / "clone" / "docs" / "results" / "accelerator"
+    assert json.loads((place / "whole.fixed-float32.json").read_text())["result"]["images"] == 1
+    source = tmp_path / "out" / "runs" / "full-lsrs" / "certify" / "test-staged-float32"
+    packed = place / "certificates" / "test-staged-float32"
+    assert gzip.decompress(packed.with_suffix(".tsv.gz").read_bytes()) == (source / "certificates.tsv").read_bytes()
+    assert packed.with_suffix(".json").read_bytes() == (source / "certificates.json").read_bytes()
+
+
+def test_results_of_two_devices_are_not_mixed(tmp_path):
+    facts = {"machine": {"device": "abacus"}, "seconds": 1, "result": {}}
+    (tmp_path / "throughput.ceilings.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match="holds results of abacus: take another --out"):
+        accelerator.main(["run", f"--out={tmp_path}"])
