@@ -180,8 +180,8 @@ def pieces(work):
     """Section → name of a piece → function without arguments."""
     tiny = work.tiny
     seconds, tiles = (0.02, [(4, 4)]) if tiny else (0.4, [(64, 64), (64, 512)])
-    variants = {"lsrs": [], "gaussian": [], "free": [], "free,gaussian": ["--config.train.loss=gaussian"]}
-    variants["free,gaussian"].append("--config.train.noises=1")
+    variants = {"lsrs": [], "gaussian": [], "smoothadv": [], "free": []}
+    variants["free,gaussian"] = ["--config.train.loss=gaussian", "--config.train.noises=1"]
     variants["free,gaussian,bf16"] = [*variants["free,gaussian"], "--config.train.head_dtype=bfloat16"]
     if tiny:
         variants = {name: [*flags, "--config.data.batch_size=8"] for name, flags in variants.items()}

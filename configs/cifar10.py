@@ -5,8 +5,9 @@
 
 Variants: ``lsrs`` (default; five orthogonal blocks of 64 channels, noise on the 8x8x48 latent, a head of 18 of the
 network's 98 MFLOP, consistency regularisation), ``isrs_split`` (ISRS of the same network), ``free`` (ISRS of a network
-of the same shapes without constraints), ``gaussian``, ``macer`` and ``smoothadv`` (``lsrs`` trained otherwise),
-``margin`` (the orthogonal blocks with a linear head, deterministic). The splits of the public code that preceded LSRS:
+of the same shapes without constraints), ``gaussian``, ``macer`` and ``smoothadv`` (``lsrs`` trained otherwise,
+the last with consistency regularisation at adversarial latents), ``margin`` (the orthogonal blocks with a linear head,
+deterministic). The splits of the public code that preceded LSRS:
 ``partial``, ``latent``, ``preprocessor``; their heads are larger.
 """
 
@@ -20,7 +21,7 @@ VARIANTS = {
     "free": {"model.split": 0, "certify.tile": SMALL_TILE},
     "gaussian": {"train.loss": "gaussian", "train.noises": 1},
     "macer": {"train.loss": "macer", "train.noises": 16},
-    "smoothadv": {"train.loss": "smoothadv", "train.noises": 2},
+    "smoothadv": {"train.loss": "smoothadv_consistency", "train.smoothadv.radius": 0.5},
     "margin": {
         "model.widths": WIDTHS[:SPLIT],
         "model.strides": STRIDES[:SPLIT],

@@ -10,7 +10,7 @@ from lsrs_jax.files import read_json, write_atomic
 from lsrs_jax.smoothing.partition import BOUNDS
 from lsrs_jax.smoothing.schedule import SCHEDULES
 
-LOSSES = ("gaussian", "consistency", "macer", "smoothadv", "margin")
+LOSSES = ("gaussian", "consistency", "macer", "smoothadv", "smoothadv_consistency", "margin")
 DTYPES = ("float32", "bfloat16")
 CERTIFICATES = ("smoothed", "deterministic")
 _MAY_CHANGE = (  # between the first start of a training and its resumption
@@ -64,8 +64,9 @@ def default():
 
     config.train = ConfigDict()
     config.train.steps = 1000
-    config.train.loss = "gaussian"  # or "consistency", "macer", "smoothadv": lsrs_jax.training.losses, under noise;
-    config.train.noises = 1  # with so many samples per image. "margin": without noise, for deterministic certificates
+    # Under noise: "gaussian", "consistency", "macer", "smoothadv", "smoothadv_consistency" (lsrs_jax.training.losses);
+    config.train.loss = "gaussian"  # "margin": without noise, for deterministic certificates
+    config.train.noises = 1  # samples per image
     config.train.radius = 36 / 255  # margin: the radius asked for, with a temperature for the logits
     config.train.temperature = 0.25
     config.train.consistency = ConfigDict()
@@ -150,8 +151,8 @@ def _limits(config):
         ("train.loss", train.loss in LOSSES, " or ".join(map(repr, LOSSES))),
         (
             "train.noises",
-            train.noises >= (2 if train.loss == "consistency" else 1),
-            "at least 1, consistency at least 2",
+            train.noises >= (2 if "consistency" in train.loss else 1),
+            "at least 1, with consistency at least 2",
         ),
         ("train.radius", 0 <= train.radius < float("inf"), "at least 0"),
         ("train.temperature", 0 < train.temperature < float("inf"), "a positive number"),

@@ -166,7 +166,7 @@ def test_values_out_of_range_name_their_field(field, value):
 def test_consistency_needs_two_samples():
     config = configuration.default()
     config.train.loss = "consistency"
-    with pytest.raises(UserError, match=r"train.noises must be at least 1, consistency at least 2, got 1"):
+    with pytest.raises(UserError, match=r"train.noises must be at least 1, with consistency at least 2, got 1"):
         configuration.check(config)
     config.train.noises = 2
     configuration.check(config)

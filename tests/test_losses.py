@@ -113,6 +113,27 @@ def test_smoothadv_finds_the_worst_point_of_a_linear_classifier(noise, steps):
     assert float(loss) == pytest.approx(np.log1p(np.exp(-(margin - 0.4 * length))).mean(), rel=1e-4)
 
 
+@pytest.mark.parametrize("noise", ["latent", "input"])
+def test_smoothadv_consistency_asks_for_agreement_at_the_worst_point(noise):
+    model = small_model(2, encoder="space_to_depth", noise=noise)
+    params = model.init(threefry(0))
+    labels = LABELS % 2
+    arguments = model, params, IMAGES, labels, threefry(4), SIGMA, 3
+    log_p = noisy_log_probabilities(model, params, 3)
+    length = np.linalg.norm(np.diff(np.asarray(params["head"]["Dense_0"]["kernel"]), axis=1))
+    own = 1 / (1 + np.exp(-(log_p[ROWS, :, labels] - log_p[ROWS, :, 1 - labels] - 0.4 * length)))
+    p = np.stack([own, 1 - own], axis=-1)
+    mean = p.mean(axis=1)
+    divergence = np.mean([[stats.entropy(mean[row], p[row, i]) for i in range(3)] for row in ROWS])
+    expected = -np.log(own).mean() + 10 * divergence + 0.5 * np.mean(stats.entropy(mean, axis=1))
+    loss, accuracy = losses.smoothadv_consistency(*arguments, 0.4, 2, 10.0, 0.5)
+    assert float(loss) == pytest.approx(expected, rel=1e-4)
+    assert float(accuracy) == pytest.approx(np.mean(own > 0.5))
+    still = losses.smoothadv_consistency(*arguments, 0.0, 2, 10.0, 0.5)[0]
+    assert float(still) == pytest.approx(float(losses.consistency(*arguments, 10.0, 0.5)[0]), rel=1e-6)
+    assert float(still) < float(loss)
+
+
 def test_smoothadv_attacks_and_trains_under_the_same_noise(model):
     params = model.init(threefry(0))
     arguments = model, params, IMAGES, LABELS, threefry(4), SIGMA

@@ -17,15 +17,16 @@ import optax
 def of_config(config):
     """The loss that ``config.train.loss`` names, as a function ``(model, params, images, labels, key)``."""
     train, sigma, noises = config.train, config.sigma, config.train.noises
+    agreement = train.consistency.weight, train.consistency.entropy
+    attack = train.smoothadv.radius, train.smoothadv.steps
     losses = {
         "gaussian": lambda *batch: gaussian_cross_entropy(*batch, sigma, noises),
-        "consistency": lambda *batch: consistency(
-            *batch, sigma, noises, train.consistency.weight, train.consistency.entropy
-        ),
+        "consistency": lambda *batch: consistency(*batch, sigma, noises, *agreement),
         "macer": lambda *batch: macer(
             *batch, sigma, noises, train.macer.weight, train.macer.margin, train.macer.sharpness
         ),
-        "smoothadv": lambda *batch: smoothadv(*batch, sigma, noises, train.smoothadv.radius, train.smoothadv.steps),
+        "smoothadv": lambda *batch: smoothadv(*batch, sigma, noises, *attack),
+        "smoothadv_consistency": lambda *batch: smoothadv_consistency(*batch, sigma, noises, *attack, *agreement),
         "margin": lambda *batch: margin_cross_entropy(*batch[:-1], train.radius, train.temperature),
     }
     return losses[train.loss]
@@ -70,12 +71,16 @@ def consistency(model, params, images, labels, key, sigma, noises, weight, entro
     """
     latents = model.encode(params, images)
     logits = _logits(model, params, latents, _noise(latents, sigma, key, noises))
+    return _consistent(logits, labels, weight, entropy), _accuracy(logits, labels)
+
+
+def _consistent(logits, labels, weight, entropy):
+    """The loss of `consistency` of logits ``(B, noises, K)``."""
     each = jax.nn.log_softmax(logits)
-    mean = jax.nn.logsumexp(each, axis=1, keepdims=True) - math.log(noises)
+    mean = jax.nn.logsumexp(each, axis=1, keepdims=True) - math.log(logits.shape[1])
     divergence = jnp.sum(jnp.exp(mean) * (mean - each), axis=-1).mean()
     uncertainty = -jnp.sum(jnp.exp(mean) * mean, axis=-1).mean()
-    loss = _cross_entropy(logits, labels).mean() + weight * divergence + entropy * uncertainty
-    return loss, _accuracy(logits, labels)
+    return _cross_entropy(logits, labels).mean() + weight * divergence + entropy * uncertainty
 
 
 def macer(model, params, images, labels, key, sigma, noises, weight, margin, sharpness):
@@ -113,6 +118,23 @@ def smoothadv(model, params, images, labels, key, sigma, noises, radius, steps):
       radius: ℓ2, in the latent.
       steps: of the attack.
     """
+    logits = _attacked_logits(model, params, images, labels, key, sigma, noises, radius, steps)
+    return _cross_entropy(logits, labels).mean(), _accuracy(logits, labels)
+
+
+def smoothadv_consistency(model, params, images, labels, key, sigma, noises, radius, steps, weight, entropy):
+    """The loss of `consistency` at the adversarial latent of `smoothadv` (Jeong and Shin 2020, section 4).
+
+    Args:
+      noises, weight, entropy: as in `consistency`.
+      radius, steps: as in `smoothadv`.
+    """
+    logits = _attacked_logits(model, params, images, labels, key, sigma, noises, radius, steps)
+    return _consistent(logits, labels, weight, entropy), _accuracy(logits, labels)
+
+
+def _attacked_logits(model, params, images, labels, key, sigma, noises, radius, steps):
+    """``(B, noises, K)``; see `smoothadv`."""
     latents = model.encode(params, images)
     noise = _noise(latents, sigma, key, noises)
     fixed = jax.lax.stop_gradient((params, latents))
@@ -130,8 +152,7 @@ def smoothadv(model, params, images, labels, key, sigma, noises, radius, steps):
         gradient = jax.grad(objective)(shift)
         shift = shift + 2 * radius / steps * gradient / jnp.maximum(norm(gradient), 1e-20)
         shift = shift * jnp.minimum(1.0, radius / jnp.maximum(norm(shift), 1e-20))
-    logits = _logits(model, params, latents + jax.lax.stop_gradient(shift), noise)
-    return _cross_entropy(logits, labels).mean(), _accuracy(logits, labels)
+    return _logits(model, params, latents + jax.lax.stop_gradient(shift), noise)
 
 
 def margin_cross_entropy(model, params, images, labels, radius, temperature):
