@@ -6,16 +6,17 @@
   python benchmarks/accelerator.py pack --out=runs/accelerator      # results.tar.gz, to unpack in another clone
 
 Sections are made of pieces; the result of each is a JSON file under --out, and a piece that is there is not made again:
-stopped at any moment, the same command goes on. No piece begins after --minutes, and trainings and certifications that
-run then are asked to save and stop. A folder holds the results of one kind of device. --tiny makes every piece in
-seconds, to try the script. Nothing is downloaded.
+stopped at any moment, the same command goes on. No piece begins after --minutes, and a training or certification that
+runs then is asked to save and stop: exit code 75, something is left to do. A folder holds the results of one kind of
+device. --tiny makes every piece in seconds, to try the script. Nothing is downloaded.
 
 Sections, in order of value:
   precision   σ of every family as built and as run under each matmul precision; the float64 encoder against NumPy; what
               the self-check refuses; the law of the noise; one model certified here and on the CPU
   throughput  ceilings (matrix products, copies); votes/s of heads, and layer by layer; noise; encoder; training steps
+  whole       trains the default of configs/cifar10.py and certifies the 10,000 test images: fixed and staged, wall
+              seconds; certificates
   table       trains and certifies the runs of study "full" (benchmarks/study_runs.py), kept under docs/results/cifar10
-  whole       the 10,000 test images with the default head of the table: fixed and staged, wall seconds; certificates
 """
 
 import argparse
@@ -27,6 +28,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -36,17 +38,28 @@ from importlib import metadata
 from pathlib import Path
 
 import jax
+import kept
 import measure
 import precision
 import throughput
 from study_runs import STUDIES
 
+from lsrs_jax import config as configuration
 from lsrs_jax.errors import UserError
 from lsrs_jax.files import write_atomic
 from lsrs_jax.smoothing.table import read_table
+from lsrs_jax.workdir import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
+SECTIONS = ("precision", "throughput", "whole", "table")
+DEFAULT = "LSRS: consistency"  # of the table: the default of configs/cifar10.py
 RESULTS, KEPT = ROOT / "docs" / "results" / "accelerator", ROOT / "docs" / "results" / "cifar10"
+
+
+class Deadline(UserError):
+    """The minutes are over; the same command goes on."""
+
+    code = 75
 
 
 class Work:
@@ -58,13 +71,15 @@ class Work:
 
     def __init__(self, options):
         self.options, self.tiny = options, options.tiny
+        self.split = "test" if options.tiny else "test_exact"
         self.end = time.monotonic() + 60 * options.minutes
 
-    def command(self, *words, environment=None):
-        """Runs a command of the package or a script; returns its wall seconds.
+    def command(self, *words, environment=None, path=None):
+        """Runs a command of the package or a script, what it prints going to `path`; returns its wall seconds.
 
         Raises:
-          UserError: with the last line of a command that failed, or that the deadline stopped.
+          Deadline: when it was stopped; what it saved stays.
+          UserError: with the last line of a command that failed.
         """
         print(" ".join(map(str, words)), file=sys.stderr, flush=True)
         start = time.monotonic()
@@ -73,18 +88,21 @@ class Work:
             cwd=ROOT,
             env=os.environ | (environment or {}),
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.PIPE if path else subprocess.STDOUT,
             text=True,
             start_new_session=True,
         )
         try:
-            output, _ = process.communicate(timeout=max(1.0, self.end - time.monotonic()))
+            output, errors = process.communicate(timeout=max(1.0, self.end - time.monotonic()))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGTERM)
             process.communicate()
-            raise UserError("stopped at the deadline; the same command goes on") from None
+            raise Deadline("stopped at the deadline; the same command goes on") from None
         if process.returncode:
-            raise UserError((output.strip().splitlines() or [f"ended with code {process.returncode}"])[-1])
+            lines = (errors or output).strip().splitlines() or [f"ended with code {process.returncode}"]
+            raise UserError(lines[-1])
+        if path:
+            write_atomic(path, output)
         return time.monotonic() - start
 
 
@@ -122,24 +140,33 @@ def _votes(path):
     return found
 
 
-def table(work):
-    """The runs of study "full"; at tiny size the one that section whole needs, and nothing is kept of it."""
+def train(work, run):
+    """Trains a `study_runs.Run` to its end, from where an earlier session stopped; returns its workdir."""
+    place = work.options.out / "runs" / run.name
+    command, _ = run.commands(place, work.split)
     if work.tiny:
-        run = STUDIES["full"].rows["LSRS: consistency"]
         small = ("train.steps=2", "train.warmup_steps=1", "data.batch_size=8", "certify.n=200", "certify.step=500")
-        train, certify = run.commands(work.options.out / "runs" / run.name, "test")
-        train += [f"--config.{flag}" for flag in (*small, "certify.tile=(4,8)")]
-        return {"seconds": sum(work.command("-m", *words, environment=_data(work)) for words in (train, certify))}
-    words = ["benchmarks/studies.py", "run", "--study=full", f"--runs={work.options.out / 'runs'}"]
-    seconds = work.command(*words, f"--jobs={work.options.jobs}", environment=_data(work))
-    return {"seconds": seconds}
+        command += [f"--config.{flag}" for flag in (*small, "certify.tile=(4,8)")]
+    config = place / "config.json"
+    done = config.exists() and checkpoints(place) / str(configuration.load(config).train.steps)
+    if not (done and done.is_dir()):
+        work.command("-m", *command, environment=_data(work))
+    return place
+
+
+def table(work, run):
+    """A run of study "full", kept; at tiny size nothing is kept of it."""
+    place = train(work, run)
+    seconds = work.command("-m", *run.commands(place, work.split)[1], environment=_data(work))
+    if not work.tiny:
+        shown = [f"python -m {shlex.join(words)}" for words in run.commands(f"runs/{run.name}", work.split)]
+        kept.keep(place, KEPT / run.name, shown)
+    return {"certification_seconds": seconds}
 
 
 def whole(work, schedule, dtype):
     """Wall seconds from the checkpoint of the default model to the finished table of all test images."""
-    place = work.options.out / "runs" / "full-lsrs"
-    if not place.exists():
-        raise UserError(f"{place} holds no training: section table makes it")
+    place = train(work, STUDIES["full"].rows[DEFAULT])
     name = f"test-{schedule}-{dtype}"
     flags = {"name": name, "schedule": schedule, "head_dtype": dtype, "step": 500 if work.tiny else 1}
     flags = [f"--config.certify.{field}={value}" for field, value in flags.items()]
@@ -155,7 +182,7 @@ def whole(work, schedule, dtype):
         packed.write((source / "certificates.tsv").read_bytes())
     return {
         "images": len(found),
-        "command_seconds": seconds,
+        "command_seconds": seconds if len(record) == 1 else None,  # of the last session
         "loop_seconds": sum(session["seconds"] for session in record),
         "sessions": len(record),
         "votes": int(found.votes.sum()),
@@ -171,8 +198,7 @@ def families(work):
     """The table of benchmarks/orthogonal.py."""
     path = work.options.out / "orthogonal.md"
     pairs = "8x8" if work.tiny else "64x32"
-    command = f"{sys.executable} benchmarks/orthogonal.py --pairs={pairs} --repeats=3 > {path}"
-    work.command("-c", f"import subprocess, sys; sys.exit(subprocess.call({command!r}, shell=True))")
+    work.command("benchmarks/orthogonal.py", f"--pairs={pairs}", "--repeats=3", path=path)
     return {"markdown": path.read_text()}
 
 
@@ -196,11 +222,13 @@ def pieces(work):
         "throughput": {
             "ceilings": part(throughput.ceilings, 256 if tiny else 8192, seconds),
         },
-        "table": {"runs": part(table, work)},
         "whole": {
             f"{schedule}-{dtype}": part(whole, work, schedule, dtype)
             for dtype in ("bfloat16", "float32")
             for schedule in ("staged", "fixed")
+        },
+        "table": {
+            run.name: part(table, work, run) for run in list(STUDIES["full"].rows.values())[: 1 if tiny else None]
         },
     }
     for name in throughput.heads():
@@ -237,7 +265,10 @@ def _named(facts):
 
 def run(options):
     """Makes the pieces that are missing; returns the names of those that failed."""
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out={options.out} is no folder ({error.strerror}): choose another") from error
     for other in load(options.out)[1]:
         if any(other.get(fact) != machine(options.tiny).get(fact) for fact in ("device", "tiny")):
             raise UserError(f"{options.out} holds results of {_named(other)}: take another --out")
@@ -249,12 +280,14 @@ def run(options):
             if path.exists():
                 continue
             if time.monotonic() > work.end:
-                raise UserError("the minutes are over; the same command goes on")
+                raise Deadline("the minutes are over; the same command goes on")
             print(f"{section}: {name}", file=sys.stderr, flush=True)
             start = time.monotonic()
             try:
                 result = make()
-            except (UserError, RuntimeError) as error:  # of XLA as well: the other pieces go on
+            except Deadline:
+                raise
+            except Exception as error:  # whatever it is, the other pieces go on
                 line = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 print(f"{section}: {name}: {line}", file=sys.stderr, flush=True)
                 failed.append(f"{section}.{name}")
@@ -271,13 +304,12 @@ def parse(arguments):
     parser.add_argument("what", choices=("run", "render", "pack"))
     parser.add_argument("--out", type=Path, required=True, help="folder of results and workdirs")
     parser.add_argument("--data", type=Path, help="folder of tensorflow-datasets; $TFDS_DATA_DIR where left out")
-    parser.add_argument("--sections", default="precision,throughput,table,whole")
+    parser.add_argument("--sections", default=",".join(SECTIONS))
     parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--jobs", type=int, default=1, help="runs of the table side by side")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args(arguments)
     options.out, options.sections = options.out.resolve(), options.sections.split(",")
-    unknown = set(options.sections) - {"precision", "throughput", "table", "whole"}
+    unknown = set(options.sections) - set(SECTIONS)
     if unknown:
         parser.error(f"no section {sorted(unknown)[0]!r}")
     return options
@@ -288,8 +320,11 @@ def load(folder):
     found, machines = collections.defaultdict(dict), []
     for path in sorted(folder.glob("*.*.json")):
         section, name = path.name.removesuffix(".json").split(".", 1)
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        found[section][name] = facts["result"]
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            found[section][name] = facts["result"]
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{path} holds no result ({error}); remove it, and run makes it again") from error
         if facts["machine"] not in machines:
             machines.append(facts["machine"])
     return found, machines
@@ -297,12 +332,17 @@ def load(folder):
 
 def pack(options):
     """One archive of what is small: results and certificates, the runs of the table, at their places in a clone."""
-    files = {path: RESULTS / path.relative_to(options.out) for path in sorted(options.out.glob("*.*.json"))}
-    files |= {path: RESULTS / path.relative_to(options.out) for path in sorted(options.out.glob("certificates/*"))}
-    runs = [KEPT / run.name for run in STUDIES["full"].rows.values()]
-    files |= {path: path for run in runs if (run / "card.md").exists() for path in sorted(run.iterdir())}
-    if not files:
-        raise UserError(f"{options.out} holds no results: run makes them")
+    found, machines = load(options.out)
+    if not found or any(facts.get("tiny") for facts in machines):
+        raise UserError(f"{options.out} holds no results to be kept: run, without --tiny, makes them")
+    for other in load(RESULTS)[1]:
+        if other["device"] != machines[0]["device"]:
+            raise UserError(
+                f"{RESULTS} holds results of {other['device']}: move them before those of another device come"
+            )
+    paths = [*options.out.glob("*.*.json"), *options.out.glob("certificates/*")]
+    files = {path: RESULTS / path.relative_to(options.out) for path in sorted(paths)}
+    files |= {path: path for name in sorted(found["table"]) for path in sorted((KEPT / name).iterdir())}
     with tarfile.open(options.out / "results.tar.gz", "w:gz") as archive:
         for path, place in files.items():
             archive.add(path, place.relative_to(ROOT))
@@ -383,7 +423,8 @@ def _whole(found):
     """Table of section whole."""
     rows = []
     for name, whole in found.items():
-        cells = [f"{whole['images']:,}", f"{whole['votes']:,}", f"{whole['command_seconds']:.1f}"]
+        seconds = whole["command_seconds"]
+        cells = [f"{whole['images']:,}", f"{whole['votes']:,}", f"{seconds:.1f}" if seconds else "-"]
         cells += [f"{whole['loop_seconds']:.1f}", str(whole["sessions"]), f"{whole['average_certified_radius']:.3f}"]
         rows.append([name, *cells])
     if rows:
@@ -421,4 +462,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.code)

@@ -54,7 +54,8 @@ class Checkpoints:
             yield
         except Exception as error:  # Orbax and TensorStore raise whatever their writers raise, often a save later
             line = " ".join(str(error).split())[-160:]
-            if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+            of_device = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
+            if of_device and jax.process_count() > 1:
                 raise OthersLost(
                     f"another process of this run ended while a checkpoint was written ({line}); the same command "
                     "resumes"

@@ -109,7 +109,8 @@ def started():
         )
     except (RuntimeError, ValueError) as error:
         line = " ".join(str(error).split())[:200]
-        raise OthersLost(
+        lost = OthersLost if isinstance(error, RuntimeError) else UserError
+        raise lost(
             f"this process did not find the others of its run ({line}); check {', '.join(_EXPLICIT)} in all of them"
         ) from error
     place = Place(jax.process_index(), jax.process_count())
@@ -145,6 +146,9 @@ def _arguments(environment):
             )
         if count == 1:
             return None
+        host, _, port = environment[_EXPLICIT[0]].rpartition(":")
+        if not (host and port.isascii() and port.isdigit() and 0 < int(port[:6]) < 2**16):
+            raise UserError(f"{_EXPLICIT[0]} must be host:port of process 0, got {environment[_EXPLICIT[0]]!r}")
         return {"coordinator_address": environment[_EXPLICIT[0]], "num_processes": count, "process_id": index}
     several = [environment.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]
     pod = "," in environment.get("TPU_WORKER_HOSTNAMES", "")

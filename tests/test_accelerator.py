@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import sys
 import tarfile
 
@@ -60,6 +61,52 @@ def test_a_command_ends_at_the_deadline_and_tells_why_one_failed(tmp_path):
     with pytest.raises(UserError, match="out of paper"):
         work.command("-c", "import sys; print('first'); sys.exit('out of paper')")
     assert work.command("-c", "pass") > 0
+    work.command("-c", "print('kept')", path=tmp_path / "with a space")
+    assert (tmp_path / "with a space").read_text() == "kept\n"
+
+
+def test_a_command_has_time_to_save_at_the_deadline(tmp_path):
+    script = """
+import pathlib, signal, sys, time
+
+def save(*_):
+    time.sleep(0.5)
+    print("saved")
+    pathlib.Path(sys.argv[1]).write_text("whole")
+    sys.exit(143)
+
+signal.signal(signal.SIGTERM, save)
+time.sleep(60)
+"""
+    work = accelerator.Work(accelerator.parse(["run", f"--out={tmp_path}", "--minutes=0.05"]))
+    with pytest.raises(accelerator.Deadline, match="stopped at the deadline") as stopped:
+        work.command("-c", script, tmp_path / "saved")
+    assert stopped.value.code == 75
+    assert (tmp_path / "saved").read_text() == "whole"
+
+
+def test_what_is_no_result_is_named(tmp_path):
+    (tmp_path / "throughput.ceilings.json").write_text("{")
+    with pytest.raises(UserError, match=r"throughput.ceilings.json holds no result .*; remove it"):
+        accelerator.main(["render", f"--out={tmp_path}"])
+    with pytest.raises(UserError, match=r"is no folder"):
+        accelerator.main(["run", f"--out={tmp_path / 'throughput.ceilings.json'}"])
+    with pytest.raises(UserError, match=r"holds no results"):
+        accelerator.main(["pack", f"--out={tmp_path / 'none'}"])
+
+
+def test_an_unfinished_training_is_finished_before_the_whole_set(tmp_path, data):
+    """What an earlier session left behind is not certified for the model."""
+    work = accelerator.Work(accelerator.parse(["run", f"--out={tmp_path}", f"--data={data}", "--tiny"]))
+    run = accelerator.STUDIES["full"].rows[accelerator.DEFAULT]
+    place = accelerator.train(work, run)
+    assert (place / "checkpoints" / "2").is_dir()
+    shutil.rmtree(place / "checkpoints" / "2")
+    accelerator.train(work, run)
+    assert (place / "checkpoints" / "2").is_dir()
+    times = (place / "metrics.jsonl").stat().st_mtime_ns
+    accelerator.train(work, run)
+    assert (place / "metrics.jsonl").stat().st_mtime_ns == times
 
 
 def test_the_noise_of_this_platform_passes_and_another_sigma_does_not():
@@ -110,9 +157,23 @@ def test_the_whole_set_is_certified_and_packed(tmp_path, data, capsys):
     assert "| staged-bfloat16 | 1 | " in printed
     with pytest.raises(UserError, match=r"holds results of .*, at tiny size: take another --out"):
         accelerator.main(["run", *arguments])
+    with pytest.raises(UserError, match="holds no results to be kept"):
+        accelerator.main(["pack", *arguments])
+    for device, refused in (
+        ("abacus", "holds results of .*: move them before those of another device come"),
+        (None, ""),
+    ):
+        for path in (tmp_path / "out").glob("*.*.json"):
+            facts = json.loads(path.read_text())
+            facts["machine"] = {"device": device} if device else accelerator.load(RESULTS)[1][0]
+            path.write_text(json.dumps(facts))
+        if refused:
+            with pytest.raises(UserError, match=refused):
+                accelerator.main(["pack", *arguments])
     accelerator.main(["pack", *arguments])
     with tarfile.open(tmp_path / "out" / "results.tar.gz") as archive:
         archive.extractall(tmp_path / "clone", filter="data")
+    assert (tmp_path / "clone" / "docs" / "results" / "cifar10" / "full-free-gaussian" / "card.md").exists()
     place = tmp_path / "clone" / "docs" / "results" / "accelerator"
     assert json.loads((place / "whole.fixed-float32.json").read_text())["result"]["images"] == 1
     source = tmp_path / "out" / "runs" / "full-lsrs" / "certify" / "test-staged-float32"

@@ -180,6 +180,8 @@ def test_verify_looks_at_the_audit_too(audited, tmp_path):
     path.write_text(whole)
     run("certify", f"--workdir={copy}", "--from-counts", "--config.certify.alpha=0.05", "--config.certify.tile=(8,32)")
     assert "; note: audit.tsv is the audit of another table" in run(*verify)
+    path.unlink()
+    assert "; note: audit.json has no audit.tsv beside it" in run(*verify)
 
 
 def test_a_killed_audit_resumes_to_the_same_table(audited, certified, tmp_path):

@@ -173,6 +173,14 @@ def test_where_one_process_fails_all_end_with_one_line(alone, tmp_path):
             "the second from 0 on and below the first",
         ),
         (
+            {"JAX_COORDINATOR_ADDRESS": "nonsense", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
+            "JAX_COORDINATOR_ADDRESS must be host:port of process 0, got 'nonsense'",
+        ),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "x:99999999", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
+            "JAX_COORDINATOR_ADDRESS must be host:port of process 0",
+        ),
+        (
             {"JAX_COORDINATOR_ADDRESS": "x:1", "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"},
             "must be whole numbers",
         ),

@@ -154,7 +154,8 @@ def _compare(text, certification, tallies):
 def _check_audit(path, digest):
     """The audit of the table with this digest, where there is one, is what it was; says in words what was found."""
     if not path.exists():
-        return ""
+        facts = path.with_suffix(".json")
+        return f"; note: {facts.name} has no {path.name} beside it" if facts.exists() else ""
     found = read_finished(path)
     if found is None:
         return "; the audit beside them is unfinished"
