@@ -26,7 +26,7 @@ from lsrs_jax.auditing.auditor import Auditor, Settings
 from lsrs_jax.certification import folder
 from lsrs_jax.certification import job as jobs
 from lsrs_jax.certification.smoothed import vote_loop
-from lsrs_jax.distributed import cache_compilations
+from lsrs_jax.distributed import cache_compilations, check_platform
 from lsrs_jax.errors import UserError
 from lsrs_jax.files import locked
 from lsrs_jax.progress import Progress
@@ -70,6 +70,7 @@ def run(arguments):
     """The command; see the module's docstring."""
     command.no_config_file("audit", arguments)
     options, settings, rest = _parse(arguments)
+    check_platform()
     with workdirs.opened(options.workdir) as workdir:
         _run(workdir.path, options, settings, rest)
 

@@ -26,6 +26,13 @@ def digest(params):
     return total.hexdigest()
 
 
+def _digest_if_whole(tree):
+    """`digest`; None of a tree that is divided over several processes, none of which holds all of it."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    whole = all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in leaves)
+    return digest(tree) if whole else None
+
+
 class Checkpoints:
     """The checkpoints of one workdir, saved asynchronously."""
 
@@ -78,7 +85,9 @@ class Checkpoints:
         items = ocp.args.Composite(
             model=ocp.args.StandardSave(params),
             train=ocp.args.StandardSave(opt_state),
-            meta=ocp.args.JsonSave({"step": int(step), "digest": digest(params)} | trained_on),
+            meta=ocp.args.JsonSave(
+                {"step": int(step), "digest": digest(params), "optimizer": _digest_if_whole(opt_state)} | trained_on
+            ),
         )
         with self._writing():
             self._manager.save(step, args=items)
@@ -89,7 +98,11 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def restore(self, step, params, opt_state):
-        """Parameters and optimizer state of `step`, shaped and placed like the two targets."""
+        """Parameters and optimizer state of `step`, shaped and placed like the two targets.
+
+        Raises:
+          UserError: for a damaged or foreign checkpoint; the digests of what was read must match.
+        """
         restored = _restore(
             self._manager,
             self._folder,
@@ -97,6 +110,10 @@ class Checkpoints:
             model=ocp.args.StandardRestore(_abstract(params)),
             train=ocp.args.StandardRestore(_abstract(opt_state)),
         )
+        digests = restored["meta"].get("optimizer"), _digest_if_whole(restored["train"])
+        if None not in digests and len(set(digests)) > 1:
+            where = self._folder / str(step)
+            raise UserError(f"checkpoint {where} is damaged, the digest of its optimizer differs; {_REMEDY}")
         return restored["model"], restored["train"]
 
 
@@ -123,7 +140,7 @@ def trained_on(workdir):
     """What `Checkpoints.save` was told about the data, from the newest checkpoint; {} in one that says nothing."""
     with _opened(workdir) as (manager, folder), _checkpoint_readable(folder / str(manager.latest_step())):
         meta = manager.restore(manager.latest_step(), args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        return {name: value for name, value in meta.items() if name not in ("step", "digest")}
+        return {name: value for name, value in meta.items() if name not in ("step", "digest", "optimizer")}
 
 
 @contextlib.contextmanager

@@ -85,7 +85,7 @@ def no_config_file(name, arguments):
 
 
 def config_of_training(workdir, rest):
-    """The configuration of a training, under ``--config.field=value`` flags that leave its network alone.
+    """The configuration of a training, under ``--config.field=value`` flags that leave its network and training alone.
 
     Args:
       workdir: of the training.
@@ -93,14 +93,18 @@ def config_of_training(workdir, rest):
     """
     stored = workdir / "config.json"
     if not stored.exists():
+        if (workdir / "checkpoints").is_dir():
+            raise UserError(f"{workdir} holds checkpoints but no config.json: restore it from a copy")
         raise UserError(f"{workdir} holds no training: run python -m lsrs_jax.train --workdir={workdir} ...")
     trained = configuration.load(stored)
-    network = configuration.to_dict(trained.model)
+    before = configuration.to_dict(trained)
     config = config_from_flags(rest, trained)
-    difference = configuration.first_difference(network, configuration.to_dict(config.model), ("noise",))
-    if difference:
-        name, old, new = difference
-        raise UserError(f"the network was trained with model.{name}={old!r}, not {new!r}; train that one first")
+    after = configuration.to_dict(config)
+    for section, ignored in (("model", ("noise",)), ("train", ())):
+        difference = configuration.first_difference(before[section], after[section], ignored)
+        if difference:
+            name, old, new = difference
+            raise UserError(f"the network was trained with {section}.{name}={old!r}, not {new!r}; train that one first")
     return config
 
 

@@ -94,11 +94,12 @@ def started():
     ``JAX_DISTRIBUTED=off`` keeps a process alone. All but the first print nothing but errors.
 
     Raises:
-      UserError: where the environment contradicts itself.
+      UserError: where the environment contradicts itself, or JAX finds no device.
       OthersLost: where they do not find each other.
     """
     arguments = _arguments(os.environ)
     if arguments is None:
+        check_platform()
         yield ALONE
         return
     # Its handler would take the signals that `interrupt` waits for.
@@ -124,6 +125,18 @@ def started():
         raise
     # Who leaves without a word counts as lost.
     jax.distributed.shutdown()
+
+
+def check_platform():
+    """Raises UserError where JAX finds no device to work on."""
+    try:
+        jax.local_devices()
+    except (RuntimeError, AssertionError) as error:  # the second where a plugin is half installed
+        line = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"JAX cannot start ({line or type(error).__name__}): check JAX_PLATFORMS and the driver; JAX_PLATFORMS=cpu "
+            "works everywhere"
+        ) from error
 
 
 def _arguments(environment):

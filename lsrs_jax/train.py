@@ -112,7 +112,10 @@ def run(arguments):
 
 def _check_same_training(workdir, config):
     """A workdir with a checkpoint belongs to the configuration that made it."""
-    old = configuration.to_dict(configuration.load(workdir.path / "config.json"))
+    path = workdir.path / "config.json"
+    if not path.exists():
+        raise UserError(f"{workdir.name} holds checkpoints but no config.json: restore it, or use another --workdir")
+    old = configuration.to_dict(configuration.load(path))
     difference = configuration.other_training(old, configuration.to_dict(config))
     if difference:
         raise UserError(

@@ -427,6 +427,8 @@ BAD_CERTIFY = {
     "other normalisation": ([], "--config.model.mean=(0.5,)", "trained with model.mean="),
     "other encoder": ([], "--config.model.encoder=identity", "trained with model.encoder='shallow'"),
     "no checkpoint": ([lambda w: shutil.rmtree(w / "checkpoints")], "", "no checkpoint"),
+    "other training": ([], "--config.train.loss=macer", "trained with train.loss='gaussian', not 'macer'"),
+    "no config": ([lambda w: (w / "config.json").unlink()], "", "holds checkpoints but no config.json"),
     "other network": ([], "--config.model.head=linear", "trained with model.head='mlp'"),
 }
 
@@ -453,6 +455,15 @@ def test_data_that_the_network_was_not_trained_for_are_refused_before_any_work(c
     trained, found = "[8, 8, 1] in 10 classes", f"{list(shape)} in {classes}:"
     assert f"trained on images of shape {trained}, but those of other are of shape {found}" in str(error.value)
     assert fingerprint(copy) == before
+
+
+@pytest.mark.parametrize("command", ["train", "certify", "audit"])
+def test_a_platform_that_cannot_start_is_not_blamed_on_the_files(trained, tmp_path, command):
+    flags = QUICK if command == "train" else []
+    copy = tmp_path / "w"
+    shutil.copytree(trained, copy)
+    line = refused(command, *flags, f"--workdir={copy}", JAX_PLATFORMS="abacus")
+    assert "error: JAX cannot start (Unable to initialize backend 'abacus'" in line
 
 
 BAD_TRAIN = {

@@ -89,13 +89,23 @@ def second_process(command, workdir, rng, duration):
     return 2 in codes
 
 
+ITEMS = {"train": ("model", "train"), "certify": ("model",)}  # what each reads of a checkpoint
+
+
 def corrupt_checkpoint(command, workdir, rng, duration):
     """Bytes of the newest checkpoint change; its owner puts a copy back."""
     steps = sorted(
         (workdir / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name) if path.name.isdigit() else 0
     )
     files = (
-        [path for path in (steps[-1] / "model").rglob("*") if path.is_file() and path.stat().st_size] if steps else []
+        [
+            path
+            for item in ITEMS[command]
+            for path in (steps[-1] / item).rglob("*")
+            if path.is_file() and path.stat().st_size
+        ]
+        if steps
+        else []
     )
     if not files:
         return False

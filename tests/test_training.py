@@ -136,7 +136,32 @@ def test_checkpoints_move_between_device_counts(tmp_path):
         restored, meta = checkpoint.restore_model(tmp_path, target)
     assert restored["a"].sharding.device_set == {jax.local_devices()[0]}
     np.testing.assert_array_equal(restored["a"], params["a"])
-    assert meta == {"step": 3, "digest": checkpoint.digest(params)}
+    optimizer_digest = checkpoint.digest({"m": params["a"]})
+    assert meta == {"step": 3, "digest": checkpoint.digest(params), "optimizer": optimizer_digest}
+
+
+def test_a_damaged_state_of_the_optimizer_is_refused(tmp_path):
+    """It would be trained on, to other parameters."""
+    params = {"a": np.arange(12, dtype=np.float32)}
+    state = {"m": np.random.default_rng(0).normal(size=20_000).astype(np.float32)}
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, params, state)
+        checkpoints.wait()
+    files = [path for path in (tmp_path / "checkpoints" / "3" / "train").rglob("*") if path.is_file()]
+    path = max(files, key=lambda path: path.stat().st_size)
+    content = path.read_bytes()
+    assert len(content) > 40_000
+    damaged = 0
+    for place in (30_000, 50_000, 70_000):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with checkpoint.Checkpoints(tmp_path) as checkpoints:
+            with pytest.raises(UserError, match="damaged") as refusal:
+                checkpoints.restore(3, params, state)
+            damaged += "the digest of its optimizer differs" in str(refusal.value)
+    assert damaged
+    path.write_bytes(content)
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        np.testing.assert_array_equal(checkpoints.restore(3, params, state)[1]["m"], state["m"])
 
 
 def test_the_digest_sees_names_shapes_types_and_values():

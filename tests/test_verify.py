@@ -128,6 +128,23 @@ def test_the_first_line_that_differs_is_named_even_under_new_digests(copy):
         check(copy)
 
 
+def test_rows_that_are_there_twice_are_refused_and_missing_ones_counted(copy, capsys):
+    place = copy / "certify" / "default"
+    path = place / "certificates.tsv"
+    whole = path.read_text()
+    lines = whole.splitlines(keepends=True)
+    path.write_text(whole + lines[1])
+    reseal(place)
+    with pytest.raises(UserError, match=r"certificates.tsv line 42: image 0 is there twice"):
+        check(copy)
+    path.write_text("".join(lines[:1] + lines[5:]))
+    reseal(place)
+    check(copy)
+    out = capsys.readouterr().out
+    assert "verified: 36 certificates" in out
+    assert "; 4 other images have their votes there and no certificate" in out
+
+
 def rewrite(path, line, change):
     """Changes the fields of a ledger's line and gives it the checksum that belongs."""
     lines = path.read_text().split("\n")

@@ -60,7 +60,9 @@ def run(place):
     count = text.count("\n") - 1
     if smoothed:
         votes = sum(int(counts.sum()) for tally in tallies.tallies.values() for counts in tally.counts.values())
-        print(f"verified: {count:,} certificates follow from the {votes:,} votes in {place}")
+        others = sum(tallies.at_a_look(idx) for idx in tallies.tallies) - count
+        left = f"; {others:,} other images have their votes there and no certificate" if others else ""
+        print(f"verified: {count:,} certificates follow from the {votes:,} votes in {place}{left}")
     else:
         print(f"verified: the table of {count:,} deterministic certificates in {place} is unchanged; they come from no")
         print("votes: to compute their radii again, certify under another --config.certify.name and compare")
@@ -126,12 +128,15 @@ def _check_votes(certification, digests):
 def _compare(text, certification, tallies):
     """Every line of the table against the ledger."""
     path, lines = certification.folder / "certificates.tsv", text.split("\n")
-    chosen = []
+    chosen, seen = [], set()
     for number, line in enumerate(lines[1:-1], start=2):
         idx = line.partition("\t")[0]
         known = tallies.tallies.get(int(idx)) if idx.isascii() and idx.isdigit() and len(idx) < 18 else None
         if known is None or not tallies.at_a_look(known.idx):
             raise UserError(f"{path} line {number}: the ledger has no certificate for an image {idx[:40]!r}")
+        if known.idx in seen:
+            raise UserError(f"{path} line {number}: image {known.idx} is there twice")
+        seen.add(known.idx)
         chosen.append(known)
     if not chosen:
         raise UserError(f"{path} holds no certificates")
