@@ -110,8 +110,8 @@ class Checkpoints:
             model=ocp.args.StandardRestore(_abstract(params)),
             train=ocp.args.StandardRestore(_abstract(opt_state)),
         )
-        digests = restored["meta"].get("optimizer"), _digest_if_whole(restored["train"])
-        if None not in digests and len(set(digests)) > 1:
+        saved, read = restored["meta"].get("optimizer"), _digest_if_whole(restored["train"])
+        if None not in (saved, read) and saved != read:
             where = self._folder / str(step)
             raise UserError(f"checkpoint {where} is damaged, the digest of its optimizer differs; {_REMEDY}")
         return restored["model"], restored["train"]

@@ -671,13 +671,14 @@ PARAMS = {
     "encoder": {},
     "head": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.ones(3, np.float32)},
 }
+MOMENTUM = {"momentum": np.zeros(1, np.float32)}
 TARGET = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), PARAMS)
 
 
 @pytest.fixture(scope="module")
 def trained(place):
     with checkpoint.Checkpoints(place / "run") as checkpoints:
-        checkpoints.save(2, PARAMS, {"momentum": np.zeros(1, np.float32)})
+        checkpoints.save(2, PARAMS, MOMENTUM)
         checkpoints.wait()
     # Orbax leaves half-finished tasks behind when a checkpoint is damaged; the commands are deaf to them as well.
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
@@ -692,7 +693,8 @@ def restore(workdir):
         return False
     params, meta = restored
     jax.tree.map(np.testing.assert_array_equal, params, PARAMS)
-    assert meta == {"step": 2, "digest": checkpoint.digest(PARAMS)}
+    digests = {"digest": checkpoint.digest(PARAMS), "optimizer": checkpoint.digest(MOMENTUM)}
+    assert meta == {"step": 2} | digests
     return True
 
 

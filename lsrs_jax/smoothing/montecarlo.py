@@ -1,6 +1,7 @@
 """Certification and prediction of any JAX function in one call."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -150,14 +151,15 @@ def _leaders(counts, alpha, tau):
     """The class with the most votes where the second has significantly fewer, else −1.
 
     Of the votes for either of two equal classes, half are for each; τ can move that half by at most τ over the
-    probability of the two together, which is bounded from below at a hundredth of the level.
+    probability of the two together, which is bounded from below at a hundredth of the level, for all pairs of classes
+    at once: which of them are compared, the votes themselves say.
     """
     rows, leader = np.arange(len(counts)), counts.argmax(axis=1)
     first, others = counts[rows, leader], counts.copy()
     others[rows, leader] = -1
     both = first + others.max(axis=1)
     if tau:
-        together = confidence.lower(both, counts.sum(axis=1), alpha / 100)
+        together = confidence.lower(both, counts.sum(axis=1), alpha / 100 / math.comb(counts.shape[1], 2))
         half = 0.5 + tau / np.maximum(together - tau, 1e-300)
         level = 0.99 * alpha
     else:
