@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 import jax
+import prepared
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -31,6 +32,15 @@ def real_data():
     if not folder.is_dir():
         pytest.skip("the real data sets are not here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def random_cifar10(tmp_path_factory):
+    """A folder with a small set of random images in the format of CIFAR-10."""
+    place = tmp_path_factory.mktemp("data")
+    splits = {"train": prepared.random_split(32, (32, 32, 3), 10), "test": prepared.random_split(12, (32, 32, 3), 10)}
+    prepared.write(place, "cifar10", splits, num_classes=10)
+    return place
 
 
 def threefry(seed):

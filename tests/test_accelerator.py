@@ -6,7 +6,6 @@ import shutil
 import sys
 import tarfile
 
-import prepared
 import pytest
 from conftest import ROOT
 
@@ -95,9 +94,9 @@ def test_what_is_no_result_is_named(tmp_path):
         accelerator.main(["pack", f"--out={tmp_path / 'none'}"])
 
 
-def test_an_unfinished_training_is_finished_before_the_whole_set(tmp_path, data):
+def test_an_unfinished_training_is_finished_before_the_whole_set(tmp_path, random_cifar10):
     """What an earlier session left behind is not certified for the model."""
-    work = accelerator.Work(accelerator.parse(["run", f"--out={tmp_path}", f"--data={data}", "--tiny"]))
+    work = accelerator.Work(accelerator.parse(["run", f"--out={tmp_path}", f"--data={random_cifar10}", "--tiny"]))
     run = accelerator.STUDIES["full"].rows[accelerator.DEFAULT]
     place = accelerator.train(work, run)
     assert (place / "checkpoints" / "2").is_dir()
@@ -138,18 +137,9 @@ def test_every_piece_at_tiny_size(tmp_path, capsys):
     assert "NO" not in capsys.readouterr().out
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A small set of random images in the format of CIFAR-10."""
-    place = tmp_path_factory.mktemp("data")
-    splits = {"train": prepared.random_split(32, (32, 32, 3), 10), "test": prepared.random_split(12, (32, 32, 3), 10)}
-    prepared.write(place, "cifar10", splits, num_classes=10)
-    return place
-
-
-def test_the_whole_set_is_certified_and_packed(tmp_path, data, capsys):
+def test_the_whole_set_is_certified_and_packed(tmp_path, random_cifar10, capsys):
     arguments = [f"--out={tmp_path / 'out'}", "--sections=table,whole"]
-    accelerator.main(["run", *arguments, f"--data={data}", "--tiny"])
+    accelerator.main(["run", *arguments, f"--data={random_cifar10}", "--tiny"])
     capsys.readouterr()
     accelerator.main(["render", *arguments])
     printed = capsys.readouterr().out

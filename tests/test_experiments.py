@@ -1,19 +1,10 @@
 """The CIFAR-10 experiments from configuration to certificates, on a small set of random images in their format."""
 
 import numpy as np
-import prepared
 import pytest
 from commands import run
 
 from lsrs_jax.smoothing.table import read_table
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("data")
-    splits = {"train": prepared.random_split(32, (32, 32, 3), 10), "test": prepared.random_split(12, (32, 32, 3), 10)}
-    prepared.write(place, "cifar10", splits, num_classes=10)
-    return place
 
 
 @pytest.mark.parametrize(
@@ -26,9 +17,9 @@ def folder(tmp_path_factory):
         ("cifar10_study.py:margin", (), 0),
     ],
 )
-def test_an_experiment_runs_from_its_configuration_to_certificates(tmp_path, folder, experiment, flags, votes):
+def test_an_experiment_runs_from_its_configuration_to_certificates(tmp_path, random_cifar10, experiment, flags, votes):
     small = ("train.steps=2", "train.log_every=1", "data.batch_size=8", "certify.n=100", "certify.n0=10")
-    small += ("certify.step=3", "certify.tile=(4, 8)", f"data.dir={folder}")
+    small += ("certify.step=3", "certify.tile=(4, 8)", f"data.dir={random_cifar10}")
     out = run(
         "train",
         f"--config=configs/{experiment}",

@@ -1,0 +1,127 @@
+"""What benchmarks/accelerator.py found, read back and shown as Markdown."""
+
+import collections
+import json
+import re
+
+import measure
+import precision
+import throughput
+
+from lsrs_jax.errors import UserError
+
+
+def named(facts):
+    """The device of a `machine`."""
+    return facts["device"] + (", at tiny size" if facts.get("tiny") else "")
+
+
+def load(folder):
+    """Section → piece → what it found, of the pieces that are there; and the machines they belong to."""
+    found, machines = collections.defaultdict(dict), []
+    for path in sorted(folder.glob("*.*.json")):
+        section, name = path.name.removesuffix(".json").split(".", 1)
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            found[section][name] = facts["result"]
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{path} holds no result ({error}); remove it, and run makes it again") from error
+        if facts["machine"] not in machines:
+            machines.append(facts["machine"])
+    return found, machines
+
+
+def _precision(found):
+    """Tables of section precision."""
+    rows = []
+    for flag in precision.FLAGS:
+        for method, sigma in found.get(f"kernels-{flag}", {}).items():
+            cells = [" / ".join(f"{value:.1e}" for value in sigma[kind]) for kind in ("built", "trained", "certified")]
+            share = found.get(f"encoder-{flag}", {}).get(method, {})
+            refused = "yes" if share.get("float32_refused") else "NO" if share else "-"
+            cells.append(f"{share['share_of_the_charge']:.1e}" if share else "-")
+            rows.append([flag, method, *cells, refused])
+    if rows:
+        columns = "matmul precision|family|float32 kernels as built|float32 layer as it runs|float64 layer as certified"
+        measure.table(f"{columns}|of the charged rounding|float32 encoder refused", rows)
+    if noise := found.get("noise"):
+        print(
+            f"Noise: {noise['draws']:,} draws on the device, χ² p-value {noise['p_value']:.2g}; against a σ wrong by "
+            f"0.1 % {noise['wrong_p_value']:.2g}.\n"
+        )
+    if same := found.get("same-votes"):
+        here, cpu = (same["average_certified_radius"][name] for name in ("here", "cpu"))
+        print(
+            f"One model of the digits certified here and on the CPU: {same['votes_that_differ']:g} of "
+            f"{same['votes']:,} votes differ, {same['predictions_that_differ']} of {same['images']} predictions; "
+            f"radii by at most {same['largest_difference_of_radii']:.1e}; ACR {here:.5f} and {cpu:.5f}.\n"
+        )
+
+
+def _throughput(found):
+    """Tables of section throughput."""
+    ceilings = found.get("ceilings")
+    if not ceilings:
+        return
+    row = [f"{ceilings[name] / 1e12:.4g}" for name in ("float32", "tf32", "bfloat16", "copy")]
+    measure.table("matrix products, float32: TFLOP/s|TF32|bfloat16|copy, TB/s (read and written)", [row])
+    rows = []
+    for name, votes in found.items():
+        if not name.startswith("votes-"):
+            continue
+        head, dtype = name.removeprefix("votes-").rsplit("-", 1)
+        rate = votes["votes"][votes["best"]]
+        noise = [f"{votes[kind]:.1%}" if kind in votes else "-" for kind in ("noise_share", "independent_over_shared")]
+        cells = [f"{rate / 1e6:.2f} M", votes["best"], f"{votes['flops'] / 1e6:.1f}"]
+        rows.append([head, dtype, *cells, f"{rate * votes['flops'] / ceilings[dtype]:.0%}", *noise])
+    if rows:
+        columns = "head|dtype|votes/s|tile|MFLOP/vote|of the matmul ceiling|noise, of the loop|own noise over shared"
+        measure.table(columns, rows)
+    for dtype in throughput.DTYPES:
+        _layers(dtype, found, ceilings[dtype])
+    if encoder := found.get("encoder"):
+        rows = [[f"{encoder[kind]:,.0f}" for kind in ("float64", "float32")] + [f"{encoder['flops'] / 1e6:.1f}"]]
+        measure.table("default encoder in float64, images/s|in float32|MFLOP/image", rows)
+    if steps := found.get("train-steps"):
+        rows = [[name, f"{1e3 * seconds:.1f}"] for name, seconds in steps.items()]
+        measure.table("training step of configs/cifar10.py|ms", rows)
+    if "families" in found:
+        print(found["families"]["markdown"])
+
+
+def _layers(dtype, found, ceiling):
+    """Table of the default head's layers alone, and their share of a vote in the loop."""
+    votes = next((votes for name, votes in found.items() if re.fullmatch(f"votes-configs.*-{dtype}", name)), None)
+    rows = []
+    for layer in found.get(f"layers-{dtype}", []) if votes else []:
+        share = layer["count"] * layer["flops"] / layer["rate"] * votes["votes"][votes["best"]]
+        rows.append([layer["layer"], str(layer["count"]), f"{layer['flops'] / 1e6:.2f}"])
+        rows[-1] += [f"{layer['rate'] / ceiling:.0%}", f"{share:.0%}"]
+    if rows:
+        measure.table(f"default head in {dtype}|layers|MFLOP|of the matmul ceiling|of a vote's time", rows)
+
+
+def _whole(found):
+    """Table of section whole."""
+    rows = []
+    for name, whole in found.items():
+        seconds = whole["command_seconds"]
+        cells = [f"{whole['images']:,}", f"{whole['votes']:,}", f"{seconds:.1f}" if seconds else "-"]
+        cells += [f"{whole['loop_seconds']:.1f}", str(whole["sessions"]), f"{whole['average_certified_radius']:.3f}"]
+        rows.append([name, *cells])
+    if rows:
+        measure.table("schedule and dtype|images|votes|command, s|votes and decisions, s|sessions|ACR", rows)
+
+
+def render(options):
+    """Prints what is there as Markdown."""
+    found, machines = load(options.out)
+    if not machines:
+        raise UserError(f"{options.out} holds no results: run makes them")
+    for facts in machines:
+        versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+        print(f"{named(facts)} ({facts['backend']}), {facts['day']}; {versions}\n")
+    for section, show in {"precision": _precision, "throughput": _throughput, "whole": _whole}.items():
+        if section in options.sections and found[section]:
+            print(f"## {section.capitalize()}\n")
+            show(found[section])
