@@ -19,13 +19,12 @@ import time
 import numpy as np
 
 from lsrs_jax import command
-from lsrs_jax import config as configuration
 from lsrs_jax import workdir as workdirs
 from lsrs_jax.auditing import table as tables
 from lsrs_jax.auditing.auditor import Auditor, Settings
 from lsrs_jax.certification import folder
 from lsrs_jax.certification import job as jobs
-from lsrs_jax.certification.smoothed import vote_loop
+from lsrs_jax.certification.casting import vote_loop
 from lsrs_jax.distributed import cache_compilations, check_platform
 from lsrs_jax.errors import UserError
 from lsrs_jax.files import locked
@@ -88,19 +87,12 @@ def _run(workdir, options, settings, rest):
     text = (place / "certificates.tsv").read_bytes() if (place / "certificates.tsv").exists() else b""
     if not stored["derivation"] or stored["derivation"]["certificates"] != hashlib.sha256(text).hexdigest():
         raise UserError(f"the table in {place} is not the one its certificates.json names; see certify --verify")
-    config = configuration.from_dict(stored["config"])
-    least = math.ceil(1 - math.log2(0.99 * config.certify.alpha))  # the test of `predict` at a unanimous vote
+    alpha = stored["config"]["certify"]["alpha"]
+    least = math.ceil(1 - math.log2(0.99 * alpha))  # the test of `predict` at a unanimous vote
     if settings.votes < least:
-        raise UserError(
-            f"--votes={settings.votes} can decide nothing at alpha {config.certify.alpha}: {least} at least"
-        )
-    config.data.dir = asked.data.dir
+        raise UserError(f"--votes={settings.votes} can decide nothing at alpha {alpha}: {least} at least")
     cache_compilations()
-    job = jobs.load(workdir, config)
-    if job.meta["digest"] != stored["identity"]["checkpoint"]["digest"]:
-        raise UserError(
-            f"{workdir} was trained further since {place} was certified; certify it under another --config.certify.name"
-        )
+    job = jobs.of_certificates(workdir, stored, asked.data.dir)
     with locked(place / ".audit.lock", f"auditing {place}"):
         _audit(job, settings, stored)
 

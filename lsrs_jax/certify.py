@@ -8,14 +8,15 @@ The configuration comes from the workdir; flags override it. Writes the vote led
 certificates.json into <workdir>/certify/<name>. The same command resumes an interrupted certification, on any number
 of devices and processes (docs/scale.md); with --from-counts it derives new certificates from the votes on disk, with
 another alpha or bound, without the model or the data; with --verify it derives every radius again, compares digests,
-and names the first line that differs. Deterministic certificates take no votes: they are the margins of a linear head
+and names the first line that differs; with --recast=N it does that and casts the votes of N images again, drawn anew
+each time, from the pixels on. Deterministic certificates take no votes: they are the margins of a linear head
 (model.head linear, normalized or orthogonal).
 """
 
 from lsrs_jax import command, models, profiling
 from lsrs_jax import config as configuration
 from lsrs_jax import workdir as workdirs
-from lsrs_jax.certification import deterministic, folder, smoothed, verify
+from lsrs_jax.certification import deterministic, folder, recast, smoothed, verify
 from lsrs_jax.certification import job as jobs
 from lsrs_jax.distributed import cache_compilations, started
 from lsrs_jax.errors import UserError
@@ -40,8 +41,11 @@ def run(arguments):
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--from-counts", action="store_true", help="derive from the votes on disk; sample nothing")
     instead.add_argument("--verify", action="store_true", help="derive every radius again and compare; change nothing")
+    instead.add_argument("--recast", type=int, metavar="N", help="--verify, and cast the votes of N images again")
     profiling.add_argument(instead)
     options, rest = parser.parse_known_args(arguments)
+    if options.recast is not None and options.recast < 1:
+        raise UserError(f"--recast takes a number of images, at least 1, got {options.recast}")
     with started() as process, workdirs.opened(options.workdir) as workdir:
         _run(workdir, process, options, rest)
 
@@ -49,11 +53,20 @@ def run(arguments):
 def _run(workdir, process, options, rest):
     config = command.config_of_training(workdir.path, rest)
     place = workdir.path / "certify" / config.certify.name
-    if (options.verify or options.from_counts) and process.count > 1:
-        raise UserError("--from-counts and --verify are for one process; start it alone, or with JAX_DISTRIBUTED=off")
+    if (options.verify or options.recast or options.from_counts) and process.count > 1:
+        raise UserError(
+            "--from-counts, --verify and --recast are for one process; start it alone, or with JAX_DISTRIBUTED=off"
+        )
     if options.verify:
         command.only(workdir.path, config, ("certify.name",), "--verify")
         verify.run(place)
+        return
+    if options.recast:
+        command.only(workdir.path, config, ("certify.name", "data.dir"), "--recast")
+        verify.run(place)
+        cache_compilations()
+        stored = folder.read(place / "certificates.json")
+        recast.run(jobs.of_certificates(workdir.path, stored, config.data.dir), stored, options.recast)
         return
     path = place / "certificates.json"
     if path.exists():  # what was chosen then holds, but for what is chosen now

@@ -1,16 +1,14 @@
 """`certify --verify` finds one changed digit, wherever it is, and says where."""
 
-import hashlib
 import json
 import random
 import shutil
-import zlib
 
 import pytest
 from commands import QUICK, fingerprint, refused, run
+from forging import edit, reseal, rewrite
 
 from lsrs_jax import config as configuration
-from lsrs_jax import sealed
 from lsrs_jax.certification import smoothed, verify
 from lsrs_jax.errors import UserError
 from lsrs_jax.materialize import LayerBound, LipschitzReport
@@ -101,23 +99,6 @@ def test_other_weights_are_found(copy, original, tmp_path):
         check(copy)
 
 
-def reseal(place):
-    """What somebody does who changes the table and recomputes the digests."""
-    stored = json.loads((place / "certificates.json").read_text())
-    stored["derivation"]["certificates"] = hashlib.sha256((place / "certificates.tsv").read_bytes()).hexdigest()
-    content = (place / "votes.0.tsv").read_bytes()
-    votes = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    stored["derivation"]["votes"] = {"votes.0.tsv": votes}
-    stored["digest"] = sealed.digest(stored)
-    (place / "certificates.json").write_text(json.dumps(stored))
-
-
-def edit(path, line, column, value):
-    rows = [row.split("\t") for row in path.read_text().split("\n")]
-    rows[line - 1][rows[0].index(column)] = value
-    path.write_text("\n".join("\t".join(row) for row in rows))
-
-
 def test_the_first_line_that_differs_is_named_even_under_new_digests(copy):
     place = copy / "certify" / "default"
     path = place / "certificates.tsv"
@@ -143,15 +124,6 @@ def test_rows_that_are_there_twice_are_refused_and_missing_ones_counted(copy, ca
     out = capsys.readouterr().out
     assert "verified: 36 certificates" in out
     assert "; 4 other images have their votes there and no certificate" in out
-
-
-def rewrite(path, line, change):
-    """Changes the fields of a ledger's line and gives it the checksum that belongs."""
-    lines = path.read_text().split("\n")
-    fields = change(lines[line - 1].split("\t")[:-1])
-    content = "\t".join(fields)
-    lines[line - 1] = f"{content}\t{zlib.crc32(content.encode()):08x}"
-    path.write_text("\n".join(lines))
 
 
 def test_a_ledger_with_other_votes_and_right_checksums_is_found(copy):

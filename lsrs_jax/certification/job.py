@@ -11,6 +11,7 @@ from lsrs_jax import config as configuration
 from lsrs_jax import data as datasets
 from lsrs_jax.errors import UserError
 from lsrs_jax.keys import pinned, root_key
+from lsrs_jax.workdir import checkpoints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +71,8 @@ def _check_data(workdir, dataset):
         )
 
 
-def load(workdir, config):
-    """The `Job` of a configuration: its data, its network and the newest checkpoint of the workdir."""
+def load(workdir, config, step=None):
+    """The `Job` of a configuration: its data, its network and a checkpoint of the workdir, the newest where None."""
     certify = config.certify
     dataset = datasets.of_config(config.data, config.data.split)
     indices = range(certify.start, min(certify.stop or len(dataset), len(dataset)), certify.step)
@@ -79,7 +80,36 @@ def load(workdir, config):
         raise UserError(f"no image to certify: certify.start={certify.start} in a split of {len(dataset)}")
     _check_data(workdir, dataset)
     model = models.build(config.model, dataset.shape, dataset.num_classes)
-    params, meta = restore(workdir, model)
+    params, meta = restore(workdir, model, step)
     if meta["step"] < config.train.steps:
         print(f"note: the training stopped at step {meta['step']} of {config.train.steps}")
     return Job(config, workdir / "certify" / certify.name, dataset, indices, model, params, meta)
+
+
+def of_certificates(workdir, stored, data_dir):
+    """The `Job` that certificates are of: its network and its images must be those that were certified.
+
+    Args:
+      workdir: the local one.
+      stored: content of their certificates.json.
+      data_dir: where the data lies now.
+
+    Raises:
+      UserError: for a network or images that are not there any more, or not what they were.
+    """
+    config, identity = configuration.from_dict(stored["config"]), stored["identity"]
+    config.data.dir = data_dir
+    step = identity["checkpoint"]["step"]
+    if not (checkpoints(workdir) / str(step)).is_dir():
+        raise UserError(
+            f"the checkpoint of step {step}, which was certified, is not in {workdir}: restore it from a copy, or "
+            "certify the newest one under another --config.certify.name"
+        )
+    job = load(workdir, config, step)
+    if job.meta["digest"] != identity["checkpoint"]["digest"]:
+        raise UserError(f"the checkpoint of step {step} in {workdir} has other weights than those that were certified")
+    if job.dataset.digest() != identity["data"].get("digest"):
+        raise UserError(
+            f"images or labels of {job.dataset.name}, split {job.dataset.split}, are not those that were certified"
+        )
+    return job

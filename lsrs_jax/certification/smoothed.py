@@ -6,24 +6,20 @@ import time
 import numpy as np
 
 from lsrs_jax import config as configuration
-from lsrs_jax import selfcheck
 from lsrs_jax.certification import folder
+from lsrs_jax.certification.casting import Caster
 from lsrs_jax.distributed import ALONE, devices
 from lsrs_jax.errors import UserError
-from lsrs_jax.keys import IMPLEMENTATION, root_key
-from lsrs_jax.materialize import Float64Encoder
-from lsrs_jax.progress import Progress, duration
+from lsrs_jax.keys import IMPLEMENTATION
+from lsrs_jax.progress import duration
 from lsrs_jax.smoothing import ledger as ledgers
 from lsrs_jax.smoothing import schedule
 from lsrs_jax.smoothing.noise import arithmetic
-from lsrs_jax.smoothing.sweep import Block, Status, Sweep
+from lsrs_jax.smoothing.sweep import Status, Sweep
 from lsrs_jax.smoothing.table import format_table
-from lsrs_jax.smoothing.votes import Votes
 
 DERIVED = ("alpha", "bound", "radii", "epsilon")  # fields of `certify` on which no vote depends
 _SECONDS_PER_DERIVATION = 60.0
-_BLOCK_BYTES = 2**30  # latents of so many images are kept at a time
-_LARGEST_RADIUS = 10.0  # in units of σ: no number of votes certifies more
 
 
 def _plan(certify):
@@ -147,18 +143,18 @@ def run(job, process, workdir, tick):
       tick: called with every line of progress.
     """
     with process.together("the preparation of the votes"):
-        certification, record, votes, encoder, encode = _prepare(job, process)
+        certification, record, caster = _prepare(job, process)
     with certification.ledger() as ledger:
         with process.together("the ledgers"):
-            _check_labels(ledger, job.dataset)
+            check_labels(job.folder, ledger, job.dataset)
         at_a_look = [tally for idx, tally in ledger.tallies.items() if ledger.at_a_look(idx)]
         if at_a_look:
             certification.settle(at_a_look)
         pending = [idx for idx in job.indices if idx not in certification.settled]
-        print(encoder.report)
+        print(caster.report)
         print(_headline(job, certification, len(pending)), flush=True)
         if pending:
-            _sample(job, workdir, certification, ledger, votes, encoder.report, encode, pending, record, tick)
+            _sample(job, workdir, certification, ledger, caster, pending, record, tick)
         if not process.leads:
             return
         tallies, certificates = certification.derive(ledger, record, certification.settled)
@@ -166,38 +162,15 @@ def run(job, process, workdir, tick):
 
 
 def _prepare(job, process):
-    """What votes need, tried out before any is cast: ``(certification, record, votes, encoder, encode)``."""
-    config, dataset = job.config, job.dataset
-    certify = config.certify
-    encoder, head = job.model.for_certification(job.params, certify.head_dtype)
-    latent_shape = encoder.report.output_shape
-    law = arithmetic(certify.arithmetic, config.sigma)
+    """What votes need, tried out before any is cast: ``(certification, record, caster)``."""
+    config = job.config
+    encoder, head = job.model.for_certification(job.params, config.certify.head_dtype)
+    law = arithmetic(config.certify.arithmetic, config.sigma)
     identity = job.identity("smoothed") | identity_of_config(config)
-    identity |= {"prng": IMPLEMENTATION, "arithmetic": _terms(law, latent_shape)}
+    identity |= {"prng": IMPLEMENTATION, "arithmetic": _terms(law, encoder.report.output_shape)}
     certification = Certification(job.folder, config, identity, encoder.report.to_dict(), process)
     record = certification.past_sessions()
-    votes = vote_loop(config, head, latent_shape)
-    if votes.num_classes != dataset.num_classes:
-        raise UserError(f"the head has {votes.num_classes} classes, the data {dataset.num_classes}")
-    encode = Float64Encoder(encoder, certify.tile[0])
-    selfcheck.check_noise(votes.arithmetic)
-    selfcheck.check_encoder(encoder, encode)
-    return certification, record, votes, encoder, encode
-
-
-def vote_loop(config, head, latent_shape):
-    """The `Votes` of a configuration."""
-    certify = config.certify
-    return Votes(
-        head,
-        latent_shape,
-        sigma=config.sigma,
-        key=root_key(config.seed),
-        arithmetic=certify.arithmetic,
-        noise=certify.noise,
-        tile=certify.tile,
-        spmd=certify.spmd,
-    )
+    return certification, record, Caster(job, encoder, head)
 
 
 def _headline(job, certification, pending):
@@ -216,16 +189,15 @@ def _headline(job, certification, pending):
     return "\n".join(lines)
 
 
-def _check_labels(ledger, dataset):
-    for tally in ledger.tallies.values():
+def check_labels(place, tallies, dataset):
+    """Raises UserError unless the votes in a folder are of images with the labels of a dataset."""
+    for tally in tallies.tallies.values():
         if tally.idx >= len(dataset) or tally.label != dataset.labels[tally.idx]:
-            raise UserError(
-                f"{ledger.path.parent} does not fit the data: image {tally.idx} has another label in its votes"
-            )
+            raise UserError(f"{place} does not fit the data: image {tally.idx} has another label in its votes")
 
 
-def _sample(job, workdir, certification, ledger, votes, report, encode, pending, record, tick):
-    config, process, start = job.config, certification.process, time.monotonic()
+def _sample(job, workdir, certification, ledger, caster, pending, record, tick):
+    process, start = certification.process, time.monotonic()
     session, derived = folder.session(len(pending)), start
     share = pending[process.index :: process.count]
 
@@ -252,7 +224,7 @@ def _sample(job, workdir, certification, ledger, votes, report, encode, pending,
     if process.count == 1:
         before = len(job.indices) - len(pending)
         status = Status(certification.plan, len(job.indices), before, say)
-        sweep = Sweep(votes, ledger, settled, status, begin)
+        sweep = Sweep(caster.votes, ledger, settled, status, begin)
     else:
         # It must be on disk what votes are of before any process writes one.
         with process.together("the first votes"):
@@ -260,10 +232,10 @@ def _sample(job, workdir, certification, ledger, votes, report, encode, pending,
                 begin()
                 workdir.push()
         status = Status(certification.plan, len(share), 0, say)
-        sweep = Sweep(votes, ledger, settled, status)
-    size = max(config.certify.tile[0], _BLOCK_BYTES // (4 * int(np.prod(votes.latent_shape))))
-    for first in range(0, len(share), size):
-        sweep.run(_block(job, ledger, votes, report, encode, share[first : first + size]))
+        sweep = Sweep(caster.votes, ledger, settled, status)
+    charged = {idx: tally.slack for idx, tally in ledger.tallies.items()}
+    for block in caster.blocks(share, charged):
+        sweep.run(block)
     status.show()
     ledger.flush()
     workdir.push()
@@ -272,29 +244,6 @@ def _sample(job, workdir, certification, ledger, votes, report, encode, pending,
         workdir.pull()
         certification.adopt(ledger)
     session["seconds"] = round(time.monotonic() - start, 3)
-
-
-def _block(job, ledger, votes, report, encode, indices):
-    """Encodes images; latents stay in memory as the vote loop holds them."""
-    dataset, batch, placed, slack = job.dataset, job.config.certify.tile[0], [], []
-    progress, shown = Progress(len(indices)), time.monotonic()
-    for start in range(0, len(indices), batch):
-        images = dataset.pixels(indices[start : start + batch], np.float64)
-        latents = encode(images)
-        placed.append(votes.place(latents))
-        # The rounding of the encoder at the image and at any other one that a certificate can reach.
-        reach = np.linalg.norm(images.reshape(len(images), -1), axis=1)
-        reach = reach + _LARGEST_RADIUS * job.config.sigma / report.constant
-        slack += (votes.arithmetic.slack(latents) + 2 * report.rounding(reach)).tolist()
-        if time.monotonic() - shown > 2:
-            shown = time.monotonic()
-            print(f"{start + len(images):>6,} images encoded  {progress.left(start + len(images))} left", flush=True)
-    # An image's charge is fixed by its first row: another machine's encoder may differ in the last place.
-    slack = [
-        ledger.tallies[idx].slack if idx in ledger.tallies else charge
-        for idx, charge in zip(indices, slack, strict=True)
-    ]
-    return Block(indices, dataset.labels[indices].tolist(), slack, np.concatenate(placed))
 
 
 def from_counts(place, config):
