@@ -78,10 +78,7 @@ def _run(workdir, options, settings, rest):
     asked = command.config_of_training(workdir, rest)
     command.only(workdir, asked, ("certify.name", "data.dir"), "audit")
     place = workdir / "certify" / asked.certify.name
-    path = place / "certificates.json"
-    if not path.exists():
-        raise UserError(f"{place} holds no certificates: run python -m lsrs_jax.certify --workdir={options.workdir}")
-    stored = folder.read(path)
+    stored = folder.of_place(place, "to attack")
     if stored["identity"]["certificate"] != "smoothed":
         raise UserError(f"{place} holds {stored['identity']['certificate']} certificates; audit attacks smoothed ones")
     text = (place / "certificates.tsv").read_bytes() if (place / "certificates.tsv").exists() else b""
@@ -142,10 +139,11 @@ def _conclude(path):
         f"{audit.undecided.sum():,} undecided (`predict` abstained)"
     )
     if right.any():
+        flip = np.median(audit.distance[right])
+        nearest = f"lies at {flip:.4f} in the median" if np.isfinite(flip) else "was found for less than half of them"
         print(
-            f"of {right.sum():,} images that are right without an attack, the nearest flip lies at "
-            f"{np.median(audit.distance[right]):.4f} in the median; their certified radius is "
-            f"{np.median(audit.radius[right]):.4f}"
+            f"of {right.sum():,} images that are right without an attack, the nearest flip {nearest}; their certified "
+            f"radius is {np.median(audit.radius[right]):.4f}"
         )
     print(path)
     if len(broken):

@@ -7,6 +7,7 @@ import logging as stdlib_logging
 import os
 import re
 import sys
+import traceback
 import warnings
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def config_from_flags(rest, stored=None):
         # A file that failed to load says so only when it is used; a value may be none that JSON has.
         plain = None if config is None else configuration.to_dict(config)
     except (Exception, SystemExit) as error:  # a configuration file is code, and may fail in any way
-        raise UserError(f"bad configuration: {_reason(error)}") from error
+        raise UserError(f"bad configuration: {_place(error, file)}{_reason(error)}") from error
     if left:
         raise UserError(f"unknown argument {left[0]!r}; see --help")
     if plain is None:
@@ -114,6 +115,21 @@ def only(workdir, config, fields, what):
     difference = configuration.first_difference(trained, given, fields)
     if difference:
         raise UserError(f"{what} takes {difference[0]} from the certificates; only {' and '.join(fields)} may be given")
+
+
+def _place(error, file):
+    """Where in a configuration file an error lies, for the start of a message; nothing where this package raised it."""
+    quoted = re.findall(r'File "([^"\n]*)", line (\d+)', str(error).replace("\\n", "\n"))
+    raised = []
+    while error:
+        raised.insert(0, [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)])
+        error = error.__context__
+    for frames in (quoted, *raised):
+        own = [line for path, line in frames if file and os.path.realpath(path) == os.path.realpath(file)]
+        if own:
+            package = os.path.dirname(os.path.realpath(__file__))
+            return "" if os.path.realpath(frames[-1][0]).startswith(package) else f"{file} line {own[-1]}: "
+    return ""
 
 
 def _reason(error):

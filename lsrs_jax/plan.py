@@ -113,7 +113,8 @@ def votes(model, config):
             return jnp.argmax(model.classify(params, noisy), axis=-1)
 
         spec = jax.ShapeDtypeStruct
-        arguments = (params, spec((images, *latent), jnp.float32), spec((samples, *latent), jnp.float32))
+        noise = (samples, *latent) if config.certify.noise == "shared" else (images, samples, *latent)
+        arguments = (params, spec((images, *latent), jnp.float32), spec(noise, jnp.float32))
         return Need(*(count(cast, *arguments) for count in (held, flops, traffic)))
 
 

@@ -14,6 +14,7 @@ from lsrs_jax import command, models, plan, profiling
 from lsrs_jax import config as configuration
 from lsrs_jax import data as datasets
 from lsrs_jax import workdir as workdirs
+from lsrs_jax.certification import job as jobs
 from lsrs_jax.checkpoint import Checkpoints
 from lsrs_jax.distributed import cache_compilations, devices, started
 from lsrs_jax.errors import UserError
@@ -124,6 +125,17 @@ def _check_same_training(workdir, config):
         )
 
 
+def _say_trained(workdir, config, model, step):
+    """That there is nothing to do: the checkpoint can be read, and the configuration of what follows is left alone."""
+    jobs.restore(workdir.path, model, step)
+    print(f"already trained to step {step}: {workdir.name}")
+    kept, given = (configuration.to_dict(one) for one in (configuration.load(workdir.path / "config.json"), config))
+    difference = configuration.first_difference(kept, given)
+    if difference:
+        name, old, new = difference
+        print(f"config.json there keeps {name} {old!r}, not {new!r}: give certify what is to differ")
+
+
 def _no_check():
     pass
 
@@ -138,12 +150,12 @@ def _train(workdir, process, check, config, model, train_set, test_set, tick):
         with process.together("the configuration"):
             if first:
                 _check_same_training(workdir, config)
+            if first >= config.train.steps:
+                _say_trained(workdir, config, model, first)
+                return
             if process.leads:
                 configuration.save(config, workdir.path / "config.json")
                 workdir.push()
-        if first >= config.train.steps:
-            print(f"already trained to step {first}: {workdir.name}")
-            return
         print(
             f"{config.data.name}: {len(train_set):,} training and {len(test_set):,} test images {train_set.shape}; "
             f"{devices()}\n"

@@ -294,7 +294,7 @@ def test_certificates_of_an_understated_constant_fail_the_command(certified, tmp
         (["--fractions=0,1"], "numbers in \\(0, 1\\]"),
         (["--fractions=all"], "numbers in \\(0, 1\\]"),
         (["--restarts=0"], "restarts must be a whole number from 1 to"),
-        (["--config.certify.name=none"], "holds no certificates: run"),
+        (["--config.certify.name=none"], "holds no certification to attack: run"),
         (["--config.model.head=linear"], "trained with model.head"),
         (["--config.certify.alpha=0.5"], "audit takes certify.alpha from the certificates"),
     ],
@@ -302,3 +302,14 @@ def test_certificates_of_an_understated_constant_fail_the_command(certified, tmp
 def test_bad_audits_are_refused(certified, flags, why):
     with pytest.raises(UserError, match=why):
         audit.run([f"--workdir={certified}", *flags])
+
+
+@pytest.mark.parametrize(
+    ("second", "said"), [("0.75", "lies at 0.7500 in the median"), ("inf", "was found for less than")]
+)
+def test_the_summary_says_where_the_nearest_flips_lie(tmp_path, capsys, second, said):
+    rows = [f"{idx}\t3\t3\t0.5\t3\t12\t0\t2\t{flip}\tpgd\n" for idx, flip in enumerate(("0.75", second, second))]
+    path = tmp_path / "audit.tsv"
+    path.write_text("\t".join(table.COLUMNS) + "\n" + "".join(rows))
+    audit._conclude(path)
+    assert f"the nearest flip {said}" in capsys.readouterr().out

@@ -164,6 +164,17 @@ def test_a_killed_training_resumes_to_the_same_parameters(tmp_path):
     assert "already trained" in run("train", *arguments, f"--workdir={tmp_path / 'killed'}")
 
 
+def test_a_finished_training_is_left_as_it_is_but_looked_at(copy):
+    before = fingerprint(copy)
+    out = run("train", *QUICK, "--config.certify.n=77", f"--workdir={copy}")
+    assert "already trained to step 60" in out
+    assert "config.json there keeps certify.n 1000, not 77" in out
+    assert fingerprint(copy) == before
+    run("certify", f"--workdir={copy}", "--config.certify.name=base", "--verify")
+    truncate_checkpoint(copy)
+    assert "restore it from a copy" in refused("train", *QUICK, f"--workdir={copy}")
+
+
 @pytest.fixture
 def copy(trained, certified, tmp_path):
     target = tmp_path / "copy"
@@ -470,7 +481,10 @@ BAD_TRAIN = {
     "no config": ([], "no configuration"),
     "file that is no config": (["--config=tests/commands.py"], "has no attribute 'get_config'"),
     "missing config": (["--config=configs/nothing.py"], "no configuration file 'configs/nothing.py'"),
-    "unknown variant": (["--config=configs/digits.py:lsr"], "choose one of lsrs, cayley, isrs, isrs_split"),
+    "unknown variant": (
+        ["--config=configs/digits.py:lsr"],
+        "bad configuration: unknown variant 'lsr': choose one of lsrs, cayley",
+    ),
     "misspelt field": (["--config=configs/digits.py", "--config.sgima=1.0"], "did you mean sigma?"),
     "wrong type": (["--config=configs/digits.py", "--config.train.steps=ten"], "steps"),
     "long warm-up": (
@@ -480,7 +494,7 @@ BAD_TRAIN = {
     "letters as mean": (["--config=configs/digits.py", "--config.model.mean=('a',)"], "mean"),
     "nan as std": (["--config=configs/digits.py", "--config.model.std=(nan,)"], "std"),
     "crop": (["--config=configs/digits.py", "--config.data.crop=9"], "data.crop 9"),
-    "config that fails": (["--config=tests/failing_config.py"], "division by zero"),
+    "config that fails": (["--config=tests/failing_config.py"], "tests/failing_config.py line 5: division by zero"),
     "zero sigma": (["--config=configs/digits.py", "--config.sigma=0.0"], "sigma must be a positive number"),
     "batch too large": (["--config=configs/digits.py", "--config.data.batch_size=5000"], "1437 training images"),
     "missing data": (["--config=configs/mnist.py"], "tfds build mnist --file_format=array_record"),

@@ -74,6 +74,17 @@ def test_votes_need_their_tile():
     assert two.memory > 8 * one.memory
 
 
+def test_independent_noise_needs_more_memory_than_shared():
+    model, config = small()
+    config.certify.tile = (32, 8)
+    shared = plan.votes(model, config)
+    config.certify.noise = "independent"
+    independent = plan.votes(model, config)
+    # 32 noises of 8 x 64 numbers instead of one.
+    assert independent.memory - shared.memory == 31 * 8 * 64 * 4
+    assert independent.flops == shared.flops
+
+
 def test_bytes_alive_are_counted_as_they_come_and_go():
     x = jax.ShapeDtypeStruct((1000,), np.float32)
     assert held(lambda x: x + 1, x) == 8000

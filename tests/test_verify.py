@@ -210,3 +210,6 @@ def test_nothing_is_verified_where_nothing_was_certified(copy):
     (copy / "certify" / "default" / "certificates.tsv").unlink()
     assert "is missing" in refused("certify", f"--workdir={copy}", "--verify")
     assert "not allowed with" in refused("certify", f"--workdir={copy}", "--verify", "--from-counts")
+    (copy / "certify" / "default" / "certificates.json").unlink()
+    for flag in ("--verify", "--from-counts"):
+        assert "has lost its certificates.json; restore it" in refused("certify", f"--workdir={copy}", flag)

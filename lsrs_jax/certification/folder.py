@@ -15,6 +15,7 @@ from lsrs_jax.config import CERTIFICATES
 from lsrs_jax.errors import UserError
 from lsrs_jax.files import write_atomic
 from lsrs_jax.materialize import LipschitzReport
+from lsrs_jax.smoothing import ledger as ledgers
 
 _MOST_CLASSES = 2**20  # and pixels in a row
 _IDENTITY = {
@@ -33,6 +34,16 @@ def read(path):
       UserError: for a damaged one, or one of another version.
     """
     return sealed.read(path, _check_content, "certify under another --config.certify.name")
+
+
+def of_place(place, purpose):
+    """`read` of the certificates.json in a folder; where there is none, the error says for which `purpose`."""
+    path = place / "certificates.json"
+    if path.exists():
+        return read(path)
+    if ledgers.has_rows(place) or (place / "certificates.tsv").exists():
+        raise UserError(f"{place} has lost its {path.name}; restore it, or certify under another --config.certify.name")
+    raise UserError(f"{place} holds no certification {purpose}: run python -m lsrs_jax.certify first")
 
 
 def _check_content(stored):

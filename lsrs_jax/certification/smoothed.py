@@ -252,10 +252,7 @@ def from_counts(place, config):
     Raises:
       UserError: where the ledger cannot support what the configuration asks for.
     """
-    path, certify = place / "certificates.json", config.certify
-    if not path.exists():
-        raise UserError(f"{place} holds no certification to derive from; run certify without --from-counts first")
-    stored = folder.read(path)
+    certify, stored = config.certify, folder.of_place(place, "to derive from")
     if stored["identity"].get("certificate") != "smoothed" or certify.certificate != "smoothed":
         kind = stored["identity"].get("certificate")
         raise UserError(f"--from-counts is for smoothed certificates; {place} holds {kind} ones")

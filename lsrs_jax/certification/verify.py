@@ -33,9 +33,7 @@ def run(place):
       UserError: naming the first file, and in a table the first line and column, that differs.
     """
     path = place / "certificates.json"
-    if not path.exists():
-        raise UserError(f"{place} holds no certification to verify; run certify without --verify first")
-    stored = folder.read(path)
+    stored = folder.of_place(place, "to verify")
     identity, derivation = stored["identity"], stored["derivation"]
     if not derivation:
         raise UserError(f"{place} holds votes but no certificates yet; run certify without --verify to finish")
