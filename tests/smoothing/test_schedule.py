@@ -326,6 +326,23 @@ def test_multiclass_is_sound_in_a_close_race_and_bounding_the_runner_up_is_caugh
     assert exceeds(wrong, trials, 0.05)
 
 
+# A leader, two rivals of which the selection may take the weaker one, and many classes that share the rest.
+MANY = {10: (0.3, 0.16, 0.22, *[0.32 / 7] * 7), 50: (0.3, 0.14, 0.2, *[0.36 / 47] * 47)}
+
+
+@pytest.mark.parametrize("trials", LENGTHS)
+@pytest.mark.parametrize("classes", MANY)
+def test_coverage_with_many_classes_and_the_runner_up_alone_is_caught(classes, trials):
+    sound = simulate(MANY[classes], SIM_LOOKS, trials, 0.05, "multiclass", adversary)
+    wrong = runner_up_only(MANY[classes], 2000, trials, 0.05)
+    print(
+        f"\nstaged multiclass, {classes} classes, alpha .05, {trials} trials, adversarial stopping: "
+        f"{sound / trials:.5f}, runner-up alone {wrong / trials:.4f}"
+    )
+    assert not exceeds(sound, trials, 0.05)
+    assert exceeds(wrong, trials, 0.05)
+
+
 # ------------------------------------------------------------------------------------------------------------ stopping
 
 
