@@ -43,6 +43,20 @@ def random_cifar10(tmp_path_factory):
     return place
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder that the tests of a file share."""
+    return tmp_path_factory.mktemp("place")
+
+
+@pytest.fixture(scope="module")
+def certification(place):
+    """`samples.certified` in the shared folder."""
+    import samples
+
+    return samples.certified(place / "certify" / "default")
+
+
 def threefry(seed):
     return jax.random.key(seed, impl="threefry2x32")
 

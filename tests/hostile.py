@@ -1,8 +1,26 @@
 """How tests of hostile input draw examples, and what may answer them."""
 
+import copy
+import json
+import math
+
 from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 
 from lsrs_jax.errors import UserError
+from lsrs_jax.sealed import digest
+
+CHARACTERS = ["\0", "\r", "\n", "\t", " ", "\ufeff", "\u2028", "\x85", "\x1b", "_", "-", "+", ".", "e", "٣", "９", "½"]
+NOT_NUMBERS = ["nan", "-inf", "Infinity", "1e309", "1_0", "0x10", " 1", "1 ", "1\0", "٣", "９", "", "True", "x" * 10**5]
+NOT_WHOLE = ["1.0", "1e3", "+1", "9" * 19, "9" * 5000]
+DEEP = {f"<{depth}>": "[" * depth + "]" * depth for depth in (90, 400, 980, 100_000)}
+STRANGE = [None, True, -1, 0, 3, 10**30, 10**400, 0.5, 1e308, math.nan, -math.inf, "", "0.5", "a\nb\x1b[2J"]
+STRANGE += [[], [[]], ["a"], {}, {"name": "sound"}, *DEEP]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(STRANGE),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
 
 
 def examples(number):
@@ -24,3 +42,37 @@ def answer(function, *arguments, **named):
         assert message.isprintable(), repr(message)
         assert 10 < len(message) < 2100
         return None
+
+
+def json_text(value):
+    """JSON with what json.dumps could not write: lists nested too deeply."""
+    text = json.dumps(value)
+    for name, nested in DEEP.items():
+        text = text.replace(json.dumps(name), nested)
+    return text
+
+
+def sealed(value):
+    """`json_text` with the digest that a certificates.json of this content has, if a reader can compute one."""
+    try:
+        value = json.loads(json_text(value))
+        return json.dumps(value | {"digest": digest(value)})
+    except (RecursionError, TypeError):
+        return json_text(value)
+
+
+def places(value, path=()):
+    """The paths of everything inside a JSON value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in inner:
+        yield (*path, key)
+        yield from places(part, (*path, key))
+
+
+def changed(value, path, new):
+    value = copy.deepcopy(value)
+    part = value
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = new
+    return value

@@ -1,0 +1,153 @@
+"""A sound file of every kind, and readers that check what must hold of whatever they accept."""
+
+import json
+import types
+
+import numpy as np
+from hostile import answer, places
+
+from lsrs_jax import config as configuration
+from lsrs_jax import report
+from lsrs_jax.auditing import table as audits
+from lsrs_jax.certification import folder, smoothed, verify
+from lsrs_jax.materialize import LayerBound, LipschitzReport
+from lsrs_jax.smoothing import Certificates
+from lsrs_jax.smoothing.ledger import Ledger
+from lsrs_jax.smoothing.noise import arithmetic
+from lsrs_jax.smoothing.table import format_table, read_table
+from lsrs_jax.smoothing.tally import Plan, Row
+
+
+def table_text(rows):
+    """The text that `format_table` makes of rows ``(idx, label, predict, radius, seconds, votes)``."""
+    idx, label, predicted, radius, seconds, votes = zip(*rows, strict=True)
+    tallies = [
+        types.SimpleNamespace(idx=i, label=y, seconds=s, slack=1e-6)
+        for i, y, s in zip(idx, label, seconds, strict=True)
+    ]
+    predicted, p_a = np.array(predicted), np.full(len(rows), 0.9)
+    found = Certificates(predicted, np.array(radius), p_a, np.array(votes), p_a, 1 - p_a, predicted == -1)
+    return format_table(tallies, found, 1.0)
+
+
+TABLE = table_text([(0, 3, 3, 0.512, 0.25, 1000), (20, 1, -1, 0.0, 0.5, 1000), (40, 1, 2, 0.1, 1e-6, 300)])
+
+
+def with_field(column, text):
+    rows = [line.split("\t") for line in TABLE.splitlines()]
+    rows[1][rows[0].index(column)] = text
+    return "\n".join("\t".join(row) for row in rows) + "\n"
+
+
+def check_table(table):
+    """What holds for every table that was read; it can also be reported."""
+    assert len(set(table.idx.tolist())) == len(table) > 0
+    assert (table.idx >= 0).all()
+    assert (np.isfinite(table.radius) & (table.radius >= 0)).all()
+    assert (np.isfinite(table.seconds) & (table.seconds >= 0)).all()
+    np.testing.assert_array_equal(table.correct, table.predict == table.label)
+    accuracy = [table.certified_accuracy(radius) for radius in (0, 0.25, 1e300)]
+    assert 0 <= accuracy[2] <= accuracy[1] <= accuracy[0] <= 1 - table.abstention
+    assert 0 <= table.average_certified_radius <= table.radius.max() * (1 + 1e-12)
+    run = report.Run("x", table)
+    lines = report.markdown([run], report.radius_grid([run])).splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert len(lines) == 3
+
+
+def read(path, content):
+    path.write_bytes(content)
+    table = answer(read_table, path)
+    if table is not None:
+        check_table(table)
+    return table
+
+
+PLAN = Plan(10, (100,), 16)
+VOTES = [
+    Row(idx, 1, 1e-6, purpose, first, stop, np.array(votes), 0.25)
+    for idx in (4, 2)
+    for purpose, first, stop, votes in (
+        ("selection", 0, 1, [1, 9, 0]),
+        ("estimation", 0, 4, [2, 62, 0]),
+        ("estimation", 4, 7, [0, 36, 0]),
+    )
+]
+
+
+def votes_of(path, content):
+    """The counts of a ledger with this content, or None where it is refused, and then left alone."""
+
+    def counts():
+        with Ledger(path, PLAN, 3) as ledger:
+            return {
+                idx: (tally.label, tally.slack, tally.seconds, [part.tolist() for part in tally.counts.values()])
+                for idx, tally in ledger.tallies.items()
+            }
+
+    path.write_bytes(content)
+    found = answer(counts)
+    assert found is not None or path.read_bytes() == content
+    return found
+
+
+def certified(home):
+    """A folder of certificates: ``(folder, config, content of its certificates.json, bytes of its table)``."""
+    config = configuration.default()
+    config.certify.n0, config.certify.n, config.certify.tile = 10, 100, (2, 16)
+    layers = (LayerBound("0 Dense", 1.25, 0.5, "SVD", 1e-15, 0.0), LayerBound("1 MaxMin", 1.0, 1.0, "permutation"))
+    lipschitz = LipschitzReport(layers, (2, 2, 1), (4,)).to_dict()
+    identity = {"certificate": "smoothed", "checkpoint": {"step": 3, "digest": "00"}, "platform": "cpu cpu"}
+    identity |= {"model": configuration.to_dict(config.model) | {"input_shape": [2, 2, 1]}, "data": {"name": "digits"}}
+    identity |= {"classes": 3, "prng": "threefry2x32"}
+    identity |= smoothed.identity_of_config(config)
+    identity["arithmetic"] = smoothed._terms(arithmetic("sound", config.sigma), (4,))
+    with Ledger(home / "votes.0.tsv", PLAN, 3) as ledger:
+        ledger.append(VOTES)
+    folder.write(home, config, identity, lipschitz, [folder.session(2)])
+    smoothed.from_counts(home, config)
+    stored = json.loads((home / "certificates.json").read_text())
+    assert read_table(home / "certificates.tsv").radius.min() > 0
+    return home, config, stored, (home / "certificates.tsv").read_bytes()
+
+
+CONFIG = configuration.to_dict(configuration.default())
+FIELDS = [".".join(map(str, path)) for path in places(CONFIG)]
+
+
+def load(path, text):
+    """A configuration that was stored as this text, if it is one and within its limits."""
+    path.write_bytes(text)
+    config = answer(configuration.load, path)
+    if config is not None:
+        again = configuration.from_dict(configuration.to_dict(config))
+        assert json.dumps(configuration.to_dict(again)) == json.dumps(configuration.to_dict(config))
+    return config and answer(configuration.check, config)
+
+
+def derive(certification, text):
+    """Derives certificates beside a certificates.json of this text; they must be the right ones, or none."""
+    home, config, stored, table = certification
+    path = home / "certificates.json"
+    path.write_bytes(text)
+    (home / "certificates.tsv").unlink(missing_ok=True)
+    record = answer(folder.read_record, path, stored["identity"])
+    assert record is None or isinstance(record, list)
+    (home / "certificates.tsv").write_bytes(table)
+    answer(verify.run, home)
+    (home / "certificates.tsv").unlink()
+    answer(smoothed.from_counts, home, config)
+    if (home / "certificates.tsv").exists():
+        assert (home / "certificates.tsv").read_bytes() == table
+        return True
+    assert path.read_bytes() == text
+    return False
+
+
+AUDIT = "\t".join(audits.COLUMNS) + "\n0\t3\t3\t0.5\t3\t12\t0\t2\t0.75\tpgd\n4\t1\t-1\t0.0\t-1\t0\t0\t0\tinf\tnone\n"
+
+
+def reported(path):
+    """The names and the notes of the runs in a folder."""
+    runs = answer(report.load_runs, [str(path)])
+    return None if runs is None else ([run.label for run in runs], report.notes(runs))

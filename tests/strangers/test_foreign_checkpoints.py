@@ -1,0 +1,103 @@
+"""Checkpoints from strangers: the same parameters or one line, and nothing in them is executed."""
+
+import contextlib
+import json
+import pickle
+import sys
+
+import jax
+import numpy as np
+import pytest
+from executions import Payload, nothing_executed
+from hostile import JSON, answer, examples, json_text
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lsrs_jax import checkpoint
+
+PARAMS = {
+    "encoder": {},
+    "head": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.ones(3, np.float32)},
+}
+MOMENTUM = {"momentum": np.zeros(1, np.float32)}
+TARGET = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), PARAMS)
+
+
+@pytest.fixture(scope="module")
+def trained(place):
+    with checkpoint.Checkpoints(place / "run") as checkpoints:
+        checkpoints.save(2, PARAMS, MOMENTUM)
+        checkpoints.wait()
+    # Orbax leaves half-finished tasks behind when a checkpoint is damaged; the commands are deaf to them as well.
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    yield place / "run"
+    sys.unraisablehook = hook
+
+
+def restore(workdir):
+    """Whether the checkpoint of a workdir was restored, to the very numbers; else it was refused in one line."""
+    restored = answer(checkpoint.restore_model, workdir, TARGET)
+    if restored is None:
+        return False
+    params, meta = restored
+    jax.tree.map(np.testing.assert_array_equal, params, PARAMS)
+    digests = {"digest": checkpoint.digest(PARAMS), "optimizer": checkpoint.digest(MOMENTUM)}
+    assert meta == {"step": 2} | digests
+    return True
+
+
+@contextlib.contextmanager
+def replaced(path, content):
+    before = path.read_bytes()
+    path.write_bytes(content)
+    try:
+        yield
+    finally:
+        path.write_bytes(before)
+
+
+def test_no_checkpoint_is_unpickled(trained, tmp_path):
+    canary = tmp_path / "canary"
+    files = [path for path in sorted((trained / "checkpoints").rglob("*")) if path.is_file()]
+    assert restore(trained)
+    refusals = set()
+    with nothing_executed(canary):
+        for path in files:
+            for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+                with replaced(path, pickle.dumps(Payload(canary), protocol)):
+                    if not restore(trained):
+                        refusals.add(path.relative_to(trained / "checkpoints/2").parts[0])
+    assert refusals == {"model", "meta"}
+    assert restore(trained)
+
+
+@examples(150)
+@given(st.data())
+def test_a_damaged_checkpoint_gives_the_same_parameters_or_one_line(trained, data):
+    files = [path for path in sorted((trained / "checkpoints").rglob("*")) if path.is_file()]
+    names = sorted({path.name for path in files if len(path.name) < 32})
+    name = data.draw(st.sampled_from([*names, "data"]))  # names of data files are drawn anew by every training
+    some = [path for path in files if path.name == name or (name == "data" and len(path.name) >= 32)]
+    path = some[data.draw(st.integers(0, len(some) - 1))]
+    content = data.draw(
+        st.binary(max_size=30)
+        | JSON.map(lambda value: json_text(value).encode())
+        | st.integers(0, 300).map(lambda size: path.read_bytes()[:size])
+        | st.sampled_from([b"[" * 100_000, b"1" * 5000, b"[]", b"NaN"])
+    )
+    with replaced(path, content):
+        restore(trained)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"[]", b"1" * 5000])
+def test_damaged_metadata_of_orbax_is_one_line_for_both_commands(trained, content):
+    with replaced(trained / "checkpoints" / "2" / "_CHECKPOINT_METADATA", content):
+        assert answer(checkpoint.Checkpoints, trained) is None
+        assert not restore(trained)
+
+
+@pytest.mark.parametrize("step", [3, "2", None, 1e999, [2]])
+def test_a_checkpoint_of_another_step_is_refused(trained, step):
+    path = trained / "checkpoints" / "2" / "meta" / "metadata"
+    with replaced(path, json.dumps(json.loads(path.read_text()) | {"step": step}).encode()):
+        assert not restore(trained)

@@ -1,0 +1,62 @@
+"""Nothing in a file or a flag from strangers is executed."""
+
+import os
+import pickle
+import subprocess
+
+import pytest
+from executions import Payload, nothing_executed, payloads
+from hostile import answer, changed, json_text, places
+from samples import CONFIG, FIELDS, TABLE, derive, load, read, votes_of
+
+from lsrs_jax import command, report, train
+from lsrs_jax import config as configuration
+from lsrs_jax.smoothing.ledger import _HEADER
+
+
+@pytest.mark.parametrize("attack", ["eval", "exec", "pickle", "system", "process"])
+def test_the_listener_hears_an_execution(tmp_path, attack):
+    canary = tmp_path / "canary"
+    attacks = {
+        "eval": lambda: eval("1 + 1"),
+        "exec": lambda: exec("pass"),
+        "pickle": lambda: pickle.loads(pickle.dumps(Payload(tmp_path / "other"))),
+        "system": lambda: os.system("true"),
+        "process": lambda: subprocess.run(["true"], check=True),
+    }
+    with pytest.raises(AssertionError), nothing_executed(canary):
+        attacks[attack]()
+    with pytest.raises(AssertionError), nothing_executed(canary):
+        canary.touch()
+
+
+def everywhere(value, texts):
+    """The value with one of the texts in each of its places in turn."""
+    return [changed(value, where, texts[number % len(texts)]) for number, where in enumerate(places(value))]
+
+
+def test_no_file_and_no_flag_is_executed(place, certification, tmp_path):
+    """In every field of every file that is read, and in every flag."""
+    canary = tmp_path / "canary"
+    home, _, stored, table = certification
+    texts = payloads(canary)
+    whole = [*(text.encode() for text in texts), pickle.dumps(Payload(canary)), pickle.dumps(Payload(canary), 0)]
+    rows = [line.split("\t") for line in TABLE.splitlines()]
+    tables = ["\n".join("\t".join(map(str, row)) for row in table).encode() for table in everywhere(rows, texts)]
+    derive(certification, json_text(stored).encode())  # lazy imports are executions too
+    load(place / "config.json", json_text(CONFIG).encode())
+    answer(command.config_from_flags, ["--config.certify.n=5"], configuration.default())
+    with nothing_executed(canary):
+        for text in [*(json_text(value).encode() for value in everywhere(stored, texts)), *whole]:
+            derive(certification, text)
+            (home / "certificates.tsv").write_bytes(table)
+            answer(report.load_runs, [str(home)])
+        for text in [*(json_text(value).encode() for value in everywhere(CONFIG, texts)), *whole]:
+            load(place / "config.json", text)
+            train._complete_lines(place / "config.json")
+        for text in [*tables, *whole]:
+            read(place / "table.tsv", text)
+            votes_of(place / "ledger.tsv", _HEADER.encode() + text)
+        for field in FIELDS:
+            for text in texts:
+                answer(command.config_from_flags, [f"--config.{field}={text}"], configuration.default())

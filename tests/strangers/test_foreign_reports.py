@@ -1,0 +1,105 @@
+"""Metrics, audits and what lies beside a table: read, left out, or one line."""
+
+import hashlib
+import json
+import os
+
+import numpy as np
+from hostile import JSON, STRANGE, answer, examples, json_text, sealed
+from hypothesis import example, given
+from hypothesis import strategies as st
+from samples import AUDIT, TABLE, reported
+
+from lsrs_jax import train
+from lsrs_jax.auditing import table as audits
+
+
+@examples(150)
+@given(st.binary(max_size=60) | st.lists(JSON.map(json_text), max_size=3).map(lambda lines: "\n".join(lines).encode()))
+@example(b'{"step": ' + b"[" * 100_000 + b"\n")
+@example(b'{"step": 3, "loss": 1.0}\n{"step": 4}')
+def test_only_whole_lines_with_a_step_are_kept_of_any_metrics(place, content):
+    path = place / "metrics.jsonl"
+    path.write_bytes(content + b'\n{"step": 7, "loss": 0.5}\n{"step": 8, "lo')
+    kept = train._complete_lines(path)
+    assert kept[-1] == '{"step": 7, "loss": 0.5}'
+    assert all(isinstance(json.loads(line)["step"], int) for line in kept)
+
+
+@examples(200)
+@given(st.sampled_from(STRANGE) | JSON, st.sampled_from(["radii", "derivation", None]))
+@example(["a"], "radii")
+@example([10**400], "radii")
+@example("abc", "radii")
+@example({"0.5": 1}, "radii")
+@example([[0.5]], "radii")
+def test_a_foreign_file_beside_a_table_says_nothing(place, value, where):
+    home = place / "peer"
+    home.mkdir(exist_ok=True)
+    (home / "certificates.tsv").write_text(TABLE)
+    content = {"radii": {"derivation": {"radii": value}}, "derivation": {"derivation": value}, None: value}[where]
+    (home / "certificates.json").write_text(json_text(content), encoding="utf-8", errors="surrogatepass")
+    labels, notes = reported(home)
+    assert labels == ["peer"]
+    assert all("staged to decide the radii" in note for note in notes)
+    if notes:
+        assert where == "radii"
+        assert all(type(radius) in (int, float) and 0 <= radius <= 1e300 for radius in value)
+
+
+@examples(200)
+@given(
+    st.integers(0, len(AUDIT)),
+    st.integers(0, 20),
+    st.text(max_size=4) | st.sampled_from(["\n", "\t", "nan", "9" * 400]),
+)
+@example(0, len(AUDIT), "")
+def test_a_changed_audit_is_read_or_refused_in_one_line(place, start, length, text):
+    path = place / "audit.tsv"
+    path.write_text(AUDIT[:start] + text + AUDIT[start + length :], encoding="utf-8", errors="surrogatepass")
+    found = answer(audits.read, path)
+    if found is not None:
+        assert len(np.unique(found.idx)) == len(found.idx)
+        assert np.isfinite(found.radius).all()
+        assert (found.distance >= 0).all()
+        assert 0 <= found.robust_accuracy(0.1) <= 1
+
+
+@examples(100)
+@given(st.sampled_from(["certificates", "settings", "audit", "digest", None]), st.sampled_from(STRANGE) | JSON)
+def test_facts_about_an_audit_are_its_own_or_refused_in_one_line(place, field, new):
+    home = place / "audited"
+    home.mkdir(exist_ok=True)
+    (home / "audit.tsv").write_text(AUDIT)
+    facts = {"certificates": "00", "settings": {}, "audit": hashlib.sha256(AUDIT.encode()).hexdigest()}
+    content = new if field is None else facts | {field: new}
+    (home / "audit.json").write_text(sealed(content) if field in facts else json_text(content))
+    found = answer(audits.read_finished, home / "audit.tsv")
+    assert found is None or (found[0] == new if field == "certificates" else field == "settings")
+
+
+def test_radii_that_a_staged_certification_decided_are_noted(place):
+    home = place / "staged"
+    home.mkdir()
+    (home / "certificates.tsv").write_text(TABLE)
+    (home / "certificates.json").write_text('{"derivation": {"radii": [0.25, 1]}}')
+    assert "radii 0.25, 1;" in reported(home)[1][0]
+
+
+@examples(60)
+@given(st.text(min_size=1, max_size=8).filter(lambda name: "/" not in name and "\0" not in name and name.strip(".")))
+@example("a|b")
+@example("a\rb\x1b[2J")
+@example(os.fsdecode(b"\xff"))
+@example("\u2028")
+def test_the_name_of_a_folder_breaks_neither_table_nor_terminal(tmp_path_factory, name):
+    home = tmp_path_factory.mktemp("named")
+    try:
+        for run in ("x", name):
+            (home / name / "certify" / run).mkdir(parents=True, exist_ok=True)
+            (home / name / "certify" / run / "certificates.tsv").write_text(TABLE)
+    except (OSError, ValueError):  # no name for this file system
+        return
+    for label in reported(home / name)[0]:
+        assert label.isprintable()
+        assert not set(label) & set("|$\\`")
