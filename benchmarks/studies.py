@@ -14,6 +14,7 @@ import argparse
 import concurrent.futures
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -48,16 +49,30 @@ def made(run, options):
     return facts["commands"] == shown(run, options) and facts["config"] == config
 
 
+_under_way = []  # processes of the package's commands
+
+
+def stop(number, _):
+    """Has the commands under way save what they have, and ends."""
+    for process in _under_way:
+        process.send_signal(signal.SIGTERM)
+    raise SystemExit(128 + number)
+
+
 def make(run, options):
     """Trains and certifies one run, and keeps it; returns what went wrong, or None."""
     workdir = options.runs / run.name
     for module, *flags in run.commands(workdir, options.split):
         print(f"python -m {module} {shlex.join(flags)}", file=sys.stderr, flush=True)
-        arguments = [sys.executable, "-m", module, *flags]
-        done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or [f"{module} ended with code {done.returncode}"]
-            return f"{run.name}: {lines[-1]}"
+        arguments, line = [sys.executable, "-m", module, *flags], f"{module} failed and said nothing"
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        with subprocess.Popen(arguments, cwd=ROOT, text=True, **streams) as process:
+            _under_way.append(process)
+            for line in process.stdout:
+                print(f"{run.name}: {line}", end="", file=sys.stderr, flush=True)
+        _under_way.remove(process)
+        if process.returncode:
+            return f"{run.name}: {line.strip()}"
     try:
         kept.keep(workdir, FOLDER / run.name, shown(run, options))
     except UserError as error:
@@ -200,14 +215,18 @@ def main(arguments):
     if options.what == "run":
         missing = [run for run in runs.values() if not made(run, options)]
         print(f"{len(missing)} of {len(runs)} runs to make", file=sys.stderr, flush=True)
-        with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        pool = concurrent.futures.ThreadPoolExecutor(options.jobs)
+        try:
             failed = [error for error in pool.map(lambda run: make(run, options), missing) if error]
+        finally:
+            pool.shutdown(cancel_futures=True)
     render(names)
     if failed:
         raise UserError(f"{len(failed)} runs failed; the same command tries them again. " + "; ".join(failed))
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
     try:
         main(sys.argv[1:])
     except UserError as error:
