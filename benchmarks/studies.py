@@ -21,6 +21,7 @@ from pathlib import Path
 
 import kept
 import numpy as np
+from absl import logging
 from study_runs import STUDIES
 
 from lsrs_jax import command, report
@@ -226,6 +227,7 @@ def main(arguments):
 
 
 if __name__ == "__main__":
+    logging.set_verbosity(logging.FATAL)  # of libraries, about checkpoints that are only read
     signal.signal(signal.SIGTERM, stop)
     try:
         main(sys.argv[1:])
