@@ -89,7 +89,7 @@ def _run(workdir, options, settings, rest):
     if settings.votes < least:
         raise UserError(f"--votes={settings.votes} can decide nothing at alpha {alpha}: {least} at least")
     cache_compilations()
-    job = jobs.of_certificates(workdir, stored, asked.data.dir)
+    job = jobs.of_certificates(place, stored, asked.data.dir)
     with locked(place / ".audit.lock", f"auditing {place}"):
         _audit(job, settings, stored)
 
@@ -140,7 +140,9 @@ def _conclude(path):
     )
     if right.any():
         flip = np.median(audit.distance[right])
-        nearest = f"lies at {flip:.4f} in the median" if np.isfinite(flip) else "was found for less than half of them"
+        nearest = (
+            f"lies at {flip:.4f} in the median" if np.isfinite(flip) else "was found for no more than half of them"
+        )
         print(
             f"of {right.sum():,} images that are right without an attack, the nearest flip {nearest}; their certified "
             f"radius is {np.median(audit.radius[right]):.4f}"

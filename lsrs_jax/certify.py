@@ -66,7 +66,7 @@ def _run(workdir, process, options, rest):
         verify.run(place)
         cache_compilations()
         stored = folder.read(place / "certificates.json")
-        recast.run(jobs.of_certificates(workdir.path, stored, config.data.dir), stored, options.recast)
+        recast.run(jobs.of_certificates(place, stored, config.data.dir), stored, options.recast)
         return
     path = place / "certificates.json"
     if path.exists():  # what was chosen then holds, but for what is chosen now

@@ -125,10 +125,10 @@ def _place(error, file):
         raised.insert(0, [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)])
         error = error.__context__
     for frames in (quoted, *raised):
-        own = [line for path, line in frames if file and os.path.realpath(path) == os.path.realpath(file)]
+        own = [line for path, line in frames if file and os.path.abspath(path) == os.path.abspath(file)]
         if own:
-            package = os.path.dirname(os.path.realpath(__file__))
-            return "" if os.path.realpath(frames[-1][0]).startswith(package) else f"{file} line {own[-1]}: "
+            package = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")
+            return "" if os.path.abspath(frames[-1][0]).startswith(package) else f"{file} line {own[-1]}: "
     return ""
 
 

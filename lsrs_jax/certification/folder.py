@@ -24,6 +24,7 @@ _IDENTITY = {
     "classes": int,
     "data": dict,
     "model": {"input_shape": list},
+    "platform": str,
 }
 
 

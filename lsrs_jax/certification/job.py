@@ -81,35 +81,40 @@ def load(workdir, config, step=None):
     _check_data(workdir, dataset)
     model = models.build(config.model, dataset.shape, dataset.num_classes)
     params, meta = restore(workdir, model, step)
-    if meta["step"] < config.train.steps:
+    if step is None and meta["step"] < config.train.steps:
         print(f"note: the training stopped at step {meta['step']} of {config.train.steps}")
     return Job(config, workdir / "certify" / certify.name, dataset, indices, model, params, meta)
 
 
-def of_certificates(workdir, stored, data_dir):
+def of_certificates(place, stored, data_dir):
     """The `Job` that certificates are of: its network and its images must be those that were certified.
 
     Args:
-      workdir: the local one.
+      place: their folder, whatever name it had when they were made.
       stored: content of their certificates.json.
       data_dir: where the data lies now.
 
     Raises:
       UserError: for a network or images that are not there any more, or not what they were.
     """
-    config, identity = configuration.from_dict(stored["config"]), stored["identity"]
-    config.data.dir = data_dir
+    workdir, config, identity = place.parents[1], configuration.from_dict(stored["config"]), stored["identity"]
+    config.data.dir, config.certify.name = data_dir, place.name
     step = identity["checkpoint"]["step"]
     if not (checkpoints(workdir) / str(step)).is_dir():
         raise UserError(
             f"the checkpoint of step {step}, which was certified, is not in {workdir}: restore it from a copy, or "
-            "certify the newest one under another --config.certify.name"
+            "certify again under another --config.certify.name"
         )
     job = load(workdir, config, step)
     if job.meta["digest"] != identity["checkpoint"]["digest"]:
         raise UserError(f"the checkpoint of step {step} in {workdir} has other weights than those that were certified")
-    if job.dataset.digest() != identity["data"].get("digest"):
+    found = job.identity(identity["certificate"])
+    if found["data"]["digest"] != identity["data"].get("digest"):
         raise UserError(
             f"images or labels of {job.dataset.name}, split {job.dataset.split}, are not those that were certified"
         )
+    difference = configuration.first_difference({name: identity.get(name) for name in found}, found, ("platform",))
+    if difference:
+        name, claimed, own = difference
+        raise UserError(f"{place} contradicts itself: its {name} is {claimed!r}, that of its configuration {own!r}")
     return job

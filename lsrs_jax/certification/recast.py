@@ -1,23 +1,34 @@
 """Whether the votes in a folder are those of its network: of some images they are cast again, from the pixels on."""
 
 import math
+from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from lsrs_jax.certification.casting import Caster
 from lsrs_jax.certification.smoothed import check_labels, reopen
 from lsrs_jax.errors import UserError
+from lsrs_jax.keys import IMPLEMENTATION
 from lsrs_jax.smoothing import ledger as ledgers
 from lsrs_jax.smoothing.sweep import Status, Sweep
 from lsrs_jax.smoothing.table import read_table
 from lsrs_jax.smoothing.tally import Tallies
 
-# Votes of an image that another machine's rounding of the head may move: the share of them, and so many in any case.
-_ROUNDING = {"float32": 1e-4, "bfloat16": 1e-2}
-_FEW = 3
+# Share of an image's votes that the rounding of a head on another machine may turn. It turns them to either side, so
+# that counts change by about the root of their number: by `_DEVIATIONS` of it at most for an image, and by `_TOGETHER`
+# of it at most for the candidates of all images together.
+_TURNED = {"float32": 1e-5, "bfloat16": 1e-2}
+_DEVIATIONS = 5
+_TOGETHER = 4
 _CHARGE = 1e-12  # relative: what two machines may differ in the charge of an image
 _LEVEL = 0.05
+
+
+class _Difference(NamedTuple):
+    """Between the votes of an image in the ledger and those cast again."""
+
+    moved: int  # votes for another class
+    surplus: int  # of the ledger's candidate, among the estimation votes
 
 
 def run(job, stored, count):
@@ -34,25 +45,36 @@ def run(job, stored, count):
       UserError: naming an image whose charge is smaller than that of its latent, or the votes that are not those of the
         network.
 
-    **Guarantee**: every vote of the images drawn is that of the checkpoint on the image, under the noise of σ and seed,
-    but for the share of `_ROUNDING` that the head's rounding on another machine may move. Where a share q of a table
-    does not follow from its network, N images drawn show it with probability at least 1 − (1 − q)^N.
+    **Guarantee**: the counts of the images drawn are those of the checkpoint on the image, under the noise of σ and
+    seed, but for what the head's rounding on another machine may change: no more than `allowance` for an image and a
+    purpose, and to either side. Where nothing differs and a share q of the table has any vote of another origin, N
+    images drawn had shown it with probability at least 1 − (1 − q)^N.
     """
     if stored["identity"]["certificate"] != "smoothed":
         raise UserError(f"{job.folder} holds {stored['identity']['certificate']} certificates; they come from no votes")
     certification = reopen(job.folder, job.config, stored)
+    if certification.identity.get("prng") != IMPLEMENTATION:
+        raise UserError(f"{job.folder} holds votes of another generator: prng {certification.identity.get('prng')!r}")
     recorded = ledgers.read(ledgers.files(job.folder), certification.plan, certification.identity["classes"])
     check_labels(job.folder, recorded, job.dataset)
     known = read_table(job.folder / "certificates.tsv").idx.tolist()
     indices = sorted(np.random.default_rng().choice(known, min(count, len(known)), replace=False).tolist())
+    missing = len(set(job.indices) - set(known))
+    if missing:
+        print(f"note: {missing:,} of the {len(job.indices):,} images that were to be certified are not in the table")
     print(f"casting the votes of {len(indices):,} of {len(known):,} images again", flush=True)
     caster = Caster(job, *job.model.for_certification(job.params, job.config.certify.head_dtype))
     again = Tallies(certification.plan, certification.identity["classes"])
-    differ = dict.fromkeys(indices, 0)
+    here, there = job.identity("smoothed")["platform"], certification.identity["platform"]
+    where = "" if here == there else f"; they were cast on {there!r}, and now on {here!r}"
+    found = {}
 
     def settled(tallies):
-        for tally in tallies:
-            differ[tally.idx] = _compare(job, recorded.tallies[tally.idx], tally)
+        try:
+            for tally in tallies:
+                found[tally.idx] = _compare(recorded.tallies[tally.idx], tally, job.config.certify.head_dtype)
+        except ValueError as error:
+            raise UserError(f"{job.folder}: {error}{where}") from error
         return [len(tally.looks) == len(recorded.tallies[tally.idx].looks) for tally in tallies]
 
     status = Status(certification.plan, len(indices), 0, lambda line: print(line, flush=True))
@@ -61,7 +83,21 @@ def run(job, stored, count):
         _check_charges(job.folder, recorded, block)
         sweep.run(block)
     status.show()
-    _conclude(certification, again, differ, len(known))
+    surplus, spread = _together(found.values())
+    if surplus > _TOGETHER * spread:
+        raise UserError(
+            f"{job.folder}: the ledger has {surplus:,} votes more for the certified classes than are cast now, nearly "
+            f"all to the same side, where rounding turns votes to either side{where}"
+        )
+    _conclude(certification, recorded, again, found)
+    if len(indices) == len(known):
+        print("these are all images of the table")
+        return
+    share, differences = 1 - _LEVEL ** (1 / len(indices)), " beyond such differences" * any(map(any, found.values()))
+    print(
+        f"had more than {math.ceil(1000 * share) / 10:g}% of the table votes of another origin{differences}, these "
+        f"images would have shown it with {1 - _LEVEL:.0%} probability"
+    )
 
 
 def _check_charges(place, recorded, block):
@@ -74,38 +110,53 @@ def _check_charges(place, recorded, block):
             )
 
 
-def _compare(job, recorded, tally):
-    """How many votes of an image, at the newest look of its tally, are not those of the ledger; refuses too many."""
-    look = len(tally.looks) - 1
-    pairs = (
-        (recorded.counts["selection"], tally.counts["selection"]),
-        (recorded.looks[look], tally.looks[look]),
-    )
-    votes = sum(int(cast.sum()) for _, cast in pairs)
-    moved = sum(int(np.abs(found - cast).sum()) // 2 for found, cast in pairs)
-    if moved > max(_FEW, _ROUNDING[job.config.certify.head_dtype] * votes):
-        found, cast = max(pairs, key=lambda pair: np.abs(pair[0] - pair[1]).max())
-        worst = int(np.abs(found - cast).argmax())
-        raise UserError(
-            f"{job.folder}: of the {votes:,} votes for image {tally.idx} {moved:,} are not those of the network: class "
-            f"{worst} has {found[worst]:,} in the ledger, {cast[worst]:,} cast again; the certificates are not of this "
-            "checkpoint, sigma and seed"
-        )
-    return moved
+def allowance(votes, head_dtype):
+    """By how many of so many votes the counts of an image may differ on another machine."""
+    return math.ceil(_DEVIATIONS * math.sqrt(_TURNED[head_dtype] * votes))
 
 
-def _conclude(certification, again, differ, total):
-    votes = sum(int(counts.sum()) for tally in again.tallies.values() for counts in tally.counts.values())
-    moved, images = sum(differ.values()), len(differ)
-    print(f"cast again: {votes:,} votes of {images:,} images; {moved:,} differ")
+def _compare(recorded, tally, head_dtype):
+    """The `_Difference` of an image at the newest look of its tally.
+
+    Raises:
+      ValueError: for more than `allowance`.
+    """
+    moved, look = 0, len(tally.looks) - 1
+    pairs = {
+        "selection": (recorded.counts["selection"], tally.counts["selection"]),
+        "estimation": (recorded.looks[look], tally.looks[look]),
+    }
+    for purpose, (found, cast) in pairs.items():
+        votes, change = int(cast.sum()), int(np.abs(found - cast).sum()) // 2
+        if change > allowance(votes, head_dtype):
+            worst = int(np.abs(found - cast).argmax())
+            raise ValueError(
+                f"of the {votes:,} {purpose} votes for image {tally.idx} {change:,} are not those of the network: "
+                f"class {worst} has {found[worst]:,} in the ledger, {cast[worst]:,} cast again; the certificates are "
+                "not of this checkpoint, sigma and seed"
+            )
+        moved += change
+    candidate = int(recorded.counts["selection"].argmax())
+    found, cast = pairs["estimation"]
+    return _Difference(moved, int(found[candidate] - cast[candidate]))
+
+
+def _together(differences):
+    """The candidates' surplus over all images, and how large it would be about if each had either sign."""
+    surplus = np.array([difference.surplus for difference in differences], np.float64)
+    return int(surplus.sum()), float(np.sqrt(np.sum(surplus**2)))
+
+
+def _conclude(certification, recorded, again, found):
+    tallies = [again.tallies[idx] for idx in sorted(again.tallies)]
+    votes = sum(int(counts.sum()) for tally in tallies for counts in tally.counts.values())
+    moved = sum(difference.moved for difference in found.values())
+    print(f"cast again: {votes:,} votes of {len(tallies):,} images; {moved:,} differ")
     if moved:
-        here = f"{jax.default_backend()} {jax.local_devices()[0].device_kind}"
-        print(f"(as the rounding of a head may; certified on {certification.identity['platform']}, here on {here})")
-    if images == total:
-        print("these are all images of the table")
-        return
-    share = 1 - _LEVEL ** (1 / images)
-    print(
-        f"had more than {math.ceil(1000 * share) / 10:g}% of the table another origin, these images would have shown "
-        f"it with {1 - _LEVEL:.0%} probability"
-    )
+        kept = [recorded.tallies[tally.idx] for tally in tallies]
+        old, new = (certification.derivation.certificates(certification.plan, each) for each in (kept, tallies))
+        print(
+            "by rounding, as it may on another machine; with the votes cast now "
+            f"{(old.predict != new.predict).sum():,} predictions are others, and radii {new.radius.mean():.6f} in the "
+            f"mean instead of {old.radius.mean():.6f}, {max(0.0, (old.radius - new.radius).max()):.6f} smaller at most"
+        )

@@ -52,8 +52,8 @@ def run(place):
     digest = hashlib.sha256(text.encode()).hexdigest()
     if derivation["certificates"] != digest:
         raise UserError(f"{place / 'certificates.tsv'} has changed: its digest is not the one in {path.name}")
+    weights = _check_checkpoint(place.parents[1], config, identity, stored["lipschitz"])
     constant = stored["lipschitz"]["constant"]
-    weights = _check_checkpoint(place.parents[1], config, identity, constant)
     audit = _check_audit(place / "audit.tsv", digest)
     count = text.count("\n") - 1
     if smoothed:
@@ -64,7 +64,15 @@ def run(place):
     else:
         print(f"verified: the table of {count:,} deterministic certificates in {place} is unchanged; they come from no")
         print("votes: to compute their radii again, certify under another --config.certify.name and compare")
-    print(f"Lipschitz constant {constant:.15g}, configuration and {weights}{audit}")
+    data, certify = identity["data"], config.certify
+    print(f"of {data.get('name')!r}, split {data.get('split')!r}, digest {str(data.get('digest'))[:12]!r}", end="")
+    if smoothed:
+        print(
+            f"; sigma {config.sigma}, n0 {certify.n0:,}, n {certify.n:,} ({certify.schedule}), alpha {certify.alpha}, "
+            f"{certify.bound} bound, {certify.arithmetic} arithmetic, head in {certify.head_dtype}",
+            end="",
+        )
+    print(f"\nLipschitz constant {constant:.15g}, configuration and {weights}{audit}")
     trained = place.parents[1] / "config.json"
     if trained.exists():
         own = configuration.load(trained)
@@ -168,8 +176,8 @@ def _check_audit(path, digest):
     return f"; the audit of {len(audit.idx):,} of them, with {audit.flips.sum():,} flips, is unchanged"
 
 
-def _check_checkpoint(workdir, config, identity, constant):
-    """Digest and Lipschitz constant of the weights; says in words what could be compared."""
+def _check_checkpoint(workdir, config, identity, lipschitz):
+    """Digest, shapes and Lipschitz constant of the weights; says in words what could be compared."""
     step = identity["checkpoint"]["step"]
     if not (checkpoints(workdir) / str(step)).is_dir():
         return f"ledger are intact; the checkpoint of step {step} is not here to be compared"
@@ -178,9 +186,15 @@ def _check_checkpoint(workdir, config, identity, constant):
     if meta["digest"] != identity["checkpoint"]["digest"]:
         raise UserError(f"the checkpoint of step {step} in {workdir} is not the one that was certified: digests differ")
     encoder, _ = model.for_certification(params, config.certify.head_dtype)
-    if not math.isclose(encoder.report.constant, constant, rel_tol=_SAME):
+    own, claimed = encoder.report.constant, lipschitz["constant"]
+    if not math.isclose(own, claimed, rel_tol=_SAME):
         raise UserError(
-            f"the encoder of step {step} in {workdir} has the Lipschitz constant {encoder.report.constant!r}, the "
-            f"certificates claim {constant!r}"
+            f"the encoder of step {step} in {workdir} has the Lipschitz constant {own!r}, the certificates claim "
+            f"{claimed!r}"
+        )
+    own, claimed = list(encoder.report.output_shape), list(lipschitz["output_shape"])
+    if identity["certificate"] == "smoothed" and own != claimed:  # a margin knows no span of a linear head
+        raise UserError(
+            f"the encoder of step {step} in {workdir} has latents of shape {own}, the certificates claim {claimed}"
         )
     return f"checkpoint of step {step} are those of the certificates"

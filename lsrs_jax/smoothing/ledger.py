@@ -39,8 +39,8 @@ def name(process):
 
 def files(folder):
     """The ledgers in a folder, in the order of their processes."""
-    numbers = [path.name.split(".")[1] for path in folder.glob(name("*"))]
-    return [folder / name(number) for number in sorted(map(int, filter(_is_natural, numbers)))]
+    numbers = filter(_is_natural, (path.name.split(".")[1] for path in folder.glob(name("*"))))
+    return [folder / name(number) for number in sorted(int(text) for text in numbers if text == str(int(text)))]
 
 
 def has_rows(folder):
