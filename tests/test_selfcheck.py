@@ -8,7 +8,7 @@ from commands import QUICK, run
 from conftest import threefry
 
 from lsrs_jax import certify, layers, selfcheck
-from lsrs_jax.certification import deterministic, smoothed
+from lsrs_jax.certification import casting, deterministic
 from lsrs_jax.errors import UserError
 from lsrs_jax.materialize import Float64Encoder, materialize
 from lsrs_jax.smoothing import noise
@@ -150,7 +150,7 @@ def test_certification_refuses_such_a_platform_and_leaves_nothing_behind(tmp_pat
         def __init__(self, encoder, batch):
             super().__init__(encoder._replace(params=jax.tree.map(in_tf32, encoder.params)), batch)
 
-    for module in (smoothed, deterministic):
+    for module in (casting, deterministic):
         monkeypatch.setattr(module, "Float64Encoder", Tensorcores)
     flags = [f"--workdir={workdir}", f"--config.certify.certificate={certificate}"]
     with pytest.raises(UserError, match="this platform computes the encoder with an error of"):
