@@ -106,24 +106,28 @@ def section(name, found):
 
 
 def means(found, reference):
-    """The lines of a table of means over seeds, compared with that of a label."""
+    """The lines of a table of means over seeds, compared with those of a label with the same seeds."""
     groups = {}
     for label, run in found.items():
-        groups.setdefault(label.rpartition(", seed ")[0], []).append(run.table)
+        kind, _, seed = label.rpartition(", seed ")
+        groups.setdefault(kind, {})[seed] = run.table
 
-    def radii(label):
+    def radii(label, seeds):
         """Per seed and image; 0 where it is wrong."""
-        return np.array([np.where(table.predict == table.label, table.radius, 0.0) for table in groups[label]])
+        tables = [groups[label][seed] for seed in seeds]
+        return np.array([np.where(table.predict == table.label, table.radius, 0.0) for table in tables])
 
     accuracies = " | ".join(f"r={radius:g}" for radius in kept.RADII)
-    compared = f"ACR over that of {reference} | difference (standard error over images)"
-    lines = [f"\n| mean of the seeds | {accuracies} | ACR (standard deviation over seeds) | {compared} |"]
-    lines.append("|" + "---|" * (4 + len(kept.RADII)))
-    base = radii(reference)
+    compared = f"ACR over that of {reference}, same seeds | difference (standard error over images)"
+    lines = [f"\n| mean of the seeds | seeds | {accuracies} | ACR (standard deviation over seeds) | {compared} |"]
+    lines.append("|" + "---|" * (5 + len(kept.RADII)))
     for label, tables in groups.items():
-        own, cells = radii(label), [label]
-        cells += [f"{np.mean([table.certified_accuracy(radius) for table in tables]):.3f}" for radius in kept.RADII]
-        cells.append(f"{own.mean():.4f} ({own.mean(axis=1).std(ddof=1):.4f})")
+        own, base, cells = radii(label, tables), radii(reference, tables), [label, str(len(tables))]
+        cells += [
+            f"{np.mean([table.certified_accuracy(radius) for table in tables.values()]):.3f}" for radius in kept.RADII
+        ]
+        deviation = f" ({own.mean(axis=1).std(ddof=1):.4f})" if len(own) > 1 else ""
+        cells.append(f"{own.mean():.4f}{deviation}")
         difference = own.mean(axis=0) - base.mean(axis=0)
         error = difference.std(ddof=1) / np.sqrt(len(difference))
         cells += [f"{own.mean() / base.mean():.1%}", f"{difference.mean():+.4f} ({error:.4f})"]

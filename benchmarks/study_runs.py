@@ -102,16 +102,23 @@ def _headline():
     4,000 steps of LSRS that attack the latent take 83 % of them: only the head pays for the attack.
     """
     kinds = {
-        "LSRS": ("lsrs", "lsrs", ()),
-        "LSRS, 6,700 steps": ("lsrs-6700", "lsrs", ("train.steps=6700",)),
-        "LSRS, SmoothAdv and consistency": ("lsrs-attacked", "lsrs", ATTACKED),
-        "ISRS, same network": ("isrs_split", "isrs_split", ()),
-        "ISRS, free network": ("free", "free", ()),
+        "LSRS": ("lsrs", "lsrs", (), SEEDS),
+        "LSRS, 6,700 steps": ("lsrs-6700", "lsrs", ("train.steps=6700",), SEEDS),
+        "LSRS, SmoothAdv and consistency": ("lsrs-attacked", "lsrs", ATTACKED, SEEDS),
+        "ISRS, same network": ("isrs_split", "isrs_split", (), SEEDS),
+        "ISRS, same network, SmoothAdv and consistency": ("isrs_split-attacked", "isrs_split", ATTACKED, SEEDS[:2]),
+        "ISRS, free network": ("free", "free", (), SEEDS),
+        "LSRS, SmoothAdv and consistency, 12,000 steps": (
+            "lsrs-attacked-12000",
+            "lsrs",
+            (*ATTACKED, "train.steps=12000"),
+            SEEDS[:1],
+        ),
     }
     return {
         f"{kind}, seed {seed}": Run(f"{name}-seed{seed}", f"{HEADLINE}:{variant}", (f"seed={seed}", *flags))
-        for kind, (name, variant, flags) in kinds.items()
-        for seed in SEEDS
+        for kind, (name, variant, flags, seeds) in kinds.items()
+        for seed in seeds
     }
 
 
