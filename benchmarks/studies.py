@@ -100,13 +100,13 @@ def section(name, found):
     for label, run in found.items():
         cells = [f"[{label}](cifar10/{run.name}/card.md)", *kept.columns(run)]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += means(found, STUDIES[name].reference) if STUDIES[name].reference and not missing else []
+    lines += means(found, STUDIES[name].references) if STUDIES[name].references and not missing else []
     lines += [f"\n{missing} of the {missing + len(found)} runs of this study have not been made."] if missing else []
     return "\n".join(lines) + f"\n\n![{name}](cifar10/{name}.png)"
 
 
-def means(found, reference):
-    """The lines of a table of means over seeds, compared with those of a label with the same seeds."""
+def means(found, references):
+    """The lines of a table of means over seeds, each compared with some labels over the seeds that both have."""
     groups = {}
     for label, run in found.items():
         kind, _, seed = label.rpartition(", seed ")
@@ -117,20 +117,23 @@ def means(found, reference):
         tables = [groups[label][seed] for seed in seeds]
         return np.array([np.where(table.predict == table.label, table.radius, 0.0) for table in tables])
 
-    accuracies = " | ".join(f"r={radius:g}" for radius in kept.RADII)
-    compared = f"ACR over that of {reference}, same seeds | difference (standard error over images)"
-    lines = [f"\n| mean of the seeds | seeds | {accuracies} | ACR (standard deviation over seeds) | {compared} |"]
-    lines.append("|" + "---|" * (5 + len(kept.RADII)))
-    for label, tables in groups.items():
-        own, base, cells = radii(label, tables), radii(reference, tables), [label, str(len(tables))]
-        cells += [
-            f"{np.mean([table.certified_accuracy(radius) for table in tables.values()]):.3f}" for radius in kept.RADII
-        ]
-        deviation = f" ({own.mean(axis=1).std(ddof=1):.4f})" if len(own) > 1 else ""
-        cells.append(f"{own.mean():.4f}{deviation}")
+    def compared(label, reference):
+        seeds = [seed for seed in groups[label] if seed in groups[reference]]
+        own, base = radii(label, seeds), radii(reference, seeds)
         difference = own.mean(axis=0) - base.mean(axis=0)
         error = difference.std(ddof=1) / np.sqrt(len(difference))
-        cells += [f"{own.mean() / base.mean():.1%}", f"{difference.mean():+.4f} ({error:.4f})"]
+        return f"{own.mean() / base.mean():.1%}, {difference.mean():+.4f} ({error:.4f})"
+
+    header = ["mean of the seeds", "seeds", *(f"r={radius:g}" for radius in kept.RADII)]
+    header += ["ACR (standard deviation over seeds)"]
+    header += [f"ACR over that of {label}, same seeds; difference (standard error over images)" for label in references]
+    lines = [f"\n| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    for label, tables in groups.items():
+        own = radii(label, tables)
+        accuracies = ([table.certified_accuracy(radius) for table in tables.values()] for radius in kept.RADII)
+        deviation = f" ({own.mean(axis=1).std(ddof=1):.4f})" if len(own) > 1 else ""
+        cells = [label, str(len(tables)), *(f"{np.mean(each):.3f}" for each in accuracies)]
+        cells += [f"{own.mean():.4f}{deviation}", *(compared(label, reference) for reference in references)]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

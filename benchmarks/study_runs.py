@@ -40,12 +40,12 @@ class Study:
     Attributes:
       figure: ``"pareto"`` or ``"curves"``.
       rows: label → run; labels that differ in ``, seed <n>`` alone are repetitions.
-      reference: a label without its seed; where given, means of the repetitions are shown and compared with its own.
+      references: labels without their seeds; where given, means of the repetitions are shown and compared with theirs.
     """
 
     figure: str
     rows: dict[str, Run]
-    reference: str = ""
+    references: tuple[str, ...] = ()
 
 
 def _run(variant, *flags):
@@ -151,6 +151,6 @@ STUDIES = {
     "family": Study("curves", _families()),
     "loss": Study("curves", _losses()),
     "sigma": Study("curves", _sigmas()),
-    "headline": Study("curves", _headline(), "ISRS, same network"),
+    "headline": Study("curves", _headline(), ("ISRS, same network", "ISRS, same network, SmoothAdv and consistency")),
     "full": Study("curves", _full()),
 }

@@ -63,9 +63,8 @@ def _run(workdir, process, options, rest):
         return
     if options.recast:
         command.only(workdir.path, config, ("certify.name", "data.dir"), "--recast")
-        verify.run(place)
+        stored = verify.run(place)
         cache_compilations()
-        stored = folder.read(place / "certificates.json")
         recast.run(jobs.of_certificates(place, stored, config.data.dir), stored, options.recast)
         return
     path = place / "certificates.json"

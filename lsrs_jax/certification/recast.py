@@ -28,7 +28,7 @@ class _Difference(NamedTuple):
     """Between the votes of an image in the ledger and those cast again."""
 
     moved: int  # votes for another class
-    surplus: int  # of the ledger's candidate, among the estimation votes
+    surplus: int  # of the ledger's candidate over its strongest rival, among the estimation votes
 
 
 def run(job, stored, count):
@@ -86,8 +86,8 @@ def run(job, stored, count):
     surplus, spread = _together(found.values())
     if surplus > _TOGETHER * spread:
         raise UserError(
-            f"{job.folder}: the ledger has {surplus:,} votes more for the certified classes than are cast now, nearly "
-            f"all to the same side, where rounding turns votes to either side{where}"
+            f"{job.folder}: in the ledger the certified classes lead their rivals by {surplus:,} votes more than are "
+            f"cast now, nearly all to the same side, where rounding turns votes to either side{where}"
         )
     _conclude(certification, recorded, again, found)
     if len(indices) == len(known):
@@ -138,7 +138,9 @@ def _compare(recorded, tally, head_dtype):
         moved += change
     candidate = int(recorded.counts["selection"].argmax())
     found, cast = pairs["estimation"]
-    return _Difference(moved, int(found[candidate] - cast[candidate]))
+    rival = int(np.where(np.arange(len(cast)) == candidate, -1, cast).argmax())
+    change = found - cast
+    return _Difference(moved, int(change[candidate] - change[rival]))
 
 
 def _together(differences):

@@ -29,6 +29,9 @@ def run(place):
       place: ``<workdir>/certify/<name>``. Of the workdir the configuration and the checkpoint, where they are still
         there, are compared.
 
+    Returns:
+      the content of certificates.json.
+
     Raises:
       UserError: naming the first file, and in a table the first line and column, that differs.
     """
@@ -79,6 +82,7 @@ def run(place):
         for name, used, kept in (("sigma", config.sigma, own.sigma), ("seed", config.seed, own.seed)):
             if used != kept:
                 print(f"note: certified with {name} {used}, trained with {kept}")
+    return stored
 
 
 def _read(path):
