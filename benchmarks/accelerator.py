@@ -1,20 +1,21 @@
 """What only an accelerator can tell: precision, throughput, whole test sets, the full CIFAR-10 table.
 
   python benchmarks/accelerator.py run --out=runs/accelerator --data=$TFDS_DATA_DIR --minutes=8
-  python benchmarks/accelerator.py run --out=runs/accelerator --sections=precision,throughput      # needs no data
+  python benchmarks/accelerator.py run --out=runs/accelerator --sections=precision,throughput.encoder   # needs no data
   python benchmarks/accelerator.py render --out=runs/accelerator    # Markdown of what is there
   python benchmarks/accelerator.py pack --out=runs/accelerator      # results.tar.gz, to unpack in another clone
 
-Sections are made of pieces; the result of each is a JSON file under --out, and a piece that is there is not made again:
-stopped at any moment, the same command goes on. No piece begins after --minutes, and a training or certification that
-runs then is asked to save and stop: exit code 75, something is left to do. A folder holds the results of one kind of
-device. --tiny makes every piece in seconds, to try the script. Nothing is downloaded.
+Sections are made of pieces, and a piece can be asked for alone. The result of each is a JSON file under --out, and a
+piece that is there is not made again: stopped at any moment, the same command goes on. No piece begins after --minutes,
+and a training or certification that runs then is asked to save and stop: exit code 75, something is left to do. A
+folder holds the results of one kind of device. --tiny makes every piece in seconds, to try the script. Nothing is
+downloaded.
 
 Sections, in order of value:
   precision   σ of every family as built and as run under each matmul precision; the float64 encoder against NumPy; what
               the self-check refuses; the law of the noise; one model certified here and on the CPU
   throughput  ceilings (matrix products, copies); votes/s of heads, and layer by layer; noise; encoder; training steps
-  whole       trains the default of configs/cifar10.py and certifies the 10,000 test images: fixed and staged, wall
+  whole       trains configs/cifar10.py:smoothadv and certifies the 10,000 test images: fixed and staged, wall
               seconds; certificates
   table       trains and certifies the runs of study "full" (benchmarks/study_runs.py), kept under docs/results/cifar10
 """
@@ -27,6 +28,7 @@ import gzip
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -51,7 +53,7 @@ from lsrs_jax.workdir import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = ("precision", "throughput", "whole", "table")
-DEFAULT = "LSRS: consistency"  # of the table: the default of configs/cifar10.py
+DEFAULT = "LSRS: SmoothAdv and consistency"  # of the table: the model of section whole
 RESULTS = ROOT / "docs" / "results" / "accelerator"
 
 
@@ -163,7 +165,7 @@ def table(work, run):
 
 
 def whole(work, schedule, dtype):
-    """Wall seconds from the checkpoint of the default model to the finished table of all test images."""
+    """Wall seconds from the checkpoint of the model to the finished table of all test images."""
     place = train(work, STUDIES["full"].rows[DEFAULT])
     name = f"test-{schedule}-{dtype}"
     flags = {"name": name, "schedule": schedule, "head_dtype": dtype, "step": 500 if work.tiny else 1}
@@ -231,7 +233,7 @@ def pieces(work):
     }
     for name in throughput.heads():
         for dtype in reversed(throughput.DTYPES):
-            label = name.replace("/", "-").replace(" ", "-")
+            label = re.sub("[/: ]", "-", name)
             found["throughput"][f"votes-{label}-{dtype}"] = part(throughput.votes, name, dtype, tiles, seconds)
     for dtype in throughput.DTYPES:
         rows = math.prod(tiles[-1])
@@ -267,8 +269,13 @@ def run(options):
             raise UserError(f"{options.out} holds results of {named(other)}: take another --out")
     work, failed = Work(options), []
     found = pieces(work)
-    for section in options.sections:
+    for chosen in options.sections:
+        section, _, only = chosen.partition(".")
+        if only and only not in found[section]:
+            raise UserError(f"section {section} has no piece {only!r}: {', '.join(found[section])}")
         for name, make in found[section].items():
+            if only and name != only:
+                continue
             path = options.out / f"{section}.{name}.json"
             if path.exists():
                 continue
@@ -297,12 +304,12 @@ def parse(arguments):
     parser.add_argument("what", choices=("run", "render", "pack"))
     parser.add_argument("--out", type=Path, required=True, help="folder of results and workdirs")
     parser.add_argument("--data", type=Path, help="folder of tensorflow-datasets; $TFDS_DATA_DIR where left out")
-    parser.add_argument("--sections", default=",".join(SECTIONS))
+    parser.add_argument("--sections", default=",".join(SECTIONS), help="SECTION or SECTION.PIECE, separated by commas")
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args(arguments)
     options.out, options.sections = options.out.resolve(), options.sections.split(",")
-    unknown = set(options.sections) - set(SECTIONS)
+    unknown = {section.partition(".")[0] for section in options.sections} - set(SECTIONS)
     if unknown:
         parser.error(f"no section {sorted(unknown)[0]!r}")
     return options

@@ -91,7 +91,8 @@ def _throughput(found):
 
 def _layers(dtype, found, ceiling):
     """Table of the default head's layers alone, and their share of a vote in the loop."""
-    votes = next((votes for name, votes in found.items() if re.fullmatch(f"votes-configs.*-{dtype}", name)), None)
+    loop = re.compile(f"votes-configs.*py-on.*-{dtype}")
+    votes = next((votes for name, votes in found.items() if loop.fullmatch(name)), None)
     rows = []
     for layer in found.get(f"layers-{dtype}", []) if votes else []:
         share = layer["count"] * layer["flops"] / layer["rate"] * votes["votes"][votes["best"]]

@@ -23,7 +23,7 @@ HEADS = {
     "resnet18_tail on 8x8x48": ("resnet18_tail", (8, 8, 48)),
     "linear on 512": ("linear", (512,)),
 }
-DEFAULT = "configs/cifar10.py"  # its head is one more
+DEFAULT = "configs/cifar10.py"  # its head is one more, and what ISRS of a network of its shapes runs for a vote
 DTYPES = ("float32", "bfloat16")  # the last is the smallest
 
 
@@ -48,10 +48,16 @@ def heads():
         name: (functools.partial(measure.head_function, head, shape, CLASSES), shape)
         for name, (head, shape) in HEADS.items()
     }
-    _, model, params = _default("lsrs")
-    shape = jax.eval_shape(model.encode, params, jax.ShapeDtypeStruct((1, *IMAGE), jnp.float32)).shape[1:]
-    name = f"{DEFAULT} on {'x'.join(map(str, shape))}"
-    return {name: (lambda dtype: model.for_certification(params, dtype)[1], shape)} | found
+    own = {}
+    for variant, label in (("lsrs", DEFAULT), ("free", f"{DEFAULT}:free")):
+        _, model, params = _default(variant)
+        shape = jax.eval_shape(model.encode, params, jax.ShapeDtypeStruct((1, *IMAGE), jnp.float32)).shape[1:]
+        own[f"{label} on {'x'.join(map(str, shape))}"] = functools.partial(_certified, model, params), shape
+    return own | found
+
+
+def _certified(model, params, dtype):
+    return model.for_certification(params, dtype)[1]
 
 
 @functools.cache

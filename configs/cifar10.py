@@ -3,17 +3,17 @@
   python -m lsrs_jax.train --config=configs/cifar10.py --workdir=runs/cifar10 --config.data.dir=$TFDS_DATA_DIR
   python -m lsrs_jax.certify --workdir=runs/cifar10
 
-Variants: ``lsrs`` (default; five orthogonal blocks of 64 channels, noise on the 8x8x48 latent, a head of 18 of the
-network's 98 MFLOP, consistency regularisation), ``isrs_split`` (ISRS of the same network), ``free`` (ISRS of a network
-of the same shapes without constraints), ``gaussian``, ``macer`` and ``smoothadv`` (``lsrs`` trained otherwise,
+Variants: ``lsrs`` (default; five orthogonal blocks of up to 128 channels, noise on the 8x8x48 latent, a head of 18 of
+the network's 242 MFLOP, consistency regularisation), ``isrs_split`` (ISRS of the same network), ``free`` (ISRS of a
+network of the same shapes without constraints), ``gaussian``, ``macer`` and ``smoothadv`` (``lsrs`` trained otherwise,
 the last with consistency regularisation at adversarial latents), ``margin`` (the orthogonal blocks with a linear head,
-deterministic). The splits of the public code that preceded LSRS:
-``partial``, ``latent``, ``preprocessor``; their heads are larger.
+deterministic). The splits of the public code that preceded LSRS: ``partial``, ``latent``, ``preprocessor``; their heads
+are larger.
 """
 
 from lsrs_jax.config import choose, default
 
-WIDTHS, STRIDES, SPLIT = (64, 64, 64, 64, 48, 64, 64, 128), (2, 1, 1, 1, 2, 1, 1, 2), 5
+WIDTHS, STRIDES, SPLIT = (128, 128, 128, 64, 48, 64, 64, 128), (2, 1, 1, 1, 2, 1, 1, 2), 5
 SMALL_TILE = (64, 64)  # for heads that see the whole image, which hold more of a batch
 VARIANTS = {
     "lsrs": {},
@@ -48,7 +48,7 @@ def get_config(variant="lsrs"):
     config.model.mean = (0.4914, 0.4822, 0.4465)
     config.train.loss = "consistency"
     config.train.noises = 2
-    config.train.steps = 10_000
+    config.train.steps = 12_000
     config.train.learning_rate = 2e-3
     config.train.weight_decay = 1e-4
     config.train.warmup_steps = 500

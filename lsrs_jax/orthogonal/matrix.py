@@ -87,23 +87,12 @@ def gram_bound(w):
 _GRAM_SQUARINGS = 5
 
 
-@jax.custom_batching.custom_vmap
-def _largest(norms):
-    return jnp.max(norms)
-
-
-@_largest.def_vmap
-def _largest_of_all(axis_size, in_batched, norms):
-    """One number for the whole batch: a batched one would turn `cond` into `select`, which computes both sides."""
-    return jnp.max(norms), False
-
-
 @highest_precision
 def expm_skew(a):
     """exp(A) for skew-Hermitian A of shape ``(..., n, n)``, by scaling, a Taylor polynomial and squaring.
 
-    The number of squarings follows the largest norm of the stack, √‖A²‖_F. Squaring doubles the departure from
-    orthogonality each time; one Björck step at the end removes it, so float32 results stay orthogonal to about
+    The number of squarings follows the norm of each matrix, √‖A²‖_F. Squaring doubles the departure from orthogonality
+    each time; one Björck step at the end removes it, so float32 results stay orthogonal to about
     1e-6. Matrices of a Frobenius norm above 4,096, where float32 has lost the angles anyway, are scaled back to it.
     """
     n = a.shape[-1]
@@ -112,7 +101,7 @@ def expm_skew(a):
     norms = jnp.linalg.norm(jax.lax.stop_gradient(a), axis=(-2, -1), keepdims=True)
     a = a * jnp.minimum(1.0, 2.0**_MAX_SQUARINGS / jnp.maximum(norms, 1.0))
     square = a @ a
-    norm = jnp.sqrt(_largest(jnp.linalg.norm(jax.lax.stop_gradient(square), axis=(-2, -1))))
+    norm = jnp.sqrt(jnp.linalg.norm(jax.lax.stop_gradient(square), axis=(-2, -1), keepdims=True))
     squarings = jnp.clip(jnp.ceil(jnp.log2(jnp.maximum(norm, 1e-30))), 0, _MAX_SQUARINGS).astype(jnp.int32)
     scale = jnp.exp2(-squarings.astype(norm.dtype))
     a, square = scale * a, scale**2 * square
@@ -131,7 +120,8 @@ def expm_skew(a):
         q = block(index) + fourth @ q
 
     def double(q, step):
-        return jax.lax.cond(step < squarings, lambda q: q @ q, lambda q: q, q), None
+        # Those that are not needed are computed and thrown away: before every `cond` a GPU waits for its host.
+        return jnp.where(step < squarings, q @ q, q), None
 
     q, _ = jax.lax.scan(double, q, jnp.arange(_MAX_SQUARINGS))
     return bjorck_step(q)

@@ -50,6 +50,15 @@ class State(NamedTuple):
         return State(rest[1], rest[0], result)
 
 
+def _compiler_options():
+    """Of programs that build orthogonal kernels.
+
+    For each of their many small products XLA would try dozens of kernels of its own on a GPU: minutes of compilation,
+    where cuBLAS takes seconds.
+    """
+    return {"xla_gpu_enable_triton_gemm": False} if jax.default_backend() == "gpu" else None
+
+
 def step_function(model, config, update, shardings=None):
     """One jitted optimizer step. The noise of step s comes from the key of (seed, "train", s) alone.
 
@@ -59,7 +68,7 @@ def step_function(model, config, update, shardings=None):
     model = dataclasses.replace(model, head_dtype=config.train.head_dtype)
     loss, decay = losses.of_config(config), config.train.ema
 
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings, compiler_options=_compiler_options())
     def train_step(state, images, labels, key, step):
         def loss_of(params):
             if shardings:
@@ -104,7 +113,9 @@ class Evaluator:
         self._batch = -(-min(batch, len(dataset)) // mesh.size) * mesh.size
         self._own = distributed.own_rows(mesh, self._batch)
 
-        @functools.partial(jax.jit, out_shardings=distributed.replicated(mesh))
+        options = _compiler_options()
+
+        @functools.partial(jax.jit, out_shardings=distributed.replicated(mesh), compiler_options=options)
         def correct(params, images, labels, valid, key):
             latents = model.encode(params, images)
             noise = sigma * jax.random.normal(key, latents.shape, latents.dtype)

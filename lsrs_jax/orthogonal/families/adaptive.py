@@ -90,4 +90,12 @@ def build(raw, shape):
     return jnp.swapaxes(kernel[..., : shape.c_in], -1, -2)
 
 
-FAMILY = ConvFamily(check, init, build)
+def widened(raw, shape):
+    """Raw parameters and shape of the kernel with all channels of its filters and its rotation."""
+    width = _width(shape)
+    c_out = max(shape.c_out, width * shape.strides[0] * shape.strides[1])
+    rotation = jnp.pad(raw["rotation"], ((0, c_out - shape.c_out), (0, 0)))
+    return raw | {"rotation": rotation}, shape._replace(c_in=width, c_out=c_out, input_hw=shape.strides)
+
+
+FAMILY = ConvFamily(check, init, build, widened=widened)

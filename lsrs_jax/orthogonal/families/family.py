@@ -35,3 +35,5 @@ class ConvFamily(NamedTuple):
     apply: Callable[[Any, Any, Any], Any] = apply_kernel  # (plain, x, shape) -> y
     spectrum: Callable[[Any, Any], Any] = spectrum_of_kernel  # (plain NumPy, shape) -> Spectrum
     rounding: Callable[[Any], float] = rounding_of_kernel  # (shape) -> float64 error of apply over ‖x‖
+    # (raw, shape) -> those of a kernel of which that of `shape` is the first c_in and c_out channels
+    widened: Callable[[Any, Any], Any] = lambda raw, shape: (raw, shape)
