@@ -242,6 +242,7 @@ def pieces(work):
         "encoder": part(throughput.encoder, 16 if tiny else 1024, seconds),
         "train-steps": part(throughput.train_steps, variants, 2 if tiny else 30),
         "families": part(families, work),
+        "bookkeeping": part(throughput.bookkeeping, 64 if tiny else 10_000),
     }
     return found
 

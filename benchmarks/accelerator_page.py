@@ -85,6 +85,11 @@ def _throughput(found):
     if steps := found.get("train-steps"):
         rows = [[name, f"{1e3 * seconds:.1f}"] for name, seconds in steps.items()]
         measure.table("training step of configs/cifar10.py|ms", rows)
+    if host := found.get("bookkeeping"):
+        print(
+            f"Bookkeeping of {host['images']:,} staged images on the host, votes drawn from multinomial laws: "
+            f"{host['seconds']:.1f} s, {1e6 * host['seconds'] / host['looks']:.0f} µs per image and look.\n"
+        )
     if "families" in found:
         print(found["families"]["markdown"])
 

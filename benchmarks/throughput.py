@@ -2,7 +2,9 @@
 
 import collections
 import functools
+import tempfile
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,9 @@ from lsrs_jax import models
 from lsrs_jax.command import config_from_flags
 from lsrs_jax.keys import domain_key
 from lsrs_jax.materialize import Float64Encoder
+from lsrs_jax.smoothing import schedule
+from lsrs_jax.smoothing.ledger import Ledger
+from lsrs_jax.smoothing.sweep import Block, Status, Sweep
 from lsrs_jax.training import loop, optimizer
 
 IMAGE, CLASSES = (32, 32, 3), 10
@@ -125,6 +130,43 @@ def encoder(batch, seconds):
     works = {"float64": repeated(lambda: double(images)), "float32": repeated(lambda: plain(weights, single))}
     rates = measure.rates(works, seconds, "encoder")
     return {"flops": models.cost(model).encoder} | {name: rate * batch for name, rate in rates.items()}
+
+
+class _Drawn:
+    """Votes that cost no device: multinomial, every image with probabilities of its own."""
+
+    tile, num_classes = (64, 512), CLASSES
+
+    def __init__(self, images):
+        self._rng = np.random.default_rng(0)
+        top = self._rng.beta(2, 0.5, (images, 1))
+        self._p = np.concatenate([top, np.repeat((1 - top) / (CLASSES - 1), CLASSES - 1, axis=1)], axis=1)
+
+    def put(self, placed, ids):
+        return ids
+
+    def launch(self, ids, purpose, first, stop, n):
+        samples = self.tile[1]
+        return self._rng.multinomial(min(stop * samples, n) - first * samples, self._p[ids])
+
+    def collect(self, counts, images):
+        return counts
+
+
+def bookkeeping(images):
+    """Seconds of the host for a staged certification: votes into the ledger, decisions at the looks."""
+    plan, votes = schedule.plan("staged", 100, 100_000, _Drawn.tile[1]), _Drawn(images)
+    derivation, status = schedule.Derivation(0.25, 0.001), Status(plan, images, 0, measure.say)
+    block = Block(list(range(images)), [0] * images, [0.0] * images, np.zeros((images, 1)))
+    with tempfile.TemporaryDirectory() as folder, Ledger(Path(folder) / "votes.0.tsv", plan, CLASSES) as ledger:
+        start = time.perf_counter()
+        Sweep(votes, ledger, lambda tallies: derivation.settled(plan, tallies), status).run(block)
+        seconds = time.perf_counter() - start
+        return {
+            "images": images,
+            "looks": sum(len(tally.looks) for tally in ledger.tallies.values()),
+            "seconds": seconds,
+        }
 
 
 def _seconds_of_a_batch(count):

@@ -127,24 +127,34 @@ def _rows_at_looks(estimation, looks):
         estimation = list(estimation)
     except TypeError as error:
         raise UserError(f"with looks, estimation votes are cumulative counts for each image: {error}") from error
-    estimation = [_counts("estimation", part) for part in estimation]
+    estimation = [_integers("estimation", part) for part in estimation]
     if not estimation or len({part.shape[1] for part in estimation}) > 1:
         raise UserError("estimation votes need the same classes for every image")
-    for part in estimation:
-        if not np.array_equal(part.sum(axis=1), looks[: len(part)]) or (np.diff(part, axis=0) < 0).any():
-            raise UserError(
-                f"estimation votes must be cumulative counts at the first of the looks {looks.tolist()}, got "
-                f"{part.sum(axis=1)} votes"
-            )
-    return np.concatenate(estimation), np.repeat(np.arange(len(estimation)), [len(part) for part in estimation])
+    rows, lengths = _counts("estimation", np.concatenate(estimation)), np.array([len(part) for part in estimation])
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    reached = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    wrong = rows.sum(axis=1) != np.append(looks, 0)[np.minimum(reached, len(looks))]
+    wrong[1:] |= (np.diff(rows, axis=0) < 0).any(axis=1) & (reached[1:] > 0)
+    if wrong.any():
+        part = estimation[owner[wrong.argmax()]]
+        raise UserError(
+            f"estimation votes must be cumulative counts at the first of the looks {looks.tolist()}, got "
+            f"{part.sum(axis=1)} votes"
+        )
+    return rows, owner
 
 
-def _counts(name, counts):
+def _integers(name, counts):
     counts = array(f"{name} votes", counts, "integers")
     if counts.ndim != 2 or counts.shape[1] < 2 or not len(counts) or counts.dtype.kind not in "iu":
         raise UserError(
             f"{name} votes must be integers of shape (images, classes >= 2), got {counts.dtype} {counts.shape}"
         )
+    return counts.astype(np.int64)  # what does not fit becomes negative
+
+
+def _counts(name, counts):
+    counts = _integers(name, counts)
     if np.any(counts < 0) or np.any(counts > confidence.MAX_VOTES) or np.any(counts.sum(axis=1) < 1):
         raise UserError(f"{name} votes must not be negative, nor above 2**27, and every image needs at least one")
-    return counts.astype(np.int64)
+    return counts

@@ -44,10 +44,13 @@ def partition(selection, n, alpha, bound):
     rivals = selection.astype(float)
     rivals[rows[:, 0], candidate] = np.inf
     order = np.argsort(-rivals, axis=1, kind="stable")  # the candidate, then the rivals by strength
-    options = [_dealt(classes, 0, 1)] if bound == "binary" else list(_options(classes))
-    shares = np.take_along_axis(selection, order, axis=1) / selection.sum(axis=1, keepdims=True)
-    promise = np.stack([_promise(shares, option, n, alpha) for option in options])
-    of_ranks = np.array(options)[promise.argmax(axis=0)]
+    if bound == "binary":
+        of_ranks = np.tile(_dealt(classes, 0, 1), (images, 1))
+    else:
+        options = list(_options(classes))
+        shares = np.take_along_axis(selection, order, axis=1) / selection.sum(axis=1, keepdims=True)
+        promise = np.stack([_promise(shares, option, n, alpha) for option in options])
+        of_ranks = np.array(options)[promise.argmax(axis=0)]
     ranks = np.empty_like(order)
     ranks[rows, order] = np.arange(classes)
     bucket = np.take_along_axis(of_ranks, ranks, axis=1)

@@ -47,16 +47,20 @@ class Status:
             self._survival = min(len(tallies) / self._before, 1.0)
         self._before = len(tallies)
         waiting = self._total - self._settled - len(tallies)
-        typical = self._finished_votes / self._finished if self._finished else self._left(None)
-        self._target = self._votes + sum(map(self._left, tallies)) + waiting * typical
+        expected = self._expected()
+        typical = self._finished_votes / self._finished if self._finished else expected[0]
+        left = sum(expected[0] if t is None else expected[len(t.looks)] - self._cast(t) for t in tallies)
+        self._target = self._votes + left + waiting * typical
 
-    def _left(self, tally):
-        """Votes to come for an image, if it survives each look with the chance seen last."""
-        looks = (0, *self._plan.looks)
-        reached = 0 if tally is None else len(tally.looks)
-        steps = np.diff(looks)[reached:]
-        expected = float(np.sum(steps * self._survival ** np.arange(len(steps))))
-        return expected + looks[reached] + self._plan.n0 - _votes(tally)
+    def _expected(self):
+        """Votes of an image by the looks it has reached, if it survives each with the chance seen last."""
+        looks = np.array([0, *self._plan.looks])
+        steps = np.diff(looks)
+        to_come = [np.sum(steps[i:] * self._survival ** np.arange(len(steps) - i)) for i in range(len(looks))]
+        return (looks + to_come + self._plan.n0).tolist()
+
+    def _cast(self, tally):
+        return self._plan.votes(tally.done)
 
     def count(self, votes):
         """New votes on the books."""
@@ -71,7 +75,7 @@ class Status:
         """Images that are settled now."""
         self._settled += len(tallies)
         self._finished += len(tallies)
-        self._finished_votes += sum(map(_votes, tallies))
+        self._finished_votes += sum(map(self._cast, tallies))
 
     def show(self):
         """Says the line."""
@@ -81,10 +85,6 @@ class Status:
         left = duration(max(self._target - self._votes, 0) / rate) if rate > 0 else "unknown"
         mean = f"  {self._finished_votes / self._finished:,.0f} votes per image" if self._finished else ""
         self._say(f"{self._settled:>6,} of {self._total:,} images settled{mean}  {rate:,.0f} votes/s  {left} left")
-
-
-def _votes(tally):
-    return 0 if tally is None else sum(int(counts.sum()) for counts in tally.counts.values())
 
 
 class Sweep:

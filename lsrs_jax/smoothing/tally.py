@@ -1,6 +1,8 @@
 """The votes of images so far, each chunk of noise counted exactly once. NumPy only."""
 
+import bisect
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -45,22 +47,27 @@ class Plan:
         """Estimation votes at the last look."""
         return self.looks[-1]
 
-    @property
+    @functools.cached_property
     def totals(self):
         """Votes per purpose, in the order in which they are cast."""
         return {"selection": self.n0, "estimation": self.n}
 
-    def stops(self, purpose):
-        """Chunk indices at which the purpose may pause: the looks, or the end of the selection."""
-        ends = (self.n0,) if purpose == "selection" else self.looks
-        return tuple(chunks(votes, self.samples) for votes in ends)
+    @functools.cached_property
+    def stops(self):
+        """Chunk indices at which each purpose may pause: the end of the selection, the looks."""
+        ends = {"selection": (self.n0,), "estimation": self.looks}
+        return {purpose: tuple(chunks(votes, self.samples) for votes in some) for purpose, some in ends.items()}
+
+    def votes(self, done):
+        """How many votes lie in the chunks `done` (per purpose)."""
+        return sum(min(stop * self.samples, n) for stop, n in zip(done, self.totals.values(), strict=True))
 
     def next_stop(self, done):
         """``(purpose, first, stop)`` that comes next after the chunks `done` (per purpose); None at the end."""
         for purpose, first in zip(self.totals, done, strict=True):
-            stop = next((stop for stop in self.stops(purpose) if stop > first), None)
-            if stop is not None:
-                return purpose, first, stop
+            stops = self.stops[purpose]
+            if first < stops[-1]:
+                return purpose, first, stops[bisect.bisect(stops, first)]
         return None
 
 
@@ -153,4 +160,4 @@ class Tallies:
     def at_a_look(self, idx):
         """Whether the last vote of an image was the last one before a look, so that a certificate can be derived."""
         tally = self.tallies.get(idx)
-        return tally is not None and tally.next["estimation"] in self.plan.stops("estimation")
+        return tally is not None and tally.next["estimation"] in self.plan.stops["estimation"]

@@ -349,8 +349,8 @@ def test_coverage_with_many_classes_and_the_runner_up_alone_is_caught(classes, t
 def tally_of(the_plan, votes, selection=(100, 0)):
     """A tally whose looks found `votes` (cumulative, for the candidate) of two classes."""
     tallies, samples = Tallies(the_plan, 2), the_plan.samples
-    ends = the_plan.stops("estimation")
-    rows = [Row(0, 0, 0.0, "selection", 0, the_plan.stops("selection")[0], np.array(selection), 0.0)]
+    ends = the_plan.stops["estimation"]
+    rows = [Row(0, 0, 0.0, "selection", 0, the_plan.stops["selection"][0], np.array(selection), 0.0)]
     before, total = 0, np.zeros(2, int)
     for stop, look, k in zip(ends, the_plan.looks, votes, strict=False):
         counts = np.array([k, look - k])
@@ -408,9 +408,9 @@ def staged_on(p, derivation, seed):
     """Certificates of simulated images with these probabilities; votes drawn look by look, as the sweep does."""
     rng = np.random.default_rng(seed)
     tallies, pending, before, first = Tallies(STAGED, 2), np.arange(len(p)), 0, 0
-    end = STAGED.stops("selection")[0]
+    end = STAGED.stops["selection"][0]
     tallies.append([Row(int(i), 0, 0.0, "selection", 0, end, np.array([100, 0]), 0.0) for i in pending])
-    for look, stop in zip(STAGED.looks, STAGED.stops("estimation"), strict=True):
+    for look, stop in zip(STAGED.looks, STAGED.stops["estimation"], strict=True):
         k = rng.binomial(look - before, p[pending])
         tallies.append(
             [

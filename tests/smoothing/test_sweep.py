@@ -87,7 +87,7 @@ def test_tiles_are_full_at_every_look_and_progress_is_told():
     sweep(tallies, votes, MANY, lines)
     reached = np.array([len(tally.looks) for tally in tallies.tallies.values()])
     before = 0
-    for number, stop in enumerate(tallies.plan.stops("estimation")):
+    for number, stop in enumerate(tallies.plan.stops["estimation"]):
         images = int((reached > number).sum())
         launches = [entry for entry in votes.log if entry[0] == "estimation" and before <= entry[1] < stop]
         tiles = sum(first == before for _, first, _ in launches)
