@@ -1,5 +1,6 @@
 """Monte-Carlo votes of a head under Gaussian noise: the compiled loop. Only integers leave the device."""
 
+import concurrent.futures
 import contextlib
 import functools
 import math
@@ -100,6 +101,7 @@ class Votes:
         self.traces = 0  # how often the loop was traced; tests hold it at one
         self._head, self._noise = head, noise
         self._mesh = local_mesh(devices)
+        self._launcher = concurrent.futures.ThreadPoolExecutor(1, "launch")
         with _pinned():
             domain = jax.random.fold_in(check_key(key), DOMAINS["certify"])
             self._keys = {
@@ -131,8 +133,9 @@ class Votes:
         if not real or len(out.shape) != 2 or out.shape[0] != rows or out.shape[1] < 2:
             raise UserError(f"the head must return logits (B, K >= 2) for latents {spec.shape}, got {out}")
         head = jax.jit(self._head)
-        key = domain_key(0, "probe")
-        rng = np.random.default_rng(0)
+        key, rng = domain_key(0, "probe"), np.random.default_rng(0)
+        # A tile holds up to 8 GiB: it is drawn where it is used.
+        draw = jax.jit(lambda key, scale: scale * jax.random.normal(key, spec.shape, jnp.float32))
         tolerance = 0.05 if out.dtype in (jnp.bfloat16, jnp.float16) else 1e-4
 
         def logits(latents):
@@ -140,15 +143,14 @@ class Votes:
             self._check_logits(found.shape, out.shape[1])
             return np.asarray(found, np.float32)
 
-        latents = np.asarray(jax.random.normal(key, spec.shape, jnp.float32))
+        latents = draw(key, 1.0)
         first = logits(latents)
         if np.isnan(first).any():
             raise UserError("the head returns NaN logits; a NaN never certifies")
-        for scale in (0.01, 1.0, 100.0, 0.0, 1.0, 1.0):
+        for number, scale in enumerate((0.01, 1.0, 100.0, 0.0, 1.0, 1.0), start=1):
             # One row moves to a random place among companions it has not seen before.
             row, place = rng.integers(rows, size=2)
-            companions = (scale * rng.standard_normal(spec.shape)).astype(np.float32)
-            companions[place] = latents[row]
+            companions = draw(jax.random.fold_in(key, number), scale).at[place].set(latents[row])
             second = logits(companions)[place]
             infinite = np.isinf(first[row]) & (second == first[row])  # a masked class
             finite = np.where(infinite, 0, first[row]), np.where(infinite, 0, second)
@@ -247,21 +249,28 @@ class Votes:
     def launch(self, on_device, purpose, first, stop, n):
         """Starts the chunks [first, stop) of n votes on a tile from `put`; returns without waiting.
 
+        A GPU asks its host before every round of a loop whose length is not known when it is compiled. So a thread
+        starts one launch after the other, and whoever called is free to count the votes of the last one meanwhile.
+
         Returns:
-          a device array for `collect`.
+          a future for `collect`, which raises what went wrong.
         """
         if not 1 <= n <= MAX_VOTES:
             raise UserError(f"the number of votes must lie between 1 and 2**27, got {n}")
         if not 0 <= first < stop <= chunks(n, self.tile[1]):
             raise UserError(f"chunks [{first}, {stop}) are not among the {chunks(n, self.tile[1])} of {n} votes")
         numbers = [jax.device_put(np.int32(value), replicated(self._mesh)) for value in (first, stop, n)]
-        with _pinned():
-            return self._call(*on_device, self._keys[purpose], self._tables, *numbers)
+
+        def call():
+            with _pinned():
+                return self._call(*on_device, self._keys[purpose], self._tables, *numbers)
+
+        return self._launcher.submit(call)
 
     def collect(self, counts, images):
         """int64 counts ``(images, K)`` of a launch; raises UserError if any logit was NaN."""
-        per_device = np.asarray(jax.device_get(counts), np.int64).reshape(-1, self.tile[0], self.num_classes + 1)
-        counts = per_device.sum(axis=0)[:images]
+        per_device = np.asarray(jax.device_get(counts.result()), np.int64)
+        counts = per_device.reshape(-1, self.tile[0], self.num_classes + 1).sum(axis=0)[:images]
         if counts[:, -1].any():
             raise UserError(
                 f"the head returned NaN logits for {counts[:, -1].sum()} noisy samples; a NaN never certifies"

@@ -1,4 +1,6 @@
 import itertools
+import threading
+from concurrent import futures
 
 import chex
 import flax.linen as nn
@@ -112,12 +114,30 @@ def test_counts_do_not_depend_on_companions(baseline):
 def test_the_loop_needs_no_transfer():
     loop = Votes(network(), DIM, sigma=0.5, key=threefry(0), tile=(5, 32))
     latents = loop.put(loop.place(LATENTS))
-    with jax.transfer_guard("disallow"):
-        first = loop.launch(latents, "selection", 0, 4, 100)
-        second = loop.launch(latents, "estimation", 0, chunks(N, 32), N)
-    assert loop.collect(first, 5).sum() == 500
-    assert loop.collect(second, 5).sum() == 5 * N
+    jax.config.update("jax_transfer_guard", "disallow")  # in every thread
+    try:
+        totals = {"selection": 100, "estimation": N}
+        launches = [loop.launch(latents, purpose, 0, chunks(n, 32), n) for purpose, n in totals.items()]
+        futures.wait(launches)
+    finally:
+        jax.config.update("jax_transfer_guard", "allow")
+    assert [loop.collect(launch, 5).sum() for launch in launches] == [500, 5 * N]
     assert loop.traces == 1
+
+
+def test_a_launch_returns_where_the_platform_waits(baseline):
+    loop = Votes(network(), DIM, sigma=0.5, key=threefry(0), tile=(5, 32))
+    latents, call, goes_on = loop.put(loop.place(LATENTS)), loop._call, threading.Event()
+
+    def waits(*arguments):
+        assert goes_on.wait(60)
+        return call(*arguments)
+
+    loop._call, half = waits, chunks(N, 32) // 2
+    launches = [loop.launch(latents, "estimation", *ends, N) for ends in ((0, half), (half, chunks(N, 32)))]
+    assert not launches[0].done()
+    goes_on.set()
+    np.testing.assert_array_equal(sum(loop.collect(launch, 5) for launch in launches), baseline)
 
 
 def test_certify_traces_the_loop_once():
