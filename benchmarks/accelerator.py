@@ -15,8 +15,8 @@ Sections, in order of value:
   precision   σ of every family as built and as run under each matmul precision; the float64 encoder against NumPy; what
               the self-check refuses; the law of the noise; one model certified here and on the CPU
   throughput  ceilings (matrix products, copies); votes/s of heads, and layer by layer; noise; encoder; training steps
-  whole       trains configs/cifar10.py:smoothadv and certifies the 10,000 test images: fixed and staged, wall
-              seconds; certificates
+  whole       trains configs/cifar10.py:smoothadv and certifies the 10,000 test images: staged for three radii, staged
+              for the radius itself, fixed; wall seconds, certificates
   table       trains and certifies the runs of study "full" (benchmarks/study_runs.py), kept under docs/results/cifar10
 """
 
@@ -167,8 +167,10 @@ def table(work, run):
 def whole(work, schedule, dtype):
     """Wall seconds from the checkpoint of the model to the finished table of all test images."""
     place = train(work, STUDIES["full"].rows[DEFAULT])
-    name = f"test-{schedule}-{dtype}"
-    flags = {"name": name, "schedule": schedule, "head_dtype": dtype, "step": 500 if work.tiny else 1}
+    name, radii = f"test-{schedule}-{dtype}", ()
+    if schedule == "radii":
+        schedule, radii = "staged", (0.25, 0.5, 0.75)
+    flags = {"name": name, "schedule": schedule, "head_dtype": dtype, "step": 500 if work.tiny else 1, "radii": radii}
     flags = [f"--config.certify.{field}={value}" for field, value in flags.items()]
     words = ["-m", "lsrs_jax.certify", f"--workdir={place}", "--config.data.split=test", *flags]
     seconds = work.command(*words, environment=_data(work))
@@ -225,7 +227,7 @@ def pieces(work):
         "whole": {
             f"{schedule}-{dtype}": part(whole, work, schedule, dtype)
             for dtype in ("bfloat16", "float32")
-            for schedule in ("staged", "fixed")
+            for schedule in ("radii", "staged", "fixed")
         },
         "table": {
             run.name: part(table, work, run) for run in list(STUDIES["full"].rows.values())[: 1 if tiny else None]
@@ -241,6 +243,7 @@ def pieces(work):
     found["throughput"] |= {
         "encoder": part(throughput.encoder, 16 if tiny else 1024, seconds),
         "train-steps": part(throughput.train_steps, variants, 2 if tiny else 30),
+        "profile": part(throughput.profile, {name: variants[name] for name in ("free", "smoothadv")}, 2 if tiny else 5),
         "families": part(families, work),
         "bookkeeping": part(throughput.bookkeeping, 64 if tiny else 10_000),
     }

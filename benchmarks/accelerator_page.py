@@ -85,6 +85,10 @@ def _throughput(found):
     if steps := found.get("train-steps"):
         rows = [[name, f"{1e3 * seconds:.1f}"] for name, seconds in steps.items()]
         measure.table("training step of configs/cifar10.py|ms", rows)
+    for variant, profile in found.get("profile", {}).items():
+        busy, span = (f"{1e3 * profile[name]:.2f} ms" for name in ("busy", "span"))
+        print(f"A training step of {variant}, traced: {profile['kernels']:.0f} kernels, {busy} of {span}. Longest:\n")
+        measure.table("kernel|ms of a step", [[name[:60], f"{1e3 * took:.3f}"] for name, took in profile["top"]])
     if host := found.get("bookkeeping"):
         print(
             f"Bookkeeping of {host['images']:,} staged images on the host, votes drawn from multinomial laws: "
@@ -128,6 +132,6 @@ def render(options):
         versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
         print(f"{named(facts)} ({facts['backend']}), {facts['day']}; {versions}\n")
     for section, show in {"precision": _precision, "throughput": _throughput, "whole": _whole}.items():
-        if section in options.sections and found[section]:
+        if found[section] and any(section == chosen.partition(".")[0] for chosen in options.sections):
             print(f"## {section.capitalize()}\n")
             show(found[section])

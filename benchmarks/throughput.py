@@ -2,6 +2,8 @@
 
 import collections
 import functools
+import gzip
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -55,21 +57,27 @@ def heads():
     }
     own = {}
     for variant, label in (("lsrs", DEFAULT), ("free", f"{DEFAULT}:free")):
-        _, model, params = _default(variant)
+        model = _default(variant)[1]
+        params = jax.eval_shape(model.init, domain_key(0, "init"))
         shape = jax.eval_shape(model.encode, params, jax.ShapeDtypeStruct((1, *IMAGE), jnp.float32)).shape[1:]
-        own[f"{label} on {'x'.join(map(str, shape))}"] = functools.partial(_certified, model, params), shape
+        own[f"{label} on {'x'.join(map(str, shape))}"] = functools.partial(_certified, variant), shape
     return own | found
 
 
-def _certified(model, params, dtype):
-    return model.for_certification(params, dtype)[1]
+def _certified(variant, dtype):
+    model = _default(variant)[1]
+    return model.for_certification(_params(variant), dtype)[1]
 
 
 @functools.cache
 def _default(variant):
     config = config_from_flags([f"--config={DEFAULT}:{variant}"])
-    model = models.build(config.model, IMAGE, CLASSES)
-    return config, model, model.init(domain_key(0, "init"))
+    return config, models.build(config.model, IMAGE, CLASSES)
+
+
+@functools.cache
+def _params(variant):
+    return _default(variant)[1].init(domain_key(0, "init"))
 
 
 def votes(name, dtype, tiles, seconds):
@@ -112,8 +120,8 @@ def layers(dtype, rows, seconds):
 
 def encoder(batch, seconds):
     """Images/s of the default encoder in float64, as certified, and in float32, and what it must compute."""
-    _, model, params = _default("lsrs")
-    frozen, _ = model.for_certification(params)
+    model = _default("lsrs")[1]
+    frozen, _ = model.for_certification(_params("lsrs"))
     images = np.random.default_rng(0).random((batch, *IMAGE))
     weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), frozen.params)
     plain, single = jax.jit(frozen.apply), jnp.asarray(images, jnp.float32)
@@ -182,6 +190,29 @@ def _seconds_of_a_batch(count):
     return (time.perf_counter() - start) / count
 
 
+def _training(variant, flags):
+    """A function of a number of training steps of a variant, which takes them and waits; compiled."""
+    config = config_from_flags([f"--config={DEFAULT}:{variant.split(',')[0]}", *flags])
+    model = models.build(config.model, IMAGE, CLASSES)
+    transformation = optimizer.build(config.train)
+    params = model.init(domain_key(0, "init"))
+    state = loop.State(params, transformation.init(params), jax.tree.map(jnp.copy, params))
+    step = loop.step_function(model, config, transformation.update)
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.random((config.data.batch_size, *IMAGE)), jnp.float32)
+    labels = jnp.asarray(rng.integers(CLASSES, size=len(images)), jnp.int32)
+
+    def steps(count):
+        nonlocal state
+        for index in range(count):
+            state, metrics = step(state, images, labels, domain_key(0, "probe"), np.uint32(index))
+        jax.block_until_ready(metrics)
+
+    measure.say(f"training step of {variant}")
+    steps(1)
+    return steps
+
+
 def train_steps(variants, count):
     """Seconds of a training step of the default configuration's variants, noise included; and of a batch on the host.
 
@@ -189,21 +220,60 @@ def train_steps(variants, count):
     """
     found = {"a batch on the host": _seconds_of_a_batch(count)}
     for variant, flags in variants.items():
-        config = config_from_flags([f"--config={DEFAULT}:{variant.split(',')[0]}", *flags])
-        model = models.build(config.model, IMAGE, CLASSES)
-        transformation = optimizer.build(config.train)
-        params = model.init(domain_key(0, "init"))
-        state = loop.State(params, transformation.init(params), jax.tree.map(jnp.copy, params))
-        step = loop.step_function(model, config, transformation.update)
-        rng = np.random.default_rng(0)
-        images = jnp.asarray(rng.random((config.data.batch_size, *IMAGE)), jnp.float32)
-        labels = jnp.asarray(rng.integers(CLASSES, size=len(images)), jnp.int32)
-        measure.say(f"training step of {variant}")
-        state, metrics = step(state, images, labels, domain_key(0, "probe"), np.uint32(0))  # compiles
-        jax.block_until_ready(metrics)
+        steps = _training(variant, flags)
         start = time.perf_counter()
-        for index in range(count):
-            state, metrics = step(state, images, labels, domain_key(0, "probe"), np.uint32(index + 1))
-        jax.block_until_ready(metrics)
+        steps(count)
         found[variant] = (time.perf_counter() - start) / count
     return found
+
+
+def profile(variants, count):
+    """What the device does in a training step of the variants: kernels, seconds they take, and the longest ones.
+
+    Read from a trace, which takes time of its own; nothing where the platform traces no device.
+    """
+    found = {}
+    for variant, flags in variants.items():
+        steps = _training(variant, flags)
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder, create_perfetto_trace=True):
+                steps(count)
+            kernels = _kernels(next(Path(folder).rglob("perfetto_trace.json.gz")))
+        if not kernels:
+            continue
+        total = collections.Counter()
+        for name, _, seconds in kernels:
+            total[name] += seconds / count
+        span = max(start + seconds for _, start, seconds in kernels) - min(start for _, start, _ in kernels)
+        busy = total.total()
+        found[variant] = {
+            "kernels": len(kernels) / count,
+            "busy": busy,
+            "span": span / count,
+            "top": total.most_common(12),
+        }
+    return found
+
+
+def _kernels(path):
+    """``(name, start, seconds)`` of what ran on the device, from a trace."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        events = json.load(file)
+    events = events["traceEvents"] if isinstance(events, dict) else events
+
+    def names(kind):
+        """(process, thread) → name."""
+        named = [event for event in events if event.get("ph") == "M" and event["name"] == kind]
+        return {(event["pid"], event.get("tid")): event["args"]["name"] for event in named}
+
+    processes = {pid: name for (pid, _), name in names("process_name").items()}
+    streams = {
+        place
+        for place, name in names("thread_name").items()
+        if "Stream" in name and "GPU" in processes.get(place[0], "")
+    }
+    return [
+        (event["name"], event["ts"] / 1e6, event["dur"] / 1e6)
+        for event in events
+        if event.get("ph") == "X" and (event["pid"], event.get("tid")) in streams
+    ]

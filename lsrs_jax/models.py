@@ -65,7 +65,8 @@ class Model:
         # encoder without parameters (identity) has no collection at all.
         encoder = jax.jit(self.encoder.init)(encoder_key, x).get("params", {})
         latent = jax.eval_shape(self._encoder_apply, encoder, x)
-        return {"encoder": encoder, "head": self.head.init(head_key, jnp.zeros(latent.shape, latent.dtype))["params"]}
+        head = jax.jit(self.head.init)(head_key, jnp.zeros(latent.shape, latent.dtype))
+        return {"encoder": encoder, "head": head["params"]}
 
     def _encoder_apply(self, params, x):
         return self.encoder.apply({"params": params}, x)

@@ -108,6 +108,36 @@ def test_an_unfinished_training_is_finished_before_the_whole_set(tmp_path, rando
     assert (place / "metrics.jsonl").stat().st_mtime_ns == times
 
 
+def test_a_piece_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match="section whole has no piece 'quick': radii-bfloat16, "):
+        accelerator.main(["run", f"--out={tmp_path}", "--tiny", "--sections=whole.quick"])
+
+
+def test_kernels_are_read_from_a_trace(tmp_path):
+    """Those of the device: not what the host does meanwhile, nor the lines of a trace that name things."""
+    events = [
+        {"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "/device:GPU:0"}},
+        {"ph": "M", "name": "process_name", "pid": 2, "args": {"name": "/host:CPU"}},
+        {"ph": "M", "name": "thread_name", "pid": 1, "tid": 7, "args": {"name": "Stream #14(Compute)"}},
+        {"ph": "M", "name": "thread_name", "pid": 1, "tid": 8, "args": {"name": "XLA Modules"}},
+        {"ph": "M", "name": "process_sort_index", "pid": 1, "args": {"sort_index": 1}},
+        *(
+            {"ph": "X", "name": f"{pid} {tid}", "pid": pid, "tid": tid, "ts": 3e6, "dur": 2e6}
+            for pid, tid in ((1, 7), (1, 8), (2, 7))
+        ),
+        {},
+    ]
+    path = tmp_path / "perfetto_trace.json.gz"
+    path.write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
+    assert throughput._kernels(path) == [("1 7", 3.0, 2.0)]
+
+
+def test_the_host_books_every_look_of_every_image():
+    found = throughput.bookkeeping(20)
+    assert 20 <= found["looks"] <= 20 * 19
+    assert found["seconds"] > 0
+
+
 def test_the_noise_of_this_platform_passes_and_another_sigma_does_not():
     found = precision.noise(2**22)
     assert found["p_value"] > 1e-4
@@ -138,13 +168,15 @@ def test_every_piece_at_tiny_size(tmp_path, capsys):
 
 
 def test_the_whole_set_is_certified_and_packed(tmp_path, random_cifar10, capsys):
-    arguments = [f"--out={tmp_path / 'out'}", "--sections=table,whole"]
+    arguments = [f"--out={tmp_path / 'out'}", "--sections=table,whole.radii-bfloat16,whole.fixed-float32"]
     accelerator.main(["run", *arguments, f"--data={random_cifar10}", "--tiny"])
     capsys.readouterr()
     accelerator.main(["render", *arguments])
     printed = capsys.readouterr().out
     assert ", at tiny size (cpu), " in printed
-    assert "| staged-bfloat16 | 1 | " in printed
+    assert "| radii-bfloat16 | 1 | " in printed
+    assert "| fixed-float32 | 1 | " in printed
+    assert "staged" not in printed
     with pytest.raises(UserError, match=r"holds results of .*, at tiny size: take another --out"):
         accelerator.main(["run", *arguments])
     with pytest.raises(UserError, match="holds no results to be kept"):
@@ -166,8 +198,8 @@ def test_the_whole_set_is_certified_and_packed(tmp_path, random_cifar10, capsys)
     assert (tmp_path / "clone" / "docs" / "results" / "cifar10" / "full-free-gaussian" / "card.md").exists()
     place = tmp_path / "clone" / "docs" / "results" / "accelerator"
     assert json.loads((place / "whole.fixed-float32.json").read_text())["result"]["images"] == 1
-    source = tmp_path / "out" / "runs" / "full-lsrs" / "certify" / "test-staged-float32"
-    packed = place / "certificates" / "test-staged-float32"
+    source = tmp_path / "out" / "runs" / "full-smoothadv" / "certify" / "test-radii-bfloat16"
+    packed = place / "certificates" / "test-radii-bfloat16"
     assert gzip.decompress(packed.with_suffix(".tsv.gz").read_bytes()) == (source / "certificates.tsv").read_bytes()
     assert packed.with_suffix(".json").read_bytes() == (source / "certificates.json").read_bytes()
 
