@@ -273,12 +273,13 @@ def run(options):
             raise UserError(f"{options.out} holds results of {named(other)}: take another --out")
     work, failed = Work(options), []
     found = pieces(work)
-    for chosen in options.sections:
-        section, _, only = chosen.partition(".")
-        if only and only not in found[section]:
+    chosen = [section.partition(".") for section in options.sections]
+    for section, dot, only in chosen:
+        if dot and only not in found[section]:
             raise UserError(f"section {section} has no piece {only!r}: {', '.join(found[section])}")
+    for section, dot, only in chosen:
         for name, make in found[section].items():
-            if only and name != only:
+            if dot and name != only:
                 continue
             path = options.out / f"{section}.{name}.json"
             if path.exists():

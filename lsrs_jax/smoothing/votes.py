@@ -20,6 +20,7 @@ from lsrs_jax.smoothing.tally import chunks
 
 PURPOSES = {"selection": 1, "estimation": 2, "prediction": 3}
 NOISE = {"shared": 0, "independent": 16}  # added to the number of a purpose, so that no key serves both
+_SCALES = (0.01, 1.0, 100.0, 0.0, 1.0, 1.0)  # of the companions that a row is tried with
 _MAX_ENTRIES = 2**31  # of one tile of noisy latents, 8 GiB
 SPMD = ("shard_map", "pmap")
 
@@ -132,10 +133,11 @@ class Votes:
         real = hasattr(out, "dtype") and not jnp.issubdtype(out.dtype, jnp.complexfloating)
         if not real or len(out.shape) != 2 or out.shape[0] != rows or out.shape[1] < 2:
             raise UserError(f"the head must return logits (B, K >= 2) for latents {spec.shape}, got {out}")
-        head = jax.jit(self._head)
+        head = jax.jit(lambda latents: self._head(latents))  # traced anew: JAX may remember what it was elsewhere
         key, rng = domain_key(0, "probe"), np.random.default_rng(0)
-        # A tile holds up to 8 GiB: it is drawn where it is used.
-        draw = jax.jit(lambda key, scale: scale * jax.random.normal(key, spec.shape, jnp.float32))
+        # A tile holds up to 8 GiB: one is drawn where it is used, and is gone before the next.
+        draw = jax.jit(lambda key: jax.random.normal(key, spec.shape, jnp.float32))
+        around = jax.jit(lambda key, scale, row, place: (scale * draw(key)).at[place].set(row))
         tolerance = 0.05 if out.dtype in (jnp.bfloat16, jnp.float16) else 1e-4
 
         def logits(latents):
@@ -143,17 +145,17 @@ class Votes:
             self._check_logits(found.shape, out.shape[1])
             return np.asarray(found, np.float32)
 
-        latents = draw(key, 1.0)
-        first = logits(latents)
-        if np.isnan(first).any():
+        latents, (chosen, places) = draw(key), rng.integers(rows, size=(2, len(_SCALES)))
+        found, moving = logits(latents), latents[chosen]
+        del latents
+        if np.isnan(found).any():
             raise UserError("the head returns NaN logits; a NaN never certifies")
-        for number, scale in enumerate((0.01, 1.0, 100.0, 0.0, 1.0, 1.0), start=1):
+        turns = zip(found[chosen], moving, places, _SCALES, strict=True)
+        for number, (alone, row, place, scale) in enumerate(turns, start=1):
             # One row moves to a random place among companions it has not seen before.
-            row, place = rng.integers(rows, size=2)
-            companions = draw(jax.random.fold_in(key, number), scale).at[place].set(latents[row])
-            second = logits(companions)[place]
-            infinite = np.isinf(first[row]) & (second == first[row])  # a masked class
-            finite = np.where(infinite, 0, first[row]), np.where(infinite, 0, second)
+            second = logits(around(jax.random.fold_in(key, number), scale, row, place))[place]
+            infinite = np.isinf(alone) & (second == alone)  # a masked class
+            finite = np.where(infinite, 0, alone), np.where(infinite, 0, second)
             if not (np.abs(finite[1] - finite[0]) <= tolerance * (1 + np.abs(finite[0]))).all():
                 raise UserError(
                     "the head's rows depend on each other (batch statistics?): each row must be a function of its own "
@@ -222,7 +224,14 @@ class Votes:
         else:
             specs = (P(AXIS), *[P()] * 7)
             call = jax.jit(jax.shard_map(self._device_votes, mesh=self._mesh, in_specs=specs, out_specs=P(AXIS)))
-        return functools.partial(call, jax.device_put(index, jax.NamedSharding(self._mesh, P(AXIS))))
+        index = jax.device_put(index, jax.NamedSharding(self._mesh, P(AXIS)))
+        tile = self.put(self.place(np.zeros((1, *self.latent_shape))))
+        # In the thread and the contexts of whoever hands in the head: what votes is what was probed.
+        program = call.lower(index, *tile, self._keys["estimation"], self._tables, *self._numbers(0, 1, 1)).compile()
+        return functools.partial(program, index)
+
+    def _numbers(self, *numbers):
+        return [jax.device_put(np.int32(number), replicated(self._mesh)) for number in numbers]
 
     def place(self, latents):
         """Latents ``(N, *latent_shape)`` as the loop holds them: NumPy of the arithmetic's dtype."""
@@ -259,13 +268,8 @@ class Votes:
             raise UserError(f"the number of votes must lie between 1 and 2**27, got {n}")
         if not 0 <= first < stop <= chunks(n, self.tile[1]):
             raise UserError(f"chunks [{first}, {stop}) are not among the {chunks(n, self.tile[1])} of {n} votes")
-        numbers = [jax.device_put(np.int32(value), replicated(self._mesh)) for value in (first, stop, n)]
-
-        def call():
-            with _pinned():
-                return self._call(*on_device, self._keys[purpose], self._tables, *numbers)
-
-        return self._launcher.submit(call)
+        numbers = self._numbers(first, stop, n)
+        return self._launcher.submit(self._call, *on_device, self._keys[purpose], self._tables, *numbers)
 
     def collect(self, counts, images):
         """int64 counts ``(images, K)`` of a launch; raises UserError if any logit was NaN."""

@@ -1,3 +1,4 @@
+import contextvars
 import itertools
 import threading
 from concurrent import futures
@@ -123,6 +124,26 @@ def test_the_loop_needs_no_transfer():
         jax.config.update("jax_transfer_guard", "allow")
     assert [loop.collect(launch, 5).sum() for launch in launches] == [500, 5 * N]
     assert loop.traces == 1
+
+
+@pytest.mark.parametrize("spmd", ["shard_map", "pmap"])
+def test_the_head_that_votes_is_the_one_that_was_probed(spmd):
+    """Whatever the thread or the context of the caller makes of it: here batch statistics, anywhere else."""
+    here, method = threading.local(), contextvars.ContextVar("method", default=False)
+
+    def head(z):
+        evaluating = getattr(here, "evaluating", False) and method.get()
+        return linear_head(z) if evaluating else linear_head(z - z.mean(axis=0))
+
+    here.evaluating, token = True, method.set(True)
+    try:
+        found, plain = (certify(each, n=300, spmd=spmd).counts for each in (head, linear_head))
+    finally:
+        method.reset(token)
+    np.testing.assert_array_equal(found, plain)
+    here.evaluating = False
+    with pytest.raises(UserError, match="rows depend"):
+        certify(head, n=300)
 
 
 def test_a_launch_returns_where_the_platform_waits(baseline):
