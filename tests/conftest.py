@@ -8,9 +8,12 @@ import jax
 import prepared
 import pytest
 
+from lsrs_jax.distributed import cache_compilations
+
 jax.config.update("jax_num_cpu_devices", 8)
 # Compiled programs are kept between tests and runs of the suite, but not in the user's cache.
 os.environ["XDG_CACHE_HOME"] = str(Path(tempfile.gettempdir()) / f"lsrs_jax_tests_{os.getuid()}")
+cache_compilations()
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("LSRS_SHARED", ROOT.parent / "shared"))

@@ -35,6 +35,18 @@ def _pinned():
         yield
 
 
+# A tile holds up to 8 GiB: those of the probe are drawn where they are used, one at a time.
+@functools.partial(jax.jit, static_argnums=1)
+def _normals(key, shape):
+    return jax.random.normal(key, shape, jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _around(row, place, key, scale, shape):
+    """A batch with `row` at `place`, among normals of this scale."""
+    return (scale * jax.random.normal(key, shape, jnp.float32)).at[place].set(row)
+
+
 class Votes:
     """The compiled vote loop for one head, one latent shape and one tile.
 
@@ -135,9 +147,6 @@ class Votes:
             raise UserError(f"the head must return logits (B, K >= 2) for latents {spec.shape}, got {out}")
         head = jax.jit(lambda latents: self._head(latents))  # traced anew: JAX may remember what it was elsewhere
         key, rng = domain_key(0, "probe"), np.random.default_rng(0)
-        # A tile holds up to 8 GiB: one is drawn where it is used, and is gone before the next.
-        draw = jax.jit(lambda key: jax.random.normal(key, spec.shape, jnp.float32))
-        around = jax.jit(lambda key, scale, row, place: (scale * draw(key)).at[place].set(row))
         tolerance = 0.05 if out.dtype in (jnp.bfloat16, jnp.float16) else 1e-4
 
         def logits(latents):
@@ -145,7 +154,7 @@ class Votes:
             self._check_logits(found.shape, out.shape[1])
             return np.asarray(found, np.float32)
 
-        latents, (chosen, places) = draw(key), rng.integers(rows, size=(2, len(_SCALES)))
+        latents, (chosen, places) = _normals(key, spec.shape), rng.integers(rows, size=(2, len(_SCALES)))
         found, moving = logits(latents), latents[chosen]
         del latents
         if np.isnan(found).any():
@@ -153,7 +162,7 @@ class Votes:
         turns = zip(found[chosen], moving, places, _SCALES, strict=True)
         for number, (alone, row, place, scale) in enumerate(turns, start=1):
             # One row moves to a random place among companions it has not seen before.
-            second = logits(around(jax.random.fold_in(key, number), scale, row, place))[place]
+            second = logits(_around(row, place, jax.random.fold_in(key, number), scale, spec.shape))[place]
             infinite = np.isinf(alone) & (second == alone)  # a masked class
             finite = np.where(infinite, 0, alone), np.where(infinite, 0, second)
             if not (np.abs(finite[1] - finite[0]) <= tolerance * (1 + np.abs(finite[0]))).all():
