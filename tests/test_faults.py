@@ -1,6 +1,7 @@
 """Whatever breaks a training or a certification off, the same command ends in the same parameters and certificates."""
 
 import collections
+import contextlib
 import json
 import os
 import random
@@ -284,8 +285,11 @@ def test_a_second_signal_ends_at_once_with_one_line(where, second):
     process.send_signal(second)  # an echo of the first
     time.sleep(6 * interrupt._ECHO)  # a busy machine may serve the first late
     assert process.poll() is None
-    process.send_signal(second)
-    _, err = process.communicate(timeout=30)
+    for _ in range(5):  # where it served the first that late, this one was an echo
+        process.send_signal(second)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            _, err = process.communicate(timeout=6)
+            break
     assert (process.returncode, err) == (128 + second, "interrupted twice, ended at once; the same command resumes\n")
 
 

@@ -218,6 +218,7 @@ def test_trained_certified_killed_and_resumed(snaps, tmp_path):
     assert "data.size" in refused("train", *flags, f"--workdir={tmp_path / 'whole'}", "--config.data.size=28")
 
 
+@pytest.mark.soak
 def test_two_processes_see_the_batches_of_one(snaps, tmp_path):
     flags = [*SMALL, f"--config.data.dir={snaps}", "--config.data.workers=1"]
     run("train", *flags, f"--workdir={tmp_path / 'one'}", devices=2)
