@@ -54,6 +54,11 @@ from lsrs_jax.workdir import checkpoints
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = ("precision", "throughput", "whole", "table")
 DEFAULT = "LSRS: SmoothAdv and consistency"  # of the table: the model of section whole
+SCHEDULES = {
+    "radii": {"schedule": "staged", "radii": (0.25, 0.5, 0.75)},
+    "staged": {"schedule": "staged"},
+    "fixed": {"schedule": "fixed"},
+}
 RESULTS = ROOT / "docs" / "results" / "accelerator"
 
 
@@ -167,10 +172,8 @@ def table(work, run):
 def whole(work, schedule, dtype):
     """Wall seconds from the checkpoint of the model to the finished table of all test images."""
     place = train(work, STUDIES["full"].rows[DEFAULT])
-    name, radii = f"test-{schedule}-{dtype}", ()
-    if schedule == "radii":
-        schedule, radii = "staged", (0.25, 0.5, 0.75)
-    flags = {"name": name, "schedule": schedule, "head_dtype": dtype, "step": 500 if work.tiny else 1, "radii": radii}
+    name = f"test-{schedule}-{dtype}"
+    flags = SCHEDULES[schedule] | {"name": name, "head_dtype": dtype, "step": 500 if work.tiny else 1}
     flags = [f"--config.certify.{field}={value}" for field, value in flags.items()]
     words = ["-m", "lsrs_jax.certify", f"--workdir={place}", "--config.data.split=test", *flags]
     seconds = work.command(*words, environment=_data(work))
@@ -227,7 +230,7 @@ def pieces(work):
         "whole": {
             f"{schedule}-{dtype}": part(whole, work, schedule, dtype)
             for dtype in ("bfloat16", "float32")
-            for schedule in ("radii", "staged", "fixed")
+            for schedule in SCHEDULES
         },
         "table": {
             run.name: part(table, work, run) for run in list(STUDIES["full"].rows.values())[: 1 if tiny else None]

@@ -57,6 +57,13 @@ def trained(tmp_path, log=lambda *_: None, **fields):
     return config, model, dataset, result
 
 
+def test_the_options_for_gpus_are_ones_that_xla_has():
+    """A name that XLA drops would end every training on a GPU, and none here."""
+    assert jax.jit(lambda x: x + 1, compiler_options=loop._ON_GPU)(1.0) == 2.0
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+        jax.jit(lambda x: x + 1, compiler_options={f"{name}_": value for name, value in loop._ON_GPU.items()})(1.0)
+
+
 def test_the_speed_of_training_is_that_of_steps_alone(tmp_path, monkeypatch):
     clock, logged = itertools.count(), []
 

@@ -50,13 +50,13 @@ class State(NamedTuple):
         return State(rest[1], rest[0], result)
 
 
-def _compiler_options():
-    """Of programs that build orthogonal kernels.
+# Of programs that build orthogonal kernels. For each of their many small products XLA would try dozens of its own
+# kernels: minutes of compilation, where cuBLAS takes seconds.
+_ON_GPU = {"xla_gpu_enable_triton_gemm": False}
 
-    For each of their many small products XLA would try dozens of kernels of its own on a GPU: minutes of compilation,
-    where cuBLAS takes seconds.
-    """
-    return {"xla_gpu_enable_triton_gemm": False} if jax.default_backend() == "gpu" else None
+
+def _compiler_options():
+    return _ON_GPU if jax.default_backend() == "gpu" else None
 
 
 def step_function(model, config, update, shardings=None):
@@ -113,9 +113,9 @@ class Evaluator:
         self._batch = -(-min(batch, len(dataset)) // mesh.size) * mesh.size
         self._own = distributed.own_rows(mesh, self._batch)
 
-        options = _compiler_options()
+        whole = distributed.replicated(mesh)
 
-        @functools.partial(jax.jit, out_shardings=distributed.replicated(mesh), compiler_options=options)
+        @functools.partial(jax.jit, out_shardings=whole, compiler_options=_compiler_options())
         def correct(params, images, labels, valid, key):
             latents = model.encode(params, images)
             noise = sigma * jax.random.normal(key, latents.shape, latents.dtype)
