@@ -1,12 +1,14 @@
 """Eight simulated CPU devices for every test; helpers for real data that may be absent."""
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 import jax
 import prepared
 import pytest
+from commands import QUICK, run
 
 from lsrs_jax.distributed import cache_compilations
 
@@ -58,6 +60,33 @@ def certification(place):
     import samples
 
     return samples.certified(place / "certify" / "default")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A short training on 8 simulated devices, by the command."""
+    workdir = tmp_path_factory.mktemp("runs") / "digits"
+    out = run("train", *QUICK, f"--workdir={workdir}", devices=8)
+    assert "8 x cpu" in out
+    assert "left" in out
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def certified(trained):
+    """Certified on 1 device; the checkpoint came from 8."""
+    out = run("certify", f"--workdir={trained}", "--config.certify.name=base")
+    assert "Lipschitz constant 1.0000000" in out
+    assert "votes/s" in out
+    return trained / "certify" / "base" / "certificates.tsv"
+
+
+@pytest.fixture
+def copy(trained, certified, tmp_path):
+    """A copy of the training and its certificates, to do with as one likes."""
+    target = tmp_path / "copy"
+    shutil.copytree(trained, target)
+    return target
 
 
 def threefry(seed):

@@ -1,0 +1,99 @@
+"""Certification end to end, in processes of its own: what it writes, whatever devices and options, and what follows."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from commands import fingerprint, run, without_time
+
+from lsrs_jax.smoothing.table import read_table
+
+
+def test_training_leaves_what_certification_needs(trained):
+    metrics = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["loss"] for row in metrics if "loss" in row}
+    assert list(losses) == [20, 40, 60]
+    assert all(row["images_per_second"] > 0 for row in metrics if "loss" in row)
+    assert losses[60] < losses[20] < 2.4
+    assert next(row for row in metrics if "test_noisy_accuracy" in row)["test_clean_accuracy"] > 0.3
+    assert list((trained / "tensorboard").glob("events.*"))
+    assert json.loads((trained / "config.json").read_text())["train"]["steps"] == 60
+
+
+def test_certificates_are_complete_and_consistent(certified):
+    header = certified.read_text().splitlines()[0].split("\t")
+    assert header[:6] == ["idx", "label", "predict", "radius", "correct", "time"]
+    assert header[6:] == ["n", "p_a_lower", "p_b_upper", "lipschitz", "slack", "abstain"]
+    table = read_table(certified)
+    np.testing.assert_array_equal(table.idx, np.arange(40))
+    np.testing.assert_array_equal(table.votes, 1000)
+    assert 0.2 < table.certified_accuracy(0) <= 1
+    assert table.radius.max() <= 0.5 * 2.4633
+    assert (table.radius[table.predict == -1] == 0).all()
+    provenance = json.loads((certified.parent / "certificates.json").read_text())
+    assert provenance["identity"]["data"]["name"] == "digits"
+    assert provenance["lipschitz"]["constant"] >= 1
+    assert provenance["record"][0]["seconds"] > 0
+
+
+@pytest.mark.parametrize(("devices", "spmd"), [(8, "shard_map"), (3, "pmap")])
+def test_certificates_do_not_depend_on_devices(trained, certified, devices, spmd):
+    name = f"{spmd}{devices}"
+    run(
+        "certify",
+        f"--workdir={trained}",
+        f"--config.certify.name={name}",
+        f"--config.certify.spmd={spmd}",
+        devices=devices,
+        JAX_ENABLE_X64="1",
+        JAX_DEFAULT_PRNG_IMPL="rbg",
+    )
+    assert without_time(trained / "certify" / name / "certificates.tsv") == without_time(certified)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["arithmetic=float32", "noise=independent", "head_dtype=bfloat16", "bound=multiclass"],
+)
+def test_every_option_certifies_about_the_same(copy, certified, flag):
+    run("certify", f"--workdir={copy}", "--config.certify.name=other", f"--config.certify.{flag}")
+    tables = [read_table(path) for path in (certified, copy / "certify" / "other" / "certificates.tsv")]
+    radii = [table.average_certified_radius for table in tables]
+    assert radii[0] > 0
+    assert 0.8 * radii[0] < radii[1] < (2.0 if "bound" in flag else 1.2) * radii[0]
+    # What was chosen when the votes were cast need not be said again.
+    run("certify", f"--workdir={copy}", "--config.certify.name=other", "--from-counts", "--config.certify.alpha=0.05")
+    again = read_table(copy / "certify" / "other" / "certificates.tsv")
+    assert again.average_certified_radius > tables[1].average_certified_radius
+
+
+def test_certification_needs_no_optimizer_state(copy, certified):
+    for item in (copy / "checkpoints").glob("*/train"):
+        shutil.rmtree(item)
+    run("certify", f"--workdir={copy}", "--config.certify.name=again")
+    assert without_time(copy / "certify" / "again" / "certificates.tsv") == without_time(certified)
+
+
+def test_more_images_extend_the_same_ledger(copy, certified):
+    run("certify", f"--workdir={copy}", "--config.certify.name=base", "--config.certify.stop=50", devices=2)
+    rows = without_time(copy / "certify" / "base" / "certificates.tsv")
+    assert rows[:41] == without_time(certified)
+    assert len(rows) == 51
+
+
+def test_compiled_programs_are_kept_and_a_broken_cache_does_no_harm(copy, certified, tmp_path):
+    def certify_again(name, home):
+        run("certify", f"--workdir={copy}", f"--config.certify.name={name}", XDG_CACHE_HOME=str(home))
+        assert without_time(copy / "certify" / name / "certificates.tsv") == without_time(certified)
+        return fingerprint(home) if home.is_dir() else {}
+
+    first = certify_again("first", tmp_path / "cache")
+    loops = [name for name in first if "device_votes" in name and name.endswith("cache")]
+    assert len(loops) == 1
+    second = certify_again("second", tmp_path / "cache")
+    assert {name for name in second if name.endswith("cache")} == {name for name in first if name.endswith("cache")}
+    path = tmp_path / "cache" / loops[0]
+    path.write_bytes(path.read_bytes()[:1000])  # as a kill would leave it
+    certify_again("third", tmp_path / "cache")
+    certify_again("fourth", tmp_path / "config.json" / "nowhere")

@@ -1,0 +1,222 @@
+"""Certificates are derived from votes: other bounds need no new ones, and SciPy alone comes to the same radii."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from commands import QUICK, fingerprint, refused, run, without_time
+from scipy import stats
+
+from lsrs_jax import checkpoint, data, models, smoothing
+from lsrs_jax import config as configuration
+from lsrs_jax.keys import pinned, root_key
+from lsrs_jax.materialize import Float64Encoder
+from lsrs_jax.smoothing import schedule
+from lsrs_jax.smoothing.table import read_table
+
+
+def recomputed(folder, alpha, looks):
+    """p_A of each image from the rows of a ledger, with SciPy alone: the best of its looks at their share of alpha."""
+    selection, counts, found = {}, {}, {}
+    for line in (folder / "votes.0.tsv").read_text().splitlines()[1:]:
+        idx, _, _, purpose, _, _, pairs, *_ = line.split("\t")
+        table = (selection if purpose == "selection" else counts).setdefault(int(idx), np.zeros(10, int))
+        for pair in pairs.split(","):
+            name, number = map(int, pair.split(":"))
+            table[name] += number
+        if purpose == "estimation" and table.sum() in looks:
+            k = table[selection[int(idx)].argmax()]
+            p = stats.beta.ppf(alpha / len(looks), k, table.sum() - k + 1) if k else 0.0
+            found.setdefault(int(idx), []).append(p)
+    return {idx: max(values) for idx, values in found.items()}
+
+
+def columns(path, *names):
+    rows = [line.split("\t") for line in path.read_text().splitlines()]
+    return [[float(row[rows[0].index(name)]) for row in rows[1:]] for name in names]
+
+
+STAGED = ["--config.certify.schedule=staged", "--config.certify.n=6000", "--config.certify.stop=60"]
+
+
+def test_another_alpha_needs_no_votes(copy, certified):
+    out = run("certify", f"--workdir={copy}", "--config.certify.name=base", "--config.certify.alpha=0.05")
+    assert "40 of them done" in out
+    assert "votes/s" not in out
+    table = read_table(copy / "certify" / "base" / "certificates.tsv")
+    before = read_table(certified)
+    assert (table.radius >= before.radius).all()
+    assert (table.radius > before.radius).any()
+
+
+def test_what_was_derived_stays_until_another_flag_is_given(copy):
+    path = copy / "certify" / "base" / "certificates.tsv"
+    flags = [f"--workdir={copy}", "--config.certify.name=base"]
+    run("certify", *flags, "--from-counts", "--config.certify.alpha=0.05", "--config.certify.bound=multiclass")
+    derived = path.read_bytes()
+    out = run("certify", *flags)
+    assert "was derived with alpha 0.05, which holds unless --config.certify.alpha is given" in out
+    assert path.read_bytes() == derived
+    out = run("certify", *flags, "--config.certify.alpha=0.001")
+    assert "alpha 0.001, multiclass bound" in out
+    assert path.read_bytes() != derived
+
+
+def test_a_staged_certification_and_what_can_be_derived_from_it(copy, tmp_path):
+    flags = [f"--workdir={copy}", "--config.certify.name=staged", *STAGED, "--config.certify.radii=(0.1,0.3)"]
+    out = run("certify", *flags)
+    assert "looks from" in out
+    assert "the largest radius is" in out
+    looks = schedule.plan("staged", 100, 6000, 32).looks
+    folder = copy / "certify" / "staged"
+    idx, votes, p_a = columns(folder / "certificates.tsv", "idx", "n", "p_a_lower")
+    assert len(idx) == 60
+    assert set(votes) <= set(looks)
+    assert len(set(votes)) > 1
+    exact = recomputed(folder, 0.001, looks)
+    np.testing.assert_allclose(p_a, [exact[i] for i in idx], rtol=1e-8)
+
+    assert "staged to decide the radii 0.1, 0.3" in run("report", folder, f"--out={tmp_path / 'report'}")
+
+    # Without checkpoint, without data: other bounds from the same votes.
+    shutil.rmtree(copy / "checkpoints")
+    ledger = (folder / "votes.0.tsv").read_bytes()
+    again = [*flags, "--from-counts", "--config.data.name=nowhere"]
+    out = run("certify", *again, "--config.certify.alpha=0.05", TFDS_DATA_DIR=str(tmp_path))
+    assert "votes/s" not in out
+    exact = recomputed(folder, 0.05, looks)
+    np.testing.assert_allclose(columns(folder / "certificates.tsv", "p_a_lower")[0], [exact[i] for i in idx], rtol=1e-8)
+    binary = read_table(folder / "certificates.tsv")
+    out = run("certify", *again, "--config.certify.alpha=0.05", "--config.certify.bound=multiclass")
+    several = read_table(folder / "certificates.tsv")
+    assert several.average_certified_radius > binary.average_certified_radius
+    derivation = json.loads((folder / "certificates.json").read_text())["derivation"]
+    assert (derivation["alpha"], derivation["bound"]) == (0.05, "multiclass")
+    assert (folder / "votes.0.tsv").read_bytes() == ledger
+
+
+def test_interrupted_images_are_left_out_of_what_is_derived(copy, certified):
+    ledger = copy / "certify" / "base" / "votes.0.tsv"
+    lines = ledger.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if not (line.startswith("7\t") and "estimation" in line)]
+    assert len(kept) < len(lines)
+    ledger.write_text("".join(kept))
+    out = run("certify", f"--workdir={copy}", "--config.certify.name=base", "--from-counts")
+    assert "1 images whose sampling was interrupted" in out
+    assert 7 not in read_table(copy / "certify" / "base" / "certificates.tsv").idx
+    run("certify", f"--workdir={copy}", "--config.certify.name=base")
+    assert without_time(copy / "certify" / "base" / "certificates.tsv") == without_time(certified)
+
+
+def test_every_charge_reaches_the_certificates(tmp_path):
+    """Recomputes radii from the ledger with SciPy alone, for an encoder that stretches by 2."""
+    workdir = tmp_path / "run"
+    run("train", *QUICK, "--config.model.std=(0.5,)", "--config.model.mean=(0.2,)", f"--workdir={workdir}")
+    run("certify", f"--workdir={workdir}")
+    folder = workdir / "certify" / "default"
+    votes, slack = {}, {}
+    for line in (folder / "votes.0.tsv").read_text().splitlines()[1:]:
+        idx, _, charge, purpose, _, _, pairs, *_ = line.split("\t")
+        counts = votes.setdefault((int(idx), purpose), np.zeros(10, int))
+        for pair in pairs.split(","):
+            name, number = pair.split(":")
+            counts[int(name)] += int(number)
+        slack[int(idx)] = float(charge)
+    table = read_table(folder / "certificates.tsv")
+    certified = 0
+    for idx, predict, radius in zip(table.idx, table.predict, table.radius, strict=True):
+        candidate = votes[idx, "selection"].argmax()
+        k, n = votes[idx, "estimation"][candidate], votes[idx, "estimation"].sum()
+        p = stats.beta.ppf(0.001, k, n - k + 1) if k else 0.0
+        expected = (0.5 * stats.norm.ppf(p) - slack[idx]) / 2
+        assert predict == (candidate if expected > 0 else -1)
+        if expected > 0:
+            assert radius < expected
+            assert radius == pytest.approx(expected, rel=1e-6, abs=1e-8)
+            certified += 1
+    assert certified > 10
+    lower = columns(folder / "certificates.tsv", "p_a_lower")[0]
+    for idx, found in zip(table.idx, lower, strict=True):
+        k = votes[idx, "estimation"][votes[idx, "selection"].argmax()]
+        p = stats.beta.ppf(0.001, k, 1001 - k) if k else 0.0
+        assert found == pytest.approx(max(p * (1 - 1e-10) - 64 * 2.0**-44, 0), abs=1e-14)
+    # The charge covers the rounding of the very latents, on a grid of 2⁻¹⁵, and the votes come from the seed's
+    # certification domain.
+    config = configuration.load(workdir / "config.json")
+    model = models.build(config.model, (8, 8, 1), 10)
+    with pinned():
+        params, _ = checkpoint.restore_model(workdir, jax.eval_shape(model.init, root_key(0)))
+    encoder, head = model.for_certification(params)
+    latents = Float64Encoder(encoder, 5)(data.load("digits", "test").pixels(np.arange(40), np.float64))
+    moved = np.linalg.norm((np.rint(latents * 2**15) / 2**15 - latents).reshape(40, -1), axis=1)
+    images = data.load("digits", "test").pixels(np.arange(40), np.float64).reshape(40, -1)
+    rounding = 2 * encoder.report.rounding(np.linalg.norm(images, axis=1) + 10 * 0.5 / encoder.report.constant)
+    charged = np.array([slack[idx] for idx in range(40)]) - 8 * 2.0**-15 * (1 + 2.0**-50)
+    np.testing.assert_allclose(charged, rounding, rtol=1e-3)
+    assert 0 < moved.max() < 4 * 2.0**-15
+    again = smoothing.certify(head, latents, sigma=0.5, key=root_key(0), n=1000, tile=config.certify.tile)
+    np.testing.assert_array_equal(again.counts, [votes[idx, "estimation"] for idx in range(40)])
+
+
+@pytest.fixture(scope="module")
+def margins(tmp_path_factory):
+    """A 1-Lipschitz classifier with both kinds of certificates."""
+    workdir = tmp_path_factory.mktemp("margins") / "run"
+    run("train", *QUICK, "--config.train.loss=margin", "--config.model.head=normalized", f"--workdir={workdir}")
+    run("certify", f"--workdir={workdir}", "--config.certify.name=smoothed")
+    flags = ["--config.certify.certificate=deterministic", "--config.certify.name=margin"]
+    assert "no noise" in run("certify", f"--workdir={workdir}", *flags, devices=2)
+    return workdir
+
+
+def test_deterministic_and_smoothed_certificates_meet_in_one_report(margins, tmp_path):
+    tables = {name: read_table(margins / "certify" / name / "certificates.tsv") for name in ("margin", "smoothed")}
+    table = tables["margin"]
+    np.testing.assert_array_equal(table.idx, tables["smoothed"].idx)
+    assert (table.votes == 0).all()
+    assert table.certified_accuracy(0) > 0.3
+    provenance = json.loads((margins / "certify" / "margin" / "certificates.json").read_text())
+    assert provenance["identity"]["certificate"] == "deterministic"
+    assert len(provenance["lipschitz"]["layers"]) == 5
+    assert provenance["derivation"]["bound"] == "margin"
+    out = run("report", margins, f"--out={tmp_path / 'report'}")
+    assert "| run/margin | 40 |" in out
+    assert "| run/smoothed | 40 |" in out
+
+    # Recomputed from the trained functions: the nearest rival, at the distance of the weights, none beyond the radius.
+    config = configuration.load(margins / "config.json")
+    model = models.build(config.model, (8, 8, 1), 10)
+    with pinned():
+        params, _ = checkpoint.restore_model(margins, jax.eval_shape(model.init, root_key(0)))
+    images = data.load("digits", "test").pixels(np.arange(40), np.float32)
+    logits = np.asarray(model.classify(params, model.encode(params, images)), np.float64)
+    kernel = np.asarray(params["head"]["kernel"], np.float64)
+    kernel /= np.linalg.norm(kernel, axis=0)
+    for row, (predict, radius) in enumerate(zip(table.predict, table.radius, strict=True)):
+        rivals = [j for j in range(10) if j != predict]
+        distances = [np.linalg.norm(kernel[:, predict] - kernel[:, j]) for j in rivals]
+        expected = min((logits[row, predict] - logits[row, j]) / d for j, d in zip(rivals, distances, strict=True))
+        assert radius == pytest.approx(max(expected, 0), abs=2e-5)
+        assert predict == logits[row].argmax()
+
+
+def test_kinds_of_certificates_are_not_mixed(margins, copy, certified):
+    deterministic = "--config.certify.certificate=deterministic"
+    before = fingerprint(margins)
+    for flags, why in (
+        ([deterministic, "--config.certify.name=smoothed"], "certificate was 'smoothed' and is now 'deterministic'"),
+        (["--config.certify.name=margin"], "certificate was 'deterministic' and is now 'smoothed'"),
+    ):
+        assert why in refused("certify", f"--workdir={margins}", *flags)
+    fewer = ["--config.certify.name=margin", deterministic, "--config.certify.stop=5"]
+    assert "35 images outside" in refused("certify", f"--workdir={margins}", *fewer)
+    assert fingerprint(margins) == before
+    assert "needs a linear head" in refused("certify", f"--workdir={copy}", deterministic, "--config.certify.name=x")
+    assert not (copy / "certify" / "x").exists()
+    shutil.copytree(copy / "certify" / "base", margins / "certify" / "y")
+    (margins / "certify" / "y" / "certificates.json").unlink()
+    assert "another certification" in refused(
+        "certify", f"--workdir={margins}", deterministic, "--config.certify.name=y"
+    )

@@ -1,0 +1,113 @@
+"""Commands that are killed, or meet a second one, and what they resume to."""
+
+import hashlib
+import json
+import random
+import signal
+import time
+
+import pytest
+from commands import QUICK, fingerprint, finish, refused, run, start, truncate_checkpoint, without_time
+
+from lsrs_jax.files import locked
+
+
+def kill(process, seen, delay):
+    """SIGKILL so many seconds after `seen()`, unless the process has ended by then. Returns whether it was killed."""
+    while process.poll() is None and not seen():
+        time.sleep(0.005)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    code, _, err = finish(process)
+    assert code in (-signal.SIGKILL, 0), err
+    return code != 0
+
+
+def kill_and_resume_certification(workdir, name, arguments, kills, rng):
+    """SIGKILL at random moments of the sampling, another device count each time, torn lines; then to the end."""
+    ledger, killed, before = workdir / "certify" / name / "votes.0.tsv", 0, 0
+    common = [f"--workdir={workdir}", f"--config.certify.name={name}", *arguments]
+
+    def grown():
+        return ledger.exists() and ledger.stat().st_size > max(before, 60)
+
+    while killed < kills and kill(start("certify", *common, devices=rng.choice([1, 2, 5, 8])), grown, rng.random() / 7):
+        killed += 1
+        with ledger.open("r+b") as file:  # a write that never reached the disk as a whole
+            before = file.truncate(max(ledger.stat().st_size - rng.randrange(30), before, 1))
+    run("certify", *common, devices=2)
+    return killed
+
+
+@pytest.mark.parametrize("kind", ["fixed", "staged"])
+def test_a_killed_certification_resumes_to_the_same_bytes(trained, kind):
+    # A small tile keeps the run long enough to be killed in the middle.
+    arguments = ["--config.certify.n=60001", "--config.certify.stop=64", "--config.certify.tile=(2, 8)"]
+    arguments.append(f"--config.certify.schedule={kind}")
+    run("certify", f"--workdir={trained}", f"--config.certify.name=whole_{kind}", *arguments)
+    killed = kill_and_resume_certification(trained, f"killed_{kind}", arguments, 2, random.Random(0))
+    assert killed >= 1
+    whole, resumed = (trained / "certify" / f"{name}_{kind}" for name in ("whole", "killed"))
+    assert without_time(resumed / "certificates.tsv") == without_time(whole / "certificates.tsv")
+    assert len(json.loads((resumed / "certificates.json").read_text())["record"]) == killed + 1
+
+
+def final_parameters(workdir):
+    metas = sorted((workdir / "checkpoints").glob("*/meta/metadata"), key=lambda path: int(path.parts[-3]))
+    return json.loads(metas[-1].read_text())
+
+
+def test_a_killed_training_resumes_to_the_same_parameters(tmp_path):
+    arguments = [*QUICK, "--config.train.steps=400", "--config.train.checkpoint_every=100", "--config.data.crop=1"]
+    arguments += ["--config.train.loss=consistency", "--config.train.noises=2", "--config.train.ema=0.99"]
+    run("train", *arguments, f"--workdir={tmp_path / 'whole'}")
+    again = [*arguments, f"--workdir={tmp_path / 'killed'}"]
+    assert kill(start("train", *again), lambda: [*(tmp_path / "killed" / "checkpoints").glob("[0-9]*")], 0.1)
+    run("train", *again)
+    whole, killed = final_parameters(tmp_path / "whole"), final_parameters(tmp_path / "killed")
+    assert whole["step"] == 400
+    assert whole == killed
+    metrics = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "killed")]
+    losses = [[(row["step"], row["loss"]) for row in map(json.loads, lines) if "loss" in row] for lines in metrics]
+    assert losses[0] == losses[1]
+    assert "already trained" in run("train", *again)
+
+
+def test_a_finished_training_is_left_as_it_is_but_looked_at(copy):
+    before = fingerprint(copy)
+    out = run("train", *QUICK, "--config.certify.n=77", f"--workdir={copy}")
+    assert "already trained to step 60" in out
+    assert "config.json there keeps certify.n 1000, not 77" in out
+    assert fingerprint(copy) == before
+    run("certify", f"--workdir={copy}", "--config.certify.name=base", "--verify")
+    truncate_checkpoint(copy)
+    assert "restore it from a copy" in refused("train", *QUICK, f"--workdir={copy}")
+
+
+def test_a_half_written_ledger_line_is_sampled_again(copy, certified):
+    ledger = copy / "certify" / "base" / "votes.0.tsv"
+    ledger.write_bytes(ledger.read_bytes()[:-9])
+    run("certify", f"--workdir={copy}", "--config.certify.name=base")
+    assert without_time(copy / "certify" / "base" / "certificates.tsv") == without_time(certified)
+
+
+def test_an_interrupted_change_of_alpha_never_mixes_tables(copy):
+    """Killed at any moment, certificates.json names the alpha of the table beside it, or none."""
+    folder = copy / "certify" / "base"
+    for attempt in range(4):
+        alpha = (0.05, 0.001)[attempt % 2]
+        flags = [f"--config.certify.alpha={alpha}", f"--config.certify.stop={60 + 60 * attempt}"]
+        before = (folder / "certificates.json").read_bytes()
+        process = start("certify", f"--workdir={copy}", "--config.certify.name=base", *flags)
+        kill(process, lambda old=before: (folder / "certificates.json").read_bytes() != old, 0.003 * attempt)
+        derivation = json.loads((folder / "certificates.json").read_text())["derivation"]
+        if derivation:
+            digest = hashlib.sha256((folder / "certificates.tsv").read_bytes()).hexdigest()
+            assert derivation["certificates"] == digest
+
+
+def test_a_second_training_in_one_workdir_is_refused(tmp_path):
+    workdir = tmp_path / "new"
+    with locked(workdir / ".train.lock", "training"):
+        assert "another process is training" in refused("train", *QUICK, f"--workdir={workdir}")
+    assert [path.name for path in workdir.iterdir()] == [".train.lock"]

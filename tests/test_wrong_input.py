@@ -1,0 +1,269 @@
+"""Wrong input to the commands: one line that says what is wrong and what to do, and nothing changed."""
+
+import json
+import shutil
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+import prepared
+import pytest
+from commands import QUICK, ROOT, fingerprint, finish, refused, run, start, truncate_checkpoint
+
+from lsrs_jax import certify, checkpoint, command, models, train
+from lsrs_jax import config as configuration
+from lsrs_jax.errors import UserError
+from lsrs_jax.keys import domain_key, pinned
+
+COMMANDS = {"train": train, "certify": certify}
+
+
+def edit_json(path, field, value):
+    """Sets a field to a JSON text, or removes it."""
+    content = json.loads(path.read_text())
+    del content[field]
+    path.write_text(json.dumps(content | ({} if value is None else {field: json.loads(value)})))
+
+
+def damage_ledger(workdir):
+    path = workdir / "certify" / "base" / "votes.0.tsv"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:5], lines[5].replace("selection", "estimation"), *lines[6:]]) + "\n")
+
+
+BAD_CERTIFY = {
+    "misspelt field": ([], "--config.certify.alhpa=0.1", "did you mean certify.alpha?"),
+    "wrong type": ([], "--config.certify.n=many", "n"),
+    "negative sigma": ([], "--config.sigma=-1.0", "sigma must be a positive number"),
+    "no votes": ([], "--config.certify.n=0", "certify.n must be between 1"),
+    "no selection": ([], "--config.certify.n0=0", "certify.n0 must be between 1"),
+    "alpha": ([], "--config.certify.alpha=1.0", "certify.alpha"),
+    "name": ([], "--config.certify.name=../x", "certify.name"),
+    "config file": (
+        [],
+        "--config=configs/digits.py",
+        "certify takes no --config=FILE: its configuration is",
+    ),
+    "stray argument": ([], "--n=5", "unknown argument"),
+    "stray word": ([], "fast", "unknown argument"),
+    "no images": ([], "--config.certify.start=5000", "0 or above certify.start=5000"),
+    "missing data": ([], "--config.data.name=svhn", "tfds build svhn"),
+    "no name": ([], "--config.data.name=", "data.name must be the name"),
+    "other sigma": ([], "--config.sigma=0.25", "run: sigma was 0.5 and is now 0.25"),
+    "other n": ([], "--config.certify.n=2000", "certify.n was 1000 and is now 2000"),
+    "noise on the image": ([], "--config.model.noise=input", "model.noise was 'latent' and is now 'input'"),
+    "other split": ([], "--config.data.split=train", "data.split was 'test' and is now 'train'"),
+    "other step": (
+        [lambda w: shutil.rmtree(max((w / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name)))],
+        "",
+        "of the checkpoint of step 60, and the newest is that of step 40",
+    ),
+    "other seed": ([], "--config.seed=1", "seed was 0 and is now 1"),
+    "truncated checkpoint": ([truncate_checkpoint], "", "cannot read checkpoint"),
+    "damaged ledger": ([damage_ledger], "", "is damaged"),
+    "no provenance": ([lambda w: (w / "certify/base/certificates.json").unlink()], "", "holds votes but no"),
+    "damaged provenance": ([lambda w: (w / "certify/base/certificates.json").write_text("{")], "", "is damaged"),
+    "damaged config": ([lambda w: (w / "config.json").write_text("{")], "", "not a stored configuration"),
+    "foreign config": ([lambda w: (w / "config.json").write_text('{"sgima": 1}')], "", "is missing"),
+    "tile of halves": ([], "--config.certify.tile=(8,8.5)", "certify.tile has the wrong type"),
+    "tile of words": ([], "--config.certify.tile=('a',3)", "tile"),
+    "huge tile": ([], "--config.certify.tile=(4096,65536)", "tile was"),
+    "other schedule": ([], "--config.certify.schedule=staged", "certify.schedule was 'fixed' and is now 'staged'"),
+    "other arithmetic": (
+        [],
+        "--config.certify.arithmetic=float32",
+        "certify.arithmetic was 'sound' and is now 'float32'",
+    ),
+    "other noise": ([], "--config.certify.noise=independent", "noise was 'shared' and is now 'independent'"),
+    "other head_dtype": ([], "--config.certify.head_dtype=bfloat16", "head_dtype was 'float32' and is now 'bfloat16'"),
+    "unknown bound": ([], "--config.certify.bound=ternary", "certify.bound must be 'binary' or 'multiclass'"),
+    "unknown schedule": ([], "--config.certify.schedule=quick", "certify.schedule must be 'fixed' or 'staged'"),
+    "negative radii": ([], "--config.certify.radii=(-1.0,)", "certify.radii must be numbers >= 0"),
+    "words as radii": ([], "--config.certify.radii=('a',)", "certify.radii has the wrong type"),
+    "n from counts": ([], ["--from-counts", "--config.certify.n=2000"], "were cast with n 1000, not 2000"),
+    "staged from fixed counts": (
+        [],
+        ["--from-counts", "--config.certify.schedule=staged"],
+        "were cast with schedule 'fixed', not 'staged'",
+    ),
+    "arithmetic from counts": (
+        [],
+        ["--from-counts", "--config.certify.arithmetic=float32"],
+        "were cast with arithmetic 'sound', not 'float32'",
+    ),
+    "counts of another version": (
+        [lambda w: edit_json(w / "certify/base/certificates.json", "digest", None)],
+        "--from-counts",
+        "was written by another version",
+    ),
+    "margins from counts": (
+        [],
+        ["--from-counts", "--config.certify.certificate=deterministic"],
+        "--from-counts is for smoothed certificates",
+    ),
+    "selection without votes": (
+        [],
+        ["--from-counts", "--config.certify.start=100", "--config.certify.stop=200"],
+        "no image of this selection",
+    ),
+    "no such certification": ([], ["--from-counts", "--config.certify.name=none"], "holds no certification to derive"),
+    "counts without a ledger": (
+        [lambda w: (w / "certify/base/votes.0.tsv").unlink()],
+        "--from-counts",
+        "holds no votes; restore votes.*.tsv",
+    ),
+    "no ledger": ([lambda w: (w / "certify/base/votes.0.tsv").unlink()], "", "holds certificates but no votes"),
+    "config without sigma": ([lambda w: edit_json(w / "config.json", "sigma", None)], "", "sigma"),
+    "null": ([lambda w: edit_json(w / "config.json", "seed", "null")], "", "seed"),
+    "no identity": ([lambda w: edit_json(w / "certify/base/certificates.json", "identity", None)], "", "is damaged"),
+    "empty workdir": ([], "--workdir=", "is not a folder"),
+    "other normalisation": ([], "--config.model.mean=(0.5,)", "trained with model.mean="),
+    "other encoder": ([], "--config.model.encoder=identity", "trained with model.encoder='shallow'"),
+    "no checkpoint": ([lambda w: shutil.rmtree(w / "checkpoints")], "", "no checkpoint"),
+    "other training": ([], "--config.train.loss=macer", "trained with train.loss='gaussian', not 'macer'"),
+    "no config": ([lambda w: (w / "config.json").unlink()], "", "holds checkpoints but no config.json"),
+    "other network": ([], "--config.model.head=linear", "trained with model.head='mlp'"),
+}
+
+
+# One of every way to an end is tried as users do; the others need no start of JAX of their own.
+IN_A_PROCESS = ("misspelt field", "stray word", "missing data", "truncated checkpoint", "damaged ledger", "no config")
+
+
+def refusal(case, name, arguments):
+    """The one line with which a command refuses its arguments, in a process of its own where it matters."""
+    if case in IN_A_PROCESS:
+        return refused(name, *arguments)
+    with pytest.raises(UserError) as error:
+        COMMANDS[name].run([*map(str, arguments)])
+    assert error.value.code == 2
+    return str(error.value)
+
+
+@pytest.mark.parametrize("case", BAD_CERTIFY)
+def test_bad_input_to_certify(copy, case, tmp_path, monkeypatch):
+    damages, flag, why = BAD_CERTIFY[case]
+    for damage in damages:
+        damage(copy)
+    before = fingerprint(copy)
+    flags = flag if isinstance(flag, list) else [flag] if flag else []
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "none"))
+    assert why in refusal(case, "certify", [f"--workdir={copy}", "--config.certify.name=base", *flags])
+    assert fingerprint(copy) == before
+
+
+@pytest.mark.parametrize(("shape", "classes"), [((28, 28, 1), 10), ((8, 8, 3), 10), ((8, 8, 1), 3)])
+def test_data_that_the_network_was_not_trained_for_are_refused_before_any_work(copy, shape, classes, tmp_path):
+    prepared.write(tmp_path / "sets", "other", {"test": prepared.random_split(4, shape, classes)}, classes)
+    before = fingerprint(copy)
+    flags = ["--config.data.name=other", f"--config.data.dir={tmp_path / 'sets'}", "--config.certify.name=other"]
+    with pytest.raises(UserError) as error:
+        certify.run([f"--workdir={copy}", *flags])
+    trained, found = "[8, 8, 1] in 10 classes", f"{list(shape)} in {classes}:"
+    assert f"trained on images of shape {trained}, but those of other are of shape {found}" in str(error.value)
+    assert fingerprint(copy) == before
+
+
+@pytest.mark.parametrize("command", ["train", "certify", "audit"])
+def test_a_platform_that_cannot_start_is_not_blamed_on_the_files(trained, tmp_path, command):
+    flags = QUICK if command == "train" else []
+    copy = tmp_path / "w"
+    shutil.copytree(trained, copy)
+    line = refused(command, *flags, f"--workdir={copy}", JAX_PLATFORMS="abacus")
+    assert "error: JAX cannot start (Unable to initialize backend 'abacus'" in line
+
+
+BAD_TRAIN = {
+    "no config": ([], "no configuration"),
+    "file that is no config": (["--config=tests/commands.py"], "has no attribute 'get_config'"),
+    "missing config": (["--config=configs/nothing.py"], "no configuration file 'configs/nothing.py'"),
+    "unknown variant": (
+        ["--config=configs/digits.py:lsr"],
+        "bad configuration: unknown variant 'lsr': choose one of lsrs, cayley",
+    ),
+    "misspelt field": (["--config=configs/digits.py", "--config.sgima=1.0"], "did you mean sigma?"),
+    "wrong type": (["--config=configs/digits.py", "--config.train.steps=ten"], "steps"),
+    "long warm-up": (
+        ["--config=configs/digits.py", "--config.train.steps=60", "--config.train.warmup_steps=60"],
+        "warmup_steps must be at least 0 and below train.steps=60, got 60",
+    ),
+    "letters as mean": (["--config=configs/digits.py", "--config.model.mean=('a',)"], "mean"),
+    "nan as std": (["--config=configs/digits.py", "--config.model.std=(nan,)"], "std"),
+    "crop": (["--config=configs/digits.py", "--config.data.crop=9"], "data.crop 9"),
+    "config that fails": (["--config=tests/failing_config.py"], "tests/failing_config.py line 5: division by zero"),
+    "zero sigma": (["--config=configs/digits.py", "--config.sigma=0.0"], "sigma must be a positive number"),
+    "batch too large": (["--config=configs/digits.py", "--config.data.batch_size=5000"], "1437 training images"),
+    "missing data": (["--config=configs/mnist.py"], "tfds build mnist --file_format=array_record"),
+    "unknown encoder": (["--config=configs/digits.py", "--config.model.encoder=shalow"], "choose one of"),
+    "other config in the workdir": ([*QUICK, "--config.sigma=0.25"], "trained with sigma=0.5, not 0.25"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TRAIN)
+def test_bad_input_to_train(copy, case, tmp_path, monkeypatch):
+    arguments, why = BAD_TRAIN[case]
+    other = "other config" in case
+    workdir = copy if other else tmp_path / "new"
+    before = fingerprint(copy)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "none"))
+    assert why in refusal(case, "train", [*arguments, f"--workdir={workdir}"])
+    assert fingerprint(copy) == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_diverging_training_names_the_step_and_its_advice_works(tmp_path):
+    arguments = [*QUICK, "--config.train.optimizer=sgd", f"--workdir={tmp_path / 'new'}"]
+    line = refused("train", *arguments, "--config.train.learning_rate=1e30")
+    assert "at step" in line
+    assert "lower train.learning_rate" in line
+    run("train", *arguments, "--config.train.learning_rate=0.01")
+
+
+def test_a_batch_that_does_not_divide_over_devices_is_refused(tmp_path):
+    line = refused("train", *QUICK, "--config.data.batch_size=100", f"--workdir={tmp_path / 'new'}", devices=8)
+    assert "not divisible by the 8 devices; choose a multiple of 8" in line
+    assert not (tmp_path / "new").exists()
+
+
+class SmallHead(nn.Module):
+    """A dense layer, and what a certification must refuse in a head."""
+
+    num_classes: int
+    mistake: str = ""
+
+    @nn.compact
+    def __call__(self, z):
+        logits = nn.Dense(self.num_classes)(z.reshape(z.shape[0], -1))
+        if self.mistake == "coupled":
+            return logits - logits.mean(axis=0)
+        far = jnp.abs(z).max(axis=(1, 2, 3))[:, None] > 2.5
+        return jnp.where(far, jnp.nan, logits) if self.mistake == "nan" else logits
+
+
+@pytest.mark.parametrize(("mistake", "why"), [("coupled", "rows depend on each other"), ("nan", "NaN logits")])
+def test_a_head_that_cannot_be_certified_leaves_nothing_behind(tmp_path, monkeypatch, mistake, why):
+    monkeypatch.setitem(models.HEADS, "small", lambda classes: SmallHead(classes, mistake))
+    config = command.config_from_flags([*QUICK, "--config.model.head=small", "--config.train.steps=2"])
+    model = models.build(config.model, (8, 8, 1), 10)
+    configuration.save(config, tmp_path / "config.json")
+    with pinned(), checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(2, model.init(domain_key(0, "init")), {"m": np.zeros(1)})
+    before = fingerprint(tmp_path)
+    with pytest.raises(UserError, match=why):
+        certify.run([f"--workdir={tmp_path}"])
+    left = fingerprint(tmp_path)
+    assert {name: left[name] for name in before} == before
+    assert set(left) == set(before)
+    # A mended head, and another tile, start afresh in the same place.
+    monkeypatch.setitem(models.HEADS, "small", SmallHead)
+    certify.run([f"--workdir={tmp_path}", "--config.certify.stop=3", "--config.certify.tile=(2,8)"])
+
+
+def test_help_and_missing_workdir():
+    for name in ("train", "certify", "audit", "report"):
+        code, out, _ = finish(start(name, "--help"))
+        assert code == 0
+        assert "python -m lsrs_jax" in out
+    assert "--workdir" in refused("train", "--config=configs/digits.py")
+    assert "--workdir" in refused("certify", "--config=configs/digits.py")
