@@ -238,6 +238,23 @@ def test_another_kind_of_device_may_shift_the_logits_of_an_image_in_bfloat16():
         recast._compare(tally(1024, 0), tally(1024, 34), "float32", elsewhere=True)
 
 
+def test_on_another_kind_of_device_no_rows_are_cast_for_images_that_were_not_drawn(copy, monkeypatch, capsys):
+    """What a large tile of an accelerator would cost a CPU; the votes stay those of the noise that was drawn."""
+    place, tiles, caster = copy / "certify" / "default", [], recast.Caster
+    stored = folder.read(place / "certificates.json")
+
+    def seen(job, *rest):
+        tiles.append(job.config.certify.tile)
+        return caster(job, *rest)
+
+    monkeypatch.setattr(recast, "Caster", seen)
+    for platform, tile in ((stored["identity"]["platform"], (32, 32)), ("gpu NVIDIA H200", (3, 32))):
+        stored["identity"]["platform"] = platform
+        recast.run(job.of_certificates(place, stored, ""), stored, 3)
+        assert "cast again: 3,300 votes of 3 images; 0 differ" in capsys.readouterr().out
+        assert tiles.pop() == tile
+
+
 def test_a_vote_taken_from_the_rival_alone_counts_as_surplus():
     """What a multi-class bound would reward."""
     forged, cast = tally(1000, 90), tally(1000, 91)

@@ -66,16 +66,21 @@ def run(job, stored, count):
     if missing:
         print(f"note: {missing:,} of the {len(job.indices):,} images that were to be certified are not in the table")
     print(f"casting the votes of {len(indices):,} of {len(known):,} images again", flush=True)
-    caster = Caster(job, *job.model.for_certification(job.params, job.config.certify.head_dtype))
-    again = Tallies(certification.plan, certification.identity["classes"])
     here, there = job.identity("smoothed")["platform"], certification.identity["platform"]
     elsewhere, head_dtype = here != there, job.config.certify.head_dtype
     where = f"; they were cast on {there!r}, and now on {here!r}" if elsewhere else ""
-    if elsewhere and _SHIFTED[head_dtype]:
-        print(
-            f"note: {there!r} and {here!r} round a head in {head_dtype} in other places: {_SHIFTED[head_dtype]:.0%} of "
-            "an image's votes may differ; on the kind of device that cast them few may"
-        )
+    if elsewhere:
+        # Another batch of the head rounds elsewhere too, and rows of a tile that hold no image cost as much as others.
+        images, samples = job.config.certify.tile
+        job.config.certify.tile = (min(images, max(len(indices), 2)), samples)
+        if _SHIFTED[head_dtype]:
+            print(
+                f"note: {there!r} and {here!r} round a head in {head_dtype} in other places: "
+                f"{_SHIFTED[head_dtype]:.0%} of an image's votes may differ; on the kind of device that cast them few "
+                "may"
+            )
+    caster = Caster(job, *job.model.for_certification(job.params, job.config.certify.head_dtype))
+    again = Tallies(certification.plan, certification.identity["classes"])
     found = {}
 
     def settled(tallies):
