@@ -79,7 +79,7 @@ def _distances(weights, classes):
     return distances * (1 + _MARGIN)
 
 
-def float64_slack(rounding, latents, weights, bias):
+def float64_slack(rounding, latents, weights, bias, reach):
     """What float64 rounding may move latents and logits, in ℓ2 of the latent, for `certified_margin`.
 
     Args:
@@ -87,13 +87,15 @@ def float64_slack(rounding, latents, weights, bias):
         (`materialize.LipschitzReport.rounding`).
       latents: ``(N, d)``.
       weights, bias: the last layer, ``(d, K)`` and ``(K,)``.
+      reach: how far in the latent a certificate may lead, per image or one number: the radius that `certified_margin`
+        gives without a slack, times the Lipschitz constant.
 
     Returns:
       float64 ``(N,)``.
 
-    **Guarantee**: covers the encoder twice, at the clean and at the perturbed image, and the logits with the bound of a
-    sum of d + 1 terms, four times over.
+    **Guarantee**: for certificates within `reach`, covers the encoder twice, at the clean and at the perturbed image,
+    and the two logits that are compared, at both, with the bound of a sum of d + 1 terms, twice over.
     """
-    latent_norms = np.linalg.norm(latents, axis=1)
-    terms = np.linalg.norm(weights, axis=0).max() * latent_norms + np.abs(bias).max()
+    farthest = np.linalg.norm(latents, axis=1) + reach
+    terms = np.linalg.norm(weights, axis=0).max() * farthest + np.abs(bias).max()
     return 2 * rounding + 8 * (len(weights) + 1) * 2.0**-53 * terms / _distances(weights, weights.shape[1]).min()

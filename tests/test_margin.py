@@ -75,8 +75,10 @@ def test_a_lipschitz_network_is_not_flipped_within_the_radius_and_is_beyond_it()
                 plain.apply(plain.params, x).reshape(64, -1),
                 weights,
                 np.zeros(3),
+                10.0,
             ),
         )
+        assert radius.max() < 10
         target = np.argsort(np.asarray(logits(x)), axis=1)[:, -2]
         rows = jnp.arange(64)
         gradient = jax.jit(jax.grad(lambda x: jnp.sum(logits(x)[rows, target] - logits(x)[rows, predict])))
@@ -102,7 +104,7 @@ def test_lipschitz_constant_and_slack_shrink_the_radius():
     plain = certified_margin(x @ weights + bias, weights)[1]
     charged = certified_margin(x @ weights + bias, weights, lipschitz=2.0, slack=0.01)[1]
     np.testing.assert_allclose(charged, np.maximum(plain - 0.01, 0) / 2, rtol=1e-9)
-    slack = float64_slack(1e-9, x, weights, bias)
+    slack = float64_slack(1e-9, x, weights, bias, 0.0)
     assert (slack > 2e-9).all()
     assert slack.max() < 1e-6
 
@@ -115,8 +117,28 @@ def test_slack_covers_cancellation_in_the_weights():
     exact = np.array([math.fsum(row * (close[:, 0] - close[:, 1])) for row in z])
     computed = z @ close
     error = np.abs(computed[:, 0] - computed[:, 1] - exact) / np.linalg.norm(close[:, 0] - close[:, 1])
-    assert (error <= float64_slack(0.0, z, close, np.zeros(2))).all()
+    assert (error <= float64_slack(0.0, z, close, np.zeros(2), 0.0)).all()
     assert error.max() > 2.0**-28 * np.linalg.norm(z, axis=1).min()  # a charge on the norm alone would miss it
+
+
+def test_slack_covers_the_logits_as_far_as_a_certificate_leads():
+    """A bias decides, far from where a latent of zeros lies: there the products are large and cancel."""
+    rng, flips = np.random.default_rng(0), {0.0: 0, 30.0: 0}
+    for _ in range(50):
+        direction, normal = (v / np.linalg.norm(v) for v in rng.standard_normal((2, 3072)))
+        weights = np.stack([direction + 1e-7 * normal, direction], axis=1)
+        difference = weights[:, 0] - weights[:, 1]
+        distance = np.linalg.norm(difference)
+        bias, z = np.array([30 * distance, 0.0]), np.zeros((1, 3072))
+        for reach in flips:
+            slack = float64_slack(0.0, z, weights, bias, reach)
+            predict, radius = certified_margin(z @ weights + bias, weights, slack=slack)
+            assert 29.999 < radius[0] <= 30
+            for share in 1 - 10.0 ** -np.arange(8, 16):
+                there = z - share * radius[0] * difference / distance
+                flips[reach] += int((there @ weights + bias).argmax() != predict[0])
+    assert flips[30.0] == 0
+    assert flips[0.0] > 0
 
 
 def test_ties_certify_nothing():

@@ -31,12 +31,12 @@ def run(job):
     encode = Float64Encoder(encoder, min(_BATCH, len(indices)))
     selfcheck.check_encoder(encoder, encode)
     start, session = time.monotonic(), folder.session(len(indices))
-    latents = _encode(dataset, indices, encode)
-    lipschitz = encoder.report.constant
-    # A perturbation of norm √n leads anywhere in the cube of images.
-    norm = 2 * np.sqrt(np.prod(dataset.shape))
-    slack = float64_slack(encoder.report.rounding(norm), latents, weights, bias)
-    predict, radius = certified_margin(latents @ weights + bias, weights, lipschitz=lipschitz, slack=slack)
+    latents, norms = _encode(dataset, indices, encode)
+    logits, lipschitz = latents @ weights + bias, encoder.report.constant
+    _, uncharged = certified_margin(logits, weights, lipschitz=lipschitz)  # what is charged only shortens them
+    rounding = encoder.report.rounding(norms + uncharged)
+    slack = float64_slack(rounding, latents, weights, bias, lipschitz * uncharged)
+    predict, radius = certified_margin(logits, weights, lipschitz=lipschitz, slack=slack)
     session["seconds"] = round(time.monotonic() - start, 3)
     text = format_columns(
         {
@@ -73,14 +73,16 @@ def _check_selection(job):
 
 
 def _encode(dataset, indices, encode):
-    """Flat float64 latents, with progress."""
-    parts, progress, shown = [], Progress(len(indices)), time.monotonic()
+    """Flat float64 latents and the norms of their images, with progress."""
+    parts, norms, progress, shown = [], [], Progress(len(indices)), time.monotonic()
     for start in range(0, len(indices), _BATCH):
-        latents = encode(dataset.pixels(indices[start : start + _BATCH], np.float64))
+        images = dataset.pixels(indices[start : start + _BATCH], np.float64)
+        latents = encode(images)
         parts.append(latents.reshape(len(latents), -1))
+        norms.append(np.linalg.norm(images.reshape(len(images), -1), axis=1))
         if start == 0:  # the first batch compiles
             progress = Progress(len(indices), len(latents))
         elif time.monotonic() - shown > _SECONDS_PER_REPORT:
             shown, done = time.monotonic(), start + len(latents)
             print(f"{done:>6,} of {len(indices):,} images  {progress.left(done)} left", flush=True)
-    return np.concatenate(parts)
+    return np.concatenate(parts), np.concatenate(norms)

@@ -1,6 +1,7 @@
 """The votes of images so far, each chunk of noise counted exactly once. NumPy only."""
 
 import bisect
+import copy
 import dataclasses
 import functools
 import math
@@ -89,7 +90,7 @@ class Row:
 
 
 class Tally:
-    """The votes of one image so far: chunks [0, next) of each purpose.
+    """The votes of one image so far: chunks [0, next) of each purpose. Never changed: `Tallies` replaces it.
 
     `looks` holds the counts over the classes ``(looks reached, K)``, cumulative, as each look found them.
     """
@@ -109,9 +110,9 @@ class Tally:
 class Tallies:
     """Tallies of images in memory, by idx.
 
-    **Guarantee**: `tallies` holds each chunk of an image exactly once, the votes of each row add up to the number of
-    samples in its chunks, no row reaches over a look, and the selection votes are complete before the first estimation
-    vote: what a look has seen is the count at that look.
+    **Guarantee**: `tallies` holds each chunk of an image exactly once, whatever interrupts a call, the votes of a row
+    add up to the number of samples in its chunks, no row reaches over a look, and the selection votes are complete
+    before the first estimation vote: what a look has seen is the count at that look.
     """
 
     def __init__(self, plan, num_classes):
@@ -150,12 +151,13 @@ class Tallies:
             raise ValueError("slack or seconds out of range")
         if (row.label, row.slack) != (tally.label, tally.slack):
             raise ValueError(f"{name}: label or slack changes between rows")
-        tally.counts[row.purpose] = tally.counts[row.purpose] + row.votes
-        tally.next[row.purpose] = row.stop
-        tally.seconds += row.seconds
+        counted = copy.copy(tally)
+        counted.counts = tally.counts | {row.purpose: tally.counts[row.purpose] + row.votes}
+        counted.next = tally.next | {row.purpose: row.stop}
+        counted.seconds += row.seconds
         if purpose == "estimation" and row.stop == stop:
-            tally.looks = np.concatenate([tally.looks, tally.counts["estimation"][None]])
-        self.tallies[row.idx] = tally
+            counted.looks = np.concatenate([tally.looks, counted.counts["estimation"][None]])
+        self.tallies[row.idx] = counted  # at once: whoever interrupts finds the row whole or not at all
 
     def at_a_look(self, idx):
         """Whether the last vote of an image was the last one before a look, so that a certificate can be derived."""

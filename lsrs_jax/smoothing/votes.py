@@ -29,9 +29,15 @@ SPMD = ("shard_map", "pmap")
 def _pinned():
     """Neither bits, nor dtypes, nor the precision of the head's products follow the user's flags.
 
-    A head that asks for another precision itself keeps it.
+    A head that asks for another precision itself keeps it. Checks that would stop the loop itself are off: of its key a
+    child is drawn per chunk, which looks like reuse.
     """
-    with pinned(), jax.default_matmul_precision("highest"):
+    with contextlib.ExitStack() as settings:
+        settings.enter_context(pinned())
+        settings.enter_context(jax.default_matmul_precision("highest"))
+        settings.enter_context(jax.debug_key_reuse(False))
+        settings.enter_context(jax.numpy_rank_promotion("allow"))
+        settings.enter_context(jax.transfer_guard("allow"))
         yield
 
 

@@ -80,7 +80,13 @@ def test_counts_do_not_depend_on_how_chunks_are_cut(baseline, cuts):
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("jax_enable_x64", True), ("jax_default_prng_impl", "rbg"), ("jax_threefry_partitionable", False)],
+    [
+        ("jax_enable_x64", True),
+        ("jax_default_prng_impl", "rbg"),
+        ("jax_threefry_partitionable", False),
+        ("jax_debug_key_reuse", True),
+        ("jax_numpy_rank_promotion", "raise"),
+    ],
 )
 def test_counts_do_not_depend_on_flags(baseline, flag, value):
     before = getattr(jax.config, flag)
