@@ -13,7 +13,15 @@ def is_whole(value):
 
 
 def real(value):
-    """One real number as a float, for comparisons; NaN for anything else, a bool or a complex number included."""
+    """One real number as a float, for comparisons; NaN for anything else, a bool or a complex number included.
+
+    An array of no dimensions, of NumPy or JAX, is the number that it holds.
+    """
+    if getattr(value, "shape", None) == () and not isinstance(value, np.generic):
+        try:
+            value = np.asarray(value)[()]
+        except (TypeError, ValueError):  # one that JAX only traces
+            return math.nan
     if not is_whole(value) and not isinstance(value, float | np.floating):
         return math.nan
     try:

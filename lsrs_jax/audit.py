@@ -82,7 +82,9 @@ def _run(workdir, options, settings, rest):
     if stored["identity"]["certificate"] != "smoothed":
         raise UserError(f"{place} holds {stored['identity']['certificate']} certificates; audit attacks smoothed ones")
     text = (place / "certificates.tsv").read_bytes() if (place / "certificates.tsv").exists() else b""
-    if not stored["derivation"] or stored["derivation"]["certificates"] != hashlib.sha256(text).hexdigest():
+    if not stored["derivation"]:
+        raise UserError(f"{place} holds votes but no certificates yet; let certify finish, or give its command again")
+    if stored["derivation"]["certificates"] != hashlib.sha256(text).hexdigest():
         raise UserError(f"the table in {place} is not the one its certificates.json names; see certify --verify")
     alpha = stored["config"]["certify"]["alpha"]
     least = math.ceil(1 - math.log2(0.99 * alpha))  # the test of `predict` at a unanimous vote

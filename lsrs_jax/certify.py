@@ -13,7 +13,7 @@ each time, from the pixels on. Deterministic certificates take no votes: they ar
 (model.head linear, normalized or orthogonal).
 """
 
-from lsrs_jax import command, models, profiling
+from lsrs_jax import command, interrupt, models, profiling
 from lsrs_jax import config as configuration
 from lsrs_jax import workdir as workdirs
 from lsrs_jax.certification import deterministic, folder, recast, smoothed, verify
@@ -57,15 +57,14 @@ def _run(workdir, process, options, rest):
         raise UserError(
             "--from-counts, --verify and --recast are for one process; start it alone, or with JAX_DISTRIBUTED=off"
         )
-    if options.verify:
-        command.only(workdir.path, config, ("certify.name",), "--verify")
-        verify.run(place)
-        return
-    if options.recast:
-        command.only(workdir.path, config, ("certify.name", "data.dir"), "--recast")
-        stored = verify.run(place)
-        cache_compilations()
-        recast.run(jobs.of_certificates(place, stored, config.data.dir), stored, options.recast)
+    if options.verify or options.recast:
+        fields = ("certify.name", "data.dir") if options.recast else ("certify.name",)
+        command.only(workdir.path, config, fields, "--recast" if options.recast else "--verify")
+        with interrupt.reading():
+            stored = verify.run(place)
+            if options.recast:
+                cache_compilations()
+                recast.run(jobs.of_certificates(place, stored, config.data.dir), stored, options.recast)
         return
     path = place / "certificates.json"
     if path.exists():  # what was chosen then holds, but for what is chosen now

@@ -185,7 +185,7 @@ def _readable(what, remedy):
     except UserError:
         raise
     except Exception as error:  # Orbax and TensorStore raise whatever their readers raise
-        line = " ".join(str(error).split())[:160]
+        line = " ".join(str(error).split()).partition(" See full TensorStore")[0][:160]
         raise UserError(f"cannot read {what} ({type(error).__name__}: {line}); {remedy}") from error
 
 

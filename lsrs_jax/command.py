@@ -19,7 +19,12 @@ from lsrs_jax import interrupt
 from lsrs_jax.errors import UserError
 from lsrs_jax.workdir import SCHEMES
 
-_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+# Of errors of the operating system.
+_REMEDIES = {
+    (errno.ENOSPC, errno.EFBIG, errno.EDQUOT): "; make room, and give the same command again",
+    (errno.EROFS, errno.EACCES, errno.EPERM): "; make it writable, or choose another folder",
+    (errno.ENOENT, errno.ENOTDIR): "; choose another folder",
+}
 
 _FIELD = re.compile(r"--?config\.([^=]*)")
 
@@ -193,10 +198,10 @@ def execute(run):
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        remedy = "; make room, and give the same command again" if error.errno in _FULL else ""
+        remedy = next((text for numbers, text in _REMEDIES.items() if error.errno in numbers), "")
         _fail(f"{error.strerror}: {error.filename}{remedy}" if error.filename else f"{error}{remedy}")
     except interrupt.Interrupted as stop:
-        print("interrupted; the same command resumes", file=sys.stderr)
+        print(f"interrupted; {stop.left}", file=sys.stderr)
         sys.exit(stop.code)
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()

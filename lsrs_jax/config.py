@@ -237,7 +237,7 @@ def to_dict(config):
 def from_dict(values):
     """The inverse of `to_dict`; raises UserError for an unknown or missing field, or a wrong type."""
     if not isinstance(values, dict):
-        raise UserError("a configuration holds fields")
+        raise UserError("a configuration holds fields; restore it, or train again into a new workdir")
     config = default()
     _update(config, values, "")
     return config.lock()
@@ -266,10 +266,10 @@ def _update(config, values, prefix):
 
 def _unknown(prefix, key, section):
     """The error for a field that a section, whose names begin with `prefix`, does not have."""
-    near = difflib.get_close_matches(key, list(section), 1)
-    hint = (
-        f"did you mean {prefix}{near[0]}?" if near else f"{prefix[:-1] or 'a configuration'} has {', '.join(section)}"
-    )
+    near = [f"{prefix}{name}" for name in difflib.get_close_matches(key, list(section), 1)]
+    sections = {name: fields for name, fields in default().items() if isinstance(fields, ConfigDict)}
+    near += [f"{name}.{key}" for name, fields in sections.items() if key in fields]
+    hint = f"did you mean {near[0]}?" if near else f"{prefix[:-1] or 'a configuration'} has {', '.join(section)}"
     return UserError(f"unknown config field {prefix + key!r}; {hint}")
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import time
 
 _NUMBERS = (signal.SIGTERM, signal.SIGINT)
@@ -14,12 +15,12 @@ _state = {"depth": 0, "pending": None, "first": None}
 class Interrupted(BaseException):
     """A signal asked the process to end; `code` is the exit code by convention, 128 + the signal's number.
 
-    `agreed` where all processes of the run end at the same place.
+    `agreed` where all processes of the run end at the same place; `left` says what the process leaves behind.
     """
 
     def __init__(self, number, agreed=False):
         super().__init__(signal.Signals(number).name)
-        self.code, self.agreed = 128 + number, agreed
+        self.code, self.agreed, self.left = 128 + number, agreed, "the same command resumes"
 
 
 def _handle(number, _):
@@ -34,6 +35,32 @@ def _handle(number, _):
     _state["first"], _state["pending"] = now, number
     if not _state["depth"]:
         raise Interrupted(number)
+
+
+def end_imports():
+    """Until `handled`, SIGTERM and SIGINT end the process at once, where it was started as ``python -m lsrs_jax.…``.
+
+    An exception raised while libraries are imported may fall into a callback that drops it, and the command would run.
+    """
+    if sys.argv[0] != "-m":  # what it is while the package of a module that is run is imported, and at no other time
+        return
+
+    def end(number, _):
+        os.write(2, b"interrupted before anything was done\n")
+        os._exit(128 + number)
+
+    for number in _NUMBERS:
+        signal.signal(number, end)
+
+
+@contextlib.contextmanager
+def reading():
+    """A block that changes nothing on disk, which whoever interrupts it is told."""
+    try:
+        yield
+    except Interrupted as stop:
+        stop.left = "nothing was changed"
+        raise
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lsrs_jax import command
+from lsrs_jax import command, sealed
 from lsrs_jax.arguments import real
 from lsrs_jax.auditing.table import Audit, read_finished
 from lsrs_jax.errors import UserError
@@ -34,6 +34,7 @@ class Run:
     radii: tuple[float, ...] | None = None  # that a staged certification decided; its radii say no more than that
     audit: Audit | None = None  # what attacks found on these certificates
     unfinished: bool = False  # an audit of them was begun
+    unnamed: bool = False  # a table in a workdir without the certificates.json that would name it
 
 
 def load_runs(arguments):
@@ -48,7 +49,10 @@ def load_runs(arguments):
             # The files beside it are about the table of this name.
             beside = {}
             if table.name == "certificates.tsv":
-                beside = {"radii": _decided(_derivation(table)), **_audit(table)}
+                derivation = _derivation(table)
+                in_workdir = table.parent.parent.name == "certify"
+                beside = {"radii": _decided(derivation), "unnamed": in_workdir and "certificates" not in derivation}
+                beside |= _audit(table)
             runs.append(Run(_plain(name + suffix), read_table(table), **beside))
     labels = [run.label for run in runs]
     for label in labels:
@@ -63,13 +67,21 @@ def _plain(name):
 
 
 def _derivation(table):
-    """The derivation that certificates.json beside a table holds, {} without one; refuses that of another table."""
+    """The derivation that certificates.json beside a table holds; {} without one, or in a file of another program.
+
+    Raises:
+      UserError: for a damaged file, or that of another table.
+    """
+    path = table.with_name("certificates.json")
     try:
-        stored = read_json(table.with_name("certificates.json"))
-    except (OSError, ValueError):
+        stored = read_json(path)
+        stored = stored if isinstance(stored, dict) else {}
+        if stored.get("digest", "") not in ("", sealed.digest(stored)):
+            raise ValueError("its content does not have the digest it names")
+    except FileNotFoundError:
         return {}
-    # The file may be of another program, or damaged.
-    stored = stored if isinstance(stored, dict) else {}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); restore it, or move it away") from error
     derivation = stored["derivation"] if isinstance(stored.get("derivation"), dict) else {}
     named = derivation.get("certificates")
     if ("digest" in stored or isinstance(named, str)) and named != _digest(table):
@@ -177,6 +189,11 @@ def markdown(runs, radii):
 def notes(runs):
     """What a reader must know before comparing rows."""
     found = [f"{run.label}: its last line was cut off and is left out." for run in runs if run.table.truncated]
+    found += [
+        f"{run.label}: no certificates.json beside it names this table; nothing says that certify wrote it."
+        for run in runs
+        if run.unnamed
+    ]
     found += [
         f"{run.label}: staged to decide the radii {', '.join(f'{r:g}' for r in run.radii)}; at other radii, and in its "
         "ACR, it is a lower bound."

@@ -1,6 +1,7 @@
 """Purely linear heads: noise in as many dimensions as there are classes."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -25,6 +26,10 @@ class Span:
     lipschitz: float
 
 
+def _affine(triangle, offset, z):
+    return z @ triangle + offset
+
+
 def span_of(weights, bias):
     """The `Span` of a linear head with weights ``(d, K)``, d ≥ K, and bias ``(K,)``.
 
@@ -44,4 +49,4 @@ def span_of(weights, bias):
         raise UserError("the weights of a linear head must be finite")
     basis, triangle = np.linalg.qr(weights)
     triangle, offset = jnp.asarray(triangle, jnp.float32), jnp.asarray(bias, jnp.float32)
-    return Span(basis, lambda z: z @ triangle + offset, upper_bound(dense_singular_values(basis).max()))
+    return Span(basis, functools.partial(_affine, triangle, offset), upper_bound(dense_singular_values(basis).max()))

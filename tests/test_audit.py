@@ -166,6 +166,10 @@ def test_a_table_that_changed_has_no_audit(audited, tmp_path):
     path.write_text(path.read_text().replace("\t3\t", "\t4\t", 1))
     with pytest.raises(UserError, match="is not the one its"):
         audit.run([f"--workdir={copy}", *FLAGS])
+    stored = json.loads(path.with_name("certificates.json").read_text())
+    sealed.write(path.with_name("certificates.json"), stored | {"derivation": None})
+    with pytest.raises(UserError, match="holds votes but no certificates yet; let certify finish"):
+        audit.run([f"--workdir={copy}", *FLAGS])
 
 
 def test_verify_looks_at_the_audit_too(audited, tmp_path):

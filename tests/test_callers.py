@@ -5,6 +5,7 @@ import math
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from conftest import threefry
 from hostile import answer, examples
@@ -12,6 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import stats
 
+from lsrs_jax.arguments import real
 from lsrs_jax.margin import certified_margin
 from lsrs_jax.smoothing import certified_radius, certify, confidence, from_counts, predict, schedule
 
@@ -371,3 +373,14 @@ def test_valid_arguments_of_certify_always_certify(images, scale, arguments):
     check_certificates(found)
     assert len(found) == images
     assert (found.n <= arguments["n"]).all()
+
+
+def test_an_array_of_no_dimensions_is_the_number_it_holds():
+    for number, value in ((3, np.array(3)), (0.25, jnp.float32(0.25)), (-2, jnp.int32(-2)), (0.5, np.float32(0.5))):
+        assert real(value) == number
+    for value in (np.array([0.25]), jnp.ones(1), jnp.array(True), np.array(1j), np.array("1"), np.array(None)):
+        assert math.isnan(real(value))
+    jax.make_jaxpr(lambda value: jnp.float32(math.isnan(real(value))))(0.5)
+    arrays = certify(**CALL | {"sigma": jnp.float32(0.5), "alpha": np.array(0.01)}, key=threefry(0))
+    numbers = certify(**CALL | {"alpha": 0.01}, key=threefry(0))
+    np.testing.assert_array_equal(arrays.radius, numbers.radius)

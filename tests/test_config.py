@@ -96,6 +96,7 @@ def test_foreign_values_are_refused(values, why):
         ),
         ("--config.data.nam=x", "unknown config field 'data.nam'; did you mean data.name?"),
         ("--config.model.widths[0]=3", "did you mean model.widths?"),
+        ("--config.train.batch_size=3", "unknown config field 'train.batch_size'; did you mean data.batch_size?"),
         ("--config.sigma.bar=1", "config field sigma is no section"),
         ("--config.train.macer=1", "config field train.macer is a section: set one of train.macer.margin, "),
     ],

@@ -255,6 +255,42 @@ def test_a_deferred_signal_waits_for_the_end_of_the_block_and_hides_no_error():
     assert done == [False, True, "outer", "again", False]
 
 
+IMPORTING = """
+import gc, os, signal, sys
+
+sys.argv = [sys.argv[1]]
+import lsrs_jax
+
+# An exception in a callback of the garbage collector is reported and dropped, as in JAX's.
+gc.callbacks.append(lambda *_: os.kill(os.getpid(), {number}))
+gc.collect()
+gc.callbacks.clear()
+print("went on")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_imports_of_a_command_is_not_lost(number):
+    def python(first):
+        script = IMPORTING.format(number=int(number))
+        return subprocess.run([sys.executable, "-c", script, first], cwd=ROOT, capture_output=True, text=True)
+
+    done = python("-m")
+    assert (done.returncode, done.stdout) == (128 + number, "")
+    assert done.stderr == "interrupted before anything was done\n"
+    # Whoever imports the package into a program of their own keeps their handlers.
+    done = python("script.py")
+    assert "before anything was done" not in done.stderr
+    assert (done.stdout == "went on\n") == (number == signal.SIGINT)
+
+
+def test_who_interrupts_what_only_reads_is_told_so():
+    with pytest.raises(interrupt.Interrupted) as stopped, interrupt.reading():
+        raise interrupt.Interrupted(signal.SIGINT)
+    assert stopped.value.left == "nothing was changed"
+    assert interrupt.Interrupted(signal.SIGINT).left == "the same command resumes"
+
+
 SLOW = """
 import contextlib, sys, time
 from lsrs_jax import command, interrupt

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from lsrs_jax import report
+from lsrs_jax import report, sealed
 from lsrs_jax.errors import UserError
 from lsrs_jax.smoothing.table import read_table
 
@@ -42,11 +42,30 @@ def test_a_table_that_its_certificates_json_does_not_name_is_refused(tmp_path):
     again = f"certify --workdir={tmp_path / 'a'} --config.certify.name=full"
     with pytest.raises(UserError, match=f"is not the table .*: python -m lsrs_jax.{again} --from-counts"):
         report.load_runs([str(tmp_path / "a")])
-    beside.write_text(json.dumps({"derivation": None, "digest": ""}))  # broken off before its table was written
+    sealed.write(beside, {"derivation": None})  # broken off before its table was written
     with pytest.raises(UserError, match=f"{again}$"):
         report.load_runs([str(path)])
     # Another name, other files.
     assert report.load_runs([str(path.rename(path.with_name("copy.tsv")))])[0].label == "copy"
+
+
+def test_a_damaged_certificates_json_is_refused_and_a_missing_one_noted(tmp_path, capsys):
+    """Beside a table that anybody may have written."""
+    path = write_log(tmp_path / "a" / "certify" / "full" / "certificates.tsv", [0.1, 9.75])
+    beside = path.with_name("certificates.json")
+    sealed.write(beside, {"derivation": {"certificates": hashlib.sha256(path.read_bytes()).hexdigest(), "alpha": 0.05}})
+    whole = beside.read_text()
+    assert report.notes(report.load_runs([str(tmp_path / "a")])) == []
+    for damaged in (whole[:-3], whole[:40], "", whole.replace("0.05", "0.01"), '{"digest": [1]}', "[" * 10**5):
+        beside.write_text(damaged)
+        with pytest.raises(UserError, match=r"certificates.json is damaged \(.*\); restore it, or move it away"):
+            report.load_runs([str(tmp_path / "a")])
+    for foreign in ("{}", "[1]", '{"alpha": 0.05}', None):
+        beside.unlink() if foreign is None else beside.write_text(foreign)
+        report.run([str(tmp_path / "a"), f"--out={tmp_path / 'out'}"])
+        assert "- a: no certificates.json beside it names this table" in capsys.readouterr().out
+    # A published log is no part of a workdir.
+    assert report.notes(report.load_runs([str(write_log(tmp_path / "log" / "certificates.tsv", [0.5]))])) == []
 
 
 def test_a_run_with_several_certifications_gives_several_rows(tmp_path):

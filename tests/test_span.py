@@ -1,5 +1,7 @@
 """Purely linear heads in the span of their weights: the same law, in fewer dimensions."""
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,6 +63,9 @@ def test_degenerate_weights_certify_nothing_wrong():
     got = smoothing.certify(span.head, np.zeros((1, 20)) @ span.basis, sigma=1.0, key=threefry(0), n=1000)
     assert got.predict[0] == 1
     assert got.counts[0, 1] == 1000
+    # It travels to another process.
+    again = pickle.loads(pickle.dumps(span))
+    np.testing.assert_array_equal(again.head(np.ones((2, 3))), span.head(np.ones((2, 3))))
 
 
 @pytest.mark.parametrize("encoder", ["identity", "shallow"])
