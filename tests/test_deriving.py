@@ -7,10 +7,12 @@ import jax
 import numpy as np
 import pytest
 from commands import QUICK, fingerprint, refused, run, without_time
+from forging import rewrite
 from scipy import stats
 
-from lsrs_jax import checkpoint, data, models, smoothing
+from lsrs_jax import certify, checkpoint, data, models, smoothing
 from lsrs_jax import config as configuration
+from lsrs_jax.errors import UserError
 from lsrs_jax.keys import pinned, root_key
 from lsrs_jax.materialize import Float64Encoder
 from lsrs_jax.smoothing import schedule
@@ -158,6 +160,26 @@ def test_every_charge_reaches_the_certificates(tmp_path):
     assert 0 < moved.max() < 4 * 2.0**-15
     again = smoothing.certify(head, latents, sigma=0.5, key=root_key(0), n=1000, tile=config.certify.tile)
     np.testing.assert_array_equal(again.counts, [votes[idx, "estimation"] for idx in range(40)])
+
+
+def test_a_resume_refuses_an_image_that_was_charged_too_little(copy):
+    """As a version with a smaller bound on rounding may have done."""
+    ledger = copy / "certify" / "base" / "votes.0.tsv"
+    lines = ledger.read_text().splitlines(keepends=True)
+    ledger.write_text("".join(line for line in lines if not (line.startswith("7\t") and "estimation" in line)))
+    rows = ledger.read_text().splitlines()
+    own = [number for number, row in enumerate(rows, 1) if row.startswith("7\t")]
+    charge, arguments = float(rows[own[0] - 1].split("\t")[2]), [f"--workdir={copy}", "--config.certify.name=base"]
+
+    def recharge(share):
+        for number in own:
+            rewrite(ledger, number, lambda fields: [*fields[:2], repr(share * charge), *fields[3:]])
+
+    recharge(1 - 1e-9)
+    with pytest.raises(UserError, match=f"image 7 is charged .* less than the {charge} of its latent"):
+        certify.run(arguments)
+    recharge(1 - 1e-14)  # another machine's
+    certify.run(arguments)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from lsrs_jax.smoothing.sweep import Block
 from lsrs_jax.smoothing.votes import Votes
 
 _BLOCK_BYTES = 2**30  # latents of so many images are kept at a time
+_CHARGE = 1e-12  # relative: what two machines may differ in the charge of an image
 _LARGEST_RADIUS = 10.0  # in units of σ: no number of votes certifies more
 
 
@@ -60,7 +61,10 @@ class Caster:
 
         Args:
           indices: of the images, in the dataset.
-          charged: idx → the charge that an image's earlier votes have; those that are not there are charged anew.
+          charged: idx → the charge that an image's votes have already; those that are not there are charged anew.
+
+        Raises:
+          UserError: naming an image that was charged less than its latent is.
         """
         size = max(self._job.config.certify.tile[0], _BLOCK_BYTES // (4 * int(np.prod(self.votes.latent_shape))))
         for first in range(0, len(indices), size):
@@ -81,6 +85,16 @@ class Caster:
                 shown = time.monotonic()
                 left = progress.left(start + len(images))
                 print(f"{start + len(images):>6,} images encoded  {left} left", flush=True)
-        # An image's charge is fixed by its first row: another machine's encoder may differ in the last place.
-        slack = [charged.get(idx, charge) for idx, charge in zip(indices, slack, strict=True)]
+        slack = [
+            self._charge(idx, charge, charged.get(idx, charge)) for idx, charge in zip(indices, slack, strict=True)
+        ]
         return Block(indices, dataset.labels[indices].tolist(), slack, np.concatenate(placed))
+
+    def _charge(self, idx, own, known):
+        """An image's charge is fixed by its first row: another machine's encoder may differ in the last place."""
+        if known < own * (1 - _CHARGE):
+            raise UserError(
+                f"{self._job.folder}: image {idx} is charged {known} in the ledger, less than the {own} of its latent: "
+                "its radius is too large; certify again under another --config.certify.name"
+            )
+        return known

@@ -23,7 +23,6 @@ _TURNED = {"float32": 1e-5, "bfloat16": 1e-2}
 _SHIFTED = {"float32": 0.0, "bfloat16": 0.05}
 _DEVIATIONS = 5
 _TOGETHER = 4
-_CHARGE = 1e-12  # relative: what two machines may differ in the charge of an image
 _LEVEL = 0.05
 
 
@@ -93,8 +92,7 @@ def run(job, stored, count):
 
     status = Status(certification.plan, len(indices), 0, lambda line: print(line, flush=True))
     sweep = Sweep(caster.votes, again, settled, status)
-    for block in caster.blocks(indices, {}):
-        _check_charges(job.folder, recorded, block)
+    for block in caster.blocks(indices, {idx: recorded.tallies[idx].slack for idx in indices}):
         sweep.run(block)
     status.show()
     surplus, spread = _together(found.values())
@@ -112,16 +110,6 @@ def run(job, stored, count):
         f"had more than {math.ceil(1000 * share) / 10:g}% of the table votes of another origin{differences}, these "
         f"images would have shown it with {1 - _LEVEL:.0%} probability"
     )
-
-
-def _check_charges(place, recorded, block):
-    for idx, charge in zip(block.idx, block.slack, strict=True):
-        found = recorded.tallies[idx].slack
-        if found < charge * (1 - _CHARGE):
-            raise UserError(
-                f"{place}: image {idx} is charged {found} in the ledger, less than the {charge} of its latent: its "
-                "radius is too large; certify again under another --config.certify.name"
-            )
 
 
 def allowance(votes, head_dtype, elsewhere=False):
