@@ -159,7 +159,7 @@ def workdir(text):
     """Argument type: a folder, or the URL of one in a bucket; for `workdir.opened`."""
     if "://" not in text:
         return folder(text)
-    if not text.startswith(SCHEMES) or text in SCHEMES:
+    if not text.startswith(SCHEMES) or text in SCHEMES or text.startswith("gs:///"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a folder nor the URL of one ({', '.join(SCHEMES)})")
     if text.startswith("file://") and not text.startswith("file:///"):
         raise argparse.ArgumentTypeError(f"{text!r} must name a folder from the root on: file:///...")

@@ -114,9 +114,8 @@ class Bucket(Workdir):
             raise
         except Exception as error:  # whatever the library behind a bucket raises
             line = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"cannot read or write {self.name} ({type(error).__name__}: {line}); the same command resumes"
-            ) from error
+            remedy = "install it" if isinstance(error, ImportError) else "the same command resumes"
+            raise UserError(f"cannot read or write {self.name} ({type(error).__name__}: {line}); {remedy}") from error
 
     def keep_pushing(self, ended):
         """Copies up, again and again, until an event."""

@@ -83,7 +83,7 @@ def test_a_bucket_out_of_reach_is_one_line(tmp_path):
     with pytest.raises(UserError, match="cannot read or write file://"), workdir.opened(f"file://{tmp_path}/file"):
         pass
     assert "neither a folder nor the URL of one" in refused("certify", "--workdir=ftp://x/y")
-    assert "neither a folder nor the URL of one" in refused("certify", "--workdir=gs://")
+    assert "neither a folder nor the URL of one" in refused("certify", "--workdir=gs:///x")
 
 
 def test_the_commands_work_in_a_bucket(tmp_path):
