@@ -200,6 +200,14 @@ def execute(run):
             raise
         remedy = next((text for numbers, text in _REMEDIES.items() if error.errno in numbers), "")
         _fail(f"{error.strerror}: {error.filename}{remedy}" if error.filename else f"{error}{remedy}")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):  # as XLA says it
+            raise
+        said = (str(error).strip() or "MemoryError").splitlines()[0][:160]
+        _fail(
+            f"out of memory ({said}): a smaller data.batch_size, or for votes certify.tile, takes less; "
+            "train --plan says what both take. What is on disk is kept"
+        )
     except interrupt.Interrupted as stop:
         print(f"interrupted; {stop.left}", file=sys.stderr)
         sys.exit(stop.code)

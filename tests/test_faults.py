@@ -308,6 +308,23 @@ command.main(run)
 """
 
 
+@pytest.mark.parametrize("array", ["jax.jit(lambda: jax.numpy.zeros(2**44))()", "numpy.ones(2**48)"])
+def test_out_of_memory_is_one_line(array):
+    script = f"import jax, numpy; from lsrs_jax import command; command.main(lambda _: {array})"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: out of memory (")
+    assert "a smaller data.batch_size, or for votes certify.tile, takes less" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_other_errors_of_a_program_are_not_taken_for_it():
+    script = "from lsrs_jax import command; command.main(lambda _: (_ for _ in ()).throw(RuntimeError('else')))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert "RuntimeError: else" in done.stderr
+    assert "memory" not in done.stderr
+
+
 @pytest.mark.parametrize("where", ["block", "end"])
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_at_once_with_one_line(where, second):
