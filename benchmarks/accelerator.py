@@ -77,7 +77,6 @@ class Work:
 
     def __init__(self, options):
         self.options, self.tiny = options, options.tiny
-        self.split = "test" if options.tiny else "test_exact"
         self.end = time.monotonic() + 60 * options.minutes
 
     def command(self, *words, environment=None, path=None):
@@ -149,10 +148,10 @@ def _votes(path):
 def train(work, run):
     """Trains a `study_runs.Run` to its end, from where an earlier session stopped; returns its workdir."""
     place = work.options.out / "runs" / run.name
-    command, _ = run.commands(place, work.split)
+    command, _ = run.commands(place)
     if work.tiny:
         small = ("train.steps=2", "train.warmup_steps=1", "data.batch_size=8", "certify.n=200", "certify.step=500")
-        command += [f"--config.{flag}" for flag in (*small, "certify.tile=(4,8)")]
+        command += [f"--config.{flag}" for flag in (*small, "certify.tile=(4,8)", "data.split=test")]
     config = place / "config.json"
     done = config.exists() and checkpoints(place) / str(configuration.load(config).train.steps)
     if not (done and done.is_dir()):
@@ -163,9 +162,9 @@ def train(work, run):
 def table(work, run):
     """A run of study "full", kept; at tiny size nothing is kept of it."""
     place = train(work, run)
-    seconds = work.command("-m", *run.commands(place, work.split)[1], environment=_data(work))
+    seconds = work.command("-m", *run.commands(place)[1], environment=_data(work))
     if not work.tiny:
-        kept.keep(place, studies.FOLDER / run.name, studies.shown(run, work))
+        kept.keep(place, studies.folder("full") / run.name, studies.shown(run))
     return {"certification_seconds": seconds}
 
 
@@ -335,7 +334,9 @@ def pack(options):
             )
     paths = [*options.out.glob("*.*.json"), *options.out.glob("certificates/*")]
     files = {path: RESULTS / path.relative_to(options.out) for path in sorted(paths)}
-    files |= {path: path for name in sorted(found["table"]) for path in sorted((studies.FOLDER / name).iterdir())}
+    files |= {
+        path: path for name in sorted(found["table"]) for path in sorted((studies.folder("full") / name).iterdir())
+    }
     with tarfile.open(options.out / "results.tar.gz", "w:gz") as archive:
         for path, place in files.items():
             archive.add(path, place.relative_to(ROOT))

@@ -1,4 +1,4 @@
-"""What is kept of a run under docs/results/cifar10/: its certificates, run.json and a model card. No weights."""
+"""What is kept of a run under docs/results/: its certificates, run.json and a model card. No weights."""
 
 import dataclasses
 import json

@@ -1,13 +1,13 @@
-"""The studies on CIFAR-10: trains and certifies their runs, keeps the certificates, rebuilds tables and figures.
+"""The studies on CIFAR-10 and MNIST: trains and certifies runs, keeps certificates, rebuilds tables and figures.
 
-  python benchmarks/studies.py render                      # seconds, from the certificates kept in docs/results/cifar10
+  python benchmarks/studies.py render                      # seconds, from the certificates kept in docs/results
   python benchmarks/studies.py list                        # the commands of every run
   TFDS_DATA_DIR=... python benchmarks/studies.py run       # hours: what is missing; then keeps and renders
   TFDS_DATA_DIR=... python benchmarks/studies.py run --study=split --jobs=2
 
 Every run is two commands of the package. Stopped at any moment, the same command goes on. Workdirs lie under --runs.
 Kept of a run are its certificates, run.json (configuration, cost, training) and card.md. The prose of
-docs/results/cifar10.md is written by hand: `render` replaces what stands between its markers.
+docs/results/*.md is written by hand: `render` replaces what stands between its markers.
 """
 
 import argparse
@@ -30,24 +30,33 @@ from lsrs_jax.errors import UserError
 from lsrs_jax.files import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "results" / "cifar10.md"
-FOLDER = PAGE.with_suffix("")
+RESULTS = ROOT / "docs" / "results"
 
 
-def shown(run, options):
+def page(name):
+    """Where the table of a study stands."""
+    return RESULTS / f"{STUDIES[name].page}.md"
+
+
+def folder(name):
+    """Where the runs of a study are kept, and its figure."""
+    return RESULTS / STUDIES[name].page
+
+
+def shown(run):
     """The two commands as a reader types them."""
-    return [f"python -m {shlex.join(words)}" for words in run.commands(f"runs/{run.name}", options.split)]
+    return [f"python -m {shlex.join(words)}" for words in run.commands(f"runs/{run.name}")]
 
 
-def made(run, options):
-    """Whether the very run, by its commands and what its configuration says today, is kept already."""
+def made(run, place):
+    """Whether the very run, by its commands and what its configuration says today, is kept in a folder already."""
     try:
-        facts = kept.load(FOLDER / run.name).facts
+        facts = kept.load(place).facts
     except UserError:
         return False
-    flags = [flag for flag in run.commands("", options.split)[0] if flag.startswith("--config.")]
+    flags = [flag for flag in run.commands("")[0] if flag.startswith("--config.")]
     config = configuration.to_dict(command.config_from_flags([f"--config={ROOT / run.config}", *flags]))
-    return facts["commands"] == shown(run, options) and facts["config"] == config
+    return facts["commands"] == shown(run) and facts["config"] == config
 
 
 _under_way = []  # processes of the package's commands
@@ -60,10 +69,9 @@ def stop(number, _):
     raise SystemExit(128 + number)
 
 
-def make(run, options):
-    """Trains and certifies one run, and keeps it; returns what went wrong, or None."""
-    workdir = options.runs / run.name
-    for module, *flags in run.commands(workdir, options.split):
+def make(run, place, workdir):
+    """Trains and certifies one run, and keeps it in a folder; returns what went wrong, or None."""
+    for module, *flags in run.commands(workdir):
         print(f"python -m {module} {shlex.join(flags)}", file=sys.stderr, flush=True)
         arguments, line = [sys.executable, "-m", module, *flags], f"{module} failed and said nothing"
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -75,7 +83,7 @@ def make(run, options):
         if process.returncode:
             return f"{run.name}: {line.strip()}"
     try:
-        kept.keep(workdir, FOLDER / run.name, shown(run, options))
+        kept.keep(workdir, place, shown(run))
     except UserError as error:
         return f"{run.name}: {error}"
     print(f"{run.name} is kept", file=sys.stderr, flush=True)
@@ -89,20 +97,20 @@ def markers(name):
 
 def tables(name):
     """Label → `kept.Kept` of the runs of a study that are there."""
-    rows = {label: FOLDER / run.name for label, run in STUDIES[name].rows.items()}
-    return {label: kept.load(folder) for label, folder in rows.items() if (folder / "card.md").exists()}
+    rows = {label: folder(name) / run.name for label, run in STUDIES[name].rows.items()}
+    return {label: kept.load(place) for label, place in rows.items() if (place / "card.md").exists()}
 
 
 def section(name, found):
     """The table of a study, and its figure."""
-    missing = len(STUDIES[name].rows) - len(found)
+    missing, home = len(STUDIES[name].rows) - len(found), STUDIES[name].page
     lines = ["| run | " + " | ".join(kept.header()) + " |", "|" + "---|" * (1 + len(kept.header()))]
     for label, run in found.items():
-        cells = [f"[{label}](cifar10/{run.name}/card.md)", *kept.columns(run)]
+        cells = [f"[{label}]({home}/{run.name}/card.md)", *kept.columns(run)]
         lines.append("| " + " | ".join(cells) + " |")
     lines += means(found, STUDIES[name].references) if STUDIES[name].references and not missing else []
     lines += [f"\n{missing} of the {missing + len(found)} runs of this study have not been made."] if missing else []
-    return "\n".join(lines) + f"\n\n![{name}](cifar10/{name}.png)"
+    return "\n".join(lines) + f"\n\n![{name}]({home}/{name}.png)"
 
 
 def means(found, references):
@@ -180,20 +188,21 @@ def curves(found, path):
 
 
 def render(names):
-    """Rewrites the page's tables and the figures of the studies that have runs."""
-    text = PAGE.read_text(encoding="utf-8")
+    """Rewrites the tables on the pages, and the figures, of the studies that have runs."""
     for name in names:
         found, (first, last) = tables(name), markers(name)
         if not found:
             continue
+        text = page(name).read_text(encoding="utf-8")
         if first not in text or last not in text:
-            raise UserError(f"{PAGE} has no markers of {name}: put {first} and {last} where its table shall stand")
+            raise UserError(
+                f"{page(name)} has no markers of {name}: put {first} and {last} where its table shall stand"
+            )
         place = re.compile(re.escape(first) + ".*?" + re.escape(last), re.DOTALL)
         content = f"{first}\n{section(name, found)}\n{last}"
-        text = place.sub(lambda _, content=content: content, text)
-        if not {"pareto": pareto, "curves": curves}[STUDIES[name].figure](found, FOLDER / f"{name}.png"):
+        write_atomic(page(name), place.sub(lambda _, content=content: content, text))
+        if not {"pareto": pareto, "curves": curves}[STUDIES[name].figure](found, folder(name) / f"{name}.png"):
             print(f"no figure of {name}: Matplotlib is not installed", file=sys.stderr)
-    write_atomic(PAGE, text)
 
 
 def parse(arguments):
@@ -202,7 +211,6 @@ def parse(arguments):
     parser.add_argument("what", choices=("run", "render", "list"))
     parser.add_argument("--study", action="append", choices=STUDIES, help="one or several of them; all by default")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "studies", help="folder of the workdirs")
-    parser.add_argument("--split", default="test_exact", help="of the data: evaluated and certified")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side; their times are then not comparable")
     options = parser.parse_args(arguments)
     options.runs = options.runs.resolve()
@@ -215,17 +223,19 @@ def main(arguments):
     """The command; see the module's docstring."""
     options = parse(arguments)
     names = options.study or list(STUDIES)
-    runs = {run.name: run for name in names for run in STUDIES[name].rows.values()}
+    runs = {folder(name) / run.name: run for name in names for run in STUDIES[name].rows.values()}
     failed = []
     if options.what == "list":
-        print("\n".join(line for run in runs.values() for line in shown(run, options)))
+        print("\n".join(line for run in runs.values() for line in shown(run)))
         return
     if options.what == "run":
-        missing = [run for run in runs.values() if not made(run, options)]
+        missing = [place for place, run in runs.items() if not made(run, place)]
         print(f"{len(missing)} of {len(runs)} runs to make", file=sys.stderr, flush=True)
         pool = concurrent.futures.ThreadPoolExecutor(options.jobs)
+
+        made_now = pool.map(lambda place: make(runs[place], place, options.runs / place.name), missing)
         try:
-            failed = [error for error in pool.map(lambda run: make(run, options), missing) if error]
+            failed = [error for error in made_now if error]
         finally:
             pool.shutdown(cancel_futures=True)
     render(names)

@@ -1,10 +1,11 @@
-"""The runs of the studies on CIFAR-10, and the tables they form."""
+"""The runs of the studies on CIFAR-10 and MNIST, and the tables they form."""
 
 import dataclasses
 
 STUDY = "configs/cifar10_study.py"
 HEADLINE = "configs/cifar10_small.py"
 FULL = "configs/cifar10.py"
+MNIST = "configs/mnist.py"
 LAST = 6  # blocks of the network of the studies
 SPLIT = 4  # where it is cut in the studies that vary something else
 SEEDS = (0, 1, 2)
@@ -20,15 +21,17 @@ class Run:
       name: of its folder.
       config: ``configs/FILE.py:variant``.
       flags: overrides, ``field=value``.
+      split: of the data, evaluated and certified.
     """
 
     name: str
     config: str
     flags: tuple[str, ...] = ()
+    split: str = "test_exact"
 
-    def commands(self, workdir, split):
+    def commands(self, workdir):
         """The modules and arguments of the two commands, training first."""
-        flags = [f"--config.{flag}" for flag in (f"data.split={split}", *self.flags)]
+        flags = [f"--config.{flag}" for flag in (f"data.split={self.split}", *self.flags)]
         place = f"--workdir={workdir}"
         return ["lsrs_jax.train", f"--config={self.config}", place, *flags], ["lsrs_jax.certify", place]
 
@@ -41,11 +44,13 @@ class Study:
       figure: ``"pareto"`` or ``"curves"``.
       rows: label → run; labels that differ in ``, seed <n>`` alone are repetitions.
       references: labels without their seeds; where given, means of the repetitions are shown and compared with theirs.
+      page: docs/results/<page>.md has the table; docs/results/<page>/ keeps the runs.
     """
 
     figure: str
     rows: dict[str, Run]
     references: tuple[str, ...] = ()
+    page: str = "cifar10"
 
 
 def _run(variant, *flags):
@@ -146,6 +151,15 @@ def _full():
     return {label: Run(name, f"{FULL}:{variant}", (*flags, *own)) for label, (name, variant, own) in kinds.items()}
 
 
+def _mnist():
+    kinds = {"LSRS": "lsrs", "ISRS, same network": "isrs_split", "ISRS, head on the image": "isrs"}
+    return {
+        f"{kind}, seed {seed}": Run(f"mnist-{variant}-seed{seed}", f"{MNIST}:{variant}", (f"seed={seed}",), "test")
+        for kind, variant in kinds.items()
+        for seed in SEEDS
+    }
+
+
 STUDIES = {
     "split": Study("pareto", _splits()),
     "family": Study("curves", _families()),
@@ -153,4 +167,5 @@ STUDIES = {
     "sigma": Study("curves", _sigmas()),
     "headline": Study("curves", _headline(), ("ISRS, same network", "ISRS, same network, SmoothAdv and consistency")),
     "full": Study("curves", _full()),
+    "mnist": Study("curves", _mnist(), ("ISRS, same network",), "mnist"),
 }

@@ -4,7 +4,7 @@
   python -m lsrs_jax.certify --workdir=runs/mnist
 
 Certifies every 20th test image with n = 10,000. Variants as in configs/digits.py: ``lsrs`` (default), ``cayley``,
-``isrs``, ``isrs_split``. Measured results: README.md.
+``isrs``, ``isrs_split``. Measured results: docs/results/mnist.md.
 """
 
 from lsrs_jax.config import choose, default

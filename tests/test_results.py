@@ -17,7 +17,7 @@ import kept
 import studies
 from study_runs import STUDIES, Run, Study
 
-FOLDERS = sorted(path.parent for path in studies.FOLDER.glob("*/run.json"))
+FOLDERS = sorted(path.parent for path in studies.RESULTS.glob("*/*/run.json"))
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
@@ -26,13 +26,12 @@ def test_a_published_run_is_complete_and_belongs_together(folder):
     text = (folder / "certificates.tsv").read_bytes()
     assert hashlib.sha256(text).hexdigest() == run.certificates["derivation"]["certificates"]
     assert (folder / "card.md").read_text() == kept.card(run)
-    named = {run.name: run for study in STUDIES.values() for run in study.rows.values()}
-    assert studies.made(named[folder.name], studies.parse(["list"]))
+    runs = {studies.folder(name) / run.name: run for name, study in STUDIES.items() for run in study.rows.values()}
+    assert studies.made(runs[folder], folder)
     identity, config = run.certificates["identity"], from_dict(run.facts["config"])
     assert identity["checkpoint"]["step"] == config.train.steps
     assert {name: identity["model"][name] for name in config.model} == run.facts["config"]["model"]
-    cost = models.cost(models.build(config.model, (32, 32, 3), 10))
-    assert run.cost == cost
+    assert run.cost == models.cost(models.build(config.model, tuple(identity["model"]["input_shape"]), 10))
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -41,9 +40,9 @@ def test_the_page_shows_what_the_certificates_say(name):
     if not found:
         pytest.skip("no run of this study is published")
     first, last = studies.markers(name)
-    text = studies.PAGE.read_text()
+    text = studies.page(name).read_text()
     assert text.split(first)[1].split(last)[0].strip() == studies.section(name, found)
-    assert (studies.FOLDER / f"{name}.png").exists()
+    assert (studies.folder(name) / f"{name}.png").exists()
     assert len({len(run.table) for run in found.values()}) == 1
     assert all(np.array_equal(run.table.idx, next(iter(found.values())).table.idx) for run in found.values())
 
@@ -58,16 +57,16 @@ def test_a_study_from_training_to_page(tmp_path, monkeypatch, figure):
     """The whole way with the embedded digits; a second call has nothing left to do, and a changed table shows."""
     quick = ("train.steps=20", "certify.n=200", "certify.stop=40")
     rows = {
-        "head": Run("head", "configs/digits.py:isrs", quick),
-        "latent": Run("latent", "configs/digits.py", (*quick, "sigma=0.3")),
+        "head": Run("head", "configs/digits.py:isrs", quick, "test"),
+        "latent": Run("latent", "configs/digits.py", (*quick, "sigma=0.3"), "test"),
     }
-    monkeypatch.setitem(STUDIES, "split", Study(figure, rows))
-    monkeypatch.setattr(studies, "PAGE", tmp_path / "page.md")
-    monkeypatch.setattr(studies, "FOLDER", tmp_path / "page")
-    studies.PAGE.write_text("before\n" + "\n".join(studies.markers("split")) + "\nafter\n")
-    arguments = ["run", "--study=split", f"--runs={tmp_path / 'runs'}", "--split=test"]
+    monkeypatch.setitem(STUDIES, "split", Study(figure, rows, page="page"))
+    monkeypatch.setattr(studies, "RESULTS", tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text("before\n" + "\n".join(studies.markers("split")) + "\nafter\n")
+    arguments = ["run", "--study=split", f"--runs={tmp_path / 'runs'}"]
     studies.main([*arguments, "--jobs=2"])
-    text = studies.PAGE.read_text()
+    text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert text.count("| [") == 2
@@ -82,16 +81,16 @@ def test_a_study_from_training_to_page(tmp_path, monkeypatch, figure):
     with monkeypatch.context() as patch:
         patch.setattr(studies, "make", None)
         studies.main(arguments)
-    assert studies.PAGE.read_text() == text
+    assert page.read_text() == text
     # Another run under an old name is made again, and refused by the workdir that holds the old one; others go on.
-    changed = {**rows, "latent": Run("latent", "configs/digits.py", (*quick, "sigma=0.4"))}
-    monkeypatch.setitem(STUDIES, "split", Study(figure, changed))
+    changed = {**rows, "latent": Run("latent", "configs/digits.py", (*quick, "sigma=0.4"), "test")}
+    monkeypatch.setitem(STUDIES, "split", Study(figure, changed, page="page"))
     with pytest.raises(UserError, match=r"1 runs failed.*latent: error: .* was trained with sigma=0.3, not 0.4"):
         studies.main(arguments)
-    assert studies.PAGE.read_text() == text
-    monkeypatch.setitem(STUDIES, "split", Study(figure, rows))
+    assert page.read_text() == text
+    monkeypatch.setitem(STUDIES, "split", Study(figure, rows, page="page"))
     facts = json.loads((tmp_path / "page" / "latent" / "run.json").read_text())
     facts["training"]["test_clean_accuracy"] = 0.1234
     (tmp_path / "page" / "latent" / "run.json").write_text(json.dumps(facts))
     studies.main(["render", "--study=split"])
-    assert "| 0.123 |" in studies.PAGE.read_text()
+    assert "| 0.123 |" in page.read_text()
