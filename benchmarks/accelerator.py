@@ -59,6 +59,7 @@ SCHEDULES = {
     "staged": {"schedule": "staged"},
     "fixed": {"schedule": "fixed"},
 }
+NARROW = "model.widths=(8,8,8,8,12,8,8,8)"  # at tiny size
 RESULTS = ROOT / "docs" / "results" / "accelerator"
 
 
@@ -151,7 +152,8 @@ def train(work, run):
     command, _ = run.commands(place)
     if work.tiny:
         small = ("train.steps=2", "train.warmup_steps=1", "data.batch_size=8", "certify.n=200", "certify.step=500")
-        command += [f"--config.{flag}" for flag in (*small, "certify.tile=(4,8)", "data.split=test")]
+        small += (NARROW, "certify.tile=(4,8)", "data.split=test")
+        command += [f"--config.{flag}" for flag in small]
     config = place / "config.json"
     done = config.exists() and checkpoints(place) / str(configuration.load(config).train.steps)
     if not (done and done.is_dir()):
@@ -214,7 +216,8 @@ def pieces(work):
     variants["free,gaussian"] = ["--config.train.loss=gaussian", "--config.train.noises=1"]
     variants["free,gaussian,bf16"] = [*variants["free,gaussian"], "--config.train.head_dtype=bfloat16"]
     if tiny:
-        variants = {name: [*flags, "--config.data.batch_size=8"] for name, flags in variants.items()}
+        few = ["--config.data.batch_size=8", f"--config.{NARROW}"]
+        variants = {name: [*flags, *few] for name, flags in variants.items()}
     part = functools.partial
     found = {
         "precision": {

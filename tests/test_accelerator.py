@@ -97,7 +97,7 @@ def test_what_is_no_result_is_named(tmp_path):
 def test_an_unfinished_training_is_finished_before_the_whole_set(tmp_path, random_cifar10):
     """What an earlier session left behind is not certified for the model."""
     work = accelerator.Work(accelerator.parse(["run", f"--out={tmp_path}", f"--data={random_cifar10}", "--tiny"]))
-    run = accelerator.STUDIES["full"].rows[accelerator.DEFAULT]
+    run = accelerator.STUDIES["full"].rows["ISRS, free network: Gaussian augmentation"]
     place = accelerator.train(work, run)
     assert (place / "checkpoints" / "2").is_dir()
     shutil.rmtree(place / "checkpoints" / "2")

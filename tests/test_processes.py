@@ -81,7 +81,7 @@ def test_processes_that_share_a_bucket_only(alone, tmp_path):
     assert (remote / "certify" / "default" / "votes.1.tsv").read_text().count("\n") > 20
 
 
-@pytest.mark.parametrize("counts", [(2, 1), (1, 2)])
+@pytest.mark.parametrize("counts", [(2, 1), pytest.param((1, 2), marks=pytest.mark.soak)])
 def test_a_killed_certification_is_resumed_by_another_number_of_processes(alone, tmp_path, counts):
     workdir = tmp_path / "killed"
     shutil.copytree(alone, workdir)

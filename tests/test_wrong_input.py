@@ -127,7 +127,15 @@ BAD_CERTIFY = {
 
 
 # One of every way to an end is tried as users do; the others need no start of JAX of their own.
-IN_A_PROCESS = ("misspelt field", "stray word", "missing data", "truncated checkpoint", "damaged ledger", "no config")
+IN_A_PROCESS = (
+    "misspelt field",
+    "file that is no config",
+    "stray word",
+    "missing data",
+    "truncated checkpoint",
+    "damaged ledger",
+    "no config",
+)
 
 
 def refusal(case, name, arguments):

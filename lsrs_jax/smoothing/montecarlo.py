@@ -5,7 +5,7 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from lsrs_jax.arguments import array, numbers
 from lsrs_jax.errors import UserError
@@ -164,7 +164,8 @@ def _leaders(counts, alpha, tau):
         level = 0.99 * alpha
     else:
         half, level = 0.5, alpha
-    certain = 2 * stats.binom.sf(first - 1, both, np.minimum(half, 1.0)) <= level
+    # P[at least `first` of `both`]
+    certain = 2 * special.betainc(first, both - first + 1, np.minimum(half, 1.0)) <= level
     return np.where(certain, leader, -1)
 
 
