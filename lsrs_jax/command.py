@@ -22,8 +22,9 @@ from lsrs_jax.workdir import SCHEMES
 # Of errors of the operating system.
 _REMEDIES = {
     (errno.ENOSPC, errno.EFBIG, errno.EDQUOT): "; make room, and give the same command again",
-    (errno.EROFS, errno.EACCES, errno.EPERM): "; make it writable, or choose another folder",
-    (errno.ENOENT, errno.ENOTDIR): "; choose another folder",
+    (errno.EROFS,): "; choose a folder that can be written",
+    (errno.EACCES, errno.EPERM): "; change its permissions, or choose another folder",
+    (errno.ENOENT, errno.ENOTDIR): "; check the path",
 }
 
 _FIELD = re.compile(r"--?config\.([^=]*)")

@@ -28,8 +28,10 @@ def _handle(number, _):
     if _state["first"] is not None:
         if now - _state["first"] > _ECHO:
             # What is on disk is valid after every write: this loses no more than a kill does.
-            os.write(2, b"interrupted twice, ended at once; the same command resumes\n")
-            os._exit(128 + number)
+            try:
+                os.write(2, b"interrupted twice, ended at once; the same command resumes\n")
+            finally:
+                os._exit(128 + number)
         return
     # Noted in any case: raised inside a finalizer, an exception is dropped, and the next block must raise it again.
     _state["first"], _state["pending"] = now, number
@@ -46,8 +48,10 @@ def end_imports():
         return
 
     def end(number, _):
-        os.write(2, b"interrupted before anything was done\n")
-        os._exit(128 + number)
+        try:
+            os.write(2, b"interrupted before anything was done\n")
+        finally:
+            os._exit(128 + number)
 
     for number in _NUMBERS:
         signal.signal(number, end)
