@@ -39,7 +39,7 @@ def kill_and_resume_certification(workdir, name, arguments, kills, rng):
     return killed
 
 
-@pytest.mark.parametrize("kind", ["fixed", "staged"])
+@pytest.mark.parametrize("kind", [pytest.param("fixed", marks=pytest.mark.soak), "staged"])
 def test_a_killed_certification_resumes_to_the_same_bytes(trained, kind):
     # A small tile keeps the run long enough to be killed in the middle.
     arguments = ["--config.certify.n=60001", "--config.certify.stop=64", "--config.certify.tile=(2, 8)"]

@@ -195,6 +195,7 @@ def test_buckets_are_not_read(tmp_path):
         data.load("snaps", "train", "gs://bucket/tfds", 16)
 
 
+@pytest.mark.soak
 def test_trained_certified_killed_and_resumed(snaps, tmp_path):
     """With workers: the first half ends by SIGTERM, the second one starts at the exact next batch."""
     flags = [*SMALL, f"--config.data.dir={snaps}", "--config.train.steps=12", "--config.train.checkpoint_every=100"]

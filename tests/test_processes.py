@@ -41,7 +41,7 @@ def alone(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("sharded", [pytest.param(False, marks=pytest.mark.soak), True])
 def test_the_losses_do_not_depend_on_the_number_of_processes(alone, tmp_path, sharded):
     flags = [f"--config.train.shard_parameters={sharded}"]
     out = run_together(2, "train", *QUICK, f"--workdir={tmp_path}", *flags, devices=2)
