@@ -232,10 +232,9 @@ def main(arguments):
         missing = [place for place, run in runs.items() if not made(run, place)]
         print(f"{len(missing)} of {len(runs)} runs to make", file=sys.stderr, flush=True)
         pool = concurrent.futures.ThreadPoolExecutor(options.jobs)
-
-        made_now = pool.map(lambda place: make(runs[place], place, options.runs / place.name), missing)
         try:
-            failed = [error for error in made_now if error]
+            errors = pool.map(lambda place: make(runs[place], place, options.runs / place.name), missing)
+            failed = [error for error in errors if error]
         finally:
             pool.shutdown(cancel_futures=True)
     render(names)

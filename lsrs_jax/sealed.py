@@ -13,6 +13,12 @@ def digest(content):
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def check(content):
+    """Raises ValueError for a dict that does not have the digest it names, or names none."""
+    if content.get("digest") != digest(content):
+        raise ValueError("its content does not have the digest it names")
+
+
 def write(path, content):
     """Writes a dict with its digest."""
     # Through text and back: the digest is that of what a reader finds.
@@ -20,11 +26,11 @@ def write(path, content):
     write_atomic(path, json.dumps(plain | {"digest": digest(plain)}, indent=2) + "\n")
 
 
-def read(path, check, remedy):
+def read(path, check_content, remedy):
     """The content of such a file, intact.
 
     Args:
-      check: raises ValueError, KeyError or TypeError for content that would not have been written.
+      check_content: raises ValueError, KeyError or TypeError for content that would not have been written.
       remedy: what to do where the file cannot be restored.
 
     Raises:
@@ -34,9 +40,10 @@ def read(path, check, remedy):
         stored = read_json(path)
         outdated = isinstance(stored, dict) and "digest" not in stored
         if not outdated:
-            if not isinstance(stored, dict) or stored["digest"] != digest(stored):
-                raise ValueError("its content does not have the digest it names")
+            if not isinstance(stored, dict):
+                raise ValueError("it holds no fields")
             check(stored)
+            check_content(stored)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); restore it, or {remedy}") from error
     if outdated:

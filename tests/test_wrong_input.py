@@ -33,12 +33,12 @@ def damage_ledger(workdir):
 
 BAD_CERTIFY = {
     "misspelt field": ([], "--config.certify.alhpa=0.1", "did you mean certify.alpha?"),
-    "wrong type": ([], "--config.certify.n=many", "n"),
+    "wrong type": ([], "--config.certify.n=many", "flag --config.certify.n=many: invalid literal for int()"),
     "negative sigma": ([], "--config.sigma=-1.0", "sigma must be a positive number"),
     "no votes": ([], "--config.certify.n=0", "certify.n must be between 1"),
     "no selection": ([], "--config.certify.n0=0", "certify.n0 must be between 1"),
-    "alpha": ([], "--config.certify.alpha=1.0", "certify.alpha"),
-    "name": ([], "--config.certify.name=../x", "certify.name"),
+    "alpha": ([], "--config.certify.alpha=1.0", "certify.alpha must be strictly between 0 and 1"),
+    "name": ([], "--config.certify.name=../x", "certify.name must be a plain folder name"),
     "config file": (
         [],
         "--config=configs/digits.py",
@@ -66,7 +66,7 @@ BAD_CERTIFY = {
     "damaged config": ([lambda w: (w / "config.json").write_text("{")], "", "not a stored configuration"),
     "foreign config": ([lambda w: (w / "config.json").write_text('{"sgima": 1}')], "", "is missing"),
     "tile of halves": ([], "--config.certify.tile=(8,8.5)", "certify.tile has the wrong type"),
-    "tile of words": ([], "--config.certify.tile=('a',3)", "tile"),
+    "tile of words": ([], "--config.certify.tile=('a',3)", "certify.tile has the wrong type"),
     "huge tile": ([], "--config.certify.tile=(4096,65536)", "tile was"),
     "other schedule": ([], "--config.certify.schedule=staged", "certify.schedule was 'fixed' and is now 'staged'"),
     "other arithmetic": (
@@ -113,8 +113,12 @@ BAD_CERTIFY = {
         "holds no votes; restore votes.*.tsv",
     ),
     "no ledger": ([lambda w: (w / "certify/base/votes.0.tsv").unlink()], "", "holds certificates but no votes"),
-    "config without sigma": ([lambda w: edit_json(w / "config.json", "sigma", None)], "", "sigma"),
-    "null": ([lambda w: edit_json(w / "config.json", "seed", "null")], "", "seed"),
+    "config without sigma": (
+        [lambda w: edit_json(w / "config.json", "sigma", None)],
+        "",
+        "config field sigma is missing",
+    ),
+    "null": ([lambda w: edit_json(w / "config.json", "seed", "null")], "", "config field seed has the wrong type"),
     "no identity": ([lambda w: edit_json(w / "certify/base/certificates.json", "identity", None)], "", "is damaged"),
     "empty workdir": ([], "--workdir=", "is not a folder"),
     "other normalisation": ([], "--config.model.mean=(0.5,)", "trained with model.mean="),
@@ -126,7 +130,8 @@ BAD_CERTIFY = {
 }
 
 
-# One of every way to an end is tried as users do; the others need no start of JAX of their own.
+# One of every way to an end is tried as users do, the others need no start of JAX of their own; ml_collections loads
+# every configuration file under one name, so that one without get_config would find that of an earlier test.
 IN_A_PROCESS = (
     "misspelt field",
     "file that is no config",
@@ -190,13 +195,13 @@ BAD_TRAIN = {
         "bad configuration: unknown variant 'lsr': choose one of lsrs, cayley",
     ),
     "misspelt field": (["--config=configs/digits.py", "--config.sgima=1.0"], "did you mean sigma?"),
-    "wrong type": (["--config=configs/digits.py", "--config.train.steps=ten"], "steps"),
+    "wrong type": (["--config=configs/digits.py", "--config.train.steps=ten"], "steps=ten: invalid literal"),
     "long warm-up": (
         ["--config=configs/digits.py", "--config.train.steps=60", "--config.train.warmup_steps=60"],
         "warmup_steps must be at least 0 and below train.steps=60, got 60",
     ),
-    "letters as mean": (["--config=configs/digits.py", "--config.model.mean=('a',)"], "mean"),
-    "nan as std": (["--config=configs/digits.py", "--config.model.std=(nan,)"], "std"),
+    "letters as mean": (["--config=configs/digits.py", "--config.model.mean=('a',)"], "model.mean has the wrong type"),
+    "nan as std": (["--config=configs/digits.py", "--config.model.std=(nan,)"], "model.std has the wrong type"),
     "crop": (["--config=configs/digits.py", "--config.data.crop=9"], "data.crop 9"),
     "config that fails": (["--config=tests/failing_config.py"], "tests/failing_config.py line 5: division by zero"),
     "zero sigma": (["--config=configs/digits.py", "--config.sigma=0.0"], "sigma must be a positive number"),

@@ -1,5 +1,7 @@
 """Whether the votes in a folder are those of its network: of some images they are cast again, from the pixels on."""
 
+import copy
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -70,15 +72,17 @@ def run(job, stored, count):
     where = f"; they were cast on {there!r}, and now on {here!r}" if elsewhere else ""
     if elsewhere:
         # Another batch of the head rounds elsewhere too, and rows of a tile that hold no image cost as much as others.
-        images, samples = job.config.certify.tile
-        job.config.certify.tile = (min(images, max(len(indices), 2)), samples)
+        config = copy.deepcopy(job.config)
+        images, samples = config.certify.tile
+        config.certify.tile = (min(images, max(len(indices), 2)), samples)
+        job = dataclasses.replace(job, config=config)
         if _SHIFTED[head_dtype]:
             print(
                 f"note: {there!r} and {here!r} round a head in {head_dtype} in other places: "
                 f"{_SHIFTED[head_dtype]:.0%} of an image's votes may differ; on the kind of device that cast them few "
                 "may"
             )
-    caster = Caster(job, *job.model.for_certification(job.params, job.config.certify.head_dtype))
+    caster = Caster(job, *job.model.for_certification(job.params, head_dtype))
     again = Tallies(certification.plan, certification.identity["classes"])
     found = {}
 

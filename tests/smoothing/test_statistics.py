@@ -42,6 +42,10 @@ def test_bounds_hold_for_tiny_levels(alpha):
     assert (confidence.upper(k, 100, alpha)[:3] < 1).all()
 
 
+def test_where_no_upper_bound_can_be_found_it_is_1():
+    assert confidence.upper(2, 5, 1e-108) == 1
+
+
 @pytest.mark.parametrize(("n", "sigmas"), [(1_000, 2.463), (10_000, 3.199), (100_000, 3.811)])
 def test_radius_of_a_unanimous_vote(n, sigmas):
     p = confidence.lower(n, n, 0.001)

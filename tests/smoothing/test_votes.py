@@ -4,12 +4,12 @@ import threading
 from concurrent import futures
 
 import chex
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import threefry
+from linear import BIAS, DIM, LATENTS, W, certify, linear_head
 from scipy import stats
 
 from lsrs_jax import keys, layers, models, smoothing
@@ -19,8 +19,6 @@ from lsrs_jax.materialize import Float64Encoder, materialize
 from lsrs_jax.smoothing import votes as voting
 from lsrs_jax.smoothing.votes import Votes, chunks
 
-DIM = (4, 4, 2)
-LATENTS = np.random.default_rng(1).random((5, *DIM))
 N = 1_003
 
 
@@ -152,6 +150,12 @@ def test_the_head_that_votes_is_the_one_that_was_probed(spmd):
         certify(head, n=300)
 
 
+def test_a_loop_is_made_where_transfers_are_guarded():
+    head, key = network(), threefry(0)
+    with jax.transfer_guard("disallow"):
+        assert Votes(head, DIM, sigma=0.5, key=key, tile=(3, 32)).num_classes == 4
+
+
 def test_a_launch_returns_where_the_platform_waits(baseline):
     loop = Votes(network(), DIM, sigma=0.5, key=threefry(0), tile=(5, 32))
     latents, call, goes_on = loop.put(loop.place(LATENTS)), loop._call, threading.Event()
@@ -239,14 +243,6 @@ def test_purposes_see_different_noise(baseline):
 
 # --------------------------------------------------------------------------------------------------- law of the votes
 
-W = np.random.default_rng(2).standard_normal(DIM).astype(np.float32)
-BIAS = np.float32(-0.5 * W.sum())
-
-
-def linear_head(z):
-    score = jnp.sum(z * W, axis=(1, 2, 3)) + BIAS
-    return jnp.stack([score, -score], axis=-1)
-
 
 def linear_p_values(sigma_sampled, sigma_claimed, n=20_000):
     """Two-sided binomial p-values of the votes of a linear head, whose law is known in closed form."""
@@ -325,147 +321,3 @@ def test_the_identity_encoder_is_input_smoothing():
     cohen = smoothing.certify(lambda x: model.classify(params, x), LATENTS, sigma=0.5, key=threefry(0), n=N)
     np.testing.assert_array_equal(ours.counts, cohen.counts)
     np.testing.assert_array_equal(ours.radius, cohen.radius)
-
-
-# ------------------------------------------------------------------------------------------------------------ refusals
-
-
-def test_modules_of_any_library_certify_the_same():
-    from flax import nnx
-
-    kernel = np.random.default_rng(7).standard_normal((32, 3)).astype(np.float32)
-    dense = nn.Dense(3, use_bias=False)
-    stateful = nnx.Linear(32, 3, use_bias=False, rngs=nnx.Rngs(0))
-    stateful.kernel[...] = jnp.asarray(kernel)
-    heads = [
-        lambda z: z.reshape(z.shape[0], -1) @ kernel,
-        lambda z: dense.apply({"params": {"kernel": kernel}}, z.reshape(z.shape[0], -1)),
-        lambda z: stateful(z.reshape(z.shape[0], -1)),
-    ]
-    counts = [certify(head, n=1000).counts for head in heads]
-    np.testing.assert_array_equal(counts[0], counts[1])
-    np.testing.assert_array_equal(counts[0], counts[2])
-
-
-def certify(head=linear_head, latents=LATENTS, **changes):
-    return smoothing.certify(head, latents, **({"sigma": 0.5, "key": threefry(0), "n": 100} | changes))
-
-
-def batch_norm(z):
-    z = z.reshape(z.shape[0], -1)
-    return ((z - z.mean(axis=0)) / (z.std(axis=0) + 1e-3))[:, :4]
-
-
-def ghost_norm(size):
-    """Batch statistics over aligned groups of rows."""
-
-    def head(z):
-        z = z.reshape(-1, size, np.prod(z.shape[1:]))
-        z = (z - z.mean(axis=1, keepdims=True)) / (z.std(axis=1, keepdims=True) + 1e-3)
-        return z.reshape(-1, z.shape[-1])[:, :4]
-
-    return head
-
-
-def nan_sometimes(z):
-    logits = linear_head(z)
-    return jnp.where(logits > 3.0, jnp.nan, logits)
-
-
-@pytest.mark.parametrize(
-    ("changes", "why"),
-    [
-        ({"sigma": 0.0}, "sigma"),
-        ({"sigma": float("nan")}, "sigma"),
-        ({"sigma": "0.5"}, "sigma"),
-        ({"n": 0}, "n must be a whole number"),
-        ({"n0": 0}, "n0 must be a whole number"),
-        ({"n": 10.0}, "n must be a whole number"),
-        ({"n": 2**31}, "2\\*\\*27"),
-        ({"alpha": 0.0}, "alpha"),
-        ({"lipschitz": 0.0}, "Lipschitz"),
-        ({"tile": (0, 4)}, "tile"),
-        ({"spmd": "xmap"}, "spmd"),
-        ({"latents": np.zeros((0, 3))}, "N >= 1"),
-        ({"latents": np.zeros(3)}, "shape"),
-        ({"latents": np.zeros((2, 3), int)}, "floating point"),
-        ({"latents": np.full((2, *DIM), np.nan)}, "finite"),
-        ({"latents": np.ones((2, 3))}, "does not accept latents"),
-        ({"head": lambda z: z}, "must return logits"),
-        ({"head": lambda z: jnp.zeros((z.shape[0], 1))}, "must return logits"),
-        ({"head": lambda z: linear_head(z).T}, "must return logits"),
-        ({"head": lambda z: jnp.full((z.shape[0], 3), jnp.nan)}, "NaN"),
-        ({"head": nan_sometimes}, "NaN"),
-        ({"head": batch_norm}, "rows depend on each other"),
-        ({"head": lambda z: linear_head(z) + jnp.array([1.0, 0.0]) * linear_head(z)[:, 0].mean()}, "rows depend"),
-        ({"head": ghost_norm(2)}, "rows depend on each other"),
-        ({"head": ghost_norm(64)}, "rows depend on each other"),
-        ({"head": ghost_norm(128)}, "rows depend on each other"),
-        ({"head": lambda z: batch_norm(z).at[:, 3].set(-1e9)}, "rows depend on each other"),
-        ({"tile": 5}, "tile"),
-        ({"tile": (2, 2.0)}, "tile"),
-        ({"tile": (1, 1)}, "tile"),
-        ({"tile": (100_000, 100_000)}, "GiB"),
-        ({"alpha": "a"}, "alpha"),
-        ({"n": True}, "n must be a whole number"),
-        ({"sigma": 1e-40}, "sigma"),
-        ({"sigma": 1e39}, "sigma"),
-        ({"slack": -1.0}, "slack"),
-        ({"slack": np.ones(3)}, "slack"),
-        ({"head": nn.Dense(3)}, "for a Flax module"),
-        ({"head": lambda z: linear_head(z[::-1])}, "rows depend on each other"),
-        ({"head": lambda z: linear_head(z) + 1j}, "must return logits"),
-        ({"radii": "abc"}, "radii must be numbers"),
-        ({"radii": [0.1, -1.0]}, "radii must be finite"),
-        ({"slack": "a"}, "slack must be numbers"),
-        ({"epsilon": "x"}, "epsilon"),
-        ({"arithmetic": ["x"]}, "unknown arithmetic"),
-        ({"arithmetic": "exact"}, "unknown arithmetic"),
-        ({"noise": ["x"]}, "unknown noise"),
-        ({"bound": "ternary"}, "unknown bound"),
-        ({"schedule": "quick"}, "unknown schedule"),
-        ({"lipschitz": True}, "Lipschitz"),
-        ({"lipschitz": 1e-320}, "Lipschitz"),
-        ({"alpha": 5e-324}, "alpha must be at least"),
-        ({"progress": 3}, "progress"),
-        ({"latents": [[0.1], [0.2, 0.3]]}, "latents must be one array"),
-        ({"latents": np.full((2, *DIM), 1e6)}, "range of the grid"),
-    ],
-)
-def test_bad_input_never_certifies(changes, why):
-    with pytest.raises(UserError, match=why) as caught:
-        certify(**changes)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("later", [1, 2, 4, 5])
-def test_a_head_that_changes_its_classes_is_refused(later):
-    """Three classes when it is asked first, another number when the loop is compiled."""
-    traces = itertools.count()
-
-    def head(z):
-        return z.reshape(z.shape[0], -1)[:, : 3 if next(traces) == 0 else later]
-
-    with pytest.raises(UserError, match="always have the same classes"):
-        certify(head)
-
-
-def test_a_masked_class_is_no_coupling():
-    got = certify(lambda z: linear_head(z).at[:, 1].set(-jnp.inf), n=200)
-    np.testing.assert_array_equal(got.counts, [[200, 0]] * 5)
-
-
-def test_keys_of_other_generators_are_refused():
-    for key in (jax.random.key(0, impl="rbg"), jax.random.PRNGKey(0), 0, jax.random.split(threefry(0), 2)):
-        with pytest.raises(UserError, match="threefry2x32"):
-            certify(key=key)
-
-
-def test_a_launch_outside_the_plan_is_refused():
-    loop = Votes(linear_head, DIM, sigma=0.5, key=threefry(0), tile=(2, 16))
-    latents = loop.put(loop.place(LATENTS[:2]))
-    for first, stop in ((0, 8), (3, 3), (-1, 2)):
-        with pytest.raises(UserError, match="are not among"):
-            loop.launch(latents, "estimation", first, stop, 100)
-    with pytest.raises(UserError, match="1 to 2 latents"):
-        loop.put(loop.place(LATENTS[:3]))
