@@ -7,7 +7,8 @@ Seven blocks, trained with consistency regularisation; up to n = 100,000 votes p
 within 0.1 sigma of what all of them would give). Variants:
 ``lsrs`` (default; five orthogonal blocks, noise on the 8x8x24 latent, a head of 1.0 of the network's 5.4 MFLOP),
 ``isrs_split`` (the network of ``lsrs`` smoothed in input space), ``free`` (a network of the same shapes without
-constraints, smoothed in input space), ``cayley`` (``lsrs`` with another family of convolutions), ``deep`` (eight
+constraints, smoothed in input space), ``isrs_light`` (a free network of 1.0 MFLOP in all, smoothed in input space: a
+vote costs what one of ``lsrs`` does), ``cayley`` (``lsrs`` with another family of convolutions), ``deep`` (eight
 orthogonal convolutions and a strided head of 2.1 of 16.8 MFLOP, trained with Gaussian augmentation, n = 10,000: the
 runs of docs/results/certify.md). Measured results: docs/results/cifar10.md.
 """
@@ -19,6 +20,7 @@ VARIANTS = {
     "lsrs": {},
     "isrs_split": {"model.noise": "input"},
     "free": {"model.split": 0},
+    "isrs_light": {"model.split": 0, "model.widths": (8, 24, 48), "model.strides": (4, 2, 1)},
     "cayley": {"model.method": "cayley"},
     "deep": {
         "model.encoder": "deep",

@@ -89,6 +89,14 @@ def copy(trained, certified, tmp_path):
     return target
 
 
+@pytest.fixture
+def hurried():
+    """For tests of hundreds of small programs, where compiling is all the time: XLA compiles in a hurry."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def threefry(seed):
     return jax.random.key(seed, impl="threefry2x32")
 

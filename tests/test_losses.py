@@ -10,6 +10,8 @@ from lsrs_jax.config import LOSSES, default
 from lsrs_jax.distributed import local_mesh, replicated, split
 from lsrs_jax.training import losses
 
+pytestmark = pytest.mark.usefixtures("hurried")
+
 IMAGES = np.random.default_rng(0).random((6, 4, 4, 1)).astype(np.float32)
 LABELS = np.array([0, 1, 2, 0, 1, 2])
 ROWS = np.arange(6)

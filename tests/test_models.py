@@ -13,6 +13,8 @@ from lsrs_jax.errors import UserError
 from lsrs_jax.flops import flops
 from lsrs_jax.materialize import Float64Encoder
 
+pytestmark = pytest.mark.usefixtures("hurried")
+
 
 def model_of(shape=(8, 8, 1), **fields):
     config = default().model

@@ -17,6 +17,8 @@ from lsrs_jax.errors import UserError
 from lsrs_jax.orthogonal import FAMILIES, ConvShape, conv_singular_values, convolve, spectrum
 from lsrs_jax.orthogonal.families import exponential
 
+pytestmark = pytest.mark.usefixtures("hurried")
+
 # A covering sample: every kernel size, stride, channel count and image size of the full grid occurs, with rectangles,
 # kernels larger than the image, one input channel, and both directions of a channel change.
 SAMPLE = [
@@ -66,10 +68,19 @@ def skip_if_refused(method, shape):
         pytest.skip("the family refuses this shape")
 
 
+def initial(family, key, shape, mode):
+    """``family.init``, compiled whole: one by one, its operations take longer."""
+    return jax.jit(family.init, static_argnums=(1, 2))(key, shape, mode)
+
+
 def built(family, raw, shape):
-    """``family.build``; of so many small programs compiling is all the time, so the compiler is told to hurry."""
-    build = jax.jit(family.build, static_argnums=1).lower(raw, shape)
-    return build.compile(compiler_options={"xla_backend_optimization_level": 0})(raw)
+    """``family.build``, compiled whole."""
+    return jax.jit(family.build, static_argnums=1)(raw, shape)
+
+
+def run(family, plain, x, shape):
+    """``family.apply``, compiled whole."""
+    return jax.jit(family.apply, static_argnums=2)(plain, x, shape)
 
 
 # Eight Taylor terms leave 2.2e-6 below 1, in float64 too; above 1 there is nothing.
@@ -83,9 +94,10 @@ def test_singular_values_are_one(method, arguments):
     skip_if_refused(method, shape)
     padded = shape._replace(padding="zero")
     assert legal(family, padded) == (method != "cayley")
+    raws = {mode: initial(family, threefry(0), shape, mode) for mode in ("identity", "random")}
     for mode, dtype in (("identity", np.float32), ("random", np.float32), ("random", np.float64)):
         with jax.enable_x64(dtype == np.float64):
-            raw = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), family.init(threefry(0), shape, mode))  # noqa: B023
+            raw = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), raws[mode])  # noqa: B023
             plain = jax.tree.map(np.asarray, built(family, raw, shape))
         single = dtype == np.float32
         above = 1e-10 if not single else 1e-6 if method == "exponential" else 5e-6
@@ -114,7 +126,7 @@ def test_singular_values_are_one_on_the_full_grid(method):
             if not legal(family, shape):
                 continue
             if raw is None:
-                raw = family.init(threefry(cases), shape, "random")
+                raw = initial(family, threefry(cases), shape, "random")
             if plain is None or method == "cayley":  # the kernels of the others do not depend on the size
                 plain = jax.tree.map(np.asarray, built(family, raw, shape))
             found = family.spectrum(plain, shape)
@@ -147,9 +159,9 @@ def test_the_layer_as_run_has_the_reported_spectrum(method, padding, arguments):
     family, shape = FAMILIES[method], ConvShape(*arguments, padding)
     if not legal(family, shape):
         pytest.skip("the family refuses this shape")
-    plain = family.build(family.init(threefry(1), shape, "random"), shape)
+    plain = built(family, initial(family, threefry(1), shape, "random"), shape)
     size = (*shape.input_hw, shape.c_in)
-    jacobian = jax.jacobian(lambda x: family.apply(plain, x[None], shape)[0].reshape(-1))(jnp.zeros(size))
+    jacobian = jax.jit(jax.jacobian(lambda x: family.apply(plain, x[None], shape)[0].reshape(-1)))(jnp.zeros(size))
     exact = np.linalg.svd(np.asarray(jacobian, np.float64).reshape(-1, np.prod(size)), compute_uv=False)
     found = family.spectrum(jax.tree.map(np.asarray, plain), shape)
     assert jacobian.shape[0] == np.prod(shape.output_shape)
@@ -180,7 +192,7 @@ def test_an_exponential_kernel_that_is_not_antisymmetric_is_refused_under_zero_p
 def test_the_exponential_is_the_exponential():
     shape = ConvShape((3, 3), (1, 1), 2, 2, (3, 4), "zero")
     family = FAMILIES["exponential"]
-    kernel = family.build(family.init(threefry(3), shape, "random"), shape)
+    kernel = built(family, initial(family, threefry(3), shape, "random"), shape)
     x = jax.random.normal(threefry(4), (1, 3, 4, 2))
     generator = jax.jacobian(lambda x: convolve(x, kernel, padding="zero").reshape(-1))(x).reshape(24, 24)
     assert np.abs(generator + generator.T).max() <= 1e-6
@@ -204,8 +216,8 @@ def test_the_range_of_the_taylor_polynomial(norm):
 def test_the_norm_of_a_skew_kernel_is_capped(scale):
     shape = ConvShape((3, 3), (1, 1), 4, 4, (8, 8))
     family = FAMILIES["exponential"]
-    raw = jax.tree.map(lambda leaf: scale * leaf, family.init(threefry(0), shape, "random"))
-    norm = conv_singular_values(family.build(raw, shape), (8, 8)).max()
+    raw = jax.tree.map(lambda leaf: scale * leaf, initial(family, threefry(0), shape, "random"))
+    norm = conv_singular_values(built(family, raw, shape), (8, 8)).max()
     assert norm <= 1 + 1e-6
     assert (norm > 0.3) == (scale >= 1)
 
@@ -223,8 +235,8 @@ def test_identity_initialisation_is_the_identity(size, channels, key):
         if not legal(family, shape):
             assert (method, channels) == ("adaptive", (1, 1))
             continue
-        y = family.apply(family.build(family.init(key, shape, "identity"), shape), x, shape)
-        assert np.linalg.norm(y - kept) <= tolerance * np.linalg.norm(x)
+        layer = jax.jit(lambda x: family.apply(family.build(family.init(key, shape, "identity"), shape), x, shape))  # noqa: B023
+        assert np.linalg.norm(layer(x) - kept) <= tolerance * np.linalg.norm(x)
 
 
 @pytest.mark.parametrize("method", FAMILIES)
@@ -232,7 +244,7 @@ def test_initialisations_differ(method, key):
     shape = ConvShape((3, 3), (1, 1), 4, 4, (4, 4))
     family = FAMILIES[method]
     x = jax.random.normal(key, (2, 4, 4, 4))
-    y = family.apply(family.build(family.init(key, shape, "random"), shape), x, shape)
+    y = run(family, built(family, initial(family, key, shape, "random"), shape), x, shape)
     assert np.abs(y - x).max() > 0.5
 
 
@@ -250,7 +262,7 @@ def test_the_pure_functions_refuse_what_the_module_refuses(method, key):
     family = FAMILIES[method]
     with pytest.raises(UserError, match="unknown initializer"):
         family.init(key, shape, "identty")
-    plain = family.build(family.init(key, shape, "identity"), shape)
+    plain = built(family, initial(family, key, shape, "identity"), shape)
     with pytest.raises(UserError, match="floating-point"):
         family.apply(plain, jnp.ones((1, 4, 4, 4), jnp.uint8), shape)
 
@@ -273,7 +285,7 @@ def test_identity_initialisation_with_strides_is_space_to_depth(strides, key):
     shape = ConvShape(kernel_size, strides, 3, 3 * strides[0] * strides[1], (8, 8))
     family = FAMILIES["adaptive"]
     x = jax.random.normal(key, (2, 8, 8, 3))
-    y = family.apply(family.build(family.init(key, shape, "identity"), shape), x, shape)
+    y = run(family, built(family, initial(family, key, shape, "identity"), shape), x, shape)
     np.testing.assert_allclose(y, orthogonal.space_to_depth(x, strides), atol=1e-5)
 
 
@@ -292,13 +304,13 @@ def test_25_optimizer_steps_do_not_leave_the_manifold(method, arguments, key):
         updates, state = optimizer.update(gradient, state)
         return optax.apply_updates(raw, updates), state
 
-    start = raw = family.init(key, shape, "identity")
+    start = raw = initial(family, key, shape, "identity")
     state = optimizer.init(raw)
     for _ in range(25):
         raw, state = step(raw, state)
     pairs = zip(jax.tree.leaves(raw), jax.tree.leaves(start), strict=True)
     moved = max(float(jnp.abs(a - b).max()) for a, b in pairs if a.size)
-    found = family.spectrum(jax.tree.map(np.asarray, family.build(raw, shape)), shape)
+    found = family.spectrum(jax.tree.map(np.asarray, built(family, raw, shape)), shape)
     assert moved > 0.05 or shape.c_in == shape.c_out == 1  # the only orthogonal 1x1 matrix near 1 is 1
     assert found.sigma_min >= 1 - 1e-5
     assert found.sigma_max <= 1 + 5e-6
@@ -317,10 +329,10 @@ def test_gradients_are_finite_at_degenerate_weights(method, weights, key):
     family = FAMILIES[method]
     x, target = jax.random.normal(key, (2, 4, 4, 2)), jax.random.normal(threefry(5), (2, 4, 4, 4))
     fill = {"zero": lambda shape: np.zeros(shape), "ones": lambda shape: np.ones(shape), "rank one": rank_one}[weights]
-    raw = jax.tree.map(lambda leaf: jnp.asarray(fill(leaf.shape), jnp.float32), family.init(key, shape, "random"))
-    gradient = jax.grad(lambda raw: jnp.sum(family.apply(family.build(raw, shape), x, shape) * target))(raw)
+    raw = jax.tree.map(lambda leaf: jnp.asarray(fill(leaf.shape), jnp.float32), initial(family, key, shape, "random"))
+    gradient = jax.jit(jax.grad(lambda raw: jnp.sum(family.apply(family.build(raw, shape), x, shape) * target)))(raw)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
-    found = family.spectrum(jax.tree.map(np.asarray, family.build(raw, shape)), shape)
+    found = family.spectrum(jax.tree.map(np.asarray, built(family, raw, shape)), shape)
     assert found.sigma_max <= 1 + 5e-6  # a deficient factor may lose norm, never gain it
 
 
@@ -329,9 +341,10 @@ def test_gradients_through_the_construction_are_right(method, key):
     shape = ConvShape((3, 3), (1, 1), 2, 3, (3, 4))
     family = FAMILIES[method]
     with jax.enable_x64(True):
-        raw = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), family.init(key, shape, "random"))
+        raw = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), initial(family, key, shape, "random"))
         x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 4, 2)))
-        check_grads(lambda raw, x: family.apply(family.build(raw, shape), x, shape), (raw, x), order=1, modes=["rev"])
+        layer = jax.jit(lambda raw, x: family.apply(family.build(raw, shape), x, shape))
+        check_grads(layer, (raw, x), order=1, modes=["rev"])
 
 
 @pytest.mark.parametrize("method", FAMILIES)
@@ -339,10 +352,12 @@ def test_kernels_built_together_are_those_built_alone(method, key):
     """Also across shapes, of which one is a part of another (from fewer channels, to fewer)."""
     family = FAMILIES[method]
     shapes = [ConvShape((3, 3), (1, 1), *pair, (3, 4)) for pair in ((4, 4), (6, 6), (4, 4), (2, 4), (4, 3))]
-    raws = [family.init(threefry(i), shape, "random") for i, shape in enumerate(shapes)]
-    together = orthogonal.build_kernels([(method, *pair) for pair in zip(shapes, raws, strict=True)])
+    raws = [initial(family, threefry(i), shape, "random") for i, shape in enumerate(shapes)]
+    together = jax.jit(
+        lambda raws: orthogonal.build_kernels([(method, *pair) for pair in zip(shapes, raws, strict=True)])
+    )(raws)
     for shape, raw, plain in zip(shapes, raws, together, strict=True):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), plain, family.build(raw, shape))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), plain, built(family, raw, shape))
 
 
 def primitives(function, *arguments):
@@ -435,7 +450,7 @@ def test_exact_spectrum_of_any_kernel(arguments):
     shape = ConvShape(*arguments)
     kernel = np.random.default_rng(0).standard_normal((*shape.kernel_size, shape.c_in, shape.c_out)).astype(np.float32)
     size = (*shape.input_hw, shape.c_in)
-    jacobian = jax.jacobian(lambda x: convolve(x[None], kernel, shape.strides)[0].reshape(-1))(jnp.zeros(size))
+    jacobian = jax.jit(jax.jacobian(lambda x: convolve(x[None], kernel, shape.strides)[0].reshape(-1)))(jnp.zeros(size))
     dense = np.linalg.svd(np.asarray(jacobian, np.float64).reshape(-1, np.prod(size)), compute_uv=False)
     ours = np.sort(conv_singular_values(kernel, shape.input_hw, shape.strides).ravel())[::-1]
     np.testing.assert_allclose(ours[: len(dense)], dense, atol=1e-4)

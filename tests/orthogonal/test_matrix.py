@@ -9,6 +9,8 @@ from jax.test_util import check_grads
 from lsrs_jax import orthogonal
 from lsrs_jax.orthogonal import fourier, matrix
 
+pytestmark = pytest.mark.usefixtures("hurried")
+
 
 def gaussian(shape, scale, dtype=np.float32, seed=0):
     return (scale * np.random.default_rng(seed).standard_normal(shape) / np.sqrt(max(shape))).astype(dtype)
@@ -21,7 +23,7 @@ def test_singular_values_are_one(method, shape, scale):
     build = orthogonal.METHODS[method]
     for dtype, tolerance in ((np.float32, 5e-6), (np.float64, 1e-10)):
         with jax.enable_x64(dtype == np.float64):
-            q = np.asarray(build(jnp.asarray(gaussian(shape, scale, dtype))))
+            q = np.asarray(jax.jit(build)(gaussian(shape, scale, dtype)))
         assert q.shape == shape
         assert q.dtype == dtype
         assert np.abs(orthogonal.dense_singular_values(q) - 1).max() <= tolerance
@@ -30,7 +32,7 @@ def test_singular_values_are_one(method, shape, scale):
 @pytest.mark.parametrize("method", orthogonal.METHODS)
 @pytest.mark.parametrize("scale", [1e4, 1e8, 1e15])
 def test_enormous_weights_still_give_an_orthogonal_matrix(method, scale):
-    q = orthogonal.METHODS[method](jnp.asarray(gaussian((17, 9), scale)))
+    q = jax.jit(orthogonal.METHODS[method])(gaussian((17, 9), scale))
     assert np.abs(orthogonal.dense_singular_values(q) - 1).max() <= 5e-6
 
 
@@ -39,7 +41,7 @@ def test_expm_is_the_matrix_exponential(norm):
     a = gaussian((12, 12), 1.0, np.float64)
     a = (a - a.T) * norm
     with jax.enable_x64(True):
-        ours = np.asarray(matrix.expm_skew(jnp.asarray(a)))
+        ours = np.asarray(jax.jit(matrix.expm_skew)(a))
     np.testing.assert_allclose(ours, scipy.linalg.expm(a), atol=1e-11)
 
 
@@ -47,7 +49,7 @@ def test_square_cayley_is_the_cayley_transform():
     w = gaussian((6, 6), 2.0, np.float64)
     a = w - w.T
     with jax.enable_x64(True):
-        ours = np.asarray(matrix.cayley(jnp.asarray(w)))
+        ours = np.asarray(jax.jit(matrix.cayley)(w))
     np.testing.assert_allclose(ours, np.linalg.solve(np.eye(6) + a, np.eye(6) - a), atol=1e-12)
 
 
@@ -57,14 +59,14 @@ def test_tall_cayley_matches_its_formula():
     a = u - u.T + v.T @ v
     inverse = np.linalg.inv(np.eye(4) + a)
     with jax.enable_x64(True):
-        ours = np.asarray(matrix.cayley(jnp.asarray(w)))
+        ours = np.asarray(jax.jit(matrix.cayley)(w))
     np.testing.assert_allclose(ours, np.concatenate([inverse @ (np.eye(4) - a), -2 * v @ inverse]), atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(5, 5), (7, 3), (3, 7)])
 def test_complex_cayley_is_unitary(shape):
     w = (gaussian(shape, 3.0) + 1j * gaussian(shape, 3.0, seed=1)).astype(np.complex64)
-    q = np.asarray(matrix.cayley(jnp.asarray(w)))
+    q = np.asarray(jax.jit(matrix.cayley)(w))
     assert np.abs(np.linalg.svd(q, compute_uv=False) - 1).max() <= 5e-6
 
 
@@ -72,9 +74,8 @@ def test_complex_cayley_is_unitary(shape):
 @pytest.mark.parametrize("shape", [(4, 4), (5, 3), (2, 4)])
 def test_gradients_are_right(method, shape):
     with jax.enable_x64(True):
-        check_grads(
-            orthogonal.METHODS[method], (jnp.asarray(gaussian(shape, 2.0, np.float64)),), order=1, modes=["rev"]
-        )
+        w = jnp.asarray(gaussian(shape, 2.0, np.float64))
+        check_grads(jax.jit(orthogonal.METHODS[method]), (w,), order=1, modes=["rev"])
 
 
 @pytest.mark.parametrize("method", orthogonal.METHODS)
@@ -83,12 +84,17 @@ def test_25_optimizer_steps_do_not_leave_the_manifold(method, shape):
     build, optimizer = orthogonal.METHODS[method], optax.adam(0.05)
     start = w = jnp.asarray(gaussian(shape, 1.0))
     state = optimizer.init(w)
-    step = jax.jit(jax.grad(lambda w: jnp.sum((build(w) - gaussian(shape, 1.0, seed=3)) ** 2)))
+
+    @jax.jit
+    def step(w, state):
+        gradient = jax.grad(lambda w: jnp.sum((build(w) - gaussian(shape, 1.0, seed=3)) ** 2))(w)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(w, updates), state
+
     for _ in range(25):
-        updates, state = optimizer.update(step(w), state)
-        w = optax.apply_updates(w, updates)
+        w, state = step(w, state)
     assert jnp.abs(w - start).max() > 0.1
-    assert np.abs(orthogonal.dense_singular_values(build(w)) - 1).max() <= 5e-6
+    assert np.abs(orthogonal.dense_singular_values(jax.jit(build)(w)) - 1).max() <= 5e-6
 
 
 @pytest.mark.parametrize("method", orthogonal.METHODS)
@@ -98,7 +104,7 @@ def test_gradients_are_finite_at_degenerate_weights(method, kind):
     if kind == "rank one":
         w[:] = np.outer(np.arange(6), np.ones(4))
     target = gaussian((6, 4), 1.0)
-    gradient = jax.grad(lambda w: jnp.sum(orthogonal.METHODS[method](w) * target))(jnp.asarray(w))
+    gradient = jax.jit(jax.grad(lambda w: jnp.sum(orthogonal.METHODS[method](w) * target)))(w)
     assert np.isfinite(gradient).all()
     assert np.abs(gradient).max() > 0
 
@@ -138,7 +144,7 @@ def test_construction_ignores_the_users_matmul_precision(method):
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
 def test_bjorck_makes_tall_matrices_orthonormal(shape, scale):
     for seed in range(3):
-        q = matrix.bjorck(jnp.asarray(gaussian(shape, scale, seed=seed)))
+        q = jax.jit(matrix.bjorck)(gaussian(shape, scale, seed=seed))
         assert np.abs(orthogonal.dense_singular_values(q) - 1).max() <= 5e-6
 
 
@@ -153,10 +159,10 @@ def test_bjorck_never_exceeds_one(kind):
         w = gaussian((12, 12), 1.0)
     else:
         w[:, 0] = w[:, 1] + 1e-5
-    sigma = orthogonal.dense_singular_values(matrix.bjorck(jnp.asarray(w)))
+    sigma = orthogonal.dense_singular_values(jax.jit(matrix.bjorck)(w))
     assert sigma.max() <= 1 + 1e-6
     assert sigma.min() < 0.999  # these do not converge, and are sound all the same
-    gradient = jax.grad(lambda w: jnp.sum(matrix.bjorck(w) * gaussian(w.shape, 1.0, seed=4)))(jnp.asarray(w))
+    gradient = jax.jit(jax.grad(lambda w: jnp.sum(matrix.bjorck(w) * gaussian(w.shape, 1.0, seed=4))))(w)
     assert np.isfinite(gradient).all()
 
 
@@ -164,9 +170,9 @@ def test_bjorck_never_exceeds_one(kind):
 @pytest.mark.parametrize("scale", [1e-17, 1e-6, 1.0, 1e6, 1e15])
 def test_gram_bound_is_above_the_norm_and_close(shape, scale):
     for w in (gaussian(shape, scale), np.full(shape, scale, np.float32)):
-        exact, bound = np.linalg.norm(w.astype(np.float64), 2), float(matrix.gram_bound(jnp.asarray(w)))
+        exact, bound = np.linalg.norm(w.astype(np.float64), 2), float(jax.jit(matrix.gram_bound)(w))
         assert exact * (1 - 1e-5) <= bound <= exact * min(shape) ** (1 / 128) * (1 + 1e-5)
-    assert np.isfinite(jax.grad(lambda w: matrix.gram_bound(w))(jnp.zeros(shape))).all()
+    assert np.isfinite(jax.jit(jax.grad(matrix.gram_bound))(jnp.zeros(shape))).all()
 
 
 @pytest.mark.parametrize("n", [1, 2, 16, 17, 40, 96])
@@ -175,8 +181,8 @@ def test_accretive_inverse_is_the_inverse(n):
     w, v = (rng.standard_normal((3, n, n)) + 1j * rng.standard_normal((3, n, n)) for _ in range(2))
     m = np.eye(n) + (w - w.conj().swapaxes(-1, -2)) + v.conj().swapaxes(-1, -2) @ v
     with jax.enable_x64(True):
-        np.testing.assert_allclose(matrix.accretive_inverse(jnp.asarray(m)), np.linalg.inv(m), atol=1e-11)
-        check_grads(matrix.accretive_inverse, (jnp.asarray(m[0, :4, :4].real),), order=1, modes=["fwd", "rev"])
+        np.testing.assert_allclose(jax.jit(matrix.accretive_inverse)(m), np.linalg.inv(m), atol=1e-11)
+        check_grads(jax.jit(matrix.accretive_inverse), (jnp.asarray(m[0, :4, :4].real),), order=1, modes=["fwd", "rev"])
 
 
 def test_many_cayley_transforms_in_one_program_finish():
