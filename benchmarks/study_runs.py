@@ -110,6 +110,7 @@ def _headline():
         "LSRS": ("lsrs", "lsrs", (), SEEDS),
         "LSRS, 6,700 steps": ("lsrs-6700", "lsrs", ("train.steps=6700",), SEEDS),
         "LSRS, SmoothAdv and consistency": ("lsrs-attacked", "lsrs", ATTACKED, SEEDS),
+        "LSRS, isometric encoder": ("isometric", "isometric", (), SEEDS),
         "ISRS, same network": ("isrs_split", "isrs_split", (), SEEDS),
         "ISRS, same network, SmoothAdv and consistency": ("isrs_split-attacked", "isrs_split", ATTACKED, SEEDS[:2]),
         "ISRS, free network": ("free", "free", (), SEEDS),
@@ -119,6 +120,7 @@ def _headline():
             (*ATTACKED, "train.steps=12000"),
             SEEDS[:1],
         ),
+        "LSRS, isometric encoder, SmoothAdv and consistency": ("isometric-attacked", "isometric", ATTACKED, SEEDS[:1]),
     }
     return {
         f"{kind}, seed {seed}": Run(f"{name}-seed{seed}", f"{HEADLINE}:{variant}", (f"seed={seed}", *flags))

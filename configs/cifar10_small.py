@@ -7,8 +7,9 @@ Seven blocks, trained with consistency regularisation; up to n = 100,000 votes p
 within 0.1 sigma of what all of them would give). Variants:
 ``lsrs`` (default; five orthogonal blocks, noise on the 8x8x24 latent, a head of 1.0 of the network's 5.4 MFLOP),
 ``isrs_split`` (the network of ``lsrs`` smoothed in input space), ``free`` (a network of the same shapes without
-constraints, smoothed in input space), ``isrs_light`` (a free network of 1.0 MFLOP in all, smoothed in input space: a
-vote costs what one of ``lsrs`` does), ``cayley`` (``lsrs`` with another family of convolutions), ``deep`` (eight
+constraints, smoothed in input space), ``isometric`` (two Haar transforms in front of the noise, which keep every
+distance, and the same 1.0 MFLOP per vote as ``lsrs``), ``isrs_light`` (the network of ``isometric`` smoothed in input
+space), ``cayley`` (``lsrs`` with another family of convolutions), ``deep`` (eight
 orthogonal convolutions and a strided head of 2.1 of 16.8 MFLOP, trained with Gaussian augmentation, n = 10,000: the
 runs of docs/results/certify.md). Measured results: docs/results/cifar10.md.
 """
@@ -16,11 +17,13 @@ runs of docs/results/certify.md). Measured results: docs/results/cifar10.md.
 from lsrs_jax.config import choose, default
 
 WIDTHS, STRIDES, SPLIT = (12, 12, 24, 24, 24, 24, 48), (2, 1, 2, 1, 1, 2, 1), 5
+ISOMETRIC = {"model.widths": (0, 0, 8, 24, 48), "model.strides": (2, 2, 1, 2, 1), "model.split": 2}
 VARIANTS = {
     "lsrs": {},
     "isrs_split": {"model.noise": "input"},
     "free": {"model.split": 0},
-    "isrs_light": {"model.split": 0, "model.widths": (8, 24, 48), "model.strides": (4, 2, 1)},
+    "isometric": ISOMETRIC,
+    "isrs_light": ISOMETRIC | {"model.noise": "input"},
     "cayley": {"model.method": "cayley"},
     "deep": {
         "model.encoder": "deep",

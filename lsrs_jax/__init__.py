@@ -11,8 +11,8 @@ Lipschitz constant), `smoothing` (votes, statistics, radii), `certification` (fo
 ``python -m lsrs_jax.<command>``.
 """
 
-from lsrs_jax import interrupt
+from lsrs_jax import starting
 
 __version__ = "0.1.0"
 
-interrupt.end_imports()
+starting.begin()

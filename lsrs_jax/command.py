@@ -172,9 +172,9 @@ def main(run):
     try:
         execute(run)
     except SystemExit as end:
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
         os._exit(end.code or 0)
 
 
@@ -202,12 +202,15 @@ def execute(run):
         remedy = next((text for numbers, text in _REMEDIES.items() if error.errno in numbers), "")
         _fail(f"{error.strerror}: {error.filename}{remedy}" if error.filename else f"{error}{remedy}")
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):  # as XLA says it
+        if not isinstance(error, MemoryError) and not any(
+            words in str(error)
+            for words in ("RESOURCE_EXHAUSTED", "Out of memory")  # as XLA says it
+        ):
             raise
         said = (str(error).strip() or "MemoryError").splitlines()[0][:160]
         _fail(
-            f"out of memory ({said}): a smaller data.batch_size, or for votes certify.tile, takes less; "
-            "train --plan says what both take. What is on disk is kept"
+            f"out of memory ({said}): a training takes less with a smaller data.batch_size, a certification (and its "
+            "audit) with a smaller certify.tile; train --plan says what both take. What is on disk is kept"
         )
     except interrupt.Interrupted as stop:
         print(f"interrupted; {stop.left}", file=sys.stderr)
@@ -219,5 +222,6 @@ def execute(run):
 
 
 def _fail(message, code=2):
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # whoever cannot be told has the exit code
+        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(code)

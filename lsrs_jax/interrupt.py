@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import sys
 import time
 
 _NUMBERS = (signal.SIGTERM, signal.SIGINT)
@@ -40,12 +39,10 @@ def _handle(number, _):
 
 
 def end_imports():
-    """Until `handled`, SIGTERM and SIGINT end the process at once, where it was started as ``python -m lsrs_jax.…``.
+    """Until `handled`, SIGTERM and SIGINT end the process at once.
 
     An exception raised while libraries are imported may fall into a callback that drops it, and the command would run.
     """
-    if sys.argv[0] != "-m":  # what it is while the package of a module that is run is imported, and at no other time
-        return
 
     def end(number, _):
         try:
@@ -72,12 +69,14 @@ def handled():
     """Inside, SIGTERM and SIGINT raise `Interrupted` in the main thread, at the end of `deferred` blocks only.
 
     A second one, while the first is served, ends the process. Behind the block signals do what they do to any process.
+    A signal that nobody has seen, for it came in a finalizer and after the last deferred block, is raised at the end.
     """
     _state.update(pending=None, first=None)
     for number in _NUMBERS:
         signal.signal(number, _handle)
     try:
         yield
+        _raise_pending()
     finally:
         for number in _NUMBERS:
             signal.signal(number, signal.SIG_DFL)
@@ -102,6 +101,11 @@ def deferred():
         yield lambda: _state["pending"] is not None
     finally:
         _state["depth"] -= 1
-    if not _state["depth"] and _state["pending"] is not None:
+    if not _state["depth"]:
+        _raise_pending()
+
+
+def _raise_pending():
+    if _state["pending"] is not None:
         number, _state["pending"] = _state["pending"], None
         raise Interrupted(number)

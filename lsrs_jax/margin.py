@@ -60,6 +60,12 @@ def _moderate(values):
     return bool((np.abs(values) <= _LARGEST).all())  # and no NaN
 
 
+def _scaled(weights):
+    """``(scale, weights / scale)``: no square underflows, and by a power of two nearly equal weights keep apart."""
+    scale = 2.0 ** float(np.frexp(np.abs(weights).max())[1])
+    return scale, weights / scale
+
+
 def _distances(weights, classes):
     """‖w_i − w_j‖ ``(K, K)``, rounded up; ∞ on the diagonal."""
     if weights is None:
@@ -68,9 +74,7 @@ def _distances(weights, classes):
         weights = numbers("weights", weights)
         if weights.ndim != 2 or weights.shape[1] != classes or not len(weights) or not _moderate(weights):
             raise UserError(f"weights must be finite numbers of shape (d, {classes}), got {weights.shape}")
-        # Scaled, so that no square underflows, by a power of two: nearly equal weights keep their differences.
-        scale = 2.0 ** float(np.frexp(np.abs(weights).max())[1])
-        weights = weights / scale
+        scale, weights = _scaled(weights)
         distances = np.stack([np.linalg.norm(weights - column[:, None], axis=0) for column in weights.T])
         distances = np.where(distances > _SMALLEST, scale * distances, 0.0)
     np.fill_diagonal(distances, np.inf)
@@ -97,5 +101,7 @@ def float64_slack(rounding, latents, weights, bias, reach):
     and the two logits that are compared, at both, with the bound of a sum of d + 1 terms, twice over.
     """
     farthest = np.linalg.norm(latents, axis=1) + reach
-    terms = np.linalg.norm(weights, axis=0).max() * farthest + np.abs(bias).max()
-    return 2 * rounding + 8 * (len(weights) + 1) * 2.0**-53 * terms / _distances(weights, weights.shape[1]).min()
+    scale, scaled = _scaled(weights)
+    terms = scale * np.linalg.norm(scaled, axis=0).max() * farthest + np.abs(bias).max()
+    rounded = 8 * (len(weights) + 1) * (2.0**-53 * terms + 2.0**-1074)  # the latter where products underflow
+    return 2 * rounding + rounded / _distances(weights, weights.shape[1]).min()

@@ -85,8 +85,8 @@ def test_a_staged_certification_and_what_can_be_derived_from_it(copy, tmp_path):
     # Without checkpoint, without data: other bounds from the same votes.
     shutil.rmtree(copy / "checkpoints")
     ledger = (folder / "votes.0.tsv").read_bytes()
-    again = [*flags, "--from-counts", "--config.data.name=nowhere"]
-    out = run("certify", *again, "--config.certify.alpha=0.05", TFDS_DATA_DIR=str(tmp_path))
+    again = [*flags, "--from-counts", f"--config.data.dir={tmp_path}"]
+    out = run("certify", *again, "--config.certify.alpha=0.05")
     assert "votes/s" not in out
     exact = recomputed(folder, 0.05, looks)
     np.testing.assert_allclose(columns(folder / "certificates.tsv", "p_a_lower")[0], [exact[i] for i in idx], rtol=1e-8)
@@ -180,6 +180,12 @@ def test_a_resume_refuses_an_image_that_was_charged_too_little(copy):
         certify.run(arguments)
     recharge(1 - 1e-14)  # another machine's
     certify.run(arguments)
+    # The image is finished now, and not encoded again.
+    own = [number for number, row in enumerate(ledger.read_text().splitlines(), 1) if row.startswith("7\t")]
+    recharge(0.0)
+    for derived in ([], ["--from-counts"]):
+        with pytest.raises(UserError, match=r"image 7 is charged 0\.0, less than the rounding of its latent"):
+            certify.run([*arguments, *derived])
 
 
 @pytest.fixture(scope="module")

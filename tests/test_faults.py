@@ -262,7 +262,7 @@ def test_a_deferred_signal_waits_for_the_end_of_the_block_and_hides_no_error():
 IMPORTING = """
 import gc, os, signal, sys
 
-sys.argv = [sys.argv[1]]
+sys.argv, sys.orig_argv = [sys.argv[1]], ["python", "-m", sys.argv[2]]
 import lsrs_jax
 
 # An exception in a callback of the garbage collector is reported and dropped, as in JAX's.
@@ -275,17 +275,66 @@ print("went on")
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_during_the_imports_of_a_command_is_not_lost(number):
-    def python(first):
+    def python(*names):
         script = IMPORTING.format(number=int(number))
-        return subprocess.run([sys.executable, "-c", script, first], cwd=ROOT, capture_output=True, text=True)
+        return subprocess.run([sys.executable, "-c", script, *names], cwd=ROOT, capture_output=True, text=True)
 
-    done = python("-m")
+    done = python("-m", "lsrs_jax.certify")
     assert (done.returncode, done.stdout) == (128 + number, "")
     assert done.stderr == "interrupted before anything was done\n"
     # Whoever imports the package into a program of their own keeps their handlers.
-    done = python("script.py")
-    assert "before anything was done" not in done.stderr
-    assert (done.stdout == "went on\n") == (number == signal.SIGINT)
+    for names in (("script.py", "lsrs_jax.certify"), ("-m", "theirs.certify")):
+        done = python(*names)
+        assert "before anything was done" not in done.stderr
+        assert (done.stdout == "went on\n") == (number == signal.SIGINT)
+
+
+FIRST_FILE = """
+import sys
+
+sys.argv, sys.orig_argv = ["-m"], ["python", "-m", "lsrs_jax.certify"]
+import lsrs_jax
+
+print("what says so", file=sys.stderr, flush=True)
+with open(sys.executable, "rb") as file:
+    sys.exit(10 + file.fileno())
+"""
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-"])
+def test_no_file_takes_the_place_of_a_closed_stream(closed):
+    """What is written to stderr would be written into the ledger."""
+    done = subprocess.run(["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, FIRST_FILE], cwd=ROOT)
+    assert done.returncode > 12
+
+
+@pytest.mark.parametrize("stream", ["2>&-", "2>/dev/full"])
+def test_who_cannot_be_told_has_the_exit_code(stream):
+    script = f'exec "$0" -m lsrs_jax.report nosuch {stream}'
+    assert subprocess.run(["sh", "-c", script, sys.executable], cwd=ROOT).returncode == 2
+
+
+UNSEEN = """
+import os, signal
+from lsrs_jax import command, interrupt
+
+class Last:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+def run(arguments):
+    with interrupt.reading():
+        Last()
+        print("went on", flush=True)
+
+command.main(run)
+"""
+
+
+def test_a_signal_that_a_finalizer_dropped_is_raised_at_the_end():
+    done = subprocess.run([sys.executable, "-c", UNSEEN], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (143, "went on\n")
+    assert done.stderr == "interrupted; the same command resumes\n"
 
 
 def test_who_interrupts_what_only_reads_is_told_so():
@@ -312,13 +361,17 @@ command.main(run)
 """
 
 
-@pytest.mark.parametrize("array", ["jax.jit(lambda: jax.numpy.zeros(2**44))()", "numpy.ones(2**48)"])
+OUT_OF_MEMORY = ["jax.jit(lambda: jax.numpy.zeros(2**44))()", "numpy.ones(2**48)"]
+OUT_OF_MEMORY += ["(_ for _ in ()).throw(jax.errors.JaxRuntimeError('INTERNAL: Out of memory allocating 9 bytes.'))"]
+
+
+@pytest.mark.parametrize("array", OUT_OF_MEMORY)
 def test_out_of_memory_is_one_line(array):
     script = f"import jax, numpy; from lsrs_jax import command; command.main(lambda _: {array})"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: out of memory (")
-    assert "a smaller data.batch_size, or for votes certify.tile, takes less" in done.stderr
+    assert "a training takes less with a smaller data.batch_size, a certification" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

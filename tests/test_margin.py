@@ -141,6 +141,16 @@ def test_slack_covers_the_logits_as_far_as_a_certificate_leads():
     assert flips[0.0] > 0
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0**-500, 2.0**-560, 2.0**-900])
+def test_slack_covers_weights_whose_squares_underflow(scale):
+    """The logits round alike whatever the scale; a norm of squares that underflow would charge nothing."""
+    rng = np.random.default_rng(0)
+    weights, z = scale * rng.standard_normal((64, 2)), 1e3 * rng.standard_normal((20, 64))
+    slack = float64_slack(0.0, z, weights, np.zeros(2), 0.0)
+    np.testing.assert_allclose(slack, float64_slack(0.0, z, weights / scale, np.zeros(2), 0.0), rtol=1e-6)
+    assert (slack > 0).all()
+
+
 def test_ties_certify_nothing():
     predict, radius = certified_margin(np.array([[1.0, 1.0, 0.0]]))
     assert predict[0] == 0

@@ -56,7 +56,8 @@ def test_a_damaged_certificates_json_is_refused_and_a_missing_one_noted(tmp_path
     sealed.write(beside, {"derivation": {"certificates": hashlib.sha256(path.read_bytes()).hexdigest(), "alpha": 0.05}})
     whole = beside.read_text()
     assert report.notes(report.load_runs([str(tmp_path / "a")])) == []
-    for damaged in (whole[:-3], whole[:40], "", whole.replace("0.05", "0.01"), '{"digest": [1]}', "[" * 10**5):
+    ours = json.dumps({"identity": {}, "lipschitz": {}, "dagest": "1", "derivation": None})
+    for damaged in (whole[:-3], whole[:40], "", whole.replace("0.05", "0.01"), '{"digest": [1]}', "[" * 10**5, ours):
         beside.write_text(damaged)
         with pytest.raises(UserError, match=r"certificates.json is damaged \(.*\); restore it, or move it away"):
             report.load_runs([str(tmp_path / "a")])

@@ -91,6 +91,16 @@ BAD_CERTIFY = {
         ["--from-counts", "--config.certify.arithmetic=float32"],
         "were cast with arithmetic 'sound', not 'float32'",
     ),
+    "data from counts": (
+        [],
+        ["--from-counts", "--config.data.split=train"],
+        "were cast with data.split 'test', not 'train': leave that flag out",
+    ),
+    "model from counts": (
+        [],
+        ["--from-counts", "--config.model.noise=input"],
+        "were cast with model.noise 'latent', not 'input': leave that flag out",
+    ),
     "counts of another version": (
         [lambda w: edit_json(w / "certify/base/certificates.json", "digest", None)],
         "--from-counts",

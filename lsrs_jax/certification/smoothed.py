@@ -85,6 +85,18 @@ class Certification:
         self.settled |= {tally.idx for tally, yes in zip(tallies, found, strict=True) if yes}
         return found
 
+    def check_charges(self, tallies):
+        """Raises UserError for an image that is charged less than the least that any latent is."""
+        law = self.identity["arithmetic"]
+        latent = np.zeros((1, *self.lipschitz["output_shape"]))
+        least = float(arithmetic(law["name"], law["sigma"]).slack(latent)[0])
+        for tally in tallies:
+            if tally.slack < least:
+                raise UserError(
+                    f"{self.folder}: image {tally.idx} is charged {tally.slack}, less than the rounding of its latent; "
+                    "restore the ledger, or certify under another --config.certify.name"
+                )
+
     def adopt(self, ledger):
         """Settles what other processes have brought to a look since."""
         ledger.refresh()
@@ -118,6 +130,7 @@ class Certification:
         """
         ledger.flush()  # no certificate without its votes on disk
         tallies = [ledger.tallies[idx] for idx in sorted(chosen)]
+        self.check_charges(tallies)
         if not tallies:
             folder.write(self.folder, self.config, self.identity, self.lipschitz, record)
             return tallies, None
@@ -291,6 +304,14 @@ def reopen(place, config, stored):
             f"the votes in {place} were cast with {name} {old!r}, not {new!r}: only alpha and bound can be derived "
             "anew; certify under another --config.certify.name"
         )
+    data, model = identity["data"], configuration.to_dict(config.model)
+    claimed = {"data.name": config.data.name.partition(":")[0], "data.split": config.data.split, "model": model}
+    own = {"data.name": data.get("name"), "data.split": data.get("split")}
+    own["model"] = {name: identity["model"].get(name) for name in model}
+    difference = configuration.first_difference(own, claimed)
+    if difference:
+        name, old, new = difference
+        raise UserError(f"the votes in {place} were cast with {name} {old!r}, not {new!r}: leave that flag out")
     law = arithmetic(config.certify.arithmetic, config.sigma)
     if identity["arithmetic"] != _terms(law, stored["lipschitz"]["output_shape"]):
         raise UserError(

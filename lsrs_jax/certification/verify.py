@@ -3,8 +3,6 @@
 import hashlib
 import math
 
-import numpy as np
-
 from lsrs_jax import config as configuration
 from lsrs_jax import models
 from lsrs_jax.auditing.table import read_finished
@@ -13,7 +11,6 @@ from lsrs_jax.certification.job import restore
 from lsrs_jax.certification.smoothed import reopen
 from lsrs_jax.errors import UserError
 from lsrs_jax.smoothing import ledger as ledgers
-from lsrs_jax.smoothing.noise import arithmetic
 from lsrs_jax.smoothing.table import format_table
 from lsrs_jax.workdir import checkpoints
 
@@ -115,7 +112,7 @@ def _check_training(place, stored):
 def _check_votes(certification, digests):
     """`Tallies` of the ledgers, which must be what they were when the certificates were derived; rows may have
     followed."""
-    place, law = certification.folder, certification.identity["arithmetic"]
+    place = certification.folder
     for name in digests:
         if not (place / name).exists():
             raise UserError(f"{place / name} is missing: without votes no certificate can be checked")
@@ -125,13 +122,7 @@ def _check_votes(certification, digests):
     for name, digest in digests.items():
         if ledgers.digest((place / name).read_bytes()[: digest["bytes"]]) != digest:
             raise UserError(f"{place / name} has changed: its digest is not the one in certificates.json")
-    latent = np.zeros((1, *certification.lipschitz["output_shape"]))
-    least = float(arithmetic(law["name"], law["sigma"]).slack(latent)[0])
-    for tally in tallies.tallies.values():
-        if tally.slack < least:
-            raise UserError(
-                f"{place}: image {tally.idx} is charged {tally.slack}, less than the rounding of its latent"
-            )
+    certification.check_charges(tallies.tallies.values())
     return tallies
 
 

@@ -40,7 +40,17 @@ def check_alpha(alpha):
 
 # Far above the error of SciPy's inverse beta function, far below anything a radius shows.
 _MARGIN = 1e-10
+_LOOSE = 1e-8  # no bound is farther than this from the best one
 _TINY = 1e-12  # bounds below it are found without SciPy
+
+
+def _bisect(holds, sound, beyond):
+    """Between a `sound` end, where a condition holds, and one `beyond` it, the last number that is seen to hold."""
+    for _ in range(100):
+        middle = (sound + beyond) / 2
+        good = holds(middle)
+        sound, beyond = np.where(good, middle, sound), np.where(good, beyond, middle)
+    return sound
 
 
 def lower(k, n, alpha):
@@ -57,13 +67,22 @@ def lower(k, n, alpha):
     **Guarantee**: if k ~ Binomial(n, p) then P[lower(k, n, alpha) > p] ≤ alpha for every p. Numerical error is
     rounded towards 0.
     """
-    k, n, alpha = _check(k, n, alpha)
+    k, n, alpha = np.broadcast_arrays(*_check(k, n, alpha))
     some = np.maximum(k, 1)
     # The root of (np)^k / k! = alpha, which is at least P[Binomial(n, p) >= k]. SciPy misses so small a bound.
     simple = np.exp((np.log(alpha) + special.gammaln(some + 1)) / some) / n
     tiny = simple < _TINY
     bound = special.betaincinv(np.where(tiny, 1, some), np.where(tiny, 1, n - some + 1), alpha)
-    return np.where(k == 0, 0.0, np.where(tiny, simple, bound) * (1 - _MARGIN))
+    bound = np.where(k == 0, 0.0, np.where(tiny, simple, bound) * (1 - _MARGIN))
+
+    def holds(p, at=...):
+        """Whether P[Binomial(n, p) >= k] <= alpha."""
+        return special.betainc(some[at], (n - some + 1)[at], p) <= alpha[at]
+
+    # SciPy's inverse beta function is grossly wrong now and then, where a parameter is 1000; the function is right.
+    wrong = (k > 0) & ~tiny & ~(holds(bound) & ~holds(bound * (1 + _LOOSE)))
+    bound[wrong] = _bisect(lambda p: holds(p, wrong), np.zeros(wrong.sum()), np.ones(wrong.sum())) * (1 - _MARGIN)
+    return bound[()]
 
 
 def upper(k, n, alpha):
@@ -72,8 +91,18 @@ def upper(k, n, alpha):
     **Guarantee**: if k ~ Binomial(n, p) then P[upper(k, n, alpha) < p] ≤ alpha for every p. Numerical error is
     rounded towards 1.
     """
-    k, n, alpha = _check(k, n, alpha)
+    k, n, alpha = np.broadcast_arrays(*_check(k, n, alpha))
     with np.errstate(invalid="ignore"):
         bound = special.betainccinv(k + 1, n - k, alpha)
     # NaN, where the inverse cannot be found, bounds by 1.
-    return np.where(k == n, 1.0, np.fmin(bound + _MARGIN, 1.0))
+    bound = np.where(k == n, 1.0, np.fmin(bound + _MARGIN, 1.0))
+
+    def holds(p, at=...):
+        """Whether P[Binomial(n, p) <= k] <= alpha."""
+        return special.betaincc((k + 1)[at], (n - k)[at], p) <= alpha[at]
+
+    wrong = (k < n) & ~(holds(bound) & ~holds(bound - _LOOSE))
+    bound[wrong] = np.minimum(
+        _bisect(lambda p: holds(p, wrong), np.ones(wrong.sum()), np.zeros(wrong.sum())) + _MARGIN, 1.0
+    )
+    return bound[()]

@@ -34,6 +34,22 @@ def test_bounds_err_on_the_safe_side():
     assert (stats.binom.cdf(k[:-1], n, high) <= alpha * (1 + 1e-13)).all()
 
 
+@pytest.mark.parametrize(("n", "alpha"), [(73_363, 0.001 / 9), (144_681, 0.001), (146_900, 1e-4), (9_056, 0.001 / 4)])
+def test_bounds_do_not_follow_an_inverse_that_is_wrong(n, alpha):
+    """SciPy's inverse beta function is far off at these, whose parameter is 999 or 1000; found by trying all n."""
+    ends = np.array([998, 999, 1000, 1001])
+    k = np.concatenate([ends, n - ends[::-1]])
+    low, high = confidence.lower(k, n, alpha), confidence.upper(k, n, alpha)
+    assert (low <= k / n).all()
+    assert (high >= k / n).all()
+    assert (np.diff(low) > 0).all()
+    assert (np.diff(high) > 0).all()
+    for value, bound, tail in ((k, low, stats.binom.sf), (k, high, stats.binom.cdf)):
+        found = tail(value - 1 if tail == stats.binom.sf else value, n, bound)
+        assert (found <= alpha * (1 + 1e-13)).all()
+        assert (found >= alpha * (1 - 1e-3)).all()  # and no looser than they must be
+
+
 @pytest.mark.parametrize("alpha", [1e-6, 1e-10, 1e-16, 1e-30, 1e-90])
 def test_bounds_hold_for_tiny_levels(alpha):
     k = np.array([0, 1, 50, 99])
