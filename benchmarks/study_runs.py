@@ -110,7 +110,7 @@ def _headline():
         "LSRS": ("lsrs", "lsrs", (), SEEDS),
         "LSRS, 6,700 steps": ("lsrs-6700", "lsrs", ("train.steps=6700",), SEEDS),
         "LSRS, SmoothAdv and consistency": ("lsrs-attacked", "lsrs", ATTACKED, SEEDS),
-        "LSRS, isometric encoder": ("isometric", "isometric", (), SEEDS),
+        "LSRS, isometric encoder": ("isometric", "isometric", (), SEEDS[:1]),
         "ISRS, same network": ("isrs_split", "isrs_split", (), SEEDS),
         "ISRS, same network, SmoothAdv and consistency": ("isrs_split-attacked", "isrs_split", ATTACKED, SEEDS[:2]),
         "ISRS, free network": ("free", "free", (), SEEDS),
@@ -138,12 +138,16 @@ def _full():
         "LSRS: Gaussian augmentation": ("full-gaussian", "gaussian", ()),
         "LSRS: SmoothAdv and consistency": ("full-smoothadv", "smoothadv", ()),
     }
+    isometric = {
+        "LSRS, isometric encoder: SmoothAdv and consistency": ("full-isometric", "isometric", ()),
+        "LSRS, isometric encoder: Gaussian augmentation": ("full-isometric-gaussian", "isometric", gaussian),
+    }
     more = {
         "LSRS: consistency": ("full-lsrs", "lsrs", ()),
         "ISRS, free network: consistency": ("full-free", "free", ()),
         "ISRS, same network: consistency": ("full-isrs_split", "isrs_split", ()),
     }
-    kinds = first | more
+    kinds = first | isometric | more
     for sigma in (0.5, 1.0):
         for label, (name, variant, own) in first.items():
             kinds[f"{label}, σ {sigma:g}"] = (f"{name}-sigma{sigma}", variant, (*own, f"sigma={sigma}"))

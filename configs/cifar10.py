@@ -6,9 +6,10 @@
 Variants: ``lsrs`` (default; five orthogonal blocks of up to 128 channels, noise on the 8x8x48 latent, a head of 18 of
 the network's 242 MFLOP, consistency regularisation), ``isrs_split`` (ISRS of the same network), ``free`` (ISRS of a
 network of the same shapes without constraints), ``gaussian``, ``macer`` and ``smoothadv`` (``lsrs`` trained otherwise,
-the last with consistency regularisation at adversarial latents), ``margin`` (the orthogonal blocks with a linear head,
-deterministic). The splits of the public code that preceded LSRS: ``partial``, ``latent``, ``preprocessor``; their heads
-are larger.
+the last with consistency regularisation at adversarial latents), ``isometric`` (two Haar transforms in front of the
+noise, which keep every distance, and the head of ``lsrs``, trained as ``smoothadv``), ``margin`` (the orthogonal blocks
+with a linear head, deterministic). The splits of the public code that preceded LSRS: ``partial``, ``latent``,
+``preprocessor``; their heads are larger.
 """
 
 from lsrs_jax.config import choose, default
@@ -19,6 +20,13 @@ VARIANTS = {
     "lsrs": {},
     "isrs_split": {"model.noise": "input", "certify.tile": SMALL_TILE},
     "free": {"model.split": 0, "certify.tile": SMALL_TILE},
+    "isometric": {
+        "model.widths": (0, 0, *WIDTHS[SPLIT:]),
+        "model.strides": (2, 2, *STRIDES[SPLIT:]),
+        "model.split": 2,
+        "train.loss": "smoothadv_consistency",
+        "train.smoothadv.radius": 0.5,
+    },
     "gaussian": {"train.loss": "gaussian", "train.noises": 1},
     "macer": {"train.loss": "macer", "train.noises": 16},
     "smoothadv": {"train.loss": "smoothadv_consistency", "train.smoothadv.radius": 0.5},

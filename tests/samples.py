@@ -65,7 +65,7 @@ def read(path, content):
 
 PLAN = Plan(10, (100,), 16)
 VOTES = [
-    Row(idx, 1, 1e-6, purpose, first, stop, np.array(votes), 0.25)
+    Row(idx, 1, 1e-3, purpose, first, stop, np.array(votes), 0.25)
     for idx in (4, 2)
     for purpose, first, stop, votes in (
         ("selection", 0, 1, [1, 9, 0]),

@@ -24,7 +24,18 @@ def test_every_experiment_is_a_valid_config(path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     named = {
-        "cifar10": ("lsrs", "isrs_split", "free", "gaussian", "macer", "smoothadv", "margin", "partial", "latent"),
+        "cifar10": (
+            "lsrs",
+            "isrs_split",
+            "free",
+            "isometric",
+            "gaussian",
+            "macer",
+            "smoothadv",
+            "margin",
+            "partial",
+            "latent",
+        ),
         "cifar10_small": ("lsrs", "isrs_split", "free", "isometric", "isrs_light", "cayley", "deep"),
         "cifar10_orthogonal": ("adaptive", "paraunitary", "exponential", "cayley"),
         "imagenet": ("lsrs", "isrs_split", "isrs", "smoke", "smoke_isrs"),

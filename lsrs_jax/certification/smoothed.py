@@ -304,10 +304,10 @@ def reopen(place, config, stored):
             f"the votes in {place} were cast with {name} {old!r}, not {new!r}: only alpha and bound can be derived "
             "anew; certify under another --config.certify.name"
         )
-    data, model = identity["data"], configuration.to_dict(config.model)
-    claimed = {"data.name": config.data.name.partition(":")[0], "data.split": config.data.split, "model": model}
-    own = {"data.name": data.get("name"), "data.split": data.get("split")}
-    own["model"] = {name: identity["model"].get(name) for name in model}
+    own, claimed = (
+        {"data": {"name": one["data"]["name"], "split": one["data"]["split"]}, "model": one["model"]}
+        for one in (stored["config"], configuration.to_dict(config))
+    )
     difference = configuration.first_difference(own, claimed)
     if difference:
         name, old, new = difference
