@@ -120,7 +120,6 @@ def _headline():
             (*ATTACKED, "train.steps=12000"),
             SEEDS[:1],
         ),
-        "LSRS, isometric encoder, SmoothAdv and consistency": ("isometric-attacked", "isometric", ATTACKED, SEEDS[:1]),
     }
     return {
         f"{kind}, seed {seed}": Run(f"{name}-seed{seed}", f"{HEADLINE}:{variant}", (f"seed={seed}", *flags))
