@@ -7,15 +7,18 @@ Variants: ``lsrs`` (default; five orthogonal blocks of up to 128 channels, noise
 the network's 242 MFLOP, consistency regularisation), ``isrs_split`` (ISRS of the same network), ``free`` (ISRS of a
 network of the same shapes without constraints), ``gaussian``, ``macer`` and ``smoothadv`` (``lsrs`` trained otherwise,
 the last with consistency regularisation at adversarial latents), ``isometric`` (two Haar transforms in front of the
-noise, which keep every distance, and the head of ``lsrs``, trained as ``smoothadv``), ``margin`` (the orthogonal blocks
-with a linear head, deterministic). The splits of the public code that preceded LSRS: ``partial``, ``latent``,
-``preprocessor``; their heads are larger.
+noise, which keep every distance, and the head of ``lsrs``, trained as ``smoothadv``), ``lsrs_resnet`` and
+``isometric_resnet`` (either encoder with a ResNet of 112 MFLOP as its head), ``isrs_resnet`` (ISRS of a ResNet of 507
+MFLOP; these three with a stronger weight decay and 16,000 steps), ``margin`` (the orthogonal blocks with a linear head,
+deterministic). The splits of the public code that preceded LSRS: ``partial``, ``latent``, ``preprocessor``; their heads
+are larger.
 """
 
 from lsrs_jax.config import choose, default
 
 WIDTHS, STRIDES, SPLIT = (128, 128, 128, 64, 48, 64, 64, 128), (2, 1, 1, 1, 2, 1, 1, 2), 5
 SMALL_TILE = (64, 64)  # for heads that see the whole image, which hold more of a batch
+RESNET = {"train.weight_decay": 0.05, "train.head_dtype": "bfloat16", "train.steps": 16_000}
 VARIANTS = {
     "lsrs": {},
     "isrs_split": {"model.noise": "input", "certify.tile": SMALL_TILE},
@@ -27,6 +30,12 @@ VARIANTS = {
         "train.loss": "smoothadv_consistency",
         "train.smoothadv.radius": 0.5,
     },
+    "lsrs_resnet": RESNET
+    | {"model.widths": WIDTHS[:SPLIT], "model.strides": STRIDES[:SPLIT], "model.head": "resnet_latent"},
+    "isometric_resnet": RESNET
+    | {"model.widths": (0, 0), "model.strides": (2, 2), "model.split": 2, "model.head": "resnet_latent"},
+    "isrs_resnet": RESNET
+    | {"model.encoder": "identity", "model.head": "resnet10", "model.split": 0, "certify.tile": SMALL_TILE},
     "gaussian": {"train.loss": "gaussian", "train.noises": 1},
     "macer": {"train.loss": "macer", "train.noises": 16},
     "smoothadv": {"train.loss": "smoothadv_consistency", "train.smoothadv.radius": 0.5},

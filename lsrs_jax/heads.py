@@ -178,7 +178,11 @@ _GROUPS = 32
 _RESNET50 = ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2))
 _RESNET18 = ((64, 1), (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1))
 
+_RESNET10 = ((64, 1), (128, 2), (256, 2), (512, 2))
+_LATENT = ((128, 1), (128, 1), (256, 2))
+
 # classes -> module. The `resnet18` have no normalisation; `resnet18_tail` is layers 3 and 4, `resnet50_tail` layer 4.
+# `resnet_latent` is for the few pixels and many channels of a latent.
 HEADS = {
     "linear": LinearHead,
     "normalized": NormalizedHead,
@@ -187,6 +191,8 @@ HEADS = {
     "convnet": lambda classes: ConvHead(classes, ((32, 1), (64, 2), (64, 1))),
     "convnet_light": lambda classes: ConvHead(classes, ((64, 2), (64, 1))),
     "resnet": lambda classes: ResNetHead(classes, ((32, 1), (64, 2))),
+    "resnet_latent": lambda classes: ResNetHead(classes, _LATENT),
+    "resnet10": lambda classes: ResNetHead(classes, _RESNET10),
     "resnet18": lambda classes: ResNetHead(classes, _RESNET18),
     "resnet18_tail": lambda classes: ResNetHead(classes, _RESNET18[4:], stem=False),
     "resnet50": lambda classes: BottleneckHead(classes, _RESNET50, stem=True),
