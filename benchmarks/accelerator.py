@@ -157,14 +157,14 @@ def train(work, run):
     config = place / "config.json"
     done = config.exists() and checkpoints(place) / str(configuration.load(config).train.steps)
     if not (done and done.is_dir()):
-        work.command("-m", *command, environment=_data(work))
+        work.command("-m", *command)
     return place
 
 
 def table(work, run):
     """A run of study "full", kept; at tiny size nothing is kept of it."""
     place = train(work, run)
-    seconds = work.command("-m", *run.commands(place)[1], environment=_data(work))
+    seconds = work.command("-m", *run.commands(place)[1])
     if not work.tiny:
         kept.keep(place, studies.folder("full") / run.name, studies.shown(run))
     return {"certification_seconds": seconds}
@@ -177,7 +177,7 @@ def whole(work, schedule, dtype):
     flags = SCHEDULES[schedule] | {"name": name, "head_dtype": dtype, "step": 500 if work.tiny else 1}
     flags = [f"--config.certify.{field}={value}" for field, value in flags.items()]
     words = ["-m", "lsrs_jax.certify", f"--workdir={place}", "--config.data.split=test", *flags]
-    seconds = work.command(*words, environment=_data(work))
+    seconds = work.command(*words)
     source, target = place / "certify" / name, work.options.out / "certificates"
     found = read_table(source / "certificates.tsv")
     stored = (source / "certificates.json").read_text()
@@ -196,10 +196,6 @@ def whole(work, schedule, dtype):
     }
 
 
-def _data(work):
-    return {"TFDS_DATA_DIR": str(work.options.data)} if work.options.data else {}
-
-
 def families(work):
     """The table of benchmarks/orthogonal.py."""
     path = work.options.out / "orthogonal.md"
@@ -211,13 +207,11 @@ def families(work):
 def pieces(work):
     """Section → name of a piece → function without arguments."""
     tiny = work.tiny
-    seconds, tiles = (0.02, [(4, 4)]) if tiny else (0.4, [(64, 64), (64, 512)])
-    variants = {"lsrs": [], "gaussian": [], "smoothadv": [], "free": []}
-    variants["free,gaussian"] = ["--config.train.loss=gaussian", "--config.train.noises=1"]
-    variants["free,gaussian,bf16"] = [*variants["free,gaussian"], "--config.train.head_dtype=bfloat16"]
+    seconds, tile, size = (0.02, (4, 4), 256) if tiny else (0.4, None, 8192)
+    variants = dict.fromkeys(("lsrs", "gaussian", "smoothadv", "free"), ())
     if tiny:
-        few = ["--config.data.batch_size=8", f"--config.{NARROW}"]
-        variants = {name: [*flags, *few] for name, flags in variants.items()}
+        variants = dict.fromkeys(variants, ("--config.data.batch_size=8", f"--config.{NARROW}"))
+    variants |= dict.fromkeys(("lsrs_resnet", "isometric_resnet", "isrs_resnet"), ())
     part = functools.partial
     found = {
         "precision": {
@@ -227,7 +221,8 @@ def pieces(work):
             "same-votes": part(same_votes, work),
         },
         "throughput": {
-            "ceilings": part(throughput.ceilings, 256 if tiny else 8192, seconds),
+            "ceilings": part(throughput.ceilings, size, seconds),
+            "noise": part(throughput.noise, throughput.DTYPES[-1], tile, seconds),
         },
         "whole": {
             f"{schedule}-{dtype}": part(whole, work, schedule, dtype)
@@ -238,12 +233,11 @@ def pieces(work):
             run.name: part(table, work, run) for run in list(STUDIES["full"].rows.values())[: 1 if tiny else None]
         },
     }
-    for name in throughput.heads():
-        for dtype in reversed(throughput.DTYPES):
+    for dtype in reversed(throughput.DTYPES):
+        for name in throughput.heads():
             label = re.sub("[/: ]", "-", name)
-            found["throughput"][f"votes-{label}-{dtype}"] = part(throughput.votes, name, dtype, tiles, seconds)
-    for dtype in throughput.DTYPES:
-        rows = math.prod(tiles[-1])
+            found["throughput"][f"votes-{label}-{dtype}"] = part(throughput.votes, name, dtype, tile, size, seconds)
+        rows = math.prod(tile or throughput.TILE)
         found["throughput"][f"layers-{dtype}"] = part(throughput.layers, dtype, rows, seconds / 4)
     found["throughput"] |= {
         "encoder": part(throughput.encoder, 16 if tiny else 1024, seconds),
@@ -351,6 +345,8 @@ def main(arguments):
     options = parse(arguments)
     # Training and certification are processes of their own beside this one.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if options.data:
+        os.environ["TFDS_DATA_DIR"] = str(options.data)
     if options.what != "run":
         {"render": render, "pack": pack}[options.what](options)
         return

@@ -70,13 +70,16 @@ def _throughput(found):
         if not name.startswith("votes-"):
             continue
         head, dtype = name.removeprefix("votes-").rsplit("-", 1)
-        rate = votes["votes"][votes["best"]]
-        noise = [f"{votes[kind]:.1%}" if kind in votes else "-" for kind in ("noise_share", "independent_over_shared")]
-        cells = [f"{rate / 1e6:.2f} M", votes["best"], f"{votes['flops'] / 1e6:.1f}"]
-        rows.append([head, dtype, *cells, f"{rate * votes['flops'] / ceilings[dtype]:.0%}", *noise])
+        cells = [f"{votes['votes'] / 1e6:.3g} M", "x".join(map(str, votes["tile"])), f"{votes['flops'] / 1e6:.3g}"]
+        rows.append([head, dtype, *cells, f"{_share(votes):.0%}", f"{votes['ceiling'] / 1e12:.4g}"])
     if rows:
-        columns = "head|dtype|votes/s|tile|MFLOP/vote|of the matmul ceiling|noise, of the loop|own noise over shared"
+        columns = "head|dtype|votes/s|tile|MFLOP/vote|of the matmul ceiling|the ceiling, measured in turns, TFLOP/s"
         measure.table(columns, rows)
+    if noise := found.get("noise"):
+        print(
+            f"Drawing the noise takes {noise['noise_share']:.1%} of the default head's loop; with a draw of its own "
+            f"for every image of a tile it casts {noise['independent_over_shared']:.1%} of the votes.\n"
+        )
     for dtype in throughput.DTYPES:
         _layers(dtype, found, ceilings[dtype])
     if encoder := found.get("encoder"):
@@ -98,13 +101,18 @@ def _throughput(found):
         print(found["families"]["markdown"])
 
 
+def _share(votes):
+    """Of the ceiling, by FLOPs that XLA counts."""
+    return votes["votes"] * votes["flops"] / votes["ceiling"]
+
+
 def _layers(dtype, found, ceiling):
     """Table of the default head's layers alone, and their share of a vote in the loop."""
-    loop = re.compile(f"votes-configs.*py-on.*-{dtype}")
+    loop = re.compile(f"votes-configs.*py-lsrs-on.*-{dtype}")
     votes = next((votes for name, votes in found.items() if loop.fullmatch(name)), None)
     rows = []
     for layer in found.get(f"layers-{dtype}", []) if votes else []:
-        share = layer["count"] * layer["flops"] / layer["rate"] * votes["votes"][votes["best"]]
+        share = layer["count"] * layer["flops"] / layer["rate"] * votes["votes"]
         rows.append([layer["layer"], str(layer["count"]), f"{layer['flops'] / 1e6:.2f}"])
         rows[-1] += [f"{layer['rate'] / ceiling:.0%}", f"{share:.0%}"]
     if rows:

@@ -33,6 +33,7 @@ from lsrs_jax.keys import domain_key
 from lsrs_jax.layers import Encoder, MaxMin, OrthogonalConv
 from lsrs_jax.materialize import materialize
 from lsrs_jax.orthogonal.spectrum import kernel_spectrum
+from lsrs_jax.training.loop import compiler_options
 
 COLUMNS = "net|c x n|train step, ms|over plain|weights, ms|of the step|peak, MiB|over plain|inference, ms|over plain"
 COLUMNS = [*COLUMNS.split("|"), "residual", "residual, float32"]
@@ -96,7 +97,7 @@ def print_rows(cases, pair, repeats):
 
 
 def jax_call(function, *values):
-    compiled = jax.jit(function).lower(*values).compile()
+    compiled = jax.jit(function, compiler_options=compiler_options()).lower(*values).compile()
     return lambda: jax.block_until_ready(compiled(*values))
 
 
@@ -111,7 +112,7 @@ def jax_train(net, variables, x):
         return (optax.apply_updates(variables, updates), moments), loss
 
     state = jax.tree.map(jnp.copy, (variables, optimizer.init(variables)))  # donated: `variables` lives on
-    compiled = jax.jit(step, donate_argnums=0).lower(state, x).compile()
+    compiled = jax.jit(step, donate_argnums=0, compiler_options=compiler_options()).lower(state, x).compile()
 
     def work():
         nonlocal state
@@ -152,7 +153,10 @@ def family_case(method, x, layers, padding):
     say(f"{channels} x {x.shape[1]}: materialising {method}")
     frozen = materialize(net, variables, x.shape[1:])
     values = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), frozen.params)
-    spectra = [family.spectrum(jax.tree.map(np.asarray, plain), shape) for plain in jax.jit(build)(raws)]
+    spectra = [
+        family.spectrum(jax.tree.map(np.asarray, plain), shape)
+        for plain in jax.jit(build, compiler_options=compiler_options())(raws)
+    ]
     return Case(
         method,
         {"train": train, "weights": weights, "inference": jax_call(frozen.apply, values, x)},

@@ -111,6 +111,7 @@ def _headline():
         "LSRS, 6,700 steps": ("lsrs-6700", "lsrs", ("train.steps=6700",), SEEDS),
         "LSRS, SmoothAdv and consistency": ("lsrs-attacked", "lsrs", ATTACKED, SEEDS),
         "LSRS, isometric encoder": ("isometric", "isometric", (), SEEDS[:1]),
+        "LSRS, isometric encoder, SmoothAdv and consistency": ("isometric-attacked", "isometric", ATTACKED, SEEDS[:1]),
         "ISRS, same network": ("isrs_split", "isrs_split", (), SEEDS),
         "ISRS, same network, SmoothAdv and consistency": ("isrs_split-attacked", "isrs_split", ATTACKED, SEEDS[:2]),
         "ISRS, free network": ("free", "free", (), SEEDS),
@@ -141,12 +142,35 @@ def _full():
         "LSRS, isometric encoder: SmoothAdv and consistency": ("full-isometric", "isometric", ()),
         "LSRS, isometric encoder: Gaussian augmentation": ("full-isometric-gaussian", "isometric", gaussian),
     }
+    resnet = {
+        "ISRS, ResNet: Gaussian augmentation (every second image)": (
+            "full-isrs_resnet-gaussian",
+            "isrs_resnet",
+            (*gaussian, "certify.step=2"),
+        ),
+        "LSRS, isometric encoder, ResNet: consistency": ("full-isometric_resnet", "isometric_resnet", ()),
+        "LSRS, ResNet: SmoothAdv and consistency": (
+            "full-lsrs_resnet",
+            "lsrs_resnet",
+            (*ATTACKED, "train.steps=10000"),
+        ),
+        "LSRS, isometric encoder, ResNet: SmoothAdv and consistency": (
+            "full-isometric_resnet-attacked",
+            "isometric_resnet",
+            ATTACKED,
+        ),
+        "LSRS, isometric encoder, ResNet: Gaussian augmentation": (
+            "full-isometric_resnet-gaussian",
+            "isometric_resnet",
+            gaussian,
+        ),
+    }
     more = {
         "LSRS: consistency": ("full-lsrs", "lsrs", ()),
         "ISRS, free network: consistency": ("full-free", "free", ()),
         "ISRS, same network: consistency": ("full-isrs_split", "isrs_split", ()),
     }
-    kinds = first | isometric | more
+    kinds = first | resnet | isometric | more
     for sigma in (0.5, 1.0):
         for label, (name, variant, own) in first.items():
             kinds[f"{label}, σ {sigma:g}"] = (f"{name}-sigma{sigma}", variant, (*own, f"sigma={sigma}"))

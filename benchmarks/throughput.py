@@ -4,6 +4,7 @@ import collections
 import functools
 import gzip
 import json
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -30,7 +31,9 @@ HEADS = {
     "resnet18_tail on 8x8x48": ("resnet18_tail", (8, 8, 48)),
     "linear on 512": ("linear", (512,)),
 }
-DEFAULT = "configs/cifar10.py"  # its head is one more, and what ISRS of a network of its shapes runs for a vote
+TILE = (64, 512)  # where no configuration has one
+DEFAULT = "configs/cifar10.py"
+VARIANTS = ("lsrs", "isometric_resnet", "free", "isrs_resnet")  # the last two put what they run for a vote on the image
 DTYPES = ("float32", "bfloat16")  # the last is the smallest
 
 
@@ -50,18 +53,18 @@ def ceilings(size, seconds):
 
 
 def heads():
-    """Name → ``(function of a dtype, shape)`` of every head that is measured."""
-    found = {
-        name: (functools.partial(measure.head_function, head, shape, CLASSES), shape)
-        for name, (head, shape) in HEADS.items()
-    }
-    own = {}
-    for variant, label in (("lsrs", DEFAULT), ("free", f"{DEFAULT}:free")):
-        model = _default(variant)[1]
+    """Name → ``(function of a dtype, shape, tile)`` of every head that is measured."""
+    found = {}
+    for variant in VARIANTS:
+        config, model = _default(variant)
         params = jax.eval_shape(model.init, domain_key(0, "init"))
         shape = jax.eval_shape(model.encode, params, jax.ShapeDtypeStruct((1, *IMAGE), jnp.float32)).shape[1:]
-        own[f"{label} on {'x'.join(map(str, shape))}"] = functools.partial(_certified, variant), shape
-    return own | found
+        name = f"{DEFAULT}:{variant} on {'x'.join(map(str, shape))}"
+        found[name] = functools.partial(_certified, variant), shape, config.certify.tile
+    return found | {
+        name: (functools.partial(measure.head_function, head, shape, CLASSES), shape, TILE)
+        for name, (head, shape) in HEADS.items()
+    }
 
 
 def _certified(variant, dtype):
@@ -80,31 +83,42 @@ def _params(variant):
     return _default(variant)[1].init(domain_key(0, "init"))
 
 
-def votes(name, dtype, tiles, seconds):
-    """Votes/s of a head by tile; in the smallest dtype also what noise costs at the best tile, shared and own."""
-    function, shape = heads()[name]
-    head = function(dtype)
-    loops = {f"{a}x{b}": measure.vote_loop(head, shape, (a, b)) for a, b in tiles}
-    works = {tile: measure.voting(loop) for tile, loop in loops.items()}
-    rows = {tile: loop.tile[0] * loop.tile[1] for tile, loop in loops.items()}
+def votes(name, dtype, tile, size, seconds):
+    """Votes/s of a head in the loop and FLOP/s of square matrix products, in turns.
+
+    Args:
+      tile: None for the head's own.
+      size: of the matrices.
+    """
+    function, shape, own = heads()[name]
+    loop = measure.vote_loop(function(dtype), shape, tile or own)
+    works = {"votes": measure.voting(loop), "product": measure.matmul(dtype, size)}
     rates = measure.rates(works, seconds, f"{name}, {dtype}")
-    rates = {tile: rate * rows[tile] for tile, rate in rates.items()}
-    best = max(rates, key=rates.get)
-    found = {"flops": measure.flops(function("float32"), shape), "votes": rates, "best": best}
-    if dtype != DTYPES[-1]:
-        return found
-    others = {"noise": measure.drawing(loops[best])}
-    others["independent"] = measure.voting(measure.vote_loop(head, shape, loops[best].tile, noise="independent"))
-    more = {kind: rate * rows[best] for kind, rate in measure.rates(others, seconds, f"{name}, noise").items()}
-    return found | {
-        "noise_share": rates[best] / more["noise"],
-        "independent_over_shared": more["independent"] / rates[best],
+    return {
+        "flops": measure.flops(function("float32"), shape),
+        "votes": rates["votes"] * math.prod(loop.tile),
+        "tile": loop.tile,
+        "ceiling": rates["product"] * 2 * size**3,
+    }
+
+
+def noise(dtype, tile, seconds):
+    """What drawing costs in the loop of the default head: alone, as a share; for every image its own, as a slowdown."""
+    name, (function, shape, own) = next(iter(heads().items()))
+    head, tile = function(dtype), tile or own
+    loop = measure.vote_loop(head, shape, tile)
+    works = {"shared": measure.voting(loop), "drawn": measure.drawing(loop)}
+    works["independent"] = measure.voting(measure.vote_loop(head, shape, tile, noise="independent"))
+    rates = measure.rates(works, seconds, f"noise of {name}, {dtype}")
+    return {
+        "noise_share": rates["shared"] / rates["drawn"],
+        "independent_over_shared": rates["independent"] / rates["shared"],
     }
 
 
 def layers(dtype, rows, seconds):
     """What every layer of the default head does alone: FLOPs for a row, FLOP/s in batches of `rows`."""
-    name, (function, shape) = next(iter(heads().items()))
+    name, (function, shape, _) = next(iter(heads().items()))
     found = measure.layers(function(dtype), shape, [rows])
     rates = measure.rates(measure.layer_works(found), seconds, f"layers of {name}, {dtype}")
     return [
@@ -192,7 +206,7 @@ def _seconds_of_a_batch(count):
 
 def _training(variant, flags):
     """A function of a number of training steps of a variant, which takes them and waits; compiled."""
-    config = config_from_flags([f"--config={DEFAULT}:{variant.split(',')[0]}", *flags])
+    config = config_from_flags([f"--config={DEFAULT}:{variant}", *flags])
     model = models.build(config.model, IMAGE, CLASSES)
     transformation = optimizer.build(config.train)
     params = model.init(domain_key(0, "init"))

@@ -50,12 +50,15 @@ class State(NamedTuple):
         return State(rest[1], rest[0], result)
 
 
-# Of programs that build orthogonal kernels. For each of their many small products XLA would try dozens of its own
-# kernels: minutes of compilation, where cuBLAS takes seconds.
 _ON_GPU = {"xla_gpu_enable_triton_gemm": False}
 
 
-def _compiler_options():
+def compiler_options():
+    """Of programs that build orthogonal kernels, for `jax.jit`; None where there is nothing to say.
+
+    On a GPU XLA would try dozens of its own kernels for each of their many small products: minutes of compilation,
+    where cuBLAS takes seconds.
+    """
     return _ON_GPU if jax.default_backend() == "gpu" else None
 
 
@@ -68,7 +71,7 @@ def step_function(model, config, update, shardings=None):
     model = dataclasses.replace(model, head_dtype=config.train.head_dtype)
     loss, decay = losses.of_config(config), config.train.ema
 
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings, compiler_options=_compiler_options())
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings, compiler_options=compiler_options())
     def train_step(state, images, labels, key, step):
         def loss_of(params):
             if shardings:
@@ -115,7 +118,7 @@ class Evaluator:
 
         whole = distributed.replicated(mesh)
 
-        @functools.partial(jax.jit, out_shardings=whole, compiler_options=_compiler_options())
+        @functools.partial(jax.jit, out_shardings=whole, compiler_options=compiler_options())
         def correct(params, images, labels, valid, key):
             latents = model.encode(params, images)
             noise = sigma * jax.random.normal(key, latents.shape, latents.dtype)
