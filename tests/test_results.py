@@ -43,8 +43,9 @@ def test_the_page_shows_what_the_certificates_say(name):
     text = studies.page(name).read_text()
     assert text.split(first)[1].split(last)[0].strip() == studies.section(name, found)
     assert (studies.folder(name) / f"{name}.png").exists()
-    assert len({len(run.table) for run in found.values()}) == 1
-    assert all(np.array_equal(run.table.idx, next(iter(found.values())).table.idx) for run in found.values())
+    images = next(iter(found.values())).table.idx
+    for label, run in found.items():
+        assert np.array_equal(run.table.idx, images[::2] if "every second image" in label else images)
 
 
 def test_names_of_runs_are_unique():
