@@ -43,6 +43,7 @@ import precision
 import studies
 import throughput
 from accelerator_page import load, named, render
+from script import ended
 from study_runs import STUDIES
 
 from lsrs_jax import config as configuration
@@ -100,10 +101,12 @@ class Work:
         )
         try:
             output, errors = process.communicate(timeout=max(1.0, self.end - time.monotonic()))
-        except subprocess.TimeoutExpired:
+        except BaseException as error:  # a signal as well: the command saves, and does not outlive this script
             os.killpg(process.pid, signal.SIGTERM)
             process.communicate()
-            raise Deadline("stopped at the deadline; the same command goes on") from None
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise Deadline("stopped at the deadline; the same command goes on") from None
+            raise
         if process.returncode:
             lines = (errors or output).strip().splitlines() or [f"ended with code {process.returncode}"]
             raise UserError(lines[-1])
@@ -208,10 +211,10 @@ def pieces(work):
     """Section → name of a piece → function without arguments."""
     tiny = work.tiny
     seconds, tile, size = (0.02, (4, 4), 256) if tiny else (0.4, None, 8192)
-    variants = dict.fromkeys(("lsrs", "gaussian", "smoothadv", "free"), ())
-    if tiny:
-        variants = dict.fromkeys(variants, ("--config.data.batch_size=8", f"--config.{NARROW}"))
-    variants |= dict.fromkeys(("lsrs_resnet", "isometric_resnet", "isrs_resnet"), ())
+    few = ("--config.data.batch_size=8",) if tiny else ()
+    narrow = (*few, f"--config.{NARROW}") if tiny else ()
+    variants = dict.fromkeys(("lsrs", "gaussian", "smoothadv", "free"), narrow)
+    variants |= dict.fromkeys(("lsrs_resnet", "isometric_resnet", "isrs_resnet"), few)
     part = functools.partial
     found = {
         "precision": {
@@ -266,7 +269,7 @@ def run(options):
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out={options.out} is no folder ({error.strerror}): choose another") from error
+        raise UserError(f"cannot write into --out={options.out} ({error.strerror}): choose another folder") from error
     for other in load(options.out)[1]:
         if any(other.get(fact) != machine(options.tiny).get(fact) for fact in ("device", "tiny")):
             raise UserError(f"{options.out} holds results of {named(other)}: take another --out")
@@ -315,7 +318,11 @@ def parse(arguments):
     options.out, options.sections = options.out.resolve(), options.sections.split(",")
     unknown = {section.partition(".")[0] for section in options.sections} - set(SECTIONS)
     if unknown:
-        parser.error(f"no section {sorted(unknown)[0]!r}")
+        parser.error(f"no section {sorted(unknown)[0]!r}: choose among {', '.join(SECTIONS)}")
+    if not options.minutes < math.inf:
+        parser.error(f"--minutes must be a number, got {options.minutes}")
+    if options.data and not options.data.is_dir():
+        parser.error(f"--data={options.data} is no folder")
     return options
 
 
@@ -346,18 +353,14 @@ def main(arguments):
     # Training and certification are processes of their own beside this one.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if options.data:
-        os.environ["TFDS_DATA_DIR"] = str(options.data)
+        os.environ["TFDS_DATA_DIR"] = str(options.data.resolve())
     if options.what != "run":
         {"render": render, "pack": pack}[options.what](options)
         return
     failed = run(options)
     if failed:
-        raise UserError(f"{len(failed)} pieces failed: {', '.join(failed)}")
+        raise UserError(f"failed: {', '.join(failed)}; the same command tries again")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.code)
+    ended(main, sys.argv[1:])

@@ -23,11 +23,12 @@ def load(folder):
         section, name = path.name.removesuffix(".json").split(".", 1)
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
-            found[section][name] = facts["result"]
-        except (ValueError, KeyError) as error:
+            found[section][name], machine = facts["result"], facts["machine"]
+            named(machine)
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} holds no result ({error}); remove it, and run makes it again") from error
-        if facts["machine"] not in machines:
-            machines.append(facts["machine"])
+        if machine not in machines:
+            machines.append(machine)
     return found, machines
 
 

@@ -38,10 +38,10 @@ import numpy as np
 import torch_peer
 import trained
 from measure import say, table
+from script import ended
 
 from lsrs_jax import models
 from lsrs_jax.command import config_from_flags
-from lsrs_jax.errors import UserError
 from lsrs_jax.keys import domain_key
 from lsrs_jax.plan import CHIPS
 
@@ -420,7 +420,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    ended(main)

@@ -22,9 +22,10 @@ from pathlib import Path
 import kept
 import numpy as np
 from absl import logging
+from script import ended
 from study_runs import STUDIES
 
-from lsrs_jax import command, report
+from lsrs_jax import command, interrupt, report
 from lsrs_jax import config as configuration
 from lsrs_jax.errors import UserError
 from lsrs_jax.files import write_atomic
@@ -62,20 +63,14 @@ def made(run, place):
 _under_way = []  # processes of the package's commands
 
 
-def stop(number, _):
-    """Has the commands under way save what they have, and ends."""
-    for process in _under_way:
-        process.send_signal(signal.SIGTERM)
-    raise SystemExit(128 + number)
-
-
 def make(run, place, workdir):
     """Trains and certifies one run, and keeps it in a folder; returns what went wrong, or None."""
     for module, *flags in run.commands(workdir):
         print(f"python -m {module} {shlex.join(flags)}", file=sys.stderr, flush=True)
         arguments, line = [sys.executable, "-m", module, *flags], f"{module} failed and said nothing"
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        with subprocess.Popen(arguments, cwd=ROOT, text=True, **streams) as process:
+        # In a session of its own: a signal of the terminal's would be the first of two.
+        with subprocess.Popen(arguments, cwd=ROOT, text=True, start_new_session=True, **streams) as process:
             _under_way.append(process)
             for line in process.stdout:
                 print(f"{run.name}: {line}", end="", file=sys.stderr, flush=True)
@@ -235,6 +230,10 @@ def main(arguments):
         try:
             errors = pool.map(lambda place: make(runs[place], place, options.runs / place.name), missing)
             failed = [error for error in errors if error]
+        except interrupt.Interrupted:
+            for process in _under_way:  # they save what they have
+                process.send_signal(signal.SIGTERM)
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
     render(names)
@@ -244,8 +243,4 @@ def main(arguments):
 
 if __name__ == "__main__":
     logging.set_verbosity(logging.FATAL)  # of libraries, about checkpoints that are only read
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    ended(main, sys.argv[1:])

@@ -181,8 +181,8 @@ _RESNET18 = ((64, 1), (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2),
 _RESNET10 = ((64, 1), (128, 2), (256, 2), (512, 2))
 _LATENT = ((128, 1), (128, 1), (256, 2))
 
-# classes -> module. The `resnet18` have no normalisation; `resnet18_tail` is layers 3 and 4, `resnet50_tail` layer 4.
-# `resnet_latent` is for the few pixels and many channels of a latent.
+# classes -> module. The `resnet` below 50 have no normalisation; `resnet18_tail` is layers 3 and 4, `resnet50_tail`
+# layer 4, `resnet_latent` is for the few pixels and many channels of a latent.
 HEADS = {
     "linear": LinearHead,
     "normalized": NormalizedHead,

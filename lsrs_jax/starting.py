@@ -1,6 +1,8 @@
 """The first moments of a command, before its libraries are imported."""
 
+import itertools
 import os
+import re
 import sys
 
 from lsrs_jax import interrupt
@@ -19,8 +21,11 @@ def begin():
 
 def _module():
     """The module that Python was told to run."""
-    words = sys.orig_argv
-    return words[words.index("-m") + 1] if "-m" in words[:-1] else ""
+    for word, following in itertools.pairwise([*sys.orig_argv[1:], ""]):
+        told = re.fullmatch("-[bBdEiIOPqsSuvx]*m(.*)", word)
+        if told:
+            return told[1] or following
+    return ""
 
 
 def open_streams():

@@ -4,8 +4,11 @@ import gzip
 import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
 import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -41,7 +44,7 @@ def test_pieces_are_made_once_and_a_failing_one_is_named(tmp_path, monkeypatch, 
     sections = {"precision": {name: lambda name=name: piece(name) for name in names}}
     monkeypatch.setattr(accelerator, "pieces", lambda work: sections)
     arguments = ["run", f"--out={tmp_path}", "--sections=precision"]
-    with pytest.raises(UserError, match=r"1 pieces failed: precision\.bad"):
+    with pytest.raises(UserError, match=r"failed: precision\.bad; the same command tries again"):
         accelerator.main(arguments)
     assert "precision: bad: no such device" in capsys.readouterr().err
     accelerator.main(arguments)
@@ -57,6 +60,7 @@ def test_the_data_are_found_by_pieces_that_read_them_here(tmp_path, monkeypatch)
     monkeypatch.setenv("TFDS_DATA_DIR", "elsewhere")
     seen = {"table": {"one": lambda: os.environ["TFDS_DATA_DIR"]}}
     monkeypatch.setattr(accelerator, "pieces", lambda work: seen)
+    (tmp_path / "data").mkdir()
     for flags, expected in (([], "elsewhere"), ([f"--data={tmp_path / 'data'}"], str(tmp_path / "data"))):
         out = tmp_path / str(len(flags))
         accelerator.main(["run", f"--out={out}", "--sections=table", *flags])
@@ -96,11 +100,39 @@ time.sleep(60)
     assert (tmp_path / "saved").read_text() == "whole"
 
 
+def test_an_interrupted_script_ends_its_command(tmp_path):
+    """A training must not outlive it: the next call would start a second one in the same workdir."""
+    script = """
+import sys
+import accelerator, script
+work = accelerator.Work(accelerator.parse(["run", "--out=" + sys.argv[1]]))
+saves = "import os, pathlib, signal, sys, time\\n"
+saves += "signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path('saved').write_text('whole'), sys.exit(143)))\\n"
+saves += "pathlib.Path('started').write_text(''); time.sleep(60)"
+accelerator.ROOT = sys.argv[1]
+script.ended(work.command, "-c", saves)
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])}
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        place = tmp_path / str(code)
+        place.mkdir()
+        words = [sys.executable, "-c", script, str(place)]
+        process = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and not (place / "started").exists():
+            time.sleep(0.05)
+        process.send_signal(number)
+        lines = process.communicate(timeout=60)[1].splitlines()
+        assert (process.returncode, lines[-1]) == (code, "interrupted; the same command goes on")
+        assert not any("Traceback" in line for line in lines)
+        assert (place / "saved").read_text() == "whole"
+
+
 def test_what_is_no_result_is_named(tmp_path):
-    (tmp_path / "throughput.ceilings.json").write_text("{")
-    with pytest.raises(UserError, match=r"throughput.ceilings.json holds no result .*; remove it"):
-        accelerator.main(["render", f"--out={tmp_path}"])
-    with pytest.raises(UserError, match=r"is no folder"):
+    for damaged in ("{", "[]", '{"result": {}}', '{"result": {}, "machine": {}}', '{"result": {}, "machine": 3}'):
+        (tmp_path / "throughput.ceilings.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"throughput.ceilings.json holds no result .*; remove it"):
+            accelerator.main(["render", f"--out={tmp_path}"])
+    with pytest.raises(UserError, match=r"cannot write into --out="):
         accelerator.main(["run", f"--out={tmp_path / 'throughput.ceilings.json'}"])
     with pytest.raises(UserError, match=r"holds no results"):
         accelerator.main(["pack", f"--out={tmp_path / 'none'}"])

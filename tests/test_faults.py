@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from commands import QUICK, ROOT, finish, full_disk, run, start, without_time
 
-from lsrs_jax import interrupt
+from lsrs_jax import interrupt, starting
 
 TRAIN = [*QUICK, "--config.train.steps=600", "--config.train.checkpoint_every=150", "--config.train.evaluate_every=600"]
 CERTIFY = ["--config.certify.n=60001", "--config.certify.stop=48", "--config.certify.tile=(2,8)"]
@@ -299,6 +299,22 @@ print("what says so", file=sys.stderr, flush=True)
 with open(sys.executable, "rb") as file:
     sys.exit(10 + file.fileno())
 """
+
+
+@pytest.mark.parametrize(
+    ("words", "module"),
+    [
+        (["-m", "lsrs_jax.certify"], "lsrs_jax.certify"),
+        (["-mlsrs_jax.certify", "-m", "other"], "lsrs_jax.certify"),
+        (["-Im", "lsrs_jax.train", "--config=-m"], "lsrs_jax.train"),
+        (["-X", "importtime", "-u", "-m", "lsrs_jax.audit"], "lsrs_jax.audit"),
+        (["-m"], ""),
+        (["script.py"], ""),
+    ],
+)
+def test_the_module_that_runs_is_known_from_every_way_to_say_it(words, module, monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["python", *words])
+    assert starting._module() == module
 
 
 @pytest.mark.parametrize("closed", ["2>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-"])

@@ -96,6 +96,11 @@ BAD_CERTIFY = {
         ["--from-counts", "--config.data.split=train"],
         "were cast with data.split 'test', not 'train': leave that flag out",
     ),
+    "size from counts": (
+        [],
+        ["--from-counts", "--config.data.size=16"],
+        "were cast with data.size 0, not 16: leave that flag out",
+    ),
     "model from counts": (
         [],
         ["--from-counts", "--config.model.noise=input"],
@@ -109,7 +114,7 @@ BAD_CERTIFY = {
     "margins from counts": (
         [],
         ["--from-counts", "--config.certify.certificate=deterministic"],
-        "--from-counts is for smoothed certificates",
+        "--from-counts is for smoothed certificates: leave --config.certify.certificate out",
     ),
     "selection without votes": (
         [],

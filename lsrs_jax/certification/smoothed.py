@@ -267,8 +267,9 @@ def from_counts(place, config):
     """
     certify, stored = config.certify, folder.of_place(place, "to derive from")
     if stored["identity"].get("certificate") != "smoothed" or certify.certificate != "smoothed":
-        kind = stored["identity"].get("certificate")
-        raise UserError(f"--from-counts is for smoothed certificates; {place} holds {kind} ones")
+        held = stored["identity"].get("certificate")
+        wrong = f"{place} holds {held} ones" if held != "smoothed" else "leave --config.certify.certificate out"
+        raise UserError(f"--from-counts is for smoothed certificates: {wrong}")
     certification = reopen(place, config, stored)
     if not ledgers.has_rows(place):
         raise UserError(f"{place} holds no votes; restore {ledgers.name('*')}")
@@ -301,11 +302,11 @@ def reopen(place, config, stored):
     if difference:
         name, old, new = difference
         raise UserError(
-            f"the votes in {place} were cast with {name} {old!r}, not {new!r}: only alpha and bound can be derived "
-            "anew; certify under another --config.certify.name"
+            f"the votes in {place} were cast with {name} {old!r}, not {new!r}: only alpha, bound, radii and "
+            "epsilon can be derived anew; certify under another --config.certify.name"
         )
     own, claimed = (
-        {"data": {"name": one["data"]["name"], "split": one["data"]["split"]}, "model": one["model"]}
+        {"data": {name: one["data"][name] for name in ("name", "split", "size")}, "model": one["model"]}
         for one in (stored["config"], configuration.to_dict(config))
     )
     difference = configuration.first_difference(own, claimed)
