@@ -209,6 +209,8 @@ def parse(arguments):
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side; their times are then not comparable")
     options = parser.parse_args(arguments)
     options.runs = options.runs.resolve()
+    if options.runs.exists() and not options.runs.is_dir():
+        parser.error(f"--runs={options.runs} is no folder")
     if options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}")
     return options

@@ -48,6 +48,13 @@ def test_the_page_shows_what_the_certificates_say(name):
         assert np.array_equal(run.table.idx, images[::2] if "every second image" in label else images)
 
 
+def test_runs_need_a_folder(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        studies.main(["run", "--study=mnist", f"--runs={tmp_path / 'file'}"])
+    assert f"--runs={tmp_path / 'file'} is no folder" in capsys.readouterr().err
+
+
 def test_names_of_runs_are_unique():
     runs = {run for study in STUDIES.values() for run in study.rows.values()}
     assert len({run.name for run in runs}) == len(runs)
