@@ -71,8 +71,9 @@ def _throughput(found):
         if not name.startswith("votes-"):
             continue
         head, dtype = name.removeprefix("votes-").rsplit("-", 1)
+        share = votes["votes"] * votes["flops"] / votes["ceiling"]
         cells = [f"{votes['votes'] / 1e6:.3g} M", "x".join(map(str, votes["tile"])), f"{votes['flops'] / 1e6:.3g}"]
-        rows.append([head, dtype, *cells, f"{_share(votes):.0%}", f"{votes['ceiling'] / 1e12:.4g}"])
+        rows.append([head, dtype, *cells, f"{share:.0%}", f"{votes['ceiling'] / 1e12:.4g}"])
     if rows:
         columns = "head|dtype|votes/s|tile|MFLOP/vote|of the matmul ceiling|the ceiling, measured in turns, TFLOP/s"
         measure.table(columns, rows)
@@ -100,11 +101,6 @@ def _throughput(found):
         )
     if "families" in found:
         print(found["families"]["markdown"])
-
-
-def _share(votes):
-    """Of the ceiling, by FLOPs that XLA counts."""
-    return votes["votes"] * votes["flops"] / votes["ceiling"]
 
 
 def _layers(dtype, found, ceiling):

@@ -194,7 +194,9 @@ STUDIES = {
     "family": Study("curves", _families()),
     "loss": Study("curves", _losses()),
     "sigma": Study("curves", _sigmas()),
-    "headline": Study("curves", _headline(), ("ISRS, same network", "ISRS, same network, SmoothAdv and consistency")),
+    "headline": Study(
+        "curves", _headline(), ("ISRS, same network", "ISRS, same network, SmoothAdv and consistency", "LSRS")
+    ),
     "full": Study("curves", _full()),
     "mnist": Study("curves", _mnist(), ("ISRS, same network",), "mnist"),
 }
