@@ -13,7 +13,7 @@ downloaded.
 
 Sections, in order of value:
   precision   σ of every family as built and as run under each matmul precision; the float64 encoder against NumPy; what
-              the self-check refuses; the law of the noise; one model certified here and on the CPU
+              the self-check refuses; the distribution of the noise; one model certified here and on the CPU
   throughput  ceilings (matrix products, copies); votes/s of heads, and layer by layer; noise; encoder; training steps
   whole       trains configs/cifar10.py:smoothadv and certifies the 10,000 test images: staged for three radii, staged
               for the radius itself, fixed; wall seconds, certificates
@@ -21,7 +21,6 @@ Sections, in order of value:
 """
 
 import argparse
-import collections
 import datetime
 import functools
 import gzip
@@ -39,6 +38,7 @@ from pathlib import Path
 
 import jax
 import kept
+import numpy as np
 import precision
 import studies
 import throughput
@@ -46,11 +46,13 @@ from accelerator_page import load, named, render
 from script import ended
 from study_runs import STUDIES
 
-from lsrs_jax import config as configuration
-from lsrs_jax.errors import UserError
-from lsrs_jax.files import write_atomic
-from lsrs_jax.smoothing.table import read_table
-from lsrs_jax.workdir import checkpoints
+from lsrs_jax.certification import ledger, store
+from lsrs_jax.certification.identity import schedule_of
+from lsrs_jax.certification.table import read_table
+from lsrs_jax.config import load_config
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.files import write_atomic
+from lsrs_jax.runtime.workdir import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = ("precision", "throughput", "whole", "table")
@@ -115,8 +117,8 @@ class Work:
         return time.monotonic() - start
 
 
-def same_votes(work):
-    """A model of the digits, trained here, certified here and on the CPU: votes and certificates that differ."""
+def same_counts(work):
+    """A model of the digits, trained here, certified here and on the CPU: samples and certificates that differ."""
     place = work.options.out / "runs" / "digits"
     flags = ["--config.train.steps=50", "--config.certify.n=1000", "--config.certify.stop=40"] if work.tiny else []
     work.command("-m", "lsrs_jax.train", "--config=configs/digits.py", f"--workdir={place}", *flags)
@@ -125,28 +127,23 @@ def same_votes(work):
         flag = f"--config.certify.name={name}"
         work.command("-m", "lsrs_jax.certify", f"--workdir={place}", flag, environment=environment)
         tables[name] = read_table(place / "certify" / name / "certificates.tsv")
-    counts = {name: _votes(place / "certify" / name / "votes.0.tsv") for name in tables}
+    counts = {name: _counts(place / "certify" / name) for name in tables}
     here, cpu = tables["here"], tables["cpu"]
-    moved = sum((row - counts["here"][key]).total() for key, row in counts["cpu"].items())
     return {
         "images": len(here),
-        "votes": sum(row.total() for row in counts["cpu"].values()),
-        "votes_that_differ": moved,
+        "votes": int(counts["cpu"].sum()),
+        "votes_that_differ": int((counts["cpu"] - counts["here"]).clip(min=0).sum()),
         "predictions_that_differ": int((here.predict != cpu.predict).sum()),
         "largest_difference_of_radii": float(abs(here.radius - cpu.radius).max()),
         "average_certified_radius": {name: table.average_certified_radius for name, table in tables.items()},
     }
 
 
-def _votes(path):
-    """(image, purpose) → class → votes, from a ledger."""
-    header, *lines = [line.split("\t") for line in path.read_text().splitlines()]
-    found = collections.defaultdict(collections.Counter)
-    for line in lines:
-        row = dict(zip(header, line, strict=True))
-        votes = dict(pair.split(":") for pair in row["votes"].split(","))
-        found[row["idx"], row["purpose"]].update({int(label): int(count) for label, count in votes.items()})
-    return found
+def _counts(folder):
+    """Samples ``(images, streams, classes)`` in the ledger of a folder of certificates."""
+    stored = store.read_folder(folder, "to be compared")
+    images = ledger.read(folder, schedule_of(stored.settings), stored.identity.classes).images
+    return np.array([list(images[i].counts.values()) for i in sorted(images)])
 
 
 def train(work, run):
@@ -158,7 +155,7 @@ def train(work, run):
         small += (NARROW, "certify.tile=(4,8)", "data.split=test")
         command += [f"--config.{flag}" for flag in small]
     config = place / "config.json"
-    done = config.exists() and checkpoints(place) / str(configuration.load(config).train.steps)
+    done = config.exists() and checkpoints(place) / str(load_config(config).train.steps)
     if not (done and done.is_dir()):
         work.command("-m", *command)
     return place
@@ -194,7 +191,7 @@ def whole(work, schedule, dtype):
         "command_seconds": seconds if len(record) == 1 else None,  # of the last session
         "loop_seconds": sum(session["seconds"] for session in record),
         "sessions": len(record),
-        "votes": int(found.votes.sum()),
+        "votes": int(found.samples.sum()),
         "average_certified_radius": found.average_certified_radius,
     }
 
@@ -221,7 +218,7 @@ def pieces(work):
             **{f"kernels-{flag}": part(precision.kernels, flag) for flag in precision.FLAGS},
             **{f"encoder-{flag}": part(precision.encoder, flag) for flag in precision.FLAGS},
             "noise": part(precision.noise, 2**20 if tiny else 2**30),
-            "same-votes": part(same_votes, work),
+            "same-votes": part(same_counts, work),
         },
         "throughput": {
             "ceilings": part(throughput.ceilings, size, seconds),
@@ -239,7 +236,7 @@ def pieces(work):
     for dtype in reversed(throughput.DTYPES):
         for name in throughput.heads():
             label = re.sub("[/: ]", "-", name)
-            found["throughput"][f"votes-{label}-{dtype}"] = part(throughput.votes, name, dtype, tile, size, seconds)
+            found["throughput"][f"votes-{label}-{dtype}"] = part(throughput.sampling, name, dtype, tile, size, seconds)
         rows = math.prod(tile or throughput.TILE)
         found["throughput"][f"layers-{dtype}"] = part(throughput.layers, dtype, rows, seconds / 4)
     found["throughput"] |= {

@@ -8,7 +8,7 @@ import measure
 import precision
 import throughput
 
-from lsrs_jax.errors import UserError
+from lsrs_jax.runtime.errors import UserError
 
 
 def named(facts):

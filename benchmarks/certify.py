@@ -1,4 +1,4 @@
-"""Certification measured: the vote loop against its ceilings and a peer, its schedules, its arithmetics. One report.
+"""Certification measured: the sampling loop against its ceilings and a peer, schedules, arithmetics. One report.
 
   python benchmarks/certify.py > report.md
   TFDS_DATA_DIR=... python benchmarks/certify.py --runs=runs/sigma0.25,runs/sigma0.5,runs/sigma1.0 \\
@@ -13,10 +13,10 @@ alone, at the shapes it has there. FLOPs are those that XLA counts. Progress goe
 
 Sections (--sections=a,b,...; default all):
   a  ceilings of the machine: matrix products, and the layers of the heads
-  b  the vote loop, sound arithmetic: votes/s, shares of the ceilings, what noise costs; a linear head in its span
+  b  the sampling loop, sound arithmetic: samples/s, shares of the ceilings, what noise costs; a linear head in its span
   c  the classic loop in PyTorch on the network of --config, and what split, implementation and schedule contribute
-  d  fixed and staged votes of trained models (--runs) at equal accuracy; staged on published logs (--reference)
-  e  the same votes on 1 and 8 simulated devices (CPU only)
+  d  fixed and staged samples of trained models (--runs) at equal accuracy; staged on published logs (--reference)
+  e  the same samples on 1 and 8 simulated devices (CPU only)
   f  sound against float32 arithmetic
   g  the cost model: seconds for whole test sets on named chips, checked on this machine
 
@@ -41,9 +41,9 @@ from measure import say, table
 from script import ended
 
 from lsrs_jax import models
-from lsrs_jax.command import config_from_flags
-from lsrs_jax.keys import domain_key
-from lsrs_jax.plan import CHIPS
+from lsrs_jax.cli import config_from_flags
+from lsrs_jax.runtime.rng import domain_key
+from lsrs_jax.training.plan import CHIPS
 
 IMAGE, CLASSES = (32, 32, 3), 10
 CASES = {
@@ -52,7 +52,7 @@ CASES = {
     "resnet on 16x16x12": ("resnet", (16, 16, 12)),
 }
 TYPICAL = "convnet_light on 8x8x48"  # the cost model takes its utilisation from here
-IMAGENET_HEAD = 100e6  # FLOPs per vote, assumed
+IMAGENET_HEAD = 100e6  # FLOPs per sample, assumed
 
 
 class Bench:
@@ -63,7 +63,7 @@ class Bench:
         self.batches = sorted({64, 256, 1024, options.tile[0] * options.tile[1]})
 
     def _loop(self, head, shape, **fields):
-        return measure.vote_loop(head, shape, self.options.tile, **fields)
+        return measure.make_sampler(head, shape, self.options.tile, **fields)
 
     def _head(self, case, dtype, loops):
         name, shape = CASES[case]
@@ -73,10 +73,10 @@ class Bench:
         if loops:
             loop = self._loop(head, shape)
             works |= {
-                "votes": measure.voting(loop),
+                "samples": measure.sampling(loop),
                 "noise": measure.drawing(loop),
-                "independent": measure.voting(self._loop(head, shape, noise="independent")),
-                "float32": measure.voting(self._loop(head, shape, arithmetic="float32")),
+                "independent": measure.sampling(self._loop(head, shape, noise="independent")),
+                "float32": measure.sampling(self._loop(head, shape, arithmetic="float32")),
             }
         rates = measure.rates(works, self.options.seconds, f"{case}, {dtype}")
         return measure.Measured(measure.flops(head, shape), found, rates, int(np.prod(self.options.tile)))
@@ -94,7 +94,7 @@ class Bench:
 
     @functools.cached_property
     def spans(self):
-        """Votes per second of a linear head on 8x8x48: in all dimensions, and in the span of its weights."""
+        """Samples per second of a linear head on 8x8x48: in all dimensions, and in the span of its weights."""
         config = self.model_config.copy_and_resolve_references()
         config.update({"encoder": "deep", "head": "linear"})
         model = models.build(config, IMAGE, CLASSES)
@@ -106,7 +106,7 @@ class Bench:
             return model.head.apply({"params": params["head"]}, z)
 
         heads = {latent: whole, encoder.report.output_shape: inside}
-        works = {shape: measure.voting(self._loop(head, shape)) for shape, head in heads.items()}
+        works = {shape: measure.sampling(self._loop(head, shape)) for shape, head in heads.items()}
         rates = measure.rates(works, self.options.seconds, "span of a linear head")
         return {shape: rate * np.prod(self.options.tile) for shape, rate in rates.items()}
 
@@ -150,7 +150,7 @@ def section_a(bench):
 
 
 def section_b(bench):
-    """The vote loop over its ceilings, and what its noise costs."""
+    """The sampling loop over its ceilings, and what its noise costs."""
     print(f"## b. The vote loop: sound arithmetic, tile {bench.options.tile}\n")
     kinds = [("float32", bench.heads)]
     if jax.default_backend() != "cpu":
@@ -159,9 +159,9 @@ def section_b(bench):
     for dtype, heads in kinds:
         for case, head in heads.items():
             rates = head.rates
-            rows.append([case, dtype, f"{head.votes:,.0f}", f"{head.flops / 1e6:.3f}", f"{head.share:.0%}"])
-            rows[-1] += [f"{head.layer_time * head.votes:.0%}", f"{head.noise * head.votes:.1%}"]
-            rows[-1] += [f"{rates[kind] / rates['votes']:.2f}x" for kind in ("independent", "float32")]
+            rows.append([case, dtype, f"{head.samples:,.0f}", f"{head.flops / 1e6:.3f}", f"{head.share:.0%}"])
+            rows[-1] += [f"{head.layer_time * head.samples:.0%}", f"{head.noise * head.samples:.1%}"]
+            rows[-1] += [f"{rates[kind] / rates['samples']:.2f}x" for kind in ("independent", "float32")]
     columns = "head|dtype|votes/s|MFLOP/vote|of the matmul ceiling|of its layers' best rates|noise, of the loop"
     table(f"{columns}|independent noise over shared|float32 arithmetic over sound", rows)
     (whole, slow), (_, fast) = bench.spans.items()
@@ -244,9 +244,9 @@ def _schedule_rows(run):
     fixed, images = run.fixed, len(run.indices)
     outcomes = {"fixed": fixed} | {f"staged: {name}": outcome for name, outcome in run.staged.items()}
     for name, outcome in outcomes.items():
-        cells = [f"{outcome.votes:,.0f}", f"{fixed.votes / outcome.votes:.1f}x"]
+        cells = [f"{outcome.samples:,.0f}", f"{fixed.samples / outcome.samples:.1f}x"]
         cells += [f"{outcome.seconds:,.1f}", f"{fixed.seconds / outcome.seconds:.1f}x"]
-        cells.append(f"{outcome.votes * images / outcome.seconds:,.0f}")
+        cells.append(f"{outcome.samples * images / outcome.seconds:,.0f}")
         if outcome is fixed:
             cells += ["-", "-"]
         else:
@@ -262,17 +262,17 @@ def _ratio(value, base, digits):
 
 
 def section_e(bench):
-    """The same votes on 1 and 8 simulated devices."""
+    """The same samples on 1 and 8 simulated devices."""
     print("## e. The same votes on simulated devices\n")
     if jax.default_backend() != "cpu":
         print(f"Left out on {jax.default_backend()}: the devices are simulated on a CPU.\n")
         return
-    say("the same votes on 1 and 8 devices")
-    votes, equal, ratios = devices.compare(bench.options.tile, 2 * bench.options.seconds, rounds=5)
+    say("the same samples on 1 and 8 devices")
+    samples, equal, ratios = devices.compare(bench.options.tile, 2 * bench.options.seconds, rounds=5)
     rows = [
         [
             str(count),
-            f"{votes:,}",
+            f"{samples:,}",
             "yes" if equal else "NO",
             f"{np.median(times):.2f}x ({times[0]:.2f} to {times[-1]:.2f})",
         ]
@@ -284,13 +284,13 @@ def section_e(bench):
 def section_f(bench):
     """What the sound arithmetic costs in speed and in radius."""
     print("## f. Sound against float32 arithmetic\n")
-    rows = [[case, f"{head.rates['votes'] / head.rates['float32']:.2f}x"] for case, head in bench.heads.items()]
+    rows = [[case, f"{head.rates['samples'] / head.rates['float32']:.2f}x"] for case, head in bench.heads.items()]
     table("head|votes/s, sound over float32", rows)
     rows = []
     for run in bench.runs:
         sound, plain = run.arithmetics
         radii = [float(outcome.certificates.radius.mean()) for outcome in (sound, plain)]
-        rows.append([run.name, str(len(sound.tallies)), f"{radii[0]:.4f}", f"{radii[1]:.4f}", _ratio(*radii, 4)])
+        rows.append([run.name, str(len(sound.images)), f"{radii[0]:.4f}", f"{radii[1]:.4f}", _ratio(*radii, 4)])
         rows[-1].append(f"{trained.radius_share(sound):.3%}")
     if rows:
         columns = "run|images|mean certified radius, sound|float32|sound over float32"
@@ -345,19 +345,20 @@ def _seconds(seconds):
 def _checks(bench, typical):
     """The model against this machine: other heads in the loop, and whole certifications of trained models.
 
-    Here the noise is known as well: a vote takes its FLOPs at the rate of the typical head, and its noise.
+    Here the noise is known as well: a sample takes its FLOPs at the rate of the typical head, and its noise.
     """
-    rate = typical.flops / (1 / typical.votes - typical.noise)
+    rate = typical.flops / (1 / typical.samples - typical.noise)
     for case, head in bench.heads.items():
         if case != TYPICAL:
             predicted = 1 / (head.flops / rate + head.noise)
-            yield [f"b: {case}, votes/s", f"{predicted:,.0f}", f"{head.votes:,.0f}", f"{head.votes / predicted:.2f}"]
+            both = (f"{number:,.0f}" for number in (predicted, head.samples))
+            yield [f"b: {case}, votes/s", *both, f"{head.samples / predicted:.2f}"]
     for run in bench.runs:
         shape = run.latents.shape[1:]
         noise = typical.noise * np.prod(shape) / np.prod(CASES[TYPICAL][1])
-        vote = measure.flops(run.head, shape) / rate + noise
+        sample = measure.flops(run.head, shape) / rate + noise
         for name, outcome in (("fixed", run.fixed), ("staged", next(iter(run.staged.values())))):
-            predicted = len(run.indices) * outcome.votes * vote
+            predicted = len(run.indices) * outcome.samples * sample
             cells = [f"{predicted:,.1f}", f"{outcome.seconds:,.1f}", f"{outcome.seconds / predicted:.2f}"]
             yield [f"d: {run.name}, {name}, seconds", *cells]
 
@@ -385,7 +386,7 @@ def parse():
     )
     parser.add_argument("--runs", default="", help="workdirs of trainings, separated by commas")
     parser.add_argument("--images", type=int, default=200, help="of each run, evenly spaced")
-    parser.add_argument("--n", type=int, default=100_000, help="estimation votes of the fixed schedule")
+    parser.add_argument("--n", type=int, default=100_000, help="estimation samples of the fixed schedule")
     parser.add_argument("--reference", default="", help="folder of published logs")
     parser.add_argument("--seeds", type=int, default=5, help="of the simulation on published logs")
     options = parser.parse_args()

@@ -3,7 +3,7 @@
   python benchmarks/decode.py --data=$TFDS_DATA_DIR [--config=configs/imagenet.py] [--workers=0,1,2]
 
 Rates of `data.training_batches` alone, in turns: by threads of one process (workers 0) and by Grain's worker processes.
-The consumption is reckoned, not measured: images per step over the seconds of `lsrs_jax.plan` for each chip.
+The consumption is reckoned, not measured: images per step over the seconds of `lsrs_jax.training.plan` for each chip.
 """
 
 import argparse
@@ -12,9 +12,10 @@ import time
 
 import jax
 
-from lsrs_jax import data, models, plan
-from lsrs_jax.command import config_from_flags
-from lsrs_jax.errors import UserError
+from lsrs_jax import data, models
+from lsrs_jax.cli import config_from_flags
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.training import plan
 
 ROUNDS = 3
 
@@ -38,7 +39,7 @@ def main():
     options = parser.parse_args()
     config = config_from_flags([f"--config={options.config}", f"--config.data.dir={options.data}"])
     try:
-        dataset = data.of_config(config.data, config.data.train_split)
+        dataset = data.load_split(config.data, config.data.train_split)
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
     chips = consumption(config, dataset)
@@ -64,7 +65,7 @@ def main():
 def consumption(config, dataset):
     """Chip → images per second of a training, by the plan."""
     model = models.build(config.model, dataset.shape, dataset.num_classes)
-    need, images = plan.training(model, config), config.data.batch_size / jax.device_count()
+    need, images = plan.training_need(model, config), config.data.batch_size / jax.device_count()
     return {name: images / need.seconds(chip, "training") for name, chip in plan.CHIPS.items()}
 
 

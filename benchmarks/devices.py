@@ -1,6 +1,6 @@
-"""Section e of benchmarks/certify.py: the same votes on 1 and on 8 simulated CPU devices, which take turns.
+"""Section e of benchmarks/certify.py: the same samples on 1 and on 8 simulated CPU devices, which take turns.
 
-As a script it is one of the two processes: it reads a number of chunks per line and answers with counts and seconds.
+As a script it is one of the two processes: it reads a number of blocks per line and answers with counts and seconds.
 """
 
 import json
@@ -9,16 +9,16 @@ import subprocess
 import sys
 import time
 
-from lsrs_jax.errors import UserError
+from lsrs_jax.runtime.errors import UserError
 
 SIMULATED = (1, 8)
 
 
 def compare(tile, seconds, rounds):
-    """Rounds of the same votes on each of SIMULATED devices, after compilation.
+    """Rounds of the same samples on each of SIMULATED devices, after compilation.
 
     Returns:
-      ``(votes, equal, ratios)``: votes of a round, whether all counts agree, and seconds over those of the first.
+      ``(samples, equal, ratios)``: samples of a round, whether all counts agree, and seconds over those of the first.
     """
     workers = {count: _start(count, tile) for count in SIMULATED}
     try:
@@ -47,8 +47,8 @@ def _start(count, tile):
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
-def _ask(worker, chunks):
-    worker.stdin.write(f"{chunks}\n")
+def _ask(worker, blocks):
+    worker.stdin.write(f"{blocks}\n")
     worker.stdin.flush()
     line = worker.stdout.readline()
     if not line:
@@ -60,19 +60,20 @@ def main():
     import jax
     import numpy as np
 
-    from lsrs_jax.heads import HEADS
-    from lsrs_jax.keys import domain_key
-    from lsrs_jax.smoothing.votes import Votes
+    from lsrs_jax.models.heads import HEADS
+    from lsrs_jax.runtime.rng import domain_key
+    from lsrs_jax.smoothing.sampler import Sampler
 
     tile, shape = (int(sys.argv[1]), int(sys.argv[2])), (8, 8, 48)
     module = HEADS["convnet_light"](10)
     latents = np.asarray(jax.random.normal(domain_key(0, "probe"), (tile[0], *shape)))
     params = module.init(domain_key(0, "init"), latents[:1])
-    loop = Votes(lambda z: module.apply(params, z), shape, sigma=0.25, key=domain_key(0, "probe"), tile=tile)
-    on_device = loop.put(loop.place(latents))
+    loop = Sampler(lambda z: module.apply(params, z), shape, sigma=0.25, tile=tile)
+    key = loop.keys(domain_key(0, "probe"))["estimation"]
+    on_device = loop.put(loop.quantize(latents))
     for line in sys.stdin:
-        chunks, start = int(line), time.perf_counter()
-        counts = loop.collect(loop.launch(on_device, "estimation", 0, chunks, chunks * tile[1]), tile[0])
+        blocks, start = int(line), time.perf_counter()
+        counts = loop.collect(loop.launch(on_device, key, 0, blocks, blocks * tile[1]), tile[0])
         answer = {"seconds": time.perf_counter() - start, "counts": counts.tolist()}
         print(json.dumps(answer | {"devices": jax.local_device_count()}), flush=True)
 

@@ -8,15 +8,15 @@ import jax
 import numpy as np
 from scipy.spatial.distance import pdist
 
-from lsrs_jax import checkpoint, models
-from lsrs_jax import config as configuration
-from lsrs_jax import data as datasets
-from lsrs_jax.encoders import BLOCKS
-from lsrs_jax.errors import UserError
-from lsrs_jax.files import write_atomic
-from lsrs_jax.keys import root_key
-from lsrs_jax.progress import duration
-from lsrs_jax.smoothing.table import Table, read_table
+from lsrs_jax import models
+from lsrs_jax.certification.table import Table, read_table
+from lsrs_jax.certification.target import restore
+from lsrs_jax.config import config_to_dict, load_config
+from lsrs_jax.data import load_split
+from lsrs_jax.models.encoders import BLOCKS
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.files import write_atomic
+from lsrs_jax.runtime.progress import duration
 
 PAIRED = 500  # images whose distances are compared
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -66,13 +66,13 @@ def load(folder):
 def keep(workdir, folder, commands):
     """Copies from a workdir what is kept of it, and writes run.json and, last, card.md: with it the run is complete."""
     source = workdir / "certify" / "default"
-    config = configuration.load(workdir / "config.json")
-    dataset = datasets.of_config(config.data, config.data.split)
+    config = load_config(workdir / "config.json")
+    dataset = load_split(config.data, config.data.split)
     model = models.build(config.model, dataset.shape, dataset.num_classes)
     cost = models.cost(model)
     facts = {
         "commands": commands,
-        "config": configuration.to_dict(config),
+        "config": config_to_dict(config),
         "cost": {"encoder_flops": cost.encoder, "head_flops": cost.head},
         "distances": _distances(model, workdir, dataset),
         "training": _training(workdir / "metrics.jsonl"),
@@ -92,8 +92,7 @@ def _distances(model, workdir, dataset):
     """
     some = np.linspace(0, len(dataset) - 1, min(PAIRED, len(dataset))).astype(int)
     images, labels = dataset.pixels(some, np.float32), dataset.labels[some]
-    params, _ = checkpoint.restore_model(workdir, jax.eval_shape(model.init, root_key(0)))
-    latents = np.asarray(jax.jit(model.encode)(params, images), np.float64)
+    latents = np.asarray(jax.jit(model.encode)(restore(workdir, model)[0], images), np.float64)
     before, after = pdist(images.reshape(len(some), -1)), pdist(latents.reshape(len(some), -1))
     ratio = after[before > 0] / before[before > 0]
     same = (pdist(labels[:, None]) == 0)[before > 0]

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lsrs_jax.heads import HEADS
-from lsrs_jax.keys import domain_key, pinned
-from lsrs_jax.smoothing.votes import Votes
+from lsrs_jax.models.heads import HEADS
+from lsrs_jax.runtime.rng import domain_key, pinned
+from lsrs_jax.smoothing.sampler import Sampler
 
 ROUNDS, START = 3, time.perf_counter()
 SIZE = 2048  # of the matrices whose product is the ceiling
@@ -154,7 +154,7 @@ def _flops(equation):
 
 
 def _repeated(equation):
-    """A work of passes through one layer, its weights a constant of the program as in the vote loop.
+    """A work of passes through one layer, its weights a constant of the program as in the sampling loop.
 
     Something is added to the input and the output is reduced, as a network does. XLA's CPU back end runs a convolution
     straight from one pass of a loop to the next on a single core.
@@ -175,22 +175,22 @@ def _repeated(equation):
 
 
 class Measured(NamedTuple):
-    """A head in the vote loop, and what it is held against. Rates of `rates`."""
+    """A head in the sampling loop, and what it is held against. Rates of `rates`."""
 
-    flops: float  # per vote
+    flops: float  # per sample
     layers: list[Layer]
     rates: dict[Any, float]
-    chunk: int  # votes per repetition of the loop
+    block: int  # samples per repetition of the loop
 
     @property
-    def votes(self):
-        """Votes per second."""
-        return self.chunk * self.rates["votes"]
+    def samples(self):
+        """Samples per second."""
+        return self.block * self.rates["samples"]
 
     @property
     def noise(self):
-        """Seconds of noise per vote, drawn alone."""
-        return 1 / (self.chunk * self.rates["noise"])
+        """Seconds of noise per sample, drawn alone."""
+        return 1 / (self.block * self.rates["noise"])
 
     @property
     def ceiling(self):
@@ -200,11 +200,11 @@ class Measured(NamedTuple):
     @property
     def share(self):
         """FLOP/s of the loop over those of matrix products."""
-        return self.votes * self.flops / self.ceiling
+        return self.samples * self.flops / self.ceiling
 
     @property
     def layer_time(self):
-        """Seconds of a vote if every layer ran at its best rate and nothing else were to do."""
+        """Seconds of a sample if every layer ran at its best rate and nothing else were to do."""
         return sum(layer.count * layer.flops / self.best(layer) for layer in self.layers)
 
     def layer_rates(self, layer):
@@ -224,25 +224,25 @@ def head_function(name, shape, classes, dtype):
     return lambda z: module.apply(params, z.astype(dtype)).astype(jnp.float32)
 
 
-def vote_loop(head, shape, tile, **fields):
-    """`Votes` on one device: a rate per device is what a ceiling of one device can be held against."""
-    key, device = domain_key(0, "probe"), jax.local_devices()[:1]
-    return Votes(head, shape, **({"sigma": 0.25, "key": key, "tile": tile, "devices": device} | fields))
+def make_sampler(head, shape, tile, **fields):
+    """`Sampler` on one device: a rate per device is what a ceiling of one device can be held against."""
+    return Sampler(head, shape, sigma=0.25, tile=tile, devices=jax.local_devices()[:1], **fields)
 
 
-def voting(loop):
-    """A work whose repetition is a chunk of votes on a full tile."""
+def sampling(loop):
+    """A work whose repetition is a sample block on a full tile."""
     images, samples = loop.tile
-    on_device = loop.put(loop.place(np.zeros((images, *loop.latent_shape))), range(images))
+    on_device = loop.put(loop.quantize(np.zeros((images, *loop.latent_shape))), range(images))
+    key = loop.keys(domain_key(0, "probe"))["estimation"]
 
     def work(k):
-        loop.collect(loop.launch(on_device, "estimation", 0, k, k * samples), images)
+        loop.collect(loop.launch(on_device, key, 0, k, k * samples), images)
 
     return work
 
 
 def drawing(loop):
-    """A work whose repetition draws the noise of a chunk and does nothing with it, in a loop like that of the votes."""
+    """A work whose repetition draws the noise of a block and does nothing with it, in a loop like the sampler's."""
     size, arithmetic = (loop.tile[1], *loop.latent_shape), loop.arithmetic
 
     @jax.jit

@@ -15,10 +15,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from lsrs_jax import distributed, models, plan
-from lsrs_jax.command import config_from_flags
-from lsrs_jax.keys import domain_key, pinned
-from lsrs_jax.training import loop
+from lsrs_jax import models
+from lsrs_jax.cli import config_from_flags
+from lsrs_jax.runtime.mesh import global_mesh, joined
+from lsrs_jax.runtime.rng import domain_key, pinned
+from lsrs_jax.training import loop, plan
 
 CONFIGS = (
     ("configs/imagenet.py:smoke", "224,224,3", 1000, 8),
@@ -36,15 +37,15 @@ def resident(field="VmRSS"):
 def measure(config, shape, classes, batch):
     """``(bytes planned, bytes taken)`` of training steps on random images."""
     config.data.batch_size = batch
-    model, mesh = models.build(config.model, shape, classes), distributed.global_mesh()
-    planned = plan.training(model, config).memory
+    model, mesh = models.build(config.model, shape, classes), global_mesh()
+    planned = plan.training_need(model, config).memory
     rng = np.random.default_rng(0)
     images, labels = rng.random((batch, *shape), np.float32), np.zeros(batch, np.int32)
     with pinned():
         fresh, shardings, train_step = loop.parts(model, config, mesh)
         start = jax.jit(fresh, out_shardings=shardings)
         shapes = jax.eval_shape(fresh, domain_key(0, "init"))
-        key, data = domain_key(0, "train"), distributed.joined(mesh, (images, labels))
+        key, data = domain_key(0, "train"), joined(mesh, (images, labels))
         step = train_step.lower(shapes, *data, key, np.uint32(0)).compile()
         before = resident()
         if jax.default_backend() == "cpu":

@@ -28,11 +28,11 @@ import numpy as np
 import optax
 
 from lsrs_jax import orthogonal
-from lsrs_jax.errors import UserError
-from lsrs_jax.keys import domain_key
 from lsrs_jax.layers import Encoder, MaxMin, OrthogonalConv
-from lsrs_jax.materialize import materialize
+from lsrs_jax.layers.lipschitz import materialize
 from lsrs_jax.orthogonal.spectrum import kernel_spectrum
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.rng import domain_key
 from lsrs_jax.training.loop import compiler_options
 
 COLUMNS = "net|c x n|train step, ms|over plain|weights, ms|of the step|peak, MiB|over plain|inference, ms|over plain"

@@ -7,14 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from lsrs_jax import orthogonal, selfcheck
-from lsrs_jax.errors import UserError
-from lsrs_jax.keys import domain_key, pinned
+from lsrs_jax import orthogonal
+from lsrs_jax.certification.platform_check import check_encoder, check_noise
 from lsrs_jax.layers import Encoder, Haar, MaxMin, OrthogonalConv
-from lsrs_jax.materialize import Float64Encoder, materialize
-from lsrs_jax.orthogonal.building import build_kernels
-from lsrs_jax.smoothing import grid
-from lsrs_jax.smoothing.noise import arithmetic
+from lsrs_jax.layers.lipschitz import Float64Encoder, materialize
+from lsrs_jax.orthogonal.kernels import build_kernels
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.rng import domain_key, pinned
+from lsrs_jax.smoothing import discrete_gaussian
+from lsrs_jax.smoothing.arithmetic import make_arithmetic
 
 FLAGS = ("default", "bfloat16", "highest")
 WIDE, SMALL = (32, 8), (8, 8)  # channels, pixels across: kernels as they are used; a layer small enough for its matrix
@@ -76,10 +77,10 @@ def encoder(flag):
         frozen = materialize(net, jax.jit(net.init)(domain_key(0, "init"), jnp.zeros((1, *shape))), shape)
         weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), frozen.params)
         with jax.default_matmul_precision(flag):
-            share = selfcheck.check_encoder(frozen, Float64Encoder(frozen, 4))
+            share = check_encoder(frozen, Float64Encoder(frozen, 4))
             apply = jax.jit(frozen.apply)
             try:
-                selfcheck.check_encoder(frozen, lambda x, f=apply, w=weights: f(w, jnp.asarray(x, jnp.float32)))
+                check_encoder(frozen, lambda x, f=apply, w=weights: f(w, jnp.asarray(x, jnp.float32)))
             except UserError as error:
                 refused = str(error)
             else:
@@ -89,21 +90,21 @@ def encoder(flag):
 
 
 def noise(draws):
-    """The grid noise of the device: equal to NumPy's where it is checked, and its law by a χ² test over many draws.
+    """The grid noise of the device: equal to NumPy's where it is checked; a χ² test of its distribution.
 
     ``wrong_p_value`` is that of the same draws against σ · 1.001: the test would see it.
     """
     sigma, size = 0.25, 2**20
-    law = arithmetic("sound", sigma)
-    selfcheck.check_noise(law)
-    q = grid.spacing(sigma)
+    arithmetic = make_arithmetic("sound", sigma)
+    check_noise(arithmetic)
+    q = discrete_gaussian.spacing(sigma)
     edges = np.floor(np.linspace(-4, 4, BINS - 1) * sigma / q) + 0.5
     with pinned():
-        tables, limits = jnp.asarray(law.tables), jnp.asarray(np.floor(edges).astype(np.int32))
+        tables, limits = jnp.asarray(arithmetic.tables), jnp.asarray(np.floor(edges).astype(np.int32))
 
         @jax.jit
         def histogram(key):
-            drawn = law.draw(key, (size,), tables)
+            drawn = arithmetic.draw(key, (size,), tables)
             return jnp.bincount(jnp.searchsorted(limits, drawn, side="left"), length=BINS)
 
         keys = jax.random.split(domain_key(1, "probe"), max(1, draws // size))

@@ -2,18 +2,18 @@
 
 import sys
 
-from lsrs_jax import interrupt
-from lsrs_jax.errors import UserError
+from lsrs_jax.runtime import signals
+from lsrs_jax.runtime.errors import UserError
 
 
 def ended(main, *arguments):
     """Calls `main`; a mistake of the user's, or a signal, is one line and the exit code of the package's commands."""
     try:
-        with interrupt.handled():
+        with signals.handled():
             main(*arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.code)
-    except interrupt.Interrupted as stop:
+    except signals.Interrupted as stop:
         print("interrupted; the same command goes on", file=sys.stderr)
         sys.exit(stop.code)

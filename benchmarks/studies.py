@@ -21,14 +21,14 @@ from pathlib import Path
 
 import kept
 import numpy as np
-from absl import logging
 from script import ended
 from study_runs import STUDIES
 
-from lsrs_jax import command, interrupt, report
-from lsrs_jax import config as configuration
-from lsrs_jax.errors import UserError
-from lsrs_jax.files import write_atomic
+from lsrs_jax import cli, report
+from lsrs_jax.config import config_from_dict, config_to_dict
+from lsrs_jax.runtime import signals
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.files import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -53,11 +53,12 @@ def made(run, place):
     """Whether the very run, by its commands and what its configuration says today, is kept in a folder already."""
     try:
         facts = kept.load(place).facts
+        config = config_to_dict(config_from_dict(facts["config"]))  # of any format
     except UserError:
         return False
     flags = [flag for flag in run.commands("")[0] if flag.startswith("--config.")]
-    config = configuration.to_dict(command.config_from_flags([f"--config={ROOT / run.config}", *flags]))
-    return facts["commands"] == shown(run) and facts["config"] == config
+    wanted = config_to_dict(cli.config_from_flags([f"--config={ROOT / run.config}", *flags]))
+    return facts["commands"] == shown(run) and config == wanted
 
 
 _under_way = []  # processes of the package's commands
@@ -232,7 +233,7 @@ def main(arguments):
         try:
             errors = pool.map(lambda place: make(runs[place], place, options.runs / place.name), missing)
             failed = [error for error in errors if error]
-        except interrupt.Interrupted:
+        except signals.Interrupted:
             for process in _under_way:  # they save what they have
                 process.send_signal(signal.SIGTERM)
             raise
@@ -244,5 +245,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.FATAL)  # of libraries, about checkpoints that are only read
     ended(main, sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Section throughput of benchmarks/accelerator.py: the vote loop and the encoder against the ceilings of the device."""
+"""Section throughput of benchmarks/accelerator.py: sampling loop and encoder against the ceilings of the device."""
 
 import collections
 import functools
@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import measure
 import numpy as np
 
-from lsrs_jax import data as datasets
-from lsrs_jax import models
-from lsrs_jax.command import config_from_flags
-from lsrs_jax.keys import domain_key
-from lsrs_jax.materialize import Float64Encoder
-from lsrs_jax.smoothing import schedule
-from lsrs_jax.smoothing.ledger import Ledger
-from lsrs_jax.smoothing.sweep import Block, Status, Sweep
+from lsrs_jax import data, models
+from lsrs_jax.certification.ledger import Ledger
+from lsrs_jax.cli import config_from_flags
+from lsrs_jax.layers.lipschitz import Float64Encoder
+from lsrs_jax.runtime.rng import domain_key
+from lsrs_jax.smoothing.derivation import Derivation
+from lsrs_jax.smoothing.engine import Engine, Images, Status
+from lsrs_jax.smoothing.schedule import make_schedule
 from lsrs_jax.training import loop, optimizer
 
 IMAGE, CLASSES = (32, 32, 3), 10
@@ -33,7 +33,7 @@ HEADS = {
 }
 TILE = (64, 512)  # where no configuration has one
 DEFAULT = "configs/cifar10.py"
-VARIANTS = ("lsrs", "isometric_resnet", "free", "isrs_resnet")  # the last two put what they run for a vote on the image
+VARIANTS = ("lsrs", "isometric_resnet", "free", "isrs_resnet")  # the last two smooth the image itself
 DTYPES = ("float32", "bfloat16")  # the last is the smallest
 
 
@@ -83,20 +83,20 @@ def _params(variant):
     return _default(variant)[1].init(domain_key(0, "init"))
 
 
-def votes(name, dtype, tile, size, seconds):
-    """Votes/s of a head in the loop and FLOP/s of square matrix products, in turns.
+def sampling(name, dtype, tile, size, seconds):
+    """Samples/s of a head in the loop and FLOP/s of square matrix products, in turns.
 
     Args:
       tile: None for the head's own.
       size: of the matrices.
     """
     function, shape, own = heads()[name]
-    loop = measure.vote_loop(function(dtype), shape, tile or own)
-    works = {"votes": measure.voting(loop), "product": measure.matmul(dtype, size)}
+    loop = measure.make_sampler(function(dtype), shape, tile or own)
+    works = {"samples": measure.sampling(loop), "product": measure.matmul(dtype, size)}
     rates = measure.rates(works, seconds, f"{name}, {dtype}")
     return {
         "flops": measure.flops(function("float32"), shape),
-        "votes": rates["votes"] * math.prod(loop.tile),
+        "votes": rates["samples"] * math.prod(loop.tile),
         "tile": loop.tile,
         "ceiling": rates["product"] * 2 * size**3,
     }
@@ -106,9 +106,9 @@ def noise(dtype, tile, seconds):
     """What drawing costs in the loop of the default head: alone, as a share; for every image its own, as a slowdown."""
     name, (function, shape, own) = next(iter(heads().items()))
     head, tile = function(dtype), tile or own
-    loop = measure.vote_loop(head, shape, tile)
-    works = {"shared": measure.voting(loop), "drawn": measure.drawing(loop)}
-    works["independent"] = measure.voting(measure.vote_loop(head, shape, tile, noise="independent"))
+    loop = measure.make_sampler(head, shape, tile)
+    works = {"shared": measure.sampling(loop), "drawn": measure.drawing(loop)}
+    works["independent"] = measure.sampling(measure.make_sampler(head, shape, tile, noise="independent"))
     rates = measure.rates(works, seconds, f"noise of {name}, {dtype}")
     return {
         "noise_share": rates["shared"] / rates["drawn"],
@@ -155,19 +155,22 @@ def encoder(batch, seconds):
 
 
 class _Drawn:
-    """Votes that cost no device: multinomial, every image with probabilities of its own."""
+    """A sampler that costs no device: multinomial, every image with probabilities of its own."""
 
-    tile, num_classes = (64, 512), CLASSES
+    tile = (64, 512)
 
     def __init__(self, images):
         self._rng = np.random.default_rng(0)
         top = self._rng.beta(2, 0.5, (images, 1))
         self._p = np.concatenate([top, np.repeat((1 - top) / (CLASSES - 1), CLASSES - 1, axis=1)], axis=1)
 
-    def put(self, placed, ids):
+    def keys(self, key):
+        return collections.defaultdict(lambda: key)
+
+    def put(self, quantized, ids):
         return ids
 
-    def launch(self, ids, purpose, first, stop, n):
+    def launch(self, ids, key, first, stop, n):
         samples = self.tile[1]
         return self._rng.multinomial(min(stop * samples, n) - first * samples, self._p[ids])
 
@@ -176,28 +179,28 @@ class _Drawn:
 
 
 def bookkeeping(images):
-    """Seconds of the host for a staged certification: votes into the ledger, decisions at the looks."""
-    plan, votes = schedule.plan("staged", 100, 100_000, _Drawn.tile[1]), _Drawn(images)
-    derivation, status = schedule.Derivation(0.25, 0.001), Status(plan, images, 0, measure.say)
-    block = Block(list(range(images)), [0] * images, [0.0] * images, np.zeros((images, 1)))
-    with tempfile.TemporaryDirectory() as folder, Ledger(Path(folder) / "votes.0.tsv", plan, CLASSES) as ledger:
+    """Seconds of the host for a staged certification: counts into the ledger, decisions at the looks."""
+    schedule = make_schedule("staged", 100, 100_000, _Drawn.tile[1])
+    decided = functools.partial(Derivation(0.25, 0.001).decided, schedule)
+    some = Images(range(images), [0] * images, [0.0] * images, np.zeros((images, 1)))
+    with tempfile.TemporaryDirectory() as folder, Ledger(Path(folder) / "votes.0.tsv", schedule, CLASSES) as ledger:
         start = time.perf_counter()
-        Sweep(votes, ledger, lambda tallies: derivation.settled(plan, tallies), status).run(block)
+        Engine(_Drawn(images), None, ledger, decided, Status(schedule, images, 0, measure.say)).run(some)
         seconds = time.perf_counter() - start
         return {
             "images": images,
-            "looks": sum(len(tally.looks) for tally in ledger.tallies.values()),
+            "looks": sum(len(image.looks) for image in ledger.images.values()),
             "seconds": seconds,
         }
 
 
 def _seconds_of_a_batch(count):
-    """To cut, shift and mirror, on one core, as `datasets.training_batches` does."""
+    """To cut, shift and mirror, on one core, as `data.training_batches` does."""
     config, size = _default("lsrs")[0], 50_000
     rng = np.random.default_rng(0)
     images, labels = rng.integers(256, size=(size, *IMAGE), dtype=np.uint8), rng.integers(CLASSES, size=size)
-    dataset = datasets.Dataset("probe", "1", "train", images, labels, CLASSES)
-    batches = datasets.training_batches(dataset, config.data, 0, 0, count + 1)
+    dataset = data.Dataset("probe", "1", "train", images, labels, CLASSES)
+    batches = data.training_batches(dataset, config.data, 0, 0, count + 1)
     next(batches)  # permutes
     start = time.perf_counter()
     collections.deque(batches, maxlen=0)
@@ -208,7 +211,7 @@ def _training(variant, flags):
     """A function of a number of training steps of a variant, which takes them and waits; compiled."""
     config = config_from_flags([f"--config={DEFAULT}:{variant}", *flags])
     model = models.build(config.model, IMAGE, CLASSES)
-    transformation = optimizer.build(config.train)
+    transformation = optimizer.make_optimizer(config.train)
     params = model.init(domain_key(0, "init"))
     state = loop.State(params, transformation.init(params), jax.tree.map(jnp.copy, params))
     step = loop.step_function(model, config, transformation.update)

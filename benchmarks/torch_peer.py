@@ -1,4 +1,4 @@
-"""The classic vote loop in PyTorch, as published code runs it, on a network with the layers of one of ours.
+"""The classic sampling loop in PyTorch, as published code runs it, on a network with the layers of one of ours.
 
 One image at a time, a batch of copies of it, ``randn_like``, argmax, bincount (Cohen et al. 2019, locuslab/smoothing).
 The network has the layers of a `lsrs_jax.models.Model` with their shapes, and random parameters; a plain zero-padded
@@ -13,9 +13,9 @@ import measure
 import numpy as np
 
 from lsrs_jax import layers, models
-from lsrs_jax.errors import UserError
-from lsrs_jax.heads import BlocksHead, ConvHead
-from lsrs_jax.keys import domain_key
+from lsrs_jax.models.heads import BlocksHead, ConvHead
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.rng import domain_key
 
 BATCH, SMALL_BATCH = 1000, 128  # the published one, and one that stays in the cache
 
@@ -105,8 +105,8 @@ def _module(torch, function):
     return Function()
 
 
-def voting(torch, device, net, shape, classes, batch, channels_last):
-    """A work whose repetition is a batch of votes on one image ``(H, W, C)`` of a random content."""
+def sampling(torch, device, net, shape, classes, batch, channels_last):
+    """A work whose repetition is a batch of samples of one image ``(H, W, C)`` of a random content."""
     form = torch.channels_last if channels_last else torch.contiguous_format
     net = net.to(device, memory_format=form)
     image = torch.rand(1, shape[2], *shape[:2], device=device)
@@ -135,14 +135,14 @@ class Peer:
     """The split network of a config under the classic loop of PyTorch and under ours, all loops in turns.
 
     Attributes:
-      flops: per vote, by the name of our loops: ``"LSRS"``, ``"ISRS"`` (the same network, noise on the image),
+      flops: per sample, by the name of our loops: ``"LSRS"``, ``"ISRS"`` (the same network, noise on the image),
         ``"head"`` (the head alone, noise on the image).
-      rates: votes per second, by that name, and by ``(batch, channels_last)`` of PyTorch.
+      rates: samples per second, by that name, and by ``(batch, channels_last)`` of PyTorch.
       note: why PyTorch has none, or None.
     """
 
     def __init__(self, model_config, image, classes, options, batches):
-        self._chunk, self.note = int(np.prod(options.tile)), None
+        self._block, self.note = int(np.prod(options.tile)), None
         works, self.flops, layers_of = {}, {}, {}
         split = model_config.split
         blocks = {"widths": tuple(model_config.widths)[split:], "strides": tuple(model_config.strides)[split:]}
@@ -153,8 +153,8 @@ class Peer:
             model = models.build(variant, image, classes)
             encoder, function = model.for_certification(model.init(domain_key(0, "init")))
             shape = encoder.report.output_shape
-            loop = measure.vote_loop(function, shape, options.tile)
-            works |= {name: measure.voting(loop), ("noise", name): measure.drawing(loop)}
+            loop = measure.make_sampler(function, shape, options.tile)
+            works |= {name: measure.sampling(loop), ("noise", name): measure.drawing(loop)}
             self.flops[name] = measure.flops(function, shape)
             layers_of[name] = measure.layers(function, shape, batches)
             if name == "LSRS":
@@ -163,8 +163,8 @@ class Peer:
         works |= {"matmul": measure.matmul("float32")} | measure.layer_works(self._layers)
         works |= self._torch_works(whole, image, classes)
         rates = measure.rates(works, options.seconds, "the classic loop")
-        self._measured = measure.Measured(self.flops["ISRS"], self._layers, rates, self._chunk)
-        self.rates = {name: rates[name] * self._chunk for name in self.flops}
+        self._measured = measure.Measured(self.flops["ISRS"], self._layers, rates, self._block)
+        self.rates = {name: rates[name] * self._block for name in self.flops}
         self.rates |= {key: rates[key] * key[0] for key in self._torch}
 
     def _torch_works(self, model, image, classes):
@@ -178,10 +178,10 @@ class Peer:
             return {}
         self.torch_flops, self.version = flops(torch, nets[False], image), f"{torch.__version__}, {device}"
         self._torch = [(batch, last) for batch in (BATCH, SMALL_BATCH) for last in (False, True)]
-        return {key: voting(torch, device, nets[key[1]], image, classes, *key) for key in self._torch}
+        return {key: sampling(torch, device, nets[key[1]], image, classes, *key) for key in self._torch}
 
     def classic(self, batch=BATCH):
-        """The faster memory format of a batch, and its votes per second; None without PyTorch."""
+        """The faster memory format of a batch, and its samples per second; None without PyTorch."""
         forms = {False: "contiguous", True: "channels_last"}
         rates = {forms[last]: self.rates[size, last] for size, last in self._torch if size == batch}
         return max(rates.items(), key=lambda item: item[1]) if rates else None
@@ -190,7 +190,7 @@ class Peer:
         """How much faster the split should be, by name of the reckoning."""
         whole, head = self.flops["ISRS"], self.flops["LSRS"]
         measured, ceiling = self._measured, self._measured.ceiling
-        noise = [1 / (measured.rates["noise", name] * self._chunk) for name in ("ISRS", "LSRS")]
+        noise = [1 / (measured.rates["noise", name] * self._block) for name in ("ISRS", "LSRS")]
         seconds = [
             sum(layer.count * layer.flops / measured.best(layer) for layer in some)
             for some in (self._layers, self._head_layers)

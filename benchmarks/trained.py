@@ -11,18 +11,18 @@ import jax
 import numpy as np
 from measure import say
 
-from lsrs_jax import checkpoint, models
-from lsrs_jax import config as configuration
-from lsrs_jax import data as datasets
-from lsrs_jax.errors import UserError
-from lsrs_jax.keys import pinned, root_key
-from lsrs_jax.materialize import Float64Encoder
-from lsrs_jax.smoothing import certified_radius, confidence, schedule
-from lsrs_jax.smoothing.certificates import Certificates
-from lsrs_jax.smoothing.sweep import Block, Status, Sweep
-from lsrs_jax.smoothing.table import read_table
-from lsrs_jax.smoothing.tally import Plan, Row, Tallies, chunks
-from lsrs_jax.smoothing.votes import Votes
+from lsrs_jax import models
+from lsrs_jax.certification.table import read_table
+from lsrs_jax.certification.target import restore
+from lsrs_jax.config import load_config
+from lsrs_jax.data import load_split
+from lsrs_jax.layers.lipschitz import Float64Encoder
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.rng import root_key
+from lsrs_jax.smoothing import SmoothedClassifier, certified_radius, confidence
+from lsrs_jax.smoothing.counts import Counts, ImageCounts, Row
+from lsrs_jax.smoothing.derivation import Derivation
+from lsrs_jax.smoothing.schedule import SCHEDULES, Schedule, block_count, make_schedule
 
 N0, ALPHA, SPACING, FEW = 100, 0.001, 0.25, (0.25, 0.5, 0.75, 1.0)
 _LARGEST = 0.85  # of the largest radius: above it the split of α costs radius, as the command says
@@ -31,7 +31,7 @@ _LOGGED = 2000  # images of a published log that are simulated at most
 
 
 def grid(sigma):
-    """Radii of a table: every 0.25 up to 4σ, which no n = 100,000 votes certify."""
+    """Radii of a table: every 0.25 up to 4σ, which no n = 100,000 samples certify."""
     return tuple((SPACING * np.arange(1, int(4 * sigma / SPACING) + 1)).tolist())
 
 
@@ -41,17 +41,35 @@ def targets(sigma):
     return {name: radii for name, radii in whole.items() if name == "every 0.25 up to 4σ" or radii != grid(sigma)}
 
 
-class Outcome(NamedTuple):
-    """Certificates of one schedule, and what they cost."""
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Counts of one schedule, the certificates that follow, and what they cost."""
 
-    plan: Plan
-    derivation: schedule.Derivation
-    certificates: Certificates
-    correct: np.ndarray  # bool: certified, as the right class
-    slack: np.ndarray  # ℓ2 in the latent
-    votes: float  # per image, selection included
+    schedule: Schedule
+    derivation: Derivation
+    images: list[ImageCounts]
+    labels: np.ndarray
     seconds: float
-    tallies: list
+
+    @functools.cached_property
+    def certificates(self):
+        """`Certificates` of the images."""
+        return self.derivation.certificates(self.schedule, self.images)
+
+    @property
+    def correct(self):
+        """Whether each image is certified, as the right class."""
+        return self.certificates.predict == self.labels
+
+    @property
+    def samples(self):
+        """Samples per image, selection included."""
+        return float(np.mean([image.total for image in self.images]))
+
+    @property
+    def slack(self):
+        """ℓ2 in the latent, per image."""
+        return np.array([image.slack for image in self.images])
 
     @property
     def acr(self):
@@ -60,19 +78,20 @@ class Outcome(NamedTuple):
 
     @property
     def largest(self):
-        """The radius of a unanimous vote."""
-        return self.derivation.largest_radius(self.plan, float(self.slack.max()))
+        """The radius where all samples agree."""
+        return self.derivation.largest_radius(self.schedule, float(self.slack.max()))
 
     def accuracy(self, radii):
         """Certified accuracy at each radius; 0 asks whether anything is certified."""
         return np.array([np.mean(self.correct & (self.certificates.radius >= radius)) for radius in radii])
 
     def under(self, **changes):
-        """The same votes under another derivation, such as ``bound="multiclass"``."""
-        derivation = dataclasses.replace(self.derivation, **changes)
-        certificates = derivation.certificates(self.plan, self.tallies)
-        labels = np.array([tally.label for tally in self.tallies])
-        return self._replace(derivation=derivation, certificates=certificates, correct=certificates.predict == labels)
+        """The same samples under another derivation, such as ``bound="multiclass"``."""
+        return dataclasses.replace(self, derivation=dataclasses.replace(self.derivation, **changes))
+
+    def every(self, step):
+        """The outcome for every `step`-th image."""
+        return dataclasses.replace(self, images=self.images[::step], labels=self.labels[::step])
 
 
 def losses(fixed, staged, radii):
@@ -88,7 +107,7 @@ class Run:
     Args:
       workdir: folder of a training.
       images: how many, evenly spaced.
-      n: estimation votes.
+      n: estimation samples.
     """
 
     def __init__(self, workdir, images, n):
@@ -96,22 +115,19 @@ class Run:
         stored = self.path / "config.json"
         if not stored.exists():
             raise UserError(f"{workdir} holds no training")
-        self.config = configuration.load(stored)
+        self.config = load_config(stored)
         data = self.config.data
-        self.dataset = datasets.of_config(data, data.split)
+        self.dataset = load_split(data, data.split)
         step = max(1, len(self.dataset) // images)
         self.indices = list(range(0, len(self.dataset), step))[:images]
         self._prepare()
-        self._loops: dict[str, Votes] = {}
+        self._classifiers: dict[str, SmoothedClassifier] = {}
 
     def _prepare(self):
         """The head, and float64 latents with what the encoder's rounding charges, as the command computes them."""
         config, dataset = self.config, self.dataset
         model = models.build(config.model, dataset.shape, dataset.num_classes)
-        with pinned():
-            target = jax.eval_shape(model.init, root_key(0))
-        params, _ = checkpoint.restore_model(self.path, target)
-        encoder, self.head = model.for_certification(params, config.certify.head_dtype)
+        encoder, self.head = model.for_certification(restore(self.path, model)[0], config.certify.head_dtype)
         images = dataset.pixels(self.indices, np.float64)
         say(f"{self.path}: encoding {len(images)} images")
         self.latents = Float64Encoder(encoder, config.certify.tile[0])(images)
@@ -137,60 +153,44 @@ class Run:
     @functools.cached_property
     def arithmetics(self):
         """`Outcome`s of the fixed schedule on every fourth image: sound, float32."""
-        return _every_fourth(self.fixed), self.certify("fixed", arithmetic="float32", every=4)
+        return self.fixed.every(4), self.certify("fixed", arithmetic="float32", every=4)
 
     @property
     def reduction(self):
-        """Fixed over staged votes, selection included, where a table on the grid of radii is wanted."""
-        return self.fixed.votes / next(iter(self.staged.values())).votes
-
-    def _loop(self, arithmetic):
-        """The vote loop, compiled: seconds of a sweep are seconds of votes."""
-        if arithmetic not in self._loops:
-            say(f"{self.path}: compiling the loop, {arithmetic}")
-            key, tile = root_key(self.config.seed), self.config.certify.tile
-            fields = {"sigma": self.config.sigma, "key": key, "arithmetic": arithmetic, "tile": tile}
-            loop = Votes(self.head, self.latents.shape[1:], devices=jax.local_devices()[:1], **fields)
-            loop.collect(loop.launch(loop.put(loop.place(self.latents[:1]), [0]), "estimation", 0, 1, tile[1]), 1)
-            self._loops[arithmetic] = loop
-        return self._loops[arithmetic]
+        """Fixed over staged samples, selection included, where a table on the grid of radii is wanted."""
+        return self.fixed.samples / next(iter(self.staged.values())).samples
 
     def certify(self, kind, radii=None, arithmetic="sound", every=1):
-        """What `smoothing.certify` does, from its parts: it would compile in every call, and it hands back no votes.
+        """The `Outcome` of a schedule.
 
         Args:
           kind: ``"fixed"`` or ``"staged"``.
           radii: of the staged schedule.
           every: leave out all but every second, third, … image.
-
-        Returns:
-          an `Outcome`.
         """
-        loop, members = self._loop(arithmetic), self.indices[::every]
-        plan = schedule.plan(kind, N0, self.n, loop.tile[1])
-        law = loop.arithmetic
-        derivation = schedule.Derivation(law.sigma, ALPHA, "binary", self.lipschitz, loop.tau, radii)
-        latents = self.latents[::every]
-        slack, placed = law.slack(latents) + self._rounding[::every], loop.place(latents)
-        tallies = Tallies(plan, loop.num_classes)
-        block = Block(members, self.dataset.labels[members].tolist(), slack.tolist(), placed)
-        status = Status(plan, len(members), 0, lambda line: say(f"{self.path}, {kind}, {arithmetic}: {line.strip()}"))
+        latents, sigma, tile = self.latents[::every], self.config.sigma, self.config.certify.tile
+        if arithmetic not in self._classifiers:
+            say(f"{self.path}: compiling the loop, {arithmetic}")
+            fields = {"sigma": sigma, "lipschitz": self.lipschitz, "arithmetic": arithmetic, "tile": tile}
+            self._classifiers[arithmetic] = SmoothedClassifier(self.head, devices=jax.local_devices()[:1], **fields)
+        classifier = self._classifiers[arithmetic]
+        sampler = classifier.sampler(latents.shape[1:])  # compiles: the seconds below are of sampling and decisions
         start = time.perf_counter()
-        Sweep(loop, tallies, lambda found: derivation.settled(plan, found), status).run(block)
-        found = [tallies.tallies[i] for i in members]
-        certificates = derivation.certificates(plan, found)
+        counts = classifier.certify(
+            latents,
+            key=root_key(self.config.seed),
+            n0=N0,
+            n=self.n,
+            alpha=ALPHA,
+            schedule=kind,
+            radii=radii,
+            slack=self._rounding[::every],
+            progress=lambda line: say(f"{self.path}, {kind}, {arithmetic}: {line.strip()}"),
+        ).samples
         seconds = time.perf_counter() - start
-        votes = float(np.mean([sum(counts.sum() for counts in tally.counts.values()) for tally in found]))
-        correct = certificates.predict == self.dataset.labels[members]
-        return Outcome(plan, derivation, certificates, correct, slack, votes, seconds, found)
-
-
-def _every_fourth(outcome):
-    some, tallies = slice(None, None, 4), outcome.tallies[::4]
-    certificates = outcome.derivation.certificates(outcome.plan, tallies)
-    return outcome._replace(
-        certificates=certificates, correct=outcome.correct[some], slack=outcome.slack[some], tallies=tallies
-    )
+        derivation = Derivation(sampler.arithmetic.sigma, ALPHA, "binary", self.lipschitz, sampler.tau, radii)
+        images = [counts.images[i] for i in range(len(latents))]
+        return Outcome(counts.schedule, derivation, images, self.dataset.labels[self.indices[::every]], seconds)
 
 
 class Simulated(NamedTuple):
@@ -208,8 +208,8 @@ class Simulated(NamedTuple):
 def simulate_logs(folder, n, seeds):
     """`Simulated` for every log under `folder` whose σ is that of its training, and every target.
 
-    The votes of an image are binomial with the probability that its published radius stands for. Where it abstained,
-    no radius tells: it gets one between 0.3 and 0.5. Fixed and staged see the same votes, as in the loop.
+    The samples of an image are binomial with the probability that its published radius stands for. Where it abstained,
+    no radius tells: it gets one between 0.3 and 0.5. Fixed and staged see the same samples, as in the loop.
     """
     for path, sigma in _logs(Path(folder)):
         say(f"simulating {path}")
@@ -221,7 +221,7 @@ def simulate_logs(folder, n, seeds):
             for seed in range(seeds):
                 rng = np.random.default_rng(seed)
                 p = _probabilities(predict, radius, sigma, n, rng)
-                found.append(_simulate(p, predict == label, schedule.Derivation(sigma, ALPHA, radii=radii), n, rng))
+                found.append(_simulate(p, predict == label, Derivation(sigma, ALPHA, radii=radii), n, rng))
             name = str(path.relative_to(folder))
             yield Simulated(name, len(some), target, *np.mean(found, axis=0).tolist())
 
@@ -235,53 +235,45 @@ def _logs(folder):
 
 
 def _probabilities(predict, radius, sigma, n, rng):
-    """P[class] per image: the share of votes whose fixed-n radius is the published one."""
-    votes = np.arange(n // 2, n + 1)
-    lower = confidence.lower(votes, n, ALPHA)
+    """P[class] per image: the share of samples whose fixed-n radius is the published one."""
+    counts = np.arange(n // 2, n + 1)
+    lower = confidence.lower(counts, n, ALPHA)
     known = certified_radius(lower, 1 - lower, sigma)
-    share = votes[np.clip(np.searchsorted(known, radius), 0, len(votes) - 1)] / n
+    share = counts[np.clip(np.searchsorted(known, radius), 0, len(counts) - 1)] / n
     return np.where(predict >= 0, share, rng.uniform(0.3, 0.5, len(predict)))
 
 
 def _simulate(p, right, derivation, n, rng):
-    """(votes saved as a factor, points lost below 85 %, points lost anywhere, staged over fixed ACR) of one seed."""
-    plans = {kind: schedule.plan(kind, N0, n, 16) for kind in schedule.SCHEDULES}
-    sizes = np.diff(plans["staged"].looks, prepend=0)
-    drawn = rng.binomial(sizes, p[:, None])
-    last = drawn.sum(axis=1, keepdims=True)
-    outcomes = {
-        kind: _replay(plan, derivation, votes, right)
-        for (kind, plan), votes in zip(plans.items(), (last, drawn), strict=True)
-    }
-    fixed, staged = outcomes["fixed"], outcomes["staged"]
+    """(samples saved as a factor, points lost below 85 %, points lost anywhere, staged over fixed ACR) of one seed."""
+    schedules = {kind: make_schedule(kind, N0, n, 16) for kind in SCHEDULES}
+    sizes = np.diff(schedules["staged"].looks, prepend=0)
+    staged = rng.binomial(sizes, p[:, None])
+    drawn = {"fixed": staged.sum(axis=1, keepdims=True), "staged": staged}
+    fixed, staged = (_replay(schedules[kind], derivation, drawn[kind], right) for kind in ("fixed", "staged"))
     lost = losses(fixed, staged, derivation.radii or grid(derivation.sigma))
-    return fixed.votes / staged.votes, *lost, staged.acr / fixed.acr
+    return fixed.samples / staged.samples, *lost, staged.acr / fixed.acr
 
 
-def _replay(plan, derivation, drawn, right):
-    """The `Outcome` of votes that were drawn beforehand: `drawn` for the class, per image and look."""
-    tallies, pending, first = Tallies(plan, 2), list(range(len(drawn))), 0
+def _replay(schedule, derivation, drawn, right):
+    """The `Outcome` of samples that were drawn beforehand: `drawn` for class 0, per image and look."""
+    counts, pending, first = Counts(schedule, 2), list(range(len(drawn))), 0
 
-    def rows(purpose, stop, size, votes):
+    def rows(stream, stop, size, hits):
         return [
-            Row(i, 0, 0.0, purpose, first, stop, np.array([k, size - k]), 0.0)
-            for i, k in zip(pending, votes, strict=True)
+            Row(i, 0, 0.0, stream, first, stop, np.array([k, size - k]), 0.0)
+            for i, k in zip(pending, hits, strict=True)
         ]
 
-    tallies.append(rows("selection", chunks(N0, plan.samples), N0, [N0] * len(pending)))
-    start = time.perf_counter()
-    for column, (size, look) in enumerate(zip(np.diff(plan.looks, prepend=0), plan.looks, strict=True)):
-        stop = chunks(look, plan.samples)
-        tallies.append(rows("estimation", stop, int(size), drawn[pending, column]))
-        done = derivation.settled(plan, [tallies.tallies[i] for i in pending])
+    counts.append(rows("selection", block_count(N0, schedule.samples), N0, [N0] * len(pending)))
+    for column, (size, look) in enumerate(zip(np.diff(schedule.looks, prepend=0), schedule.looks, strict=True)):
+        stop = block_count(look, schedule.samples)
+        counts.append(rows("estimation", stop, int(size), drawn[pending, column]))
+        done = derivation.decided(schedule, [counts.images[i] for i in pending])
         pending, first = [i for i, yes in zip(pending, done, strict=True) if not yes], stop
         if not pending:
             break
-    found = [tallies.tallies[i] for i in range(len(drawn))]
-    certificates, votes = derivation.certificates(plan, found), np.mean([t.counts["estimation"].sum() for t in found])
-    seconds, slack = time.perf_counter() - start, np.zeros(len(found))
-    correct = right & (certificates.predict == 0)
-    return Outcome(plan, derivation, certificates, correct, slack, float(votes) + N0, seconds, found)
+    labels = np.where(right, 0, -2)  # class 0 is wrong where the published prediction was
+    return Outcome(schedule, derivation, [counts.images[i] for i in range(len(drawn))], labels, seconds=0.0)
 
 
 def radius_share(outcome):

@@ -1,18 +1,18 @@
 """Certified defence by latent-space randomized smoothing (LSRS) with orthogonal encoders.
 
 A classifier is split into an encoder of orthogonal, 1-Lipschitz layers and a free head. Gaussian noise is added to
-the latent between them, so that one pass of the encoder serves every noisy sample, and the radius certified in the
-latent is carried back to the image by the encoder's Lipschitz constant (Zeng, Su and Huang 2021; the bound is
-Cohen, Rosenfeld and Kolter 2019).
+the latent between them, so that one pass of the encoder serves every noisy sample. The radius certified in the latent
+is carried back to the image by the encoder's Lipschitz constant (Zeng, Su and Huang 2021; the bound is Cohen,
+Rosenfeld and Kolter 2019).
 
-Rooms: `orthogonal` (pure functions), `layers` and `models` (Flax), `materialize` (plain kernels and their proven
-Lipschitz constant), `smoothing` (votes, statistics, radii), `certification` (folders of certificates), `auditing`
-(attacks), `training`, and the commands `train`, `certify`, `audit` and `report`, each run as
-``python -m lsrs_jax.<command>``.
+Folders, each importing only those after it: the commands (`train`, `certify`, `audit`, `report`; `cli` runs them),
+`certification` (folders of certificates), `auditing` (attacks), `training`, `data`, `models` (encoder, head and both),
+`layers` (Flax layers; `layers.lipschitz` proves their constant), `orthogonal` (pure functions), `smoothing` (sampling
+and statistics for any JAX function), `runtime` (files, errors, processes).
 """
 
-from lsrs_jax import starting
+from lsrs_jax.runtime import moved
 
 __version__ = "0.1.0"
 
-starting.begin()
+moved.redirect_imports()

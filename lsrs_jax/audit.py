@@ -3,39 +3,42 @@
   python -m lsrs_jax.audit --workdir=runs/digits
   python -m lsrs_jax.audit --workdir=runs/digits --config.certify.name=full --images=100 --restarts=10
 
-Every certificate is attacked inside its radius, by gradients (PGD through the smoothed classifier, from several random
-starts) and by votes alone (a decision-based attack); a flip is a point within the radius at which `predict`, at the
-alpha of the certification and with noise that no attack has seen, returns another class. Beyond the radius the same
-attacks look for the nearest flip of each image: what `report` draws as the empirical upper bound over the certified
+Every certificate is attacked inside its radius: by gradients (PGD through the smoothed classifier, from several random
+starts), and by predictions alone (a decision-based attack). A flip is a point within the radius at which `predict`, at
+the alpha of the certification and with noise that no attack has seen, returns another class. Beyond the radius the same
+attacks look for the nearest flip of each image, which `report` draws as an empirical upper bound over the certified
 curve. Writes audit.tsv and audit.json beside the certificates; the same command resumes. Exit code 1 where a
 certificate was broken.
 """
 
-import hashlib
+if __name__ == "__main__":
+    from lsrs_jax.cli import main
+
+    main("audit")
+
+import argparse
 import math
 import sys
-import time
+from pathlib import Path
 
 import numpy as np
 
-from lsrs_jax import command
-from lsrs_jax import workdir as workdirs
-from lsrs_jax.auditing import table as tables
-from lsrs_jax.auditing.auditor import Auditor, Settings
-from lsrs_jax.certification import folder
-from lsrs_jax.certification import job as jobs
-from lsrs_jax.certification.casting import vote_loop
-from lsrs_jax.distributed import cache_compilations, check_platform
-from lsrs_jax.errors import UserError
-from lsrs_jax.files import locked
-from lsrs_jax.progress import Progress
-from lsrs_jax.smoothing.confidence import MAX_VOTES
-from lsrs_jax.smoothing.table import read_table
-
-_SECONDS_PER_REPORT = 2.0
+from lsrs_jax import cli
+from lsrs_jax.auditing.auditor import Auditor
+from lsrs_jax.auditing.table import Attacked, Journal, Settings, read_audit
+from lsrs_jax.certification.encode import make_sampler
+from lsrs_jax.certification.store import Stored, read_folder
+from lsrs_jax.certification.table import read_table
+from lsrs_jax.certification.target import Target, target_of_certificates
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.files import digest_of, locked
+from lsrs_jax.runtime.processes import cache_compilations, check_platform
+from lsrs_jax.runtime.progress import Progress
+from lsrs_jax.runtime.workdir import opened
+from lsrs_jax.smoothing.confidence import MAX_SAMPLES
 
 
-def _fractions(text):
+def _fractions(text: str) -> tuple[float, ...]:
     try:
         found = tuple(sorted({float(part) for part in text.split(",")}))
     except ValueError:
@@ -45,96 +48,89 @@ def _fractions(text):
     return found
 
 
-def _parse(arguments):
-    parser = command.parser("audit", __doc__)
+def _parse(arguments: list[str]) -> tuple[argparse.Namespace, Settings, list[str]]:
+    parser = cli.parser("audit", __doc__)
     parser.add_argument(
-        "--workdir", required=True, type=command.workdir, help="folder of a training, certified; or gs://..."
+        "--workdir", required=True, type=cli.workdir, help="folder of a training, certified; or gs://..."
     )
     parser.add_argument("--images", type=int, default=0, help="so many of the certificates, evenly; 0: all of them")
     parser.add_argument("--fractions", default="0.25,0.5,0.75,0.9,1", help="of each radius, where PGD looks inside it")
     parser.add_argument("--restarts", type=int, default=2, help="random starts of PGD per radius")
     parser.add_argument("--steps", type=int, default=20, help="of each attack")
     parser.add_argument("--samples", type=int, default=16, help="noise vectors per step or question")
-    parser.add_argument("--votes", type=int, default=1000, help="of a prediction that judges an attack")
+    parser.add_argument("--votes", type=int, default=1000, help="samples of a prediction that judges an attack")
     options, rest = parser.parse_known_args(arguments)
     limits = {"images": 0, "restarts": 1, "steps": 1, "samples": 1, "votes": 1}
     for name, least in limits.items():
-        if not least <= getattr(options, name) <= MAX_VOTES:
+        if not least <= getattr(options, name) <= MAX_SAMPLES:
             raise UserError(f"--{name} must be a whole number from {least} to 2**27, got {getattr(options, name)}")
     fields = {name: getattr(options, name) for name in limits}
     return options, Settings(fractions=_fractions(options.fractions), **fields), rest
 
 
-def run(arguments):
+def run(arguments: list[str]) -> None:
     """The command; see the module's docstring."""
-    command.no_config_file("audit", arguments)
+    cli.no_config_file("audit", arguments)
     options, settings, rest = _parse(arguments)
     check_platform()
-    with workdirs.opened(options.workdir) as workdir:
-        _run(workdir.path, options, settings, rest)
+    with opened(options.workdir) as workdir:
+        _run(workdir.path, settings, rest)
 
 
-def _run(workdir, options, settings, rest):
-    asked = command.config_of_training(workdir, rest)
-    command.only(workdir, asked, ("certify.name", "data.dir"), "audit")
-    place = workdir / "certify" / asked.certify.name
-    stored = folder.of_place(place, "to attack")
-    if stored["identity"]["certificate"] != "smoothed":
-        raise UserError(f"{place} holds {stored['identity']['certificate']} certificates; audit attacks smoothed ones")
-    text = (place / "certificates.tsv").read_bytes() if (place / "certificates.tsv").exists() else b""
-    if not stored["derivation"]:
-        raise UserError(f"{place} holds votes but no certificates yet; let certify finish, or give its command again")
-    if stored["derivation"]["certificates"] != hashlib.sha256(text).hexdigest():
-        raise UserError(f"the table in {place} is not the one its certificates.json names; see certify --verify")
-    alpha = stored["config"]["certify"]["alpha"]
-    least = math.ceil(1 - math.log2(0.99 * alpha))  # the test of `predict` at a unanimous vote
+def _run(workdir: Path, settings: Settings, rest: list[str]) -> None:
+    asked = cli.config_of_training(workdir, rest)
+    cli.only(workdir, asked, ("certify.name", "data.dir"), "audit")
+    folder = workdir / "certify" / asked.certify.name
+    stored, table = read_folder(folder, "to attack"), folder / "certificates.tsv"
+    if stored.identity.certificate != "smoothed":
+        raise UserError(f"{folder} holds {stored.identity.certificate} certificates; audit attacks smoothed ones")
+    if not stored.derivation:
+        raise UserError(f"{folder} holds votes but no certificates yet; let certify finish, or give its command again")
+    if not table.exists() or stored.derivation["certificates"] != digest_of(table):
+        raise UserError(f"the table in {folder} is not the one its certificates.json names; see certify --verify")
+    alpha = stored.settings.certify.alpha
+    least = math.ceil(1 - math.log2(0.99 * alpha))  # what the test of `predict` needs where all samples agree
     if settings.votes < least:
         raise UserError(f"--votes={settings.votes} can decide nothing at alpha {alpha}: {least} at least")
     cache_compilations()
-    job = jobs.of_certificates(place, stored, asked.data.dir)
-    with locked(place / ".audit.lock", f"auditing {place}"):
-        _audit(job, settings, stored)
+    target = target_of_certificates(folder, stored, asked.data.dir)
+    with locked(folder / ".audit.lock", f"auditing {folder}"):
+        _audit(target, settings, stored, stored.derivation["certificates"])
 
 
-def _audit(job, settings, stored):
-    table = read_table(job.folder / "certificates.tsv")
+def _audit(target: Target, settings: Settings, stored: Stored, digest: str) -> None:
+    table, config = read_table(target.folder / "certificates.tsv"), target.config
     size = min(settings.images or len(table), len(table))
     rows = np.unique(np.linspace(0, len(table) - 1, size).astype(int))
-    journal = tables.Journal(job.folder, settings, stored["derivation"]["certificates"])
-    auditor = _auditor(job, settings, stored["lipschitz"]["constant"])
+    journal = Journal(target.folder, settings, digest)
+    encoder, head = target.model.for_certification(target.params, config.certify.head_dtype)
+    sampler = make_sampler(config, head, encoder.report.output_shape)
+    levels = {"lipschitz": stored.lipschitz.constant, "alpha": config.certify.alpha}
+    auditor = Auditor(encoder, head, sampler, settings=settings, seed=config.seed, **levels)
     left = len(rows) - len(journal.done)
     print(
         f"{len(rows):,} certificates, {left:,} of them to attack: {len(settings.fractions)} radii inside each, "
         f"{settings.restarts} starts of {settings.steps} steps with {settings.samples} samples; predictions by "
-        f"{settings.votes:,} votes at alpha {job.config.certify.alpha}",
+        f"{settings.votes:,} samples at alpha {config.certify.alpha}",
         flush=True,
     )
-    progress, finished, shown = None, 0, time.monotonic()
-    for number, batch in enumerate(np.array_split(rows, -(-len(rows) // job.config.certify.tile[0]))):
+    progress, finished = None, 0
+    for number, batch in enumerate(np.array_split(rows, -(-len(rows) // config.certify.tile[0]))):
         new = len(set(table.idx[batch].tolist()) - journal.done)
         if not new:
             continue
-        images = job.dataset.pixels(table.idx[batch], np.float64)
-        journal.append(table, batch, auditor(images, table.predict[batch], table.radius[batch], number))
+        images = target.dataset.pixels(table.idx[batch], np.float64)
+        attacked = Attacked(table.idx[batch], table.label[batch], table.predict[batch], table.radius[batch])
+        journal.append(attacked, auditor(images, attacked.predict, attacked.radius, number))
         finished += new
-        if progress is None:  # the first batch compiles
-            progress = Progress(left, finished)
-        elif time.monotonic() - shown > _SECONDS_PER_REPORT:
-            shown = time.monotonic()
-            print(f"{finished:>6,} of {left:,} images  {progress.left(finished)} left", flush=True)
+        progress = progress or Progress(left, finished)  # the first batch compiles
+        progress.show(finished, lambda done=finished: f"{done:>6,} of {left:,} images")
     journal.finish()
     _conclude(journal.path)
 
 
-def _auditor(job, settings, lipschitz):
-    certify, seed = job.config.certify, job.config.seed
-    encoder, head = job.model.for_certification(job.params, certify.head_dtype)
-    votes = vote_loop(job.config, head, encoder.report.output_shape)
-    return Auditor(encoder, head, votes, lipschitz=lipschitz, alpha=certify.alpha, settings=settings, seed=seed)
-
-
-def _conclude(path):
-    audit = tables.read(path)
+def _conclude(path: Path) -> None:
+    audit = read_audit(path)
     certified, broken, right = audit.predict >= 0, np.flatnonzero(audit.flips > 0), audit.correct
     print(
         f"{audit.pairs.sum():,} points inside {certified.sum():,} certified balls: {audit.flips.sum():,} flips, "
@@ -159,7 +155,3 @@ def _conclude(path):
             file=sys.stderr,
         )
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    command.main(run)

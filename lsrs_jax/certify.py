@@ -4,89 +4,96 @@
   python -m lsrs_jax.certify --workdir=runs/digits --config.certify.n=100000 --config.certify.name=full
   python -m lsrs_jax.certify --workdir=runs/x --config.certify.certificate=deterministic --config.certify.name=margin
 
-The configuration comes from the workdir; flags override it. Writes the vote ledgers, certificates.tsv and
-certificates.json into <workdir>/certify/<name>. The same command resumes an interrupted certification, on any number
-of devices and processes (docs/scale.md); with --from-counts it derives new certificates from the votes on disk, with
-another alpha or bound, without the model or the data; with --verify it derives every radius again, compares digests,
-and names the first line that differs; with --recast=N it does that and casts the votes of N images again, drawn anew
-each time, from the pixels on. Deterministic certificates take no votes: they are the margins of a linear head
-(model.head linear, normalized or orthogonal).
+The configuration comes from the workdir; flags override it. Writes the ledgers, certificates.tsv and certificates.json
+into <workdir>/certify/<name>. The same command resumes an interrupted certification, on any number of devices and
+processes (docs/scale.md). With --from-counts it derives new certificates from the counts on disk, with another alpha or
+bound, without the model or the data. With --verify it derives every radius again, compares digests, and names the first
+line that differs. With --recast=N it does that and samples N images again, chosen at random each time, from their
+pixels. Deterministic certificates take no samples: they are the margins of a linear head (model.head linear, normalized
+or orthogonal).
 """
 
-from lsrs_jax import command, interrupt, models, profiling
-from lsrs_jax import config as configuration
-from lsrs_jax import workdir as workdirs
-from lsrs_jax.certification import deterministic, folder, recast, smoothed, verify
-from lsrs_jax.certification import job as jobs
-from lsrs_jax.distributed import cache_compilations, started
-from lsrs_jax.errors import UserError
+if __name__ == "__main__":
+    from lsrs_jax.cli import main
+
+    main("certify")
+
+import argparse
+from pathlib import Path
+
+from lsrs_jax import cli, models
+from lsrs_jax.certification import deterministic, resample, smoothed, store, verify
+from lsrs_jax.certification.target import load_target, target_of_certificates
+from lsrs_jax.config import load_config
+from lsrs_jax.runtime import profiling
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.processes import Process, cache_compilations, started
+from lsrs_jax.runtime.signals import reading
+from lsrs_jax.runtime.types import Config
+from lsrs_jax.runtime.workdir import Workdir, opened
 
 
-def _derived_as(chosen, workdir, place):
-    """The configuration of the training, but for how the certificates of a folder were derived; says what is kept."""
-    config = configuration.load(workdir / "config.json")
+def _derived_as(chosen: Config, workdir: Path, folder: Path) -> Config:
+    """Training config with this folder's derivation settings (alpha, bound, radii, epsilon); prints those it keeps."""
+    config = load_config(workdir / "config.json")
     for name in smoothed.DERIVED:
         kept, trained = chosen.certify[name], config.certify[name]
         if kept != trained:
             config.certify[name] = kept
-            print(f"{place} was derived with {name} {kept}, which holds unless --config.certify.{name} is given")
+            print(f"{folder} was derived with {name} {kept}, which holds unless --config.certify.{name} is given")
     return config
 
 
-def run(arguments):
+def run(arguments: list[str]) -> None:
     """The command; see the module's docstring."""
-    command.no_config_file("certify", arguments)
-    parser = command.parser("certify", __doc__)
-    parser.add_argument("--workdir", required=True, type=command.workdir, help="folder of a training, or gs://...")
+    cli.no_config_file("certify", arguments)
+    parser = cli.parser("certify", __doc__)
+    parser.add_argument("--workdir", required=True, type=cli.workdir, help="folder of a training, or gs://...")
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--from-counts", action="store_true", help="derive from the votes on disk; sample nothing")
+    instead.add_argument("--from-counts", action="store_true", help="derive from the counts on disk; sample nothing")
     instead.add_argument("--verify", action="store_true", help="derive every radius again and compare; change nothing")
-    instead.add_argument("--recast", type=int, metavar="N", help="--verify, and cast the votes of N images again")
+    instead.add_argument("--recast", type=int, metavar="N", help="--verify, and sample N images again")
     profiling.add_argument(instead)
     options, rest = parser.parse_known_args(arguments)
     if options.recast is not None and options.recast < 1:
         raise UserError(f"--recast takes a number of images, at least 1, got {options.recast}")
-    with started() as process, workdirs.opened(options.workdir) as workdir:
+    with started() as process, opened(options.workdir) as workdir:
         _run(workdir, process, options, rest)
 
 
-def _run(workdir, process, options, rest):
-    config = command.config_of_training(workdir.path, rest)
-    place = workdir.path / "certify" / config.certify.name
+def _run(workdir: Workdir, process: Process, options: argparse.Namespace, rest: list[str]) -> None:
+    config = cli.config_of_training(workdir.path, rest)
+    folder = workdir.path / "certify" / config.certify.name
     if (options.verify or options.recast or options.from_counts) and process.count > 1:
         raise UserError(
             "--from-counts, --verify and --recast are for one process; start it alone, or with JAX_DISTRIBUTED=off"
         )
     if options.verify or options.recast:
         fields = ("certify.name", "data.dir") if options.recast else ("certify.name",)
-        command.only(workdir.path, config, fields, "--recast" if options.recast else "--verify")
-        with interrupt.reading():
-            stored = verify.run(place)
+        cli.only(workdir.path, config, fields, "--recast" if options.recast else "--verify")
+        with reading():
+            stored = verify.run(folder)
             if options.recast:
                 cache_compilations()
-                recast.run(jobs.of_certificates(place, stored, config.data.dir), stored, options.recast)
+                resample.run(target_of_certificates(folder, stored, config.data.dir), stored, options.recast)
         return
-    path = place / "certificates.json"
-    if path.exists():  # what was chosen then holds, but for what is chosen now
-        chosen = configuration.from_dict(folder.read(path)["config"])
-        config = command.config_from_flags(
-            rest, chosen if options.from_counts else _derived_as(chosen, workdir.path, place)
-        )
+    path = folder / "certificates.json"
+    if path.exists():  # its settings hold, but for those that are given now
+        chosen = store.require_sealed(path).settings
+        base = chosen if options.from_counts else _derived_as(chosen, workdir.path, folder)
+        config = cli.config_from_flags(rest, base)
     if options.from_counts:
-        smoothed.from_counts(place, config)
+        smoothed.from_counts(folder, config)
         return
     cache_compilations()
     with process.together("the start"):
-        job = jobs.load(workdir.path, config)
-    print(models.describe(job.model))
+        target = load_target(workdir.path, config)
+    print(models.describe(target.model))
     if config.certify.certificate == "smoothed":
-        with profiling.captured(options.profile if process.leads else None, workdir.path / "profile") as tick:
-            smoothed.run(job, process, workdir, tick)
+        profile = options.profile if process.leads else None
+        with profiling.captured(profile, workdir.path / "profile") as tick:
+            smoothed.run(target, process, workdir, tick)
     else:
         if process.leads:
-            deterministic.run(job)
+            deterministic.run(target)
         process.wait("the certificates")
-
-
-if __name__ == "__main__":
-    command.main(run)

@@ -1,117 +1,166 @@
-"""The fields of a configuration, their defaults and their limits."""
+"""The fields of a configuration: default, meaning and limit of each, and what a stored file without it means."""
 
 import difflib
 import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from lsrs_jax.errors import UserError
-from lsrs_jax.files import read_json, write_atomic
+from lsrs_jax.runtime.documents import first_difference, format_of, plain, read_json
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.files import write_atomic
+from lsrs_jax.runtime.format import FORMAT
+from lsrs_jax.runtime.types import Config
 from lsrs_jax.smoothing.partition import BOUNDS
 from lsrs_jax.smoothing.schedule import SCHEDULES
 
 LOSSES = ("gaussian", "consistency", "macer", "smoothadv", "smoothadv_consistency", "margin")
 DTYPES = ("float32", "bfloat16")
 CERTIFICATES = ("smoothed", "deterministic")
-_MAY_CHANGE = (  # between the first start of a training and its resumption
-    "certify",
-    "data.dir",
-    "data.split",
-    "data.workers",
-    "train.log_every",
-    "train.evaluate_every",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
+
+# What may change between the first start of a training and its resumption.
+_MAY_CHANGE = (
+    *("certify", "data.dir", "data.split", "data.workers"),
+    *("train.log_every", "train.evaluate_every", "train.checkpoint_every", "train.keep_checkpoints"),
 )
 
 
-_LARGEST_IMAGE = 4096
+class Limit(NamedTuple):
+    """What a value must be: a condition on it (and on the whole configuration), and the same in words."""
+
+    words: str
+    holds: Callable[[Any, Any], bool]
 
 
-def default():
-    """Every field there is. Experiments in ``configs/`` start from here; flags ``--config.<field>=`` override."""
-    config = ConfigDict()
-    config.seed = 0
-    config.sigma = 0.5  # noise on the latent (or the image), for training and certification alike
+class Field(NamedTuple):
+    """One field of a configuration.
 
-    config.data = ConfigDict()
-    config.data.name = "digits"
-    config.data.dir = ""  # folder of tensorflow-datasets; $TFDS_DATA_DIR where empty
-    config.data.train_split = "train"
-    config.data.split = "test"  # evaluated and certified
-    config.data.batch_size = 128
-    config.data.crop = 0  # random shifts in pixels
-    config.data.flip = False  # random horizontal flips
-    config.data.size = (
-        0  # photos of any size are cut to so many pixels across and down, and decoded when they are needed;
-    )
-    config.data.area = (0.08, 1.0)  # in training to a random part, with a share of the area from here to there,
-    config.data.workers = 0  # by so many processes; 0: by threads. size=0: images of one size, in memory
+    Attributes:
+      default: the value for new runs.
+      absent: the value that a stored file without the field means: what the program did before the field existed.
+        `REQUIRED` where every version has written the field, so that a file without it is damaged.
+      meaning: one sentence.
+      limit: None where the part of the program that reads the field checks it.
+    """
 
-    config.model = ConfigDict()
-    config.model.encoder = "shallow"  # lsrs_jax.encoders.ENCODERS; "identity" is input-space smoothing
-    config.model.method = "adaptive"  # lsrs_jax.orthogonal.FAMILIES: how orthogonal convolutions are built
-    config.model.initializer = "identity"  # of the orthogonal convolutions, or "random"
-    config.model.padding = "circular"  # of the orthogonal convolutions, or "zero"
-    config.model.activation = "maxmin"  # lsrs_jax.models.ACTIVATIONS: after each of them
-    config.model.head = "convnet"  # lsrs_jax.heads.HEADS
-    config.model.widths = (12, 12, 48, 48)  # encoder and head "blocks": channels of the blocks of one network,
-    config.model.strides = (2, 1, 2, 1)  # space-to-depth by so much in front of each of them,
-    config.model.split = 2  # and how many belong to the encoder
-    config.model.noise = "latent"  # "input": the same network smoothed in input space
-    config.model.mean = (0.0,)  # input normalisation, per channel; 1/min(std) counts in the Lipschitz constant
-    config.model.std = (1.0,)
+    default: Any
+    absent: Any
+    meaning: str
+    limit: Limit | None = None
 
-    config.train = ConfigDict()
-    config.train.steps = 1000
-    # Under noise: "gaussian", "consistency", "macer", "smoothadv", "smoothadv_consistency" (lsrs_jax.training.losses);
-    config.train.loss = "gaussian"  # "margin": without noise, for deterministic certificates
-    config.train.noises = 1  # samples per image
-    config.train.radius = 36 / 255  # margin: the radius asked for, with a temperature for the logits
-    config.train.temperature = 0.25
-    config.train.consistency = ConfigDict()
-    config.train.consistency.weight = 10.0  # λ
-    config.train.consistency.entropy = 0.5  # η
-    config.train.macer = ConfigDict()
-    config.train.macer.weight = 12.0  # λ
-    config.train.macer.margin = 8.0  # γ
-    config.train.macer.sharpness = 16.0  # β
-    config.train.smoothadv = ConfigDict()
-    config.train.smoothadv.radius = 0.25  # of the attack in the latent, with so many steps
-    config.train.smoothadv.steps = 2
-    config.train.ema = 0.0  # decay of the average of the parameters that is evaluated and certified; 0: the last ones
-    config.train.shard_parameters = False  # over the devices, with the optimizer's state, for what outgrows one of them
-    config.train.head_dtype = "float32"  # or "bfloat16", for accelerators; parameters stay in float32
-    config.train.optimizer = "adam"  # or "sgd" (Nesterov momentum 0.9)
-    config.train.learning_rate = 1e-3
-    config.train.schedule = "cosine"  # or "constant"
-    config.train.warmup_steps = 0
-    config.train.weight_decay = 0.0  # decoupled, on the head's kernels only
-    config.train.log_every = 50
-    config.train.evaluate_every = 1000
-    config.train.checkpoint_every = 1000
-    config.train.keep_checkpoints = 2
 
-    config.certify = ConfigDict()
-    config.certify.name = "default"  # results go to <workdir>/certify/<name>
-    config.certify.certificate = "smoothed"  # or "deterministic": the margin of a linear head, without noise
-    config.certify.n0 = 100
-    config.certify.n = 100_000
-    config.certify.alpha = 0.001  # failure probability per image
-    config.certify.bound = "binary"  # or "multiclass": upper bounds on the rivals as well
-    config.certify.schedule = "fixed"  # n votes for every image; "staged": up to n, until its answer is settled
-    config.certify.radii = ()  # staged: the radii to decide; none: the radius itself,
-    config.certify.epsilon = 0.05  # to within so much of what n votes would give, in multiples of sigma / Lipschitz
-    config.certify.start = 0  # images start, start + step, ... below stop
-    config.certify.stop = 0  # an index of the split; 0: to the end
-    config.certify.step = 1
-    config.certify.arithmetic = "sound"  # integers on a grid; "float32": the classic, without that guarantee
-    config.certify.noise = "shared"  # one draw for all images of a tile; "independent": one for each
-    config.certify.head_dtype = "float32"  # or "bfloat16", for accelerators; the noise is drawn and added exactly
-    config.certify.tile = (32, 8)  # images x noise samples of one compiled batch; larger on accelerators
-    config.certify.spmd = "shard_map"  # or "pmap"
-    return config
+REQUIRED = object()
 
+
+def _at_least(least: float) -> Limit:
+    return Limit(f"at least {least}", lambda value, _: least <= value < float("inf"))
+
+
+def _between(least: int, most: int, words: str = "") -> Limit:
+    return Limit(words or f"between {least} and {most}", lambda value, _: least <= value <= most)
+
+
+def _one_of(*choices: str) -> Limit:
+    return Limit(" or ".join(map(repr, choices)), lambda value, _: value in choices)
+
+
+def _plain_name(name: str) -> bool:
+    return bool(name) and name[0] not in ".-" and all(c.isalnum() or c in "._-" for c in name)
+
+
+_SIGMA = Limit("a positive number (between 1e-18 and 1e18)", lambda sigma, _: 2.0**-60 <= sigma <= 2.0**60)
+_DATA = Limit("the name of a data set, as in 'cifar10'", lambda name, _: _plain_name(name.replace(":", "")))
+_CROP = Limit(
+    "at least 0, and 0 where data.size is given: photos are cut by data.area",
+    lambda crop, config: crop >= 0 and not (crop and config.data.size),
+)
+_AREA = Limit("two shares, 0 < least <= most <= 1", lambda area, _: len(area) == 2 and 0 < area[0] <= area[1] <= 1)
+_NOISES = Limit(
+    "at least 1, with consistency at least 2",
+    lambda noises, config: noises >= (2 if "consistency" in config.train.loss else 1),
+)
+_WARMUP = Limit("at least 0 and below train.steps={train.steps}", lambda steps, c: 0 <= steps < c.train.steps)
+_FOLDER = Limit("a plain folder name (letters, digits, . _ -)", lambda name, _: _plain_name(name))
+_SAMPLES = _between(1, 2**27, "between 1 and 2**27")
+_RADII = Limit("numbers >= 0, such as (0.25, 0.5)", lambda radii, _: all(0 <= r < float("inf") for r in radii))
+_STOP = Limit("0 or above certify.start={certify.start}", lambda stop, c: stop == 0 or stop > c.certify.start)
+_TILE = Limit(
+    "two numbers (images, samples) >= 1, not both 1",
+    lambda tile, _: len(tile) == 2 and min(tile) >= 1 and max(tile) >= 2,
+)
+_SHARE = Limit("strictly between 0 and 1", lambda alpha, _: 0 < alpha < 1)
+_DECAY = Limit("at least 0 and below 1", lambda decay, _: 0 <= decay < 1)
+_POSITIVE = Limit("a positive number", lambda value, _: 0 < value < float("inf"))
+
+FIELDS: dict[str, Field] = {
+    "seed": Field(0, REQUIRED, "Seed of every random number.", _between(0, 2**32 - 1, "between 0 and 2**32 - 1")),
+    "sigma": Field(0.5, REQUIRED, "Noise on the latent (or the image), in training and certification alike.", _SIGMA),
+    "data.name": Field("digits", REQUIRED, "The embedded digits, or a data set of tensorflow-datasets.", _DATA),
+    "data.dir": Field("", REQUIRED, "Folder of tensorflow-datasets; where empty, $TFDS_DATA_DIR."),
+    "data.train_split": Field("train", REQUIRED, "Split on which the network is trained."),
+    "data.split": Field("test", REQUIRED, "Split that is evaluated and certified."),
+    "data.batch_size": Field(128, REQUIRED, "Images per training step.", _at_least(1)),
+    "data.crop": Field(0, REQUIRED, "Training images are shifted at random by up to so many pixels.", _CROP),
+    "data.flip": Field(False, REQUIRED, "Training images are mirrored at random."),
+    "data.size": Field(0, 0, "Photos are cut to so many pixels; 0: images of one size, in memory.", _between(0, 4096)),
+    "data.area": Field((0.08, 1.0), (0.08, 1.0), "Least and largest share of a photo that training sees.", _AREA),
+    "data.workers": Field(0, 0, "Processes that decode photos; 0: threads.", _between(0, 1024)),
+    "model.encoder": Field("shallow", REQUIRED, 'A name in models.encoders; "identity": input-space smoothing.'),
+    "model.method": Field("adaptive", REQUIRED, "Family of orthogonal convolutions: a name in orthogonal.FAMILIES."),
+    "model.initializer": Field("identity", "identity", 'Start of the orthogonal convolutions, or "random".'),
+    "model.padding": Field("circular", "circular", 'Padding of the orthogonal convolutions, or "zero".'),
+    "model.activation": Field("maxmin", "maxmin", 'Activation after an orthogonal convolution, or "householder".'),
+    "model.head": Field("convnet", REQUIRED, "A name in models.heads."),
+    "model.widths": Field((12, 12, 48, 48), (12, 12, 48, 48), 'Channels of the blocks of a network of "blocks".'),
+    "model.strides": Field((2, 1, 2, 1), (2, 1, 2, 1), "Space-to-depth in front of each block."),
+    "model.split": Field(2, 2, "How many of the blocks belong to the encoder."),
+    "model.noise": Field("latent", REQUIRED, '"input": the same network smoothed in input space.'),
+    "model.mean": Field((0.0,), REQUIRED, "Subtracted from the input, per channel."),
+    "model.std": Field((1.0,), REQUIRED, "Divides the input; 1/min(std) counts in the Lipschitz constant."),
+    "train.steps": Field(1000, REQUIRED, "Optimizer steps.", _at_least(1)),
+    "train.loss": Field("gaussian", "gaussian", 'See training.losses; "margin": without noise.', _one_of(*LOSSES)),
+    "train.noises": Field(1, 1, "Noise samples per image.", _NOISES),
+    "train.radius": Field(36 / 255, 36 / 255, "Loss margin: the radius that is asked for.", _at_least(0)),
+    "train.temperature": Field(0.25, 0.25, "Loss margin: divides the logits.", _POSITIVE),
+    "train.consistency.weight": Field(10.0, 10.0, "λ of consistency.", _at_least(0)),
+    "train.consistency.entropy": Field(0.5, 0.5, "η of consistency.", _at_least(0)),
+    "train.macer.weight": Field(12.0, 12.0, "λ of MACER.", _at_least(0)),
+    "train.macer.margin": Field(8.0, 8.0, "γ of MACER.", _POSITIVE),
+    "train.macer.sharpness": Field(16.0, 16.0, "β of MACER.", _POSITIVE),
+    "train.smoothadv.radius": Field(0.25, 0.25, "Radius of the attack in the latent.", _at_least(0)),
+    "train.smoothadv.steps": Field(2, 2, "Gradient steps of the attack.", _at_least(1)),
+    "train.ema": Field(0.0, 0.0, "Decay of the parameters' average, which is then certified; 0: none.", _DECAY),
+    "train.shard_parameters": Field(False, False, "Divide parameters and optimizer state over the devices."),
+    "train.head_dtype": Field("float32", "float32", "In what the head computes while it is trained.", _one_of(*DTYPES)),
+    "train.optimizer": Field("adam", REQUIRED, "Or SGD with Nesterov momentum 0.9.", _one_of("adam", "sgd")),
+    "train.learning_rate": Field(1e-3, REQUIRED, "The highest learning rate.", _POSITIVE),
+    "train.schedule": Field("cosine", REQUIRED, "Of the learning rate.", _one_of("cosine", "constant")),
+    "train.warmup_steps": Field(0, REQUIRED, "Steps in which the learning rate grows linearly.", _WARMUP),
+    "train.weight_decay": Field(0.0, REQUIRED, "Decoupled, on the head's kernels only.", _at_least(0)),
+    "train.log_every": Field(50, REQUIRED, "Steps between two lines of metrics.", _at_least(1)),
+    "train.evaluate_every": Field(1000, REQUIRED, "Steps between two evaluations.", _at_least(1)),
+    "train.checkpoint_every": Field(1000, REQUIRED, "Steps between two checkpoints.", _at_least(1)),
+    "train.keep_checkpoints": Field(2, REQUIRED, "How many checkpoints are kept.", _at_least(1)),
+    "certify.name": Field("default", REQUIRED, "Results go to <workdir>/certify/<name>.", _FOLDER),
+    "certify.certificate": Field("smoothed", "smoothed", "Or the margin of a linear head.", _one_of(*CERTIFICATES)),
+    "certify.n0": Field(100, REQUIRED, "Samples that select the class.", _SAMPLES),
+    "certify.n": Field(100_000, REQUIRED, "Samples that certify it; at most, where staged.", _SAMPLES),
+    "certify.alpha": Field(0.001, REQUIRED, "Failure probability per image.", _SHARE),
+    "certify.bound": Field("binary", "binary", '"multiclass" bounds the rivals as well.', _one_of(*BOUNDS)),
+    "certify.schedule": Field("fixed", "fixed", '"staged": until the answer is decided.', _one_of(*SCHEDULES)),
+    "certify.radii": Field((), (), "Staged: the radii to decide; none: the radius itself.", _RADII),
+    "certify.epsilon": Field(0.05, 0.05, "Staged without radii: precision, in multiples of sigma / L.", _POSITIVE),
+    "certify.start": Field(0, REQUIRED, "The images start, start + step, ... below stop.", _at_least(0)),
+    "certify.stop": Field(0, REQUIRED, "An index of the split; 0: to the end.", _STOP),
+    "certify.step": Field(1, REQUIRED, "See certify.start.", _at_least(1)),
+    "certify.arithmetic": Field("sound", "float32", "Exact on a grid, or as published.", _one_of("sound", "float32")),
+    "certify.noise": Field("shared", "shared", "By all images of a batch, or not.", _one_of("shared", "independent")),
+    "certify.head_dtype": Field("float32", "float32", "In what the head computes.", _one_of(*DTYPES)),
+    "certify.tile": Field((32, 8), REQUIRED, "Images and noise samples of one compiled batch.", _TILE),
+    "certify.spmd": Field("shard_map", REQUIRED, "Division over devices.", _one_of("shard_map", "pmap")),
+}
 
 # Variant → fields, dotted: what every experiment with an orthogonal encoder can be compared with.
 COMPARISONS = {
@@ -122,7 +171,19 @@ COMPARISONS = {
 }
 
 
-def choose(config, variant, variants=COMPARISONS):
+def default() -> Config:
+    """The defaults of all fields. Experiments in ``configs/`` start here; flags ``--config.<field>=`` override."""
+    fields: dict[str, Any] = {}
+    for name, field in FIELDS.items():
+        *sections, last = name.split(".")
+        inner = fields
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[last] = field.default
+    return ConfigDict(fields)
+
+
+def choose(config: Config, variant: str, variants: Mapping[str, Mapping[str, Any]] = COMPARISONS) -> Config:
     """Changes a configuration into one of its variants; raises ValueError, naming them, for another."""
     if variant not in variants:
         raise ValueError(f"unknown variant {variant!r}: choose one of {', '.join(variants)}")
@@ -130,132 +191,67 @@ def choose(config, variant, variants=COMPARISONS):
     return config
 
 
-def _limits(config):
-    """(field, condition, what it must be)."""
-    data, train, certify = config.data, config.train, config.certify
-    return [
-        ("seed", 0 <= config.seed < 2**32, "between 0 and 2**32 - 1"),
-        ("sigma", 2.0**-60 <= config.sigma <= 2.0**60, "a positive number (between 1e-18 and 1e18)"),
-        ("data.name", _is_plain_name(data.name.replace(":", "")), "the name of a data set, as in 'cifar10'"),
-        ("data.batch_size", data.batch_size >= 1, "at least 1"),
-        ("data.crop", data.crop >= 0, "at least 0"),
-        ("data.crop", not (data.size and data.crop), "0 where data.size is given: photos are cut by data.area"),
-        ("data.size", 0 <= data.size <= _LARGEST_IMAGE, f"between 0 and {_LARGEST_IMAGE}"),
-        (
-            "data.area",
-            len(data.area) == 2 and 0 < data.area[0] <= data.area[1] <= 1,
-            "two shares, 0 < least <= most <= 1",
-        ),
-        ("data.workers", 0 <= data.workers <= 1024, "between 0 and 1024"),
-        ("train.steps", train.steps >= 1, "at least 1"),
-        ("train.loss", train.loss in LOSSES, " or ".join(map(repr, LOSSES))),
-        (
-            "train.noises",
-            train.noises >= (2 if "consistency" in train.loss else 1),
-            "at least 1, with consistency at least 2",
-        ),
-        ("train.radius", 0 <= train.radius < float("inf"), "at least 0"),
-        ("train.temperature", 0 < train.temperature < float("inf"), "a positive number"),
-        ("train.consistency.weight", 0 <= train.consistency.weight < float("inf"), "at least 0"),
-        ("train.consistency.entropy", 0 <= train.consistency.entropy < float("inf"), "at least 0"),
-        ("train.macer.weight", 0 <= train.macer.weight < float("inf"), "at least 0"),
-        ("train.macer.margin", 0 < train.macer.margin < float("inf"), "a positive number"),
-        ("train.macer.sharpness", 0 < train.macer.sharpness < float("inf"), "a positive number"),
-        ("train.smoothadv.radius", 0 <= train.smoothadv.radius < float("inf"), "at least 0"),
-        ("train.smoothadv.steps", train.smoothadv.steps >= 1, "at least 1"),
-        ("train.ema", 0 <= train.ema < 1, "at least 0 and below 1"),
-        ("train.head_dtype", train.head_dtype in DTYPES, " or ".join(map(repr, DTYPES))),
-        ("train.optimizer", train.optimizer in ("adam", "sgd"), "'adam' or 'sgd'"),
-        ("train.schedule", train.schedule in ("cosine", "constant"), "'cosine' or 'constant'"),
-        ("train.learning_rate", 0 < train.learning_rate < float("inf"), "a positive number"),
-        (
-            "train.warmup_steps",
-            0 <= train.warmup_steps < train.steps,
-            f"at least 0 and below train.steps={train.steps}",
-        ),
-        ("train.weight_decay", 0 <= train.weight_decay < float("inf"), "at least 0"),
-        ("train.log_every", train.log_every >= 1, "at least 1"),
-        ("train.evaluate_every", train.evaluate_every >= 1, "at least 1"),
-        ("train.checkpoint_every", train.checkpoint_every >= 1, "at least 1"),
-        ("train.keep_checkpoints", train.keep_checkpoints >= 1, "at least 1"),
-        ("certify.name", _is_plain_name(certify.name), "a plain folder name (letters, digits, . _ -)"),
-        (
-            "certify.certificate",
-            certify.certificate in CERTIFICATES,
-            "'smoothed' or 'deterministic'",
-        ),
-        ("certify.n0", 1 <= certify.n0 <= 2**27, "between 1 and 2**27"),
-        ("certify.n", 1 <= certify.n <= 2**27, "between 1 and 2**27"),
-        ("certify.alpha", 0 < certify.alpha < 1, "strictly between 0 and 1"),
-        ("certify.bound", certify.bound in BOUNDS, " or ".join(map(repr, BOUNDS))),
-        ("certify.schedule", certify.schedule in SCHEDULES, " or ".join(map(repr, SCHEDULES))),
-        (
-            "certify.radii",
-            all(0 <= radius < float("inf") for radius in certify.radii),
-            "numbers >= 0, such as (0.25, 0.5)",
-        ),
-        ("certify.epsilon", 0 < certify.epsilon < float("inf"), "a positive number"),
-        ("certify.arithmetic", certify.arithmetic in ("sound", "float32"), "'sound' or 'float32'"),
-        ("certify.noise", certify.noise in ("shared", "independent"), "'shared' or 'independent'"),
-        ("certify.head_dtype", certify.head_dtype in DTYPES, " or ".join(map(repr, DTYPES))),
-        ("certify.start", certify.start >= 0, "at least 0"),
-        (
-            "certify.stop",
-            certify.stop == 0 or certify.stop > certify.start,
-            f"0 or above certify.start={certify.start}",
-        ),
-        ("certify.step", certify.step >= 1, "at least 1"),
-        (
-            "certify.tile",
-            len(certify.tile) == 2 and min(certify.tile) >= 1 and max(certify.tile) >= 2,
-            "two numbers (images, samples) >= 1, not both 1",
-        ),
-        ("certify.spmd", certify.spmd in ("shard_map", "pmap"), "'shard_map' or 'pmap'"),
-    ]
-
-
-def _is_plain_name(name):
-    return bool(name) and name[0] not in ".-" and all(c.isalnum() or c in "._-" for c in name)
-
-
-def check(config):
-    """Raises UserError, naming the field, for a value outside its limits; returns the config."""
-    for field, holds, wanted in _limits(config):
-        if not holds:
-            value = config
-            for part in field.split("."):
-                value = value[part]
-            raise UserError(f"config field {field} must be {wanted}, got {value!r}")
+def value_of(config: Any, name: str) -> Any:
+    """The value of a field, dotted."""
+    for part in name.split("."):
+        config = config[part]
     return config
 
 
-def to_dict(config):
-    """Plain types, as they come back from JSON."""
-    return json.loads(json.dumps(config.to_dict()))
+def check_config(config: Config) -> Config:
+    """Raises UserError, naming the field, for a value outside its limit; returns the config."""
+    for name, field in FIELDS.items():
+        value = value_of(config, name)
+        if field.limit and not field.limit.holds(value, config):
+            words = field.limit.words.format(**config)
+            raise UserError(f"config field {name} must be {words}, got {value!r}")
+    return config
 
 
-def from_dict(values):
-    """The inverse of `to_dict`; raises UserError for an unknown or missing field, or a wrong type."""
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """Plain types, as they come back from JSON, with the format number."""
+    return {"format": FORMAT} | plain(config.to_dict())
+
+
+def config_from_dict(values: Any) -> Config:
+    """The configuration of `config_to_dict`, of this format or an older one.
+
+    Raises:
+      UserError: for a newer format, an unknown field, a field that every version has written and that is missing, or a
+        wrong type.
+    """
     if not isinstance(values, dict):
         raise UserError("a configuration holds fields; restore it, or train again into a new workdir")
+    format_of(values)
     config = default()
-    _update(config, values, "")
+    _update(config, {name: value for name, value in values.items() if name != "format"}, "")
     return config.lock()
 
 
-def _update(config, values, prefix):
-    for key in config:
-        if key not in values:
-            raise UserError(f"config field {prefix}{key} is missing; was it written by another version?")
-    for key, value in values.items():
-        name = f"{prefix}{key}"
+def upgrade_section(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """A stored section with what its missing fields mean; see `Field.absent`."""
+    names = [name for name in FIELDS if name.startswith(prefix)]
+    missing = {name.removeprefix(prefix): FIELDS[name].absent for name in names if FIELDS[name].absent is not REQUIRED}
+    return plain(missing) | values
+
+
+def _update(config: Any, values: dict[str, Any], prefix: str) -> None:
+    for key in values:
         if key not in config:
             raise _unknown(prefix, key, config)
+    for key in config:
+        name = f"{prefix}{key}"
         if isinstance(config[key], ConfigDict):
-            if not isinstance(value, dict):
-                raise UserError(f"config field {name} holds fields, got {value!r}")
-            _update(config[key], value, f"{name}.")
+            inner = values.get(key, {})
+            if not isinstance(inner, dict):
+                raise UserError(f"config field {name} holds fields, got {inner!r}")
+            _update(config[key], inner, f"{name}.")
             continue
+        value = values.get(key, FIELDS[name].absent)
+        if value is REQUIRED:
+            raise UserError(f"config field {name} is missing, which every version has written; restore the file")
+        if name == "certify.stop" and value is None:  # as the first version wrote "to the end"
+            value = 0
         try:
             if value is None or isinstance(value, dict) or isinstance(value, bool) != isinstance(config[key], bool):
                 raise TypeError("another type")
@@ -264,18 +260,18 @@ def _update(config, values, prefix):
             raise UserError(f"config field {name} has the wrong type: {value!r}") from error
 
 
-def _unknown(prefix, key, section):
+def _unknown(prefix: str, key: str, section: Any) -> UserError:
     """The error for a field that a section, whose names begin with `prefix`, does not have."""
     near = [f"{prefix}{name}" for name in difflib.get_close_matches(key, list(section), 1)]
-    sections = {name: fields for name, fields in default().items() if isinstance(fields, ConfigDict)}
-    near += [f"{name}.{key}" for name, fields in sections.items() if key in fields]
+    near += [name for name in FIELDS if name.count(".") == 1 and name.endswith(f".{key}")]
     hint = f"did you mean {near[0]}?" if near else f"{prefix[:-1] or 'a configuration'} has {', '.join(section)}"
     return UserError(f"unknown config field {prefix + key!r}; {hint}")
 
 
-def check_field(name):
+def check_field(name: str) -> None:
     """Raises UserError unless a field of this name, dotted, takes a value."""
-    section, prefix = default(), ""
+    section: Any = default()
+    prefix = ""
     for part in name.split("."):
         if not isinstance(section, ConfigDict):
             raise UserError(f"config field {prefix[:-1]} is no section: it takes a value")
@@ -283,54 +279,35 @@ def check_field(name):
             raise _unknown(prefix, part, section)
         section, prefix = section[part], f"{prefix}{part}."
     if isinstance(section, ConfigDict):
-        raise UserError(
-            f"config field {name} is a section: set one of {', '.join(prefix + field for field in section)}"
-        )
+        fields = ", ".join(prefix + field for field in section)
+        raise UserError(f"config field {name} is a section: set one of {fields}")
 
 
-def _elements(default, values):
+def _elements(default: Any, values: list) -> tuple:
     """A tuple whose elements have the type of the default's; integers pass for floats."""
     kind = float if default == () else type(default[0]) if isinstance(default, tuple) else object
     allowed = (int, float) if kind is float else kind
     if not all(isinstance(value, allowed) and not isinstance(value, bool) for value in values):
         raise TypeError("elements of another type")
-    return tuple(kind(value) for value in values) if kind is float else tuple(values)
+    return tuple(float(value) for value in values) if kind is float else tuple(values)
 
 
-def save(config, path):
-    """Writes the config as JSON."""
-    write_atomic(path, json.dumps(to_dict(config), indent=2) + "\n")
+def save_config(config: Config, path: Path) -> None:
+    """Writes a config as JSON; a file that means the same stays as it is."""
+    if not (path.exists() and config_to_dict(load_config(path)) == config_to_dict(config)):
+        write_atomic(path, json.dumps(config_to_dict(config), indent=2) + "\n")
 
 
-def load(path):
-    """Reads a config written by `save`."""
+def load_config(path: Path) -> Config:
+    """Reads a config written by `save_config`, of this version or an older one."""
     try:
-        return from_dict(read_json(path))
+        return config_from_dict(read_json(path))
     except ValueError as error:
         if isinstance(error, UserError):
             raise UserError(f"{path}: {error}") from error
         raise UserError(f"{path} is not a stored configuration ({error}); train again into a new workdir") from error
 
 
-def first_difference(old, new, ignore=()):
-    """The first field, dotted, in which two nested dicts differ, with both values; None where they agree.
-
-    `ignore` names fields or whole sections, dotted.
-    """
-    for name in sorted(set(old) | set(new)):
-        if name in ignore:
-            continue
-        a, b = old.get(name), new.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            inner = [field[len(name) + 1 :] for field in ignore if field.startswith(f"{name}.")]
-            found = first_difference(a, b, inner)
-            if found:
-                return (f"{name}.{found[0]}", *found[1:])
-        elif a != b:
-            return name, a, b
-    return None
-
-
-def other_training(old, new):
+def other_training(old: dict, new: dict) -> tuple[str, Any, Any] | None:
     """`first_difference` of two configurations as dicts, in what a trained model depends on."""
     return first_difference(old, new, _MAY_CHANGE)

@@ -8,36 +8,54 @@ correct time), published logs included; LABEL=RUN names its row and curve. Where
 accuracy that the attacks left lies over the certified one, dashed. Writes report.md, curve.png and curve.svg.
 """
 
+if __name__ == "__main__":
+    from lsrs_jax.cli import main
+
+    main("report")
+
 import dataclasses
-import hashlib
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from lsrs_jax import command, sealed
-from lsrs_jax.arguments import real
+from lsrs_jax import cli
 from lsrs_jax.auditing.table import Audit, read_finished
-from lsrs_jax.errors import UserError
-from lsrs_jax.files import read_json, write_atomic
-from lsrs_jax.progress import duration
-from lsrs_jax.smoothing.table import Table, read_table
+from lsrs_jax.certification.table import Table, read_table
+from lsrs_jax.runtime.documents import read_json, read_sealed
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.files import digest_of, write_atomic
+from lsrs_jax.runtime.progress import duration
+from lsrs_jax.runtime.validate import real
 
 _SPECIAL = set("|$\\`")
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
+    """A table of certificates, and what the files beside it say.
+
+    Attributes:
+      radii: those that a staged certification decided; other radii of the table are lower bounds.
+      audit: what attacks found on these certificates.
+      unfinished: whether an audit of them was begun.
+      unnamed: whether it lies in a workdir without a certificates.json that names it.
+      unsealed: whether its certificates.json is of an old version, which did not name its own digest.
+    """
+
     label: str
     table: Table
-    radii: tuple[float, ...] | None = None  # that a staged certification decided; its radii say no more than that
-    audit: Audit | None = None  # what attacks found on these certificates
-    unfinished: bool = False  # an audit of them was begun
-    unnamed: bool = False  # a table in a workdir without the certificates.json that would name it
+    radii: tuple[float, ...] | None = None
+    audit: Audit | None = None
+    unfinished: bool = False
+    unnamed: bool = False
+    unsealed: bool = False
 
 
-def load_runs(arguments):
+def load_runs(arguments: Sequence[str]) -> list[Run]:
     """The runs named by ``[LABEL=]PATH`` arguments; a workdir with several certifications gives several runs."""
     runs = []
     for argument in arguments:
@@ -47,12 +65,7 @@ def load_runs(arguments):
             suffix = f"/{table.parent.name}" if len(found) > 1 else ""
             name = label or path.resolve().name.removesuffix(".tsv")
             # The files beside it are about the table of this name.
-            beside = {}
-            if table.name == "certificates.tsv":
-                derivation = _derivation(table)
-                in_workdir = table.parent.parent.name == "certify"
-                beside = {"radii": _decided(derivation), "unnamed": in_workdir and "certificates" not in derivation}
-                beside |= _audit(table)
+            beside = _derivation(table) | _audit(table) if table.name == "certificates.tsv" else {}
             runs.append(Run(_plain(name + suffix), read_table(table), **beside))
     labels = [run.label for run in runs]
     for label in labels:
@@ -61,40 +74,42 @@ def load_runs(arguments):
     return runs
 
 
-def _plain(name):
+def _plain(name: str) -> str:
     """A name that changes nothing around it in Markdown, in a picture, or on a terminal."""
     return "".join("_" if character in _SPECIAL or not character.isprintable() else character for character in name)
 
 
-def _derivation(table):
-    """The derivation that certificates.json beside a table holds; {} without one, or in a file of another program.
+def _derivation(table: Path) -> dict[str, Any]:
+    """Fields of a `Run` from the certificates.json beside a table, which may be that of another program.
 
     Raises:
       UserError: for a damaged file, or that of another table.
     """
-    path = table.with_name("certificates.json")
+    path, in_workdir = table.with_name("certificates.json"), table.parent.parent.name == "certify"
     try:
-        stored = read_json(path)
-        stored = stored if isinstance(stored, dict) else {}
-        ours = "digest" in stored or {"identity", "lipschitz"} <= stored.keys()
-        if ours:
-            sealed.check(stored)
+        content = read_json(path)
     except FileNotFoundError:
-        return {}
+        return {"unnamed": in_workdir}
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); restore it, or move it away") from error
-    derivation = stored["derivation"] if isinstance(stored.get("derivation"), dict) else {}
+    content = content if isinstance(content, dict) else {}
+    ours, sealed = "digest" in content or {"identity", "lipschitz"} <= content.keys(), True
+    if ours:
+        content = read_sealed(path, lambda content: content["derivation"], "move it away")
+        sealed = content["digest"] is not None
+    derivation = content["derivation"] if isinstance(content.get("derivation"), dict) else {}
     named = derivation.get("certificates")
-    if (ours or isinstance(named, str)) and named != _digest(table):
+    if (ours or isinstance(named, str)) and named != digest_of(table):
         counts = " --from-counts" if "votes" in derivation else ""
         raise UserError(
             f"{table} is not the table that certificates.json beside it names; restore it, or derive it again: "
             f"{_command('certify', table)}{counts}"
         )
-    return derivation
+    unnamed = in_workdir and "certificates" not in derivation
+    return {"radii": _decided(derivation), "unnamed": unnamed, "unsealed": not sealed}
 
 
-def _decided(derivation):
+def _decided(derivation: dict[str, Any]) -> tuple[float, ...] | None:
     try:
         radii = derivation["radii"]
         return tuple(radii) if radii and all(0 <= real(radius) <= 1e300 for radius in radii) else None
@@ -102,8 +117,8 @@ def _decided(derivation):
         return None  # of another program
 
 
-def _audit(table):
-    """The audit beside a table as fields of a `Run`; refuses that of another table."""
+def _audit(table: Path) -> dict[str, Any]:
+    """Fields of a `Run` from the audit beside a table; refuses that of another table."""
     path = table.with_name("audit.tsv")
     if not path.exists():
         return {}
@@ -111,7 +126,7 @@ def _audit(table):
     if found is None:
         return {"unfinished": True}
     attacked, audit = found
-    if attacked != _digest(table):
+    if attacked != digest_of(table):
         raise UserError(
             f"{path} is the audit of another table than {table.name} beside it; move it and audit.json away, "
             f"and audit this one: {_command('audit', table)}"
@@ -119,17 +134,13 @@ def _audit(table):
     return {"audit": audit}
 
 
-def _digest(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _command(name, table):
+def _command(name: str, table: Path) -> str:
     """The command that makes the files beside a table."""
-    place = table.resolve().parent
-    return f"python -m lsrs_jax.{name} --workdir={place.parent.parent} --config.certify.name={place.name}"
+    folder = table.resolve().parent
+    return f"python -m lsrs_jax.{name} --workdir={folder.parent.parent} --config.certify.name={folder.name}"
 
 
-def _split(argument):
+def _split(argument: str) -> tuple[str | None, Path]:
     label, equals, path = argument.partition("=")
     if equals and not Path(argument).exists():
         if not label or _plain(label) != label:
@@ -138,7 +149,7 @@ def _split(argument):
     return None, Path(argument)
 
 
-def _tables(path):
+def _tables(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -151,7 +162,7 @@ def _tables(path):
     return found
 
 
-def radius_grid(runs):
+def radius_grid(runs: Sequence[Run]) -> list[float]:
     """0, .25, … up to the largest certified radius; a finer or wider grid where that would not give 4 to 13 columns."""
     largest = max(float(run.table.radius.max()) for run in runs)
     if 0.75 <= largest <= 3:
@@ -162,74 +173,55 @@ def radius_grid(runs):
     return [float(f"{step * i:.6g}") for i in range(int(largest / step) + 1)]
 
 
-def markdown(runs, radii):
+def markdown(runs: Sequence[Run], radii: Sequence[float]) -> str:
     """The table: certified accuracy per radius, ACR, abstention, cost."""
-    header = [
-        "run",
-        "images",
-        *(f"r={radius:g}" for radius in radii),
-        "ACR",
-        "abstain",
-        "votes/image",
-        "time/image",
-    ]
+    columns = [f"r={radius:g}" for radius in radii]
+    header = ["run", "images", *columns, "ACR", "abstain", "votes/image", "time/image"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for run in runs:
         table = run.table
         cells = [run.label, f"{len(table):,}"]
         cells += [f"{table.certified_accuracy(radius):.3f}" for radius in radii]
         cells += [f"{table.average_certified_radius:.3f}", f"{table.abstention:.3f}"]
-        cells += [
-            "-" if table.votes is None else f"{table.votes.mean():,.0f}",
-            duration(table.seconds.mean()),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+        cells.append("-" if table.samples is None else f"{table.samples.mean():,.0f}")
+        lines.append("| " + " | ".join([*cells, duration(table.seconds.mean())]) + " |")
     return "\n".join(lines)
 
 
-def notes(runs):
+def notes(runs: Sequence[Run]) -> list[str]:
     """What a reader must know before comparing rows."""
-    found = [f"{run.label}: its last line was cut off and is left out." for run in runs if run.table.truncated]
-    found += [
-        f"{run.label}: no certificates.json beside it names this table; nothing says that certify wrote it."
-        for run in runs
-        if run.unnamed
-    ]
-    found += [
-        f"{run.label}: staged to decide the radii {', '.join(f'{r:g}' for r in run.radii)}; at other radii, and in its "
-        "ACR, it is a lower bound."
-        for run in runs
-        if run.radii
-    ]
-    found += [
-        f"{run.label}: attacked at {run.audit.pairs.sum():,} points inside {(run.audit.predict >= 0).sum():,} of its "
-        f"certificates, {run.audit.flips.sum():,} flips{_verdict(run.audit)}, {run.audit.undecided.sum():,} undecided "
-        f"(`predict` abstained); dashed: what the attacks left of its accuracy on {len(run.audit.idx):,} of its "
-        f"{len(run.table):,} images."
-        for run in runs
-        if run.audit
-    ]
-    found += [
-        f"{run.label}: its audit is not finished and left out; the same audit command goes on with it."
-        for run in runs
-        if run.unfinished
-    ]
-    first = runs[0]
+    found, first = [], runs[0]
+    for run in runs:
+        table, audit = run.table, run.audit
+        said = {
+            "its last line was cut off and is left out.": table.truncated,
+            "no certificates.json beside it names this table; nothing says that certify wrote it.": run.unnamed,
+            "unsealed: an old version wrote its certificates.json, and nothing says whether it was changed.": (
+                run.unsealed
+            ),
+            f"staged to decide the radii {', '.join(f'{r:g}' for r in run.radii or ())}; at other radii, and in its "
+            "ACR, it is a lower bound.": run.radii,
+            "its audit is not finished and left out; the same audit command goes on with it.": run.unfinished,
+        }
+        if audit:
+            verdict = " (THESE CERTIFICATES DO NOT HOLD)" if audit.flips.any() else ""
+            line = (
+                f"attacked at {audit.pairs.sum():,} points inside {(audit.predict >= 0).sum():,} of its certificates, "
+                f"{audit.flips.sum():,} flips{verdict}, {audit.undecided.sum():,} undecided (`predict` abstained); "
+                f"dashed: what the attacks left of its accuracy on {len(audit.idx):,} of its {len(table):,} images."
+            )
+            said[line] = True
+        found += [f"{run.label}: {line}" for line, holds in said.items() if holds]
     for run in runs[1:]:
-        if not np.array_equal(np.sort(run.table.idx), np.sort(first.table.idx)):
-            found.append(f"{run.label} and {first.label} are certified on different images.")
-            continue
         order, other = np.argsort(run.table.idx), np.argsort(first.table.idx)
-        if not np.array_equal(run.table.label[order], first.table.label[other]):
+        if not np.array_equal(run.table.idx[order], first.table.idx[other]):
+            found.append(f"{run.label} and {first.label} are certified on different images.")
+        elif not np.array_equal(run.table.label[order], first.table.label[other]):
             found.append(f"{run.label} and {first.label} have different labels: they come from different data.")
     return found
 
 
-def _verdict(audit):
-    return " (THESE CERTIFICATES DO NOT HOLD)" if audit.flips.any() else ""
-
-
-def draw(runs, paths):
+def draw(runs: Sequence[Run], paths: Sequence[Path]) -> bool:
     """Writes the curves to every path (png, svg, …); returns False where Matplotlib is not installed."""
     try:
         import matplotlib
@@ -268,7 +260,7 @@ def draw(runs, paths):
     return True
 
 
-def _radii(text):
+def _radii(text: str) -> list[float]:
     try:
         radii = sorted({float(part) for part in text.split(",")})
     except ValueError:
@@ -278,11 +270,11 @@ def _radii(text):
     return radii
 
 
-def run(arguments):
+def run(arguments: list[str]) -> None:
     """The command; see the module's docstring."""
-    parser = command.parser("report", __doc__)
+    parser = cli.parser("report", __doc__)
     parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN")
-    parser.add_argument("--out", required=True, type=command.folder, help="folder for report.md and the curve")
+    parser.add_argument("--out", required=True, type=cli.folder, help="folder for report.md and the curve")
     parser.add_argument("--radii", help="radii of the table, e.g. 0,0.25,0.5")
     options = parser.parse_args(arguments)
     runs = load_runs(options.runs)
@@ -304,7 +296,3 @@ def run(arguments):
         if drawn
         else "no curve: Matplotlib is not installed (pip install matplotlib)"
     )
-
-
-if __name__ == "__main__":
-    command.main(run)

@@ -7,98 +7,56 @@ Writes config.json, checkpoints/ and metrics.jsonl into the workdir. The same co
 with the exact next batch, on any number of devices and processes (docs/scale.md).
 """
 
+if __name__ == "__main__":
+    from lsrs_jax.cli import main
+
+    main("train")
+
 import contextlib
-import json
+from collections.abc import Callable
+from typing import Any
 
-from lsrs_jax import command, models, plan, profiling
-from lsrs_jax import config as configuration
-from lsrs_jax import data as datasets
-from lsrs_jax import workdir as workdirs
-from lsrs_jax.certification import job as jobs
-from lsrs_jax.checkpoint import Checkpoints
-from lsrs_jax.distributed import cache_compilations, devices, started
-from lsrs_jax.errors import UserError
-from lsrs_jax.files import locked, naming, write_atomic
-from lsrs_jax.training import loop
-
-
-class _Metrics:
-    """metrics.jsonl, TensorBoard where installed, and lines on the screen."""
-
-    def __init__(self, workdir, first):
-        self._path = workdir / "metrics.jsonl"
-        # Steps after the checkpoint run again; a line half-written by a kill is dropped with them.
-        kept = [line for line in _complete_lines(self._path) if json.loads(line)["step"] <= first]
-        write_atomic(self._path, "".join(f"{line}\n" for line in kept))
-        self._file = self._path.open("a", encoding="utf-8")
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            self._board = None
-        else:
-            self._board = SummaryWriter(str(workdir / "tensorboard"))
-
-    def __call__(self, metrics, left=None):
-        metrics = {key: value if key == "step" else float(value) for key, value in metrics.items()}
-        with naming(self._path):
-            self._file.write(json.dumps(metrics) + "\n")
-            self._file.flush()
-        if self._board:
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, metrics["step"])
-        shown = "  ".join(f"{name} {_brief(value)}" for name, value in metrics.items() if name != "step")
-        print(f"step {metrics['step']:>6}  {shown}" + (f"  {left} left" if left else ""), flush=True)
-
-    def close(self):
-        self._file.close()
-        if self._board:
-            self._board.close()
+from lsrs_jax import cli, models
+from lsrs_jax.certification.target import restore
+from lsrs_jax.config import config_to_dict, load_config, other_training, save_config
+from lsrs_jax.data import Dataset, Photos, load_split
+from lsrs_jax.runtime import profiling
+from lsrs_jax.runtime.documents import first_difference
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.files import locked
+from lsrs_jax.runtime.processes import Process, cache_compilations, devices, started
+from lsrs_jax.runtime.types import Config
+from lsrs_jax.runtime.workdir import Workdir, opened
+from lsrs_jax.training import loop, plan
+from lsrs_jax.training.checkpoint import Checkpoints
+from lsrs_jax.training.metrics import Metrics
 
 
-def _brief(value):
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def _complete_lines(path):
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return [line for line in text[: text.rfind("\n") + 1].splitlines() if _is_metrics(line)]
-
-
-def _is_metrics(line):
-    try:
-        return isinstance(json.loads(line)["step"], int)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return False
-
-
-def run(arguments):
+def run(arguments: list[str]) -> None:
     """The command; see the module's docstring."""
-    parser = command.parser("train", __doc__)
-    parser.add_argument("--workdir", type=command.workdir, help="folder of this training, made if missing; or gs://...")
+    parser = cli.parser("train", __doc__)
+    parser.add_argument("--workdir", type=cli.workdir, help="folder of this training, made if missing; or gs://...")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--plan", action="store_true", help="print what it will need, and start nothing")
     profiling.add_argument(instead)
     options, rest = parser.parse_known_args(arguments)
     if not (options.workdir or options.plan):
         parser.error("the following arguments are required: --workdir (or --plan)")
-    config = command.config_from_flags(rest)
+    config = cli.config_from_flags(rest)
     with started() as process, contextlib.ExitStack() as stack:
         cache_compilations()
         if options.plan:
-            train_set = datasets.of_config(config.data, config.data.train_split)
+            train_set = load_split(config.data, config.data.train_split)
             loop.check_batch(config, train_set)
             print(plan.report(models.build(config.model, train_set.shape, train_set.num_classes), config))
             return
-        workdir = stack.enter_context(workdirs.opened(options.workdir))
-        data = config.data
+        workdir = stack.enter_context(opened(options.workdir))
+        check = None
         with process.together("the start"):
-            train_set = datasets.of_config(data, data.train_split)
-            test_set = datasets.of_config(data, data.split)
+            train_set = load_split(config.data, config.data.train_split)
+            test_set = load_split(config.data, config.data.split)
             model = models.build(config.model, train_set.shape, train_set.num_classes)
             loop.check_batch(config, train_set)
-            check = _no_check
             if process.leads:
                 lock = locked(workdir.path / ".train.lock", f"training in {options.workdir}")
                 check = stack.enter_context(lock)
@@ -111,50 +69,49 @@ def run(arguments):
     )
 
 
-def _check_same_training(workdir, config):
+def _check_same_training(workdir: Workdir, config: Config) -> None:
     """A workdir with a checkpoint belongs to the configuration that made it."""
     path = workdir.path / "config.json"
     if not path.exists():
         raise UserError(f"{workdir.name} holds checkpoints but no config.json: restore it, or use another --workdir")
-    old = configuration.to_dict(configuration.load(path))
-    difference = configuration.other_training(old, configuration.to_dict(config))
-    if difference:
+    if difference := other_training(config_to_dict(load_config(path)), config_to_dict(config)):
         raise UserError(
             f"{workdir.name} was trained with {difference[0]}={difference[1]!r}, not {difference[2]!r}: "
             "use another --workdir, or the old value to resume"
         )
 
 
-def _say_trained(workdir, config, model, step):
-    """That there is nothing to do: the checkpoint can be read, and the configuration of what follows is left alone."""
-    jobs.restore(workdir.path, model, step)
+def _print_trained(workdir: Workdir, config: Config, model: models.Model, step: int) -> None:
+    """Says that nothing is to do, once the checkpoint was read; the configuration in the workdir stays as it is."""
+    restore(workdir.path, model, step)
     print(f"already trained to step {step}: {workdir.name}")
-    kept, given = (configuration.to_dict(one) for one in (configuration.load(workdir.path / "config.json"), config))
-    difference = configuration.first_difference(kept, given)
-    if difference:
+    kept, given = (config_to_dict(one) for one in (load_config(workdir.path / "config.json"), config))
+    if difference := first_difference(kept, given):
         name, old, new = difference
         print(f"config.json there keeps {name} {old!r}, not {new!r}: give certify what is to differ")
 
 
-def _no_check():
-    pass
-
-
-def _no_log(*_):
-    pass
-
-
-def _train(workdir, process, check, config, model, train_set, test_set, tick):
+def _train(
+    workdir: Workdir,
+    process: Process,
+    check: Callable[[], None] | None,
+    config: Config,
+    model: models.Model,
+    train_set: Dataset | Photos,
+    test_set: Dataset | Photos,
+    tick: Callable[[], None],
+) -> None:
+    """Trains; `check`, in the first process, raises where the workdir is gone."""
     with Checkpoints(workdir.path, config.train.keep_checkpoints) as checkpoints:
         first = checkpoints.latest() or 0
         with process.together("the configuration"):
             if first:
                 _check_same_training(workdir, config)
             if first >= config.train.steps:
-                _say_trained(workdir, config, model, first)
+                _print_trained(workdir, config, model, first)
                 return
             if process.leads:
-                configuration.save(config, workdir.path / "config.json")
+                save_config(config, workdir.path / "config.json")
                 workdir.push()
         print(
             f"{config.data.name}: {len(train_set):,} training and {len(test_set):,} test images {train_set.shape}; "
@@ -162,24 +119,17 @@ def _train(workdir, process, check, config, model, train_set, test_set, tick):
             f"{models.describe(model)}" + (f"\nresuming after step {first}" if first else ""),
             flush=True,
         )
-        if not process.leads:
-            loop.train(model, config, train_set, test_set, checkpoints, _no_log)
+        if check is None:
+            loop.train(model, config, train_set, test_set, checkpoints, lambda *_: None)
             return
-        metrics = _Metrics(workdir.path, first)
+        with contextlib.closing(Metrics(workdir.path, first)) as metrics:
 
-        def log(*row):
-            check()  # into a folder that is gone, checkpoints would be written all the same
-            metrics(*row)
-            tick()
-            if "train_seconds" in row[0]:  # with every checkpoint
-                workdir.push()
+            def log(values: dict[str, Any], left: str | None = None) -> None:
+                check()  # checkpoints would be written into a folder that is gone
+                metrics(values, left)
+                tick()
+                if "train_seconds" in values:  # with every checkpoint
+                    workdir.push()
 
-        try:
             loop.train(model, config, train_set, test_set, checkpoints, log)
             check()
-        finally:
-            metrics.close()
-
-
-if __name__ == "__main__":
-    command.main(run)

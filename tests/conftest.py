@@ -10,7 +10,7 @@ import prepared
 import pytest
 from commands import QUICK, run
 
-from lsrs_jax.distributed import cache_compilations
+from lsrs_jax.runtime.processes import cache_compilations
 
 jax.config.update("jax_num_cpu_devices", 8)
 # Compiled programs are kept between tests and runs of the suite, but not in the user's cache.
@@ -42,24 +42,24 @@ def real_data():
 @pytest.fixture(scope="session")
 def random_cifar10(tmp_path_factory):
     """A folder with a small set of random images in the format of CIFAR-10."""
-    place = tmp_path_factory.mktemp("data")
+    folder = tmp_path_factory.mktemp("data")
     splits = {"train": prepared.random_split(32, (32, 32, 3), 10), "test": prepared.random_split(12, (32, 32, 3), 10)}
-    prepared.write(place, "cifar10", splits, num_classes=10)
-    return place
+    prepared.write(folder, "cifar10", splits, num_classes=10)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def folder(tmp_path_factory):
     """A folder that the tests of a file share."""
-    return tmp_path_factory.mktemp("place")
+    return tmp_path_factory.mktemp("folder")
 
 
 @pytest.fixture(scope="module")
-def certification(place):
+def certification(folder):
     """`samples.certified` in the shared folder."""
     import samples
 
-    return samples.certified(place / "certify" / "default")
+    return samples.certified(folder / "certify" / "default")
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +77,7 @@ def certified(trained):
     """Certified on 1 device; the checkpoint came from 8."""
     out = run("certify", f"--workdir={trained}", "--config.certify.name=base")
     assert "Lipschitz constant 1.0000000" in out
-    assert "votes/s" in out
+    assert "samples/s" in out
     return trained / "certify" / "base" / "certificates.tsv"
 
 

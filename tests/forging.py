@@ -4,18 +4,18 @@ import hashlib
 import json
 import zlib
 
-from lsrs_jax import sealed
+from lsrs_jax.runtime import documents
 
 
-def reseal(place):
+def reseal(folder):
     """What somebody does who changes the table and recomputes the digests."""
-    stored = json.loads((place / "certificates.json").read_text())
-    stored["derivation"]["certificates"] = hashlib.sha256((place / "certificates.tsv").read_bytes()).hexdigest()
-    content = (place / "votes.0.tsv").read_bytes()
+    stored = json.loads((folder / "certificates.json").read_text())
+    stored["derivation"]["certificates"] = hashlib.sha256((folder / "certificates.tsv").read_bytes()).hexdigest()
+    content = (folder / "votes.0.tsv").read_bytes()
     votes = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     stored["derivation"]["votes"] = {"votes.0.tsv": votes}
-    stored["digest"] = sealed.digest(stored)
-    (place / "certificates.json").write_text(json.dumps(stored))
+    stored["digest"] = documents.digest(stored)
+    (folder / "certificates.json").write_text(json.dumps(stored))
 
 
 def edit(path, line, column, value):

@@ -7,8 +7,8 @@ import math
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from lsrs_jax.errors import UserError
-from lsrs_jax.sealed import digest
+from lsrs_jax.runtime.documents import digest
+from lsrs_jax.runtime.errors import UserError
 
 CHARACTERS = ["\0", "\r", "\n", "\t", " ", "\ufeff", "\u2028", "\x85", "\x1b", "_", "-", "+", ".", "e", "٣", "９", "½"]
 NOT_NUMBERS = ["nan", "-inf", "Infinity", "1e309", "1_0", "0x10", " 1", "1 ", "1\0", "٣", "９", "", "True", "x" * 10**5]

@@ -6,28 +6,31 @@ import types
 import numpy as np
 from hostile import answer, places
 
-from lsrs_jax import config as configuration
 from lsrs_jax import report
-from lsrs_jax.auditing import table as audits
-from lsrs_jax.certification import folder, smoothed, verify
-from lsrs_jax.materialize import LayerBound, LipschitzReport
+from lsrs_jax.certification import smoothed, store, verify
+from lsrs_jax.certification.identity import Identity
+from lsrs_jax.certification.ledger import Ledger
+from lsrs_jax.certification.table import format_table, read_table
+from lsrs_jax.config import check_config, config_from_dict, config_to_dict, default, load_config
+from lsrs_jax.layers.lipschitz import LayerBound, LipschitzReport
+from lsrs_jax.runtime.documents import plain
+from lsrs_jax.runtime.format import AUDIT_COLUMNS
 from lsrs_jax.smoothing import Certificates
-from lsrs_jax.smoothing.ledger import Ledger
-from lsrs_jax.smoothing.noise import arithmetic
-from lsrs_jax.smoothing.table import format_table, read_table
-from lsrs_jax.smoothing.tally import Plan, Row
+from lsrs_jax.smoothing.arithmetic import make_arithmetic
+from lsrs_jax.smoothing.counts import Row
+from lsrs_jax.smoothing.schedule import Schedule
 
 
 def table_text(rows):
     """The text that `format_table` makes of rows ``(idx, label, predict, radius, seconds, votes)``."""
     idx, label, predicted, radius, seconds, votes = zip(*rows, strict=True)
-    tallies = [
+    counts = [
         types.SimpleNamespace(idx=i, label=y, seconds=s, slack=1e-6)
         for i, y, s in zip(idx, label, seconds, strict=True)
     ]
     predicted, p_a = np.array(predicted), np.full(len(rows), 0.9)
     found = Certificates(predicted, np.array(radius), p_a, np.array(votes), p_a, 1 - p_a, predicted == -1)
-    return format_table(tallies, found, 1.0)
+    return format_table(counts, found, 1.0)
 
 
 TABLE = table_text([(0, 3, 3, 0.512, 0.25, 1000), (20, 1, -1, 0.0, 0.5, 1000), (40, 1, 2, 0.1, 1e-6, 300)])
@@ -63,7 +66,7 @@ def read(path, content):
     return table
 
 
-PLAN = Plan(10, (100,), 16)
+PLAN = Schedule(10, (100,), 16)
 VOTES = [
     Row(idx, 1, 1e-3, purpose, first, stop, np.array(votes), 0.25)
     for idx in (4, 2)
@@ -81,8 +84,8 @@ def votes_of(path, content):
     def counts():
         with Ledger(path, PLAN, 3) as ledger:
             return {
-                idx: (tally.label, tally.slack, tally.seconds, [part.tolist() for part in tally.counts.values()])
-                for idx, tally in ledger.tallies.items()
+                idx: (image.label, image.slack, image.seconds, [part.tolist() for part in image.counts.values()])
+                for idx, image in ledger.images.items()
             }
 
     path.write_bytes(content)
@@ -93,36 +96,39 @@ def votes_of(path, content):
 
 def certified(home):
     """A folder of certificates: ``(folder, config, content of its certificates.json, bytes of its table)``."""
-    config = configuration.default()
+    config = default()
     config.certify.n0, config.certify.n, config.certify.tile = 10, 100, (2, 16)
     layers = (LayerBound("0 Dense", 1.25, 0.5, "SVD", 1e-15, 0.0), LayerBound("1 MaxMin", 1.0, 1.0, "permutation"))
-    lipschitz = LipschitzReport(layers, (2, 2, 1), (4,)).to_dict()
-    identity = {"certificate": "smoothed", "checkpoint": {"step": 3, "digest": "00"}, "platform": "cpu cpu"}
-    identity |= {"model": configuration.to_dict(config.model) | {"input_shape": [2, 2, 1]}, "data": {"name": "digits"}}
-    identity |= {"classes": 3, "prng": "threefry2x32"}
-    identity |= smoothed.identity_of_config(config)
-    identity["arithmetic"] = smoothed._terms(arithmetic("sound", config.sigma), (4,))
+    lipschitz = LipschitzReport(layers, (2, 2, 1), (4,))
+    identity = Identity(
+        certificate="smoothed",
+        classes=3,
+        checkpoint={"step": 3, "digest": "00"},
+        data={"name": "digits"},
+        model=plain(config.model.to_dict()) | {"input_shape": [2, 2, 1]},
+        platform="cpu cpu",
+    ).sampled(config, make_arithmetic("sound", config.sigma), (4,))
     with Ledger(home / "votes.0.tsv", PLAN, 3) as ledger:
         ledger.append(VOTES)
-    folder.write(home, config, identity, lipschitz, [folder.session(2)])
+    store.write(home, config, identity, lipschitz, [store.new_session(2)])
     smoothed.from_counts(home, config)
     stored = json.loads((home / "certificates.json").read_text())
     assert read_table(home / "certificates.tsv").radius.min() > 0
     return home, config, stored, (home / "certificates.tsv").read_bytes()
 
 
-CONFIG = configuration.to_dict(configuration.default())
+CONFIG = config_to_dict(default())
 FIELDS = [".".join(map(str, path)) for path in places(CONFIG)]
 
 
 def load(path, text):
     """A configuration that was stored as this text, if it is one and within its limits."""
     path.write_bytes(text)
-    config = answer(configuration.load, path)
+    config = answer(load_config, path)
     if config is not None:
-        again = configuration.from_dict(configuration.to_dict(config))
-        assert json.dumps(configuration.to_dict(again)) == json.dumps(configuration.to_dict(config))
-    return config and answer(configuration.check, config)
+        again = config_from_dict(config_to_dict(config))
+        assert json.dumps(config_to_dict(again)) == json.dumps(config_to_dict(config))
+    return config and answer(check_config, config)
 
 
 def derive(certification, text):
@@ -131,7 +137,7 @@ def derive(certification, text):
     path = home / "certificates.json"
     path.write_bytes(text)
     (home / "certificates.tsv").unlink(missing_ok=True)
-    record = answer(folder.read_record, path, stored["identity"])
+    record = answer(store.past_sessions, path, Identity.from_dict(stored["identity"]))
     assert record is None or isinstance(record, list)
     (home / "certificates.tsv").write_bytes(table)
     answer(verify.run, home)
@@ -144,7 +150,7 @@ def derive(certification, text):
     return False
 
 
-AUDIT = "\t".join(audits.COLUMNS) + "\n0\t3\t3\t0.5\t3\t12\t0\t2\t0.75\tpgd\n4\t1\t-1\t0.0\t-1\t0\t0\t0\tinf\tnone\n"
+AUDIT = "\t".join(AUDIT_COLUMNS) + "\n0\t3\t3\t0.5\t3\t12\t0\t2\t0.75\tpgd\n4\t1\t-1\t0.0\t-1\t0\t0\t0\tinf\tnone\n"
 
 
 def reported(path):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from lsrs_jax.errors import UserError
+from lsrs_jax.runtime.errors import UserError
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import accelerator
@@ -190,8 +190,8 @@ def test_the_noise_of_this_platform_passes_and_another_sigma_does_not():
     assert found["draws"] == 2**22
 
 
-def test_a_head_is_measured_in_the_vote_loop_beside_its_ceiling():
-    found = throughput.votes("linear on 512", "bfloat16", (4, 8), 64, seconds=0.02)
+def test_a_head_is_measured_in_the_sampling_loop_beside_its_ceiling():
+    found = throughput.sampling("linear on 512", "bfloat16", (4, 8), 64, seconds=0.02)
     assert 2 * 512 * 10 <= found["flops"] < 2.1 * 512 * 10
     assert found["tile"] == (4, 8)
     assert found["votes"] > 0

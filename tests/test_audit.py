@@ -13,13 +13,16 @@ import pytest
 from commands import QUICK, fingerprint, finish, full_disk, refused, run, start
 from conftest import threefry
 
-from lsrs_jax import audit, certify, layers, report, sealed, smoothing
-from lsrs_jax.auditing import attacks, table
-from lsrs_jax.auditing.auditor import Auditor, Settings
-from lsrs_jax.errors import UserError
-from lsrs_jax.materialize import materialize
+from lsrs_jax import audit, certify, layers, report, smoothing
+from lsrs_jax.auditing import attacks
+from lsrs_jax.auditing.auditor import Auditor
+from lsrs_jax.auditing.table import Settings, read_audit
+from lsrs_jax.layers.lipschitz import materialize
 from lsrs_jax.orthogonal import spectrum
-from lsrs_jax.smoothing.votes import Votes
+from lsrs_jax.runtime import documents
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.format import AUDIT_COLUMNS
+from lsrs_jax.smoothing.sampler import Sampler
 
 SIGMA, SHAPE = 0.25, (4, 4, 3)
 SETTINGS = Settings(images=0, fractions=(0.5, 1.0), restarts=2, steps=20, samples=16, votes=1000)
@@ -43,8 +46,8 @@ def linear():
 
 def auditor(linear, sigma=SIGMA):
     plain, head = linear[:2]
-    votes = Votes(head, plain.report.output_shape, sigma=sigma, key=threefry(0), tile=(16, 16))
-    return Auditor(plain, head, votes, lipschitz=1.0, alpha=0.001, settings=SETTINGS, seed=0)
+    sampler = Sampler(head, plain.report.output_shape, sigma=sigma, tile=(16, 16))
+    return Auditor(plain, head, sampler, lipschitz=1.0, alpha=0.001, settings=SETTINGS, seed=0)
 
 
 def test_the_nearest_flip_of_a_linear_classifier_is_its_boundary(linear):
@@ -137,7 +140,7 @@ def audited(certified, tmp_path_factory):
 
 
 def test_an_audit_finds_no_flip_and_the_report_shows_its_curve(audited, tmp_path):
-    found = table.read(audited / "certify" / "default" / "audit.tsv")
+    found = read_audit(audited / "certify" / "default" / "audit.tsv")
     assert len(found.idx) == 24
     assert (found.pairs[found.predict >= 0] >= 7).all()
     assert (found.pairs[found.predict < 0] == 0).all()
@@ -167,7 +170,7 @@ def test_a_table_that_changed_has_no_audit(audited, tmp_path):
     with pytest.raises(UserError, match="is not the one its"):
         audit.run([f"--workdir={copy}", *FLAGS])
     stored = json.loads(path.with_name("certificates.json").read_text())
-    sealed.write(path.with_name("certificates.json"), stored | {"derivation": None})
+    documents.write_sealed(path.with_name("certificates.json"), stored | {"derivation": None})
     with pytest.raises(UserError, match="holds votes but no certificates yet; let certify finish"):
         audit.run([f"--workdir={copy}", *FLAGS])
 
@@ -199,7 +202,7 @@ def test_a_killed_audit_resumes_to_the_same_table(audited, certified, tmp_path):
     finish(process)
     lines = path.read_text().splitlines(keepends=True)
     facts = path.with_suffix(".json")
-    sealed.write(facts, json.loads(facts.read_text()) | {"audit": None})  # should it have come to its end
+    documents.write_sealed(facts, json.loads(facts.read_text()) | {"audit": None})  # should it have come to its end
     path.write_text("".join(lines[:6]) + "7\t3\t")  # in the middle of a batch, and of a line
     assert 6 < len(lines) <= 25
     run("audit", f"--workdir={copy}", *FLAGS)
@@ -223,7 +226,7 @@ def test_what_few_votes_cannot_tell_is_not_held_against_the_certificates(audited
         (copy / "certify" / "default" / name).unlink()
     out = run("audit", f"--workdir={copy}", "--steps=1", "--samples=2", "--restarts=1", "--fractions=1", "--votes=40")
     (found,) = report.load_runs([str(copy)])
-    idle = table.read(copy / "certify" / "default" / "audit.tsv")
+    idle = read_audit(copy / "certify" / "default" / "audit.tsv")
     assert len(idle.idx) == len(found.table)
     assert f"0 flips, {idle.undecided.sum()} undecided" in out
     assert 0 < idle.undecided.sum() < idle.pairs.sum()
@@ -244,7 +247,7 @@ def test_a_full_disk_leaves_whole_rows_and_no_image_twice(audited, certified, tm
     assert path.read_bytes() == (audited / "certify" / "default" / "audit.tsv").read_bytes()
     path.write_text(path.read_text() + path.read_text().splitlines()[-1] + "\n")
     with pytest.raises(UserError, match="names an image twice"):
-        table.read(path)
+        read_audit(path)
 
 
 def test_an_audit_that_is_not_finished_is_left_out_of_the_report(audited, tmp_path):
@@ -252,7 +255,9 @@ def test_an_audit_that_is_not_finished_is_left_out_of_the_report(audited, tmp_pa
     shutil.copytree(audited, copy)
     path = copy / "certify" / "default" / "audit.tsv"
     lines = path.read_text().splitlines(keepends=True)
-    sealed.write(path.with_suffix(".json"), json.loads(path.with_suffix(".json").read_text()) | {"audit": None})
+    documents.write_sealed(
+        path.with_suffix(".json"), json.loads(path.with_suffix(".json").read_text()) | {"audit": None}
+    )
     for rows in (24, 8, 0):
         path.write_text("".join(lines[: 1 + rows]))
         (found,) = report.load_runs([str(copy)])
@@ -314,6 +319,6 @@ def test_bad_audits_are_refused(certified, flags, why):
 def test_the_summary_says_where_the_nearest_flips_lie(tmp_path, capsys, second, said):
     rows = [f"{idx}\t3\t3\t0.5\t3\t12\t0\t2\t{flip}\tpgd\n" for idx, flip in enumerate(("0.75", second, second))]
     path = tmp_path / "audit.tsv"
-    path.write_text("\t".join(table.COLUMNS) + "\n" + "".join(rows))
+    path.write_text("\t".join(AUDIT_COLUMNS) + "\n" + "".join(rows))
     audit._conclude(path)
     assert f"the nearest flip {said}" in capsys.readouterr().out

@@ -13,9 +13,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lsrs_jax.arguments import real
-from lsrs_jax.margin import certified_margin
-from lsrs_jax.smoothing import certified_radius, certify, confidence, from_counts, predict, schedule
+from lsrs_jax.certification.margin import certified_margin
+from lsrs_jax.runtime.validate import real
+from lsrs_jax.smoothing import certified_radius, certify, confidence, from_counts, predict
+from lsrs_jax.smoothing.derivation import Derivation
+from lsrs_jax.smoothing.schedule import make_schedule
 
 # --------------------------------------------------------------------------------------------------- numbers by callers
 
@@ -201,7 +203,7 @@ def test_wrong_votes_certify_nothing_or_are_refused(counts, name, wrong):
 @example("staged", 1, 10**400, 7)
 @example(np.array(["fixed"] * 2), 1, 1, 1)
 def test_a_plan_has_growing_looks_or_is_refused(kind, n0, n, samples):
-    plan = answer(schedule.plan, kind, n0, n, samples)
+    plan = answer(make_schedule, kind, n0, n, samples)
     if plan is not None:
         assert plan.n == n
         assert plan.n0 == n0
@@ -223,22 +225,22 @@ DERIVATION = {name: value for name, value in COUNT_ARGUMENTS.items() if name != 
 @example({"sigma": 0.5, "alpha": 0.1}, "radii", (10**400,), 10)
 @example({"sigma": 0.5, "alpha": 0.1, "lipschitz": np.float64(2.0**-199)}, "epsilon", np.float64(1e300), 2000)
 @example({"sigma": 0.5, "alpha": 0.1}, "tau", "a", 10)
-def test_a_derivation_settles_images_at_their_last_look_or_is_refused(arguments, name, wrong, n):
+def test_a_derivation_decides_images_at_their_last_look_or_is_refused(arguments, name, wrong, n):
     arguments = arguments if name is None else arguments | {name: wrong}
-    derivation = answer(schedule.Derivation, **arguments)
+    derivation = answer(Derivation, **arguments)
     if derivation is None:
         return
-    plan = schedule.plan("staged", 10, n, 8)
+    plan = make_schedule("staged", 10, n, 8)
     assert 0 <= derivation.largest_radius(plan) < math.inf
 
-    def tally(looks):
+    def image(looks):
         votes = np.array([[look - look // 4, look // 4] for look in looks])
         counts = {"selection": np.array([8, 2]), "estimation": votes[-1]}
         return types.SimpleNamespace(looks=votes, counts=counts, slack=1e-3)
 
-    first, last = tally(plan.looks[:1]), tally(plan.looks)
-    settled = derivation.settled(plan, [first, last])
-    assert settled[1]
+    first, last = image(plan.looks[:1]), image(plan.looks)
+    decided = derivation.decided(plan, [first, last])
+    assert decided[1]
     check_certificates(derivation.certificates(plan, [first, last]))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from commands import fingerprint, run, without_time
 
-from lsrs_jax.smoothing.table import read_table
+from lsrs_jax.certification.table import read_table
 
 
 def test_training_leaves_what_certification_needs(trained):
@@ -27,7 +27,7 @@ def test_certificates_are_complete_and_consistent(certified):
     assert header[6:] == ["n", "p_a_lower", "p_b_upper", "lipschitz", "slack", "abstain"]
     table = read_table(certified)
     np.testing.assert_array_equal(table.idx, np.arange(40))
-    np.testing.assert_array_equal(table.votes, 1000)
+    np.testing.assert_array_equal(table.samples, 1000)
     assert 0.2 < table.certified_accuracy(0) <= 1
     assert table.radius.max() <= 0.5 * 2.4633
     assert (table.radius[table.predict == -1] == 0).all()
@@ -89,7 +89,7 @@ def test_compiled_programs_are_kept_and_a_broken_cache_does_no_harm(copy, certif
         return fingerprint(home) if home.is_dir() else {}
 
     first = certify_again("first", tmp_path / "cache")
-    loops = [name for name in first if "device_votes" in name and name.endswith("cache")]
+    loops = [name for name in first if "device_counts" in name and name.endswith("cache")]
     assert len(loops) == 1
     second = certify_again("second", tmp_path / "cache")
     assert {name for name in second if name.endswith("cache")} == {name for name in first if name.endswith("cache")}

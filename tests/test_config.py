@@ -5,17 +5,18 @@ import re
 import pytest
 from conftest import ROOT
 
-from lsrs_jax import command, models
-from lsrs_jax import config as configuration
-from lsrs_jax.errors import UserError
+from lsrs_jax import cli, models
+from lsrs_jax.config import check_config, config_from_dict, config_to_dict, default, load_config, save_config
+from lsrs_jax.runtime.documents import first_difference
+from lsrs_jax.runtime.errors import UserError
 
 
 def test_configs_survive_json(tmp_path):
-    config = configuration.default()
+    config = default()
     config.sigma, config.model.std = 0.25, (0.2, 0.3, 0.4)
     path = tmp_path / "config.json"
-    configuration.save(config, path)
-    assert configuration.to_dict(configuration.load(path)) == configuration.to_dict(config)
+    save_config(config, path)
+    assert config_to_dict(load_config(path)) == config_to_dict(config)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
@@ -42,7 +43,7 @@ def test_every_experiment_is_a_valid_config(path):
         "cifar10_study": ("split0", "split6", "split4_input", "split4_haar", "margin"),
     }
     variants = named.get(path.stem, ("lsrs", "cayley", "isrs", "isrs_split"))
-    seen = {str(configuration.to_dict(configuration.check(module.get_config(variant)))) for variant in variants}
+    seen = {str(config_to_dict(check_config(module.get_config(variant)))) for variant in variants}
     assert len(seen) == len(variants)
     for variant in variants:
         assert f"``{re.sub('[1-5]', '<k>', variant)}``" in module.__doc__
@@ -59,13 +60,13 @@ def test_variants_of_the_comparison_of_families_change_what_they_say():
     spec = importlib.util.spec_from_file_location("cifar10_orthogonal", ROOT / "configs" / "cifar10_orthogonal.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    base = configuration.to_dict(module.get_config("adaptive"))
+    base = config_to_dict(module.get_config("adaptive"))
     for change, field, value in (
         ("random", "initializer", "random"),
         ("zero", "padding", "zero"),
         ("householder", "activation", "householder"),
     ):
-        changed = configuration.to_dict(module.get_config(f"adaptive_{change}"))
+        changed = config_to_dict(module.get_config(f"adaptive_{change}"))
         assert changed["model"] == base["model"] | {field: value}
         assert changed["train"] == base["train"]
 
@@ -89,11 +90,11 @@ def test_variants_of_the_comparison_of_families_change_what_they_say():
     ],
 )
 def test_foreign_values_are_refused(values, why):
-    complete = configuration.to_dict(configuration.default())
+    complete = config_to_dict(default())
     for key, value in values.items():
         complete[key] = complete[key] | value if isinstance(value, dict) else value
     with pytest.raises(UserError, match=why):
-        configuration.from_dict(complete)
+        config_from_dict(complete)
 
 
 @pytest.mark.parametrize(
@@ -114,21 +115,21 @@ def test_foreign_values_are_refused(values, why):
 )
 def test_a_flag_that_names_no_field_is_told_which_there_are(flag, why):
     with pytest.raises(UserError) as error:
-        command.config_from_flags([flag], configuration.default())
+        cli.config_from_flags([flag], default())
     assert why in str(error.value)
 
 
 def test_a_missing_field_is_refused_not_guessed(tmp_path):
     for section, field in ((None, "sigma"), ("model", "encoder")):
-        values = configuration.to_dict(configuration.default())
+        values = config_to_dict(default())
         del (values[section] if section else values)[field]
         path = tmp_path / "config.json"
         path.write_text(json.dumps(values))
         with pytest.raises(UserError, match=f"{field} is missing"):
-            configuration.load(path)
+            load_config(path)
     path.write_text("[" * 100_000)
     with pytest.raises(UserError, match="not a stored configuration"):
-        configuration.load(path)
+        load_config(path)
 
 
 @pytest.mark.parametrize(
@@ -165,29 +166,29 @@ def test_a_missing_field_is_refused_not_guessed(tmp_path):
     ],
 )
 def test_values_out_of_range_name_their_field(field, value):
-    config = configuration.default()
+    config = default()
     *sections, last = field.split(".")
     place = config
     for section in sections:
         place = place[section]
     place[last] = value
     with pytest.raises(UserError, match=field):
-        configuration.check(config)
+        check_config(config)
 
 
 def test_consistency_needs_two_samples():
-    config = configuration.default()
+    config = default()
     config.train.loss = "consistency"
     with pytest.raises(UserError, match=r"train.noises must be at least 1, with consistency at least 2, got 1"):
-        configuration.check(config)
+        check_config(config)
     config.train.noises = 2
-    configuration.check(config)
+    check_config(config)
 
 
 def test_first_difference():
     old = {"a": 1, "b": {"c": 2, "d": 3}}
-    assert configuration.first_difference(old, old) is None
-    assert configuration.first_difference(old, {"a": 1, "b": {"c": 2, "d": 4}}) == ("b.d", 3, 4)
-    assert configuration.first_difference(old, {"a": 1, "b": {"c": 2}}) == ("b.d", 3, None)
-    assert configuration.first_difference(old, {"a": 9, "b": {"c": 2, "d": 4}}, ("a", "b.d")) is None
-    assert configuration.first_difference(old, {"a": 1}, ("b",)) is None
+    assert first_difference(old, old) is None
+    assert first_difference(old, {"a": 1, "b": {"c": 2, "d": 4}}) == ("b.d", 3, 4)
+    assert first_difference(old, {"a": 1, "b": {"c": 2}}) == ("b.d", 3, None)
+    assert first_difference(old, {"a": 9, "b": {"c": 2, "d": 4}}, ("a", "b.d")) is None
+    assert first_difference(old, {"a": 1}, ("b",)) is None

@@ -3,7 +3,7 @@ import prepared
 import pytest
 
 from lsrs_jax import data
-from lsrs_jax.errors import UserError
+from lsrs_jax.runtime.errors import UserError
 
 
 def test_digits_are_real_and_split_once():

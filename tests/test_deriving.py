@@ -10,13 +10,14 @@ from commands import QUICK, fingerprint, refused, run, without_time
 from forging import rewrite
 from scipy import stats
 
-from lsrs_jax import certify, checkpoint, data, models, smoothing
-from lsrs_jax import config as configuration
-from lsrs_jax.errors import UserError
-from lsrs_jax.keys import pinned, root_key
-from lsrs_jax.materialize import Float64Encoder
-from lsrs_jax.smoothing import schedule
-from lsrs_jax.smoothing.table import read_table
+from lsrs_jax import certify, data, models, smoothing
+from lsrs_jax.certification.table import read_table
+from lsrs_jax.config import load_config
+from lsrs_jax.layers.lipschitz import Float64Encoder
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.rng import pinned, root_key
+from lsrs_jax.smoothing.schedule import make_schedule
+from lsrs_jax.training import checkpoint
 
 
 def recomputed(folder, alpha, looks):
@@ -46,7 +47,7 @@ STAGED = ["--config.certify.schedule=staged", "--config.certify.n=6000", "--conf
 def test_another_alpha_needs_no_votes(copy, certified):
     out = run("certify", f"--workdir={copy}", "--config.certify.name=base", "--config.certify.alpha=0.05")
     assert "40 of them done" in out
-    assert "votes/s" not in out
+    assert "samples/s" not in out
     table = read_table(copy / "certify" / "base" / "certificates.tsv")
     before = read_table(certified)
     assert (table.radius >= before.radius).all()
@@ -71,7 +72,7 @@ def test_a_staged_certification_and_what_can_be_derived_from_it(copy, tmp_path):
     out = run("certify", *flags)
     assert "looks from" in out
     assert "the largest radius is" in out
-    looks = schedule.plan("staged", 100, 6000, 32).looks
+    looks = make_schedule("staged", 100, 6000, 32).looks
     folder = copy / "certify" / "staged"
     idx, votes, p_a = columns(folder / "certificates.tsv", "idx", "n", "p_a_lower")
     assert len(idx) == 60
@@ -87,7 +88,7 @@ def test_a_staged_certification_and_what_can_be_derived_from_it(copy, tmp_path):
     ledger = (folder / "votes.0.tsv").read_bytes()
     again = [*flags, "--from-counts", f"--config.data.dir={tmp_path}"]
     out = run("certify", *again, "--config.certify.alpha=0.05")
-    assert "votes/s" not in out
+    assert "samples/s" not in out
     exact = recomputed(folder, 0.05, looks)
     np.testing.assert_allclose(columns(folder / "certificates.tsv", "p_a_lower")[0], [exact[i] for i in idx], rtol=1e-8)
     binary = read_table(folder / "certificates.tsv")
@@ -146,7 +147,7 @@ def test_every_charge_reaches_the_certificates(tmp_path):
         assert found == pytest.approx(max(p * (1 - 1e-10) - 64 * 2.0**-44, 0), abs=1e-14)
     # The charge covers the rounding of the very latents, on a grid of 2⁻¹⁵, and the votes come from the seed's
     # certification domain.
-    config = configuration.load(workdir / "config.json")
+    config = load_config(workdir / "config.json")
     model = models.build(config.model, (8, 8, 1), 10)
     with pinned():
         params, _ = checkpoint.restore_model(workdir, jax.eval_shape(model.init, root_key(0)))
@@ -203,7 +204,7 @@ def test_deterministic_and_smoothed_certificates_meet_in_one_report(margins, tmp
     tables = {name: read_table(margins / "certify" / name / "certificates.tsv") for name in ("margin", "smoothed")}
     table = tables["margin"]
     np.testing.assert_array_equal(table.idx, tables["smoothed"].idx)
-    assert (table.votes == 0).all()
+    assert (table.samples == 0).all()
     assert table.certified_accuracy(0) > 0.3
     provenance = json.loads((margins / "certify" / "margin" / "certificates.json").read_text())
     assert provenance["identity"]["certificate"] == "deterministic"
@@ -214,7 +215,7 @@ def test_deterministic_and_smoothed_certificates_meet_in_one_report(margins, tmp
     assert "| run/smoothed | 40 |" in out
 
     # Recomputed from the trained functions: the nearest rival, at the distance of the weights, none beyond the radius.
-    config = configuration.load(margins / "config.json")
+    config = load_config(margins / "config.json")
     model = models.build(config.model, (8, 8, 1), 10)
     with pinned():
         params, _ = checkpoint.restore_model(margins, jax.eval_shape(model.init, root_key(0)))

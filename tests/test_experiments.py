@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from commands import run
 
-from lsrs_jax.smoothing.table import read_table
+from lsrs_jax.certification.table import read_table
 
 NARROW = "model.widths=(8,8,8,8,12,8,8,8)"  # 128 channels take XLA's CPU back end most of a minute
 
@@ -37,4 +37,4 @@ def test_an_experiment_runs_from_its_configuration_to_certificates(tmp_path, ran
     assert "MFLOP per vote" in out
     table = read_table(tmp_path / "w" / "certify" / "default" / "certificates.tsv")
     np.testing.assert_array_equal(table.idx, [0, 3, 6, 9])
-    assert (table.votes == votes).all()
+    assert (table.samples == votes).all()

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 from commands import QUICK, ROOT, finish, full_disk, run, start, without_time
 
-from lsrs_jax import interrupt, starting
+from lsrs_jax import cli
+from lsrs_jax.runtime import signals
 
 TRAIN = [*QUICK, "--config.train.steps=600", "--config.train.checkpoint_every=150", "--config.train.evaluate_every=600"]
 CERTIFY = ["--config.certify.n=60001", "--config.certify.stop=48", "--config.certify.tile=(2,8)"]
@@ -218,9 +219,9 @@ def test_a_deferred_signal_waits_for_the_end_of_the_block_and_hides_no_error():
     done = []
 
     def interrupted():
-        with interrupt.deferred() as waiting:
+        with signals.deferred() as waiting:
             done.append(waiting())
-            with interrupt.deferred():
+            with signals.deferred():
                 os.kill(os.getpid(), signal.SIGTERM)
                 done.append(waiting())
             done.append("outer")
@@ -231,27 +232,27 @@ def test_a_deferred_signal_waits_for_the_end_of_the_block_and_hides_no_error():
         done.append("never")
 
     def failing():
-        with interrupt.deferred():
+        with signals.deferred():
             os.kill(os.getpid(), signal.SIGTERM)
             raise OSError("full")
 
     try:
-        with interrupt.handled(), pytest.raises(interrupt.Interrupted) as stopped:
+        with signals.handled(), pytest.raises(signals.Interrupted) as stopped:
             interrupted()
         assert stopped.value.code == 143
-        with interrupt.handled():
-            with pytest.raises(interrupt.Interrupted) as stopped:
+        with signals.handled():
+            with pytest.raises(signals.Interrupted) as stopped:
                 at_once()
             assert stopped.value.code == 130
             # What a finalizer may have swallowed is raised again, once.
-            with pytest.raises(interrupt.Interrupted), interrupt.deferred():
+            with pytest.raises(signals.Interrupted), signals.deferred():
                 done.append("again")
-            with interrupt.deferred() as waiting:
+            with signals.deferred() as waiting:
                 done.append(waiting())
-        with interrupt.handled():
+        with signals.handled():
             with pytest.raises(OSError, match="full"):
                 failing()
-            with pytest.raises(interrupt.Interrupted), interrupt.deferred():
+            with pytest.raises(signals.Interrupted), signals.deferred():
                 pass
     finally:
         for number, handler in before.items():
@@ -260,61 +261,55 @@ def test_a_deferred_signal_waits_for_the_end_of_the_block_and_hides_no_error():
 
 
 IMPORTING = """
-import gc, os, signal, sys
+import gc, os, runpy, sys
 
-sys.argv, sys.orig_argv = [sys.argv[1]], ["python", "-m", sys.argv[2]]
-import lsrs_jax
+class Interrupting:
+    def find_spec(name, path, target=None):
+        # The first library that is imported. An exception in a callback of the garbage collector is reported and
+        # dropped, as in JAX's.
+        if name.partition(".")[0] not in {{"lsrs_jax", *sys.stdlib_module_names}}:
+            sys.meta_path.remove(Interrupting)
+            gc.callbacks.append(lambda *_: os.kill(os.getpid(), {number}))
+            gc.collect()
+            gc.callbacks.clear()
+            print("went on", flush=True)
+            os._exit(0)
 
-# An exception in a callback of the garbage collector is reported and dropped, as in JAX's.
-gc.callbacks.append(lambda *_: os.kill(os.getpid(), {number}))
-gc.collect()
-gc.callbacks.clear()
-print("went on")
+sys.meta_path.insert(0, Interrupting)
+module, name, *sys.argv[1:] = sys.argv[1:]
+runpy.run_module(module, run_name=name, alter_sys=True)
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_during_the_imports_of_a_command_is_not_lost(number):
-    def python(*names):
+    def python(*words):
         script = IMPORTING.format(number=int(number))
-        return subprocess.run([sys.executable, "-c", script, *names], cwd=ROOT, capture_output=True, text=True)
+        return subprocess.run([sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True)
 
-    done = python("-m", "lsrs_jax.certify")
-    assert (done.returncode, done.stdout) == (128 + number, "")
-    assert done.stderr == "interrupted before anything was done\n"
+    for words in (*((f"lsrs_jax.{name}", "__main__") for name in cli.COMMANDS), ("lsrs_jax", "__main__", "certify")):
+        done = python(*words)
+        assert (done.returncode, done.stdout) == (128 + number, ""), words
+        assert done.stderr == "interrupted before anything was done\n"
     # Whoever imports the package into a program of their own keeps their handlers.
-    for names in (("script.py", "lsrs_jax.certify"), ("-m", "theirs.certify")):
-        done = python(*names)
+    for module in ("lsrs_jax.certify", "lsrs_jax.report"):
+        done = python(module, module)
         assert "before anything was done" not in done.stderr
         assert (done.stdout == "went on\n") == (number == signal.SIGINT)
 
 
 FIRST_FILE = """
 import sys
+from lsrs_jax import cli
 
-sys.argv, sys.orig_argv = ["-m"], ["python", "-m", "lsrs_jax.certify"]
-import lsrs_jax
+def run(arguments):
+    print("what says so", file=sys.stderr, flush=True)
+    with open(sys.executable, "rb") as file:
+        sys.exit(10 + file.fileno())
 
-print("what says so", file=sys.stderr, flush=True)
-with open(sys.executable, "rb") as file:
-    sys.exit(10 + file.fileno())
+sys.modules["lsrs_jax.theirs"] = sys.modules["__main__"]
+cli.main("theirs")
 """
-
-
-@pytest.mark.parametrize(
-    ("words", "module"),
-    [
-        (["-m", "lsrs_jax.certify"], "lsrs_jax.certify"),
-        (["-mlsrs_jax.certify", "-m", "other"], "lsrs_jax.certify"),
-        (["-Im", "lsrs_jax.train", "--config=-m"], "lsrs_jax.train"),
-        (["-X", "importtime", "-u", "-m", "lsrs_jax.audit"], "lsrs_jax.audit"),
-        (["-m"], ""),
-        (["script.py"], ""),
-    ],
-)
-def test_the_module_that_runs_is_known_from_every_way_to_say_it(words, module, monkeypatch):
-    monkeypatch.setattr(sys, "orig_argv", ["python", *words])
-    assert starting._module() == module
 
 
 @pytest.mark.parametrize("closed", ["2>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-"])
@@ -331,19 +326,21 @@ def test_who_cannot_be_told_has_the_exit_code(stream):
 
 
 UNSEEN = """
-import os, signal
-from lsrs_jax import command, interrupt
+import os, signal, sys
+from lsrs_jax import cli
+from lsrs_jax.runtime import signals
 
 class Last:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGTERM)
 
 def run(arguments):
-    with interrupt.reading():
+    with signals.reading():
         Last()
         print("went on", flush=True)
 
-command.main(run)
+sys.modules["lsrs_jax.theirs"] = sys.modules["__main__"]
+cli.main("theirs")
 """
 
 
@@ -354,37 +351,45 @@ def test_a_signal_that_a_finalizer_dropped_is_raised_at_the_end():
 
 
 def test_who_interrupts_what_only_reads_is_told_so():
-    with pytest.raises(interrupt.Interrupted) as stopped, interrupt.reading():
-        raise interrupt.Interrupted(signal.SIGINT)
+    with pytest.raises(signals.Interrupted) as stopped, signals.reading():
+        raise signals.Interrupted(signal.SIGINT)
     assert stopped.value.left == "nothing was changed"
-    assert interrupt.Interrupted(signal.SIGINT).left == "the same command resumes"
+    assert signals.Interrupted(signal.SIGINT).left == "the same command resumes"
 
 
 SLOW = """
 import contextlib, sys, time
-from lsrs_jax import command, interrupt
+from lsrs_jax import cli
+from lsrs_jax.runtime import signals
 
 def run(arguments):
     try:
-        with interrupt.deferred() if arguments == ["block"] else contextlib.nullcontext():
+        with signals.deferred() if arguments == ["block"] else contextlib.nullcontext():
             print("ready", flush=True)
             time.sleep(60)
     finally:  # as a checkpoint that is being saved
         print("served", flush=True)
         time.sleep(60)
 
-command.main(run)
+sys.modules["lsrs_jax.theirs"] = sys.modules["__main__"]
+cli.main("theirs")
 """
 
 
+THEIRS = """
+import jax, numpy, sys, types
+from lsrs_jax import cli
+
+sys.modules["lsrs_jax.theirs"] = types.SimpleNamespace(run=lambda _: {})
+cli.main("theirs")
+"""
 OUT_OF_MEMORY = ["jax.jit(lambda: jax.numpy.zeros(2**44))()", "numpy.ones(2**48)"]
 OUT_OF_MEMORY += ["(_ for _ in ()).throw(jax.errors.JaxRuntimeError('INTERNAL: Out of memory allocating 9 bytes.'))"]
 
 
 @pytest.mark.parametrize("array", OUT_OF_MEMORY)
 def test_out_of_memory_is_one_line(array):
-    script = f"import jax, numpy; from lsrs_jax import command; command.main(lambda _: {array})"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", THEIRS.format(array)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: out of memory (")
     assert "a training takes less with a smaller data.batch_size, a certification" in done.stderr
@@ -392,7 +397,7 @@ def test_out_of_memory_is_one_line(array):
 
 
 def test_other_errors_of_a_program_are_not_taken_for_it():
-    script = "from lsrs_jax import command; command.main(lambda _: (_ for _ in ()).throw(RuntimeError('else')))"
+    script = THEIRS.format("(_ for _ in ()).throw(RuntimeError('else'))")
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert "RuntimeError: else" in done.stderr
     assert "memory" not in done.stderr
@@ -409,7 +414,7 @@ def test_a_second_signal_ends_at_once_with_one_line(where, second):
     if where == "end":
         assert process.stdout.readline() == "served\n"
     process.send_signal(second)  # an echo of the first
-    time.sleep(6 * interrupt._ECHO)  # a busy machine may serve the first late
+    time.sleep(6 * signals._ECHO)  # a busy machine may serve the first late
     assert process.poll() is None
     for _ in range(5):  # where it served the first that late, this one was an echo
         process.send_signal(second)

@@ -8,7 +8,7 @@ import time
 import pytest
 from commands import QUICK, fingerprint, finish, refused, run, start, truncate_checkpoint, without_time
 
-from lsrs_jax.files import locked
+from lsrs_jax.runtime.files import locked
 
 
 def kill(process, seen, delay=0.0):

@@ -8,9 +8,9 @@ from absl.testing import parameterized
 from conftest import threefry
 
 from lsrs_jax import layers, orthogonal
-from lsrs_jax.errors import UserError
-from lsrs_jax.materialize import Float64Encoder, materialize
+from lsrs_jax.layers.lipschitz import Float64Encoder, materialize
 from lsrs_jax.orthogonal import depth_to_space, space_to_depth
+from lsrs_jax.runtime.errors import UserError
 
 # layer, input shape, whether it keeps norms
 LAYERS = {

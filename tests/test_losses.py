@@ -7,7 +7,7 @@ from scipy import stats
 
 from lsrs_jax import models
 from lsrs_jax.config import LOSSES, default
-from lsrs_jax.distributed import local_mesh, replicated, split
+from lsrs_jax.runtime.mesh import local_mesh, replicated, split
 from lsrs_jax.training import losses
 
 pytestmark = pytest.mark.usefixtures("hurried")
@@ -185,7 +185,7 @@ def test_every_loss_is_selected_by_name_and_equal_on_eight_devices(name):
     model = small_model(head="mlp")
     params = model.init(threefry(0))
     images, labels = np.concatenate([IMAGES, IMAGES[:2]]), np.concatenate([LABELS, LABELS[:2]])
-    function = jax.value_and_grad(losses.of_config(config), argnums=1, has_aux=True)
+    function = jax.value_and_grad(losses.make_loss(config), argnums=1, has_aux=True)
 
     @jax.jit
     def evaluate(params, images, labels):
@@ -195,5 +195,5 @@ def test_every_loss_is_selected_by_name_and_equal_on_eight_devices(name):
     mesh = local_mesh()
     parts = evaluate(jax.device_put(params, replicated(mesh)), *jax.device_put((images, labels), split(mesh)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6), whole, parts)
-    other = losses.of_config(config)(model, params, images, labels, threefry(5))
+    other = losses.make_loss(config)(model, params, images, labels, threefry(5))
     assert (float(other[0]) == pytest.approx(float(whole[0][0]), rel=1e-6)) == (name == "margin")

@@ -9,9 +9,9 @@ import pytest
 from conftest import threefry
 
 from lsrs_jax import layers
-from lsrs_jax.errors import UserError
-from lsrs_jax.margin import certified_margin, float64_slack
-from lsrs_jax.materialize import materialize
+from lsrs_jax.certification.margin import certified_margin, float64_slack
+from lsrs_jax.layers.lipschitz import materialize
+from lsrs_jax.runtime.errors import UserError
 
 
 def classifier(seed, dimensions=6, classes=4, normalized=False):

@@ -8,10 +8,11 @@ from conftest import threefry
 
 from lsrs_jax import models
 from lsrs_jax.config import default
-from lsrs_jax.encoders import ENCODERS
-from lsrs_jax.errors import UserError
-from lsrs_jax.flops import flops
-from lsrs_jax.materialize import Float64Encoder
+from lsrs_jax.layers.lipschitz import Float64Encoder
+from lsrs_jax.models.encoders import ENCODERS
+from lsrs_jax.models.flops import flops
+from lsrs_jax.models.heads import HEADS
+from lsrs_jax.runtime.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("hurried")
 
@@ -38,7 +39,7 @@ def test_certified_functions_are_the_trained_ones(encoder, noise):
     assert np.array_equal(latents, x) == smooths_input
 
 
-@pytest.mark.parametrize("head", models.HEADS)
+@pytest.mark.parametrize("head", HEADS)
 def test_heads_treat_rows_independently(head):
     model = model_of(encoder="identity", head=head)
     params = model.init(threefry(0))

@@ -14,7 +14,7 @@ from PIL import Image
 from lsrs_jax import certify, data, train
 from lsrs_jax.config import default
 from lsrs_jax.data import photos
-from lsrs_jax.errors import UserError
+from lsrs_jax.runtime.errors import UserError
 
 SMALL = [
     "--config=configs/imagenet.py:smoke",

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from commands import QUICK, ROOT, refused, run
 
-from lsrs_jax import models, plan
+from lsrs_jax import models
 from lsrs_jax.config import default
-from lsrs_jax.flops import flops, held, traffic
+from lsrs_jax.models.flops import flops, held, traffic
+from lsrs_jax.training import plan
 
 
 def small(**model):
@@ -23,7 +24,7 @@ def small(**model):
 
 def test_the_flops_of_a_step_are_those_by_hand_divided_over_the_devices():
     model, config = small()
-    need = plan.training(model, config)
+    need = plan.training_need(model, config)
     # Forward, and the gradient of the weights; the image needs none. 2 FLOPs x 16 images x 64 x 10.
     assert need.flops * jax.device_count() == pytest.approx(2 * 2 * 16 * 640, rel=0.01)
 
@@ -31,9 +32,9 @@ def test_the_flops_of_a_step_are_those_by_hand_divided_over_the_devices():
 def test_what_every_device_builds_for_itself_is_not_divided():
     for fields, built in (({}, False), ({"encoder": "blocks", "head": "blocks"}, True)):
         model, config = small(**fields)
-        few = plan.training(model, config)
+        few = plan.training_need(model, config)
         config.data.batch_size = 32
-        many = plan.training(model, config)
+        many = plan.training_need(model, config)
         # Per device, as if there were no image.
         assert (2 * few.flops - many.flops > 0.01 * few.flops) == built
         assert (2 * few.moved - many.moved > 0.01 * few.moved) or not built
@@ -54,22 +55,22 @@ def test_memory_grows_with_the_batch_and_shrinks_with_shards():
     model, config = small(encoder="blocks", head="blocks")
     sizes = {}
     for config.data.batch_size in (16, 1024, 4096):
-        sizes[config.data.batch_size] = plan.training(model, config).memory
+        sizes[config.data.batch_size] = plan.training_need(model, config).memory
     assert (sizes[4096] - sizes[1024]) / (sizes[1024] - sizes[16]) == pytest.approx(3072 / 1008, rel=0.25)
     config.data.batch_size = 16
     config.model.head = "mlp"
     config.model.encoder = "identity"
     model = models.build(config.model, (32, 32, 3), 10)
-    whole = plan.training(model, config).memory
+    whole = plan.training_need(model, config).memory
     config.train.shard_parameters = True
-    assert plan.training(model, config).memory < 0.8 * whole
+    assert plan.training_need(model, config).memory < 0.8 * whole
 
 
 def test_votes_need_their_tile():
     model, config = small(head="convnet")
-    one = plan.votes(model, config)
+    one = plan.sampling_need(model, config)
     config.certify.tile = (64, 64)
-    two = plan.votes(model, config)
+    two = plan.sampling_need(model, config)
     assert two.flops == pytest.approx(16 * one.flops)
     assert two.memory > 8 * one.memory
 
@@ -77,9 +78,9 @@ def test_votes_need_their_tile():
 def test_independent_noise_needs_more_memory_than_shared():
     model, config = small()
     config.certify.tile = (32, 8)
-    shared = plan.votes(model, config)
+    shared = plan.sampling_need(model, config)
     config.certify.noise = "independent"
-    independent = plan.votes(model, config)
+    independent = plan.sampling_need(model, config)
     # 32 noises of 8 x 64 numbers instead of one.
     assert independent.memory - shared.memory == 31 * 8 * 64 * 4
     assert independent.flops == shared.flops

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from commands import QUICK, finish, refused, run, run_together, start_together, without_time
 
-from lsrs_jax import distributed
-from lsrs_jax.errors import UserError
-from lsrs_jax.smoothing.table import read_table
+from lsrs_jax.certification.table import read_table
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.processes import _arguments
 
 TABLE = "certify/default/certificates.tsv"
 SLOW = [*QUICK, "--config.train.steps=100000", "--config.train.checkpoint_every=100000"]
@@ -138,7 +138,7 @@ def test_a_signal_to_one_process_of_a_certification_is_no_error_of_the_others(al
     processes[1].send_signal(signal.SIGTERM)
     ends = [finish(process) for process in processes]
     assert [code for code, _, _ in ends] == [75, 143], ends
-    assert "error: another process of this run ended before the votes; the same command resumes" in ends[0][2]
+    assert "error: another process of this run ended before the samples; the same command resumes" in ends[0][2]
 
 
 def test_a_training_is_resumed_by_another_number_of_processes(alone, tmp_path):
@@ -161,7 +161,7 @@ def test_where_one_process_fails_all_end_with_one_line(alone, tmp_path):
     finish(first[0])
     assert [code for code, _, _ in ends] == [2, 2], ends
     assert "error: another process is training in" in ends[0][2]
-    assert "error: process 0 of 2 failed at the start; what it says is in its own output" in ends[1][2]
+    assert "error: process 0 of 2 failed at the start; its own output says why" in ends[1][2]
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_where_one_process_fails_all_end_with_one_line(alone, tmp_path):
 )
 def test_a_place_that_makes_no_sense_is_refused(environment, message):
     with pytest.raises(UserError, match=message):
-        distributed._arguments(environment)
+        _arguments(environment)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_a_place_that_makes_no_sense_is_refused(environment, message):
     ],
 )
 def test_processes_are_found_where_there_are_several(environment, several):
-    assert (distributed._arguments(environment) == {}) == several
+    assert (_arguments(environment) == {}) == several
 
 
 @pytest.mark.soak

@@ -1,5 +1,6 @@
 """`certify --recast` finds votes that are not those of the network, where every file agrees with every other."""
 
+import dataclasses
 import json
 import shutil
 import types
@@ -10,10 +11,11 @@ from commands import QUICK, fingerprint, refused, run
 from forging import reseal, rewrite
 
 from lsrs_jax import certify
-from lsrs_jax import config as configuration
-from lsrs_jax.certification import folder, job, recast, smoothed, verify
-from lsrs_jax.errors import UserError
-from lsrs_jax.smoothing.noise import arithmetic
+from lsrs_jax.certification import resample, smoothed, store, target, verify
+from lsrs_jax.certification.identity import arithmetic_facts
+from lsrs_jax.config import config_from_dict
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.smoothing.arithmetic import make_arithmetic
 
 VOTES = 6  # column of a ledger
 
@@ -36,20 +38,20 @@ def copy(original, tmp_path):
 
 def cast(workdir, count=40, name="default"):
     """On eight devices, where the fixture certified on one."""
-    place = workdir / "certify" / name
-    stored = folder.read(place / "certificates.json")
-    recast.run(job.of_certificates(place, stored, ""), stored, count)
+    folder = workdir / "certify" / name
+    stored = store.read(folder / "certificates.json")
+    resample.run(target.target_of_certificates(folder, stored, ""), stored, count)
 
 
 def rederive(workdir, stored=None):
     """Makes table and digests follow from the ledger, as a forger would; `verify` is satisfied."""
-    place = workdir / "certify" / "default"
+    folder = workdir / "certify" / "default"
     if stored:
-        (place / "certificates.json").write_text(json.dumps(stored))
-    reseal(place)
-    stored = json.loads((place / "certificates.json").read_text())
-    smoothed.from_counts(place, configuration.from_dict(stored["config"]))
-    verify.run(place)
+        (folder / "certificates.json").write_text(json.dumps(stored))
+    reseal(folder)
+    stored = json.loads((folder / "certificates.json").read_text())
+    smoothed.from_counts(folder, config_from_dict(stored["config"]))
+    verify.run(folder)
 
 
 def test_honest_votes_are_the_same_again_and_nothing_is_written(copy, original, capsys):
@@ -87,18 +89,18 @@ def test_forged_votes_are_found_wherever_they_are_drawn(copy):
         cast(copy, 20)
 
 
-def forge_everything(place):
-    path = place / "votes.0.tsv"
+def forge_everything(folder):
+    path = folder / "votes.0.tsv"
     for number in range(2, path.read_text().count("\n") + 1):
         rewrite(path, number, forged)
 
 
 def test_an_honest_folder_does_not_answer_for_a_forged_one(copy):
     """Whose configuration carries the other's name."""
-    place = copy / "certify" / "default"
-    shutil.copytree(place, copy / "certify" / "honest")
-    forge_everything(place)
-    stored = json.loads((place / "certificates.json").read_text())
+    folder = copy / "certify" / "default"
+    shutil.copytree(folder, copy / "certify" / "honest")
+    forge_everything(folder)
+    stored = json.loads((folder / "certificates.json").read_text())
     stored["config"]["certify"]["name"] = "honest"
     rederive(copy, stored)
     with pytest.raises(UserError, match="are not those of the network"):
@@ -109,9 +111,9 @@ def test_a_folder_may_be_renamed(copy, capsys):
     (copy / "certify" / "default").rename(copy / "certify" / "mine")
     cast(copy, 2, "mine")
     assert "0 differ" in capsys.readouterr().out
-    place = copy / "certify" / "mine"
+    folder = copy / "certify" / "mine"
     # Where an audit looks and writes.
-    assert job.of_certificates(place, folder.read(place / "certificates.json"), "").folder == place
+    assert target.target_of_certificates(folder, store.read(folder / "certificates.json"), "").folder == folder
 
 
 def test_a_vote_more_for_every_candidate_is_found(copy):
@@ -124,20 +126,20 @@ def test_a_vote_more_for_every_candidate_is_found(copy):
         votes = ",".join(f"{name}:{count}" for name, count in sorted(counts.items()) if count)
         return [*fields[:VOTES], votes, *fields[VOTES + 1 :]]
 
-    place = copy / "certify" / "default"
-    rows = [line.split("\t") for line in (place / "votes.0.tsv").read_text().splitlines()]
+    folder = copy / "certify" / "default"
+    rows = [line.split("\t") for line in (folder / "votes.0.tsv").read_text().splitlines()]
     first = {row[0]: number for number, row in reversed([*enumerate(rows, 1)]) if row[3] == "estimation"}
     for number in first.values():
-        rewrite(place / "votes.0.tsv", number, one_more)
+        rewrite(folder / "votes.0.tsv", number, one_more)
     rederive(copy)
     with pytest.raises(UserError, match=r"lead their rivals by .* votes more than are cast now, nearly all to"):
         cast(copy)
 
 
 def test_images_that_were_left_out_are_counted(copy, capsys):
-    place = copy / "certify" / "default"
-    lines = (place / "votes.0.tsv").read_text().splitlines(keepends=True)
-    (place / "votes.0.tsv").write_text("".join(line for line in lines if not line.startswith(("3\t", "9\t"))))
+    folder = copy / "certify" / "default"
+    lines = (folder / "votes.0.tsv").read_text().splitlines(keepends=True)
+    (folder / "votes.0.tsv").write_text("".join(line for line in lines if not line.startswith(("3\t", "9\t"))))
     rederive(copy)
     cast(copy)
     assert "note: 2 of the 40 images that were to be certified are not in the table" in capsys.readouterr().out
@@ -145,30 +147,30 @@ def test_images_that_were_left_out_are_counted(copy, capsys):
 
 def test_a_latent_of_fewer_numbers_than_the_encoders_is_found(copy):
     """Less is charged for the law of the noise and the rounding of fewer numbers."""
-    place = copy / "certify" / "default"
-    stored = json.loads((place / "certificates.json").read_text())
+    folder = copy / "certify" / "default"
+    stored = json.loads((folder / "certificates.json").read_text())
     stored["lipschitz"]["output_shape"] = [1]
-    stored["identity"]["arithmetic"] = smoothed._terms(arithmetic("sound", stored["config"]["sigma"]), (1,))
+    stored["identity"]["arithmetic"] = arithmetic_facts(make_arithmetic("sound", stored["config"]["sigma"]), (1,))
     with pytest.raises(UserError, match=r"has latents of shape \[.*\], the certificates claim \[1\]"):
         rederive(copy, stored)
 
 
 def test_a_larger_sigma_than_that_of_the_votes_is_found(copy):
-    place = copy / "certify" / "default"
-    stored = json.loads((place / "certificates.json").read_text())
+    folder = copy / "certify" / "default"
+    stored = json.loads((folder / "certificates.json").read_text())
     stored["config"]["sigma"] = stored["identity"]["sigma"] = 0.75
     shape = stored["lipschitz"]["output_shape"]
-    stored["identity"]["arithmetic"] = smoothed._terms(arithmetic("sound", 0.75), shape)
-    for line in range(2, (place / "votes.0.tsv").read_text().count("\n") + 1):
-        rewrite(place / "votes.0.tsv", line, lambda fields: [*fields[:2], "0.001", *fields[3:]])
+    stored["identity"]["arithmetic"] = arithmetic_facts(make_arithmetic("sound", 0.75), shape)
+    for line in range(2, (folder / "votes.0.tsv").read_text().count("\n") + 1):
+        rewrite(folder / "votes.0.tsv", line, lambda fields: [*fields[:2], "0.001", *fields[3:]])
     rederive(copy, stored)
     with pytest.raises(UserError, match="are not those of the network"):
         cast(copy)
 
 
 def test_votes_under_the_noise_of_another_seed_are_found(copy):
-    place = copy / "certify" / "default"
-    stored = json.loads((place / "certificates.json").read_text())
+    folder = copy / "certify" / "default"
+    stored = json.loads((folder / "certificates.json").read_text())
     stored["config"]["seed"] = stored["identity"]["seed"] = 7
     rederive(copy, stored)
     with pytest.raises(UserError, match="not of this checkpoint, sigma and seed"):
@@ -176,20 +178,20 @@ def test_votes_under_the_noise_of_another_seed_are_found(copy):
 
 
 def test_votes_of_another_generator_are_refused(copy):
-    place = copy / "certify" / "default"
-    stored = folder.read(place / "certificates.json")
-    stored["identity"]["prng"] = "rbg"
+    folder = copy / "certify" / "default"
+    stored = store.read(folder / "certificates.json")
+    stored = dataclasses.replace(stored, identity=dataclasses.replace(stored.identity, prng="rbg"))
     with pytest.raises(UserError, match="another generator: prng 'rbg'"):
-        recast.run(job.of_certificates(place, stored, ""), stored, 3)
+        resample.run(target.target_of_certificates(folder, stored, ""), stored, 3)
 
 
 def test_a_charge_below_that_of_the_latent_is_found(copy):
     """One that could be: at least the rounding of some latent to the grid, and equal in all rows."""
-    place = copy / "certify" / "default"
-    stored = json.loads((place / "certificates.json").read_text())
-    law = arithmetic("sound", stored["config"]["sigma"])
+    folder = copy / "certify" / "default"
+    stored = json.loads((folder / "certificates.json").read_text())
+    law = make_arithmetic("sound", stored["config"]["sigma"])
     least = float(law.slack(np.zeros((1, *stored["lipschitz"]["output_shape"])))[0])
-    path = place / "votes.0.tsv"
+    path = folder / "votes.0.tsv"
     honest = float(path.read_text().splitlines()[1].split("\t")[2])
     assert least < honest
     for line in range(2, path.read_text().count("\n") + 1):
@@ -199,7 +201,7 @@ def test_a_charge_below_that_of_the_latent_is_found(copy):
         cast(copy)
 
 
-def tally(votes, moved, selection=(100, 0, 0)):
+def image(votes, moved, selection=(100, 0, 0)):
     look = np.array([[votes - moved, moved, 0]])
     return types.SimpleNamespace(idx=5, counts={"selection": np.array(selection)}, looks=look)
 
@@ -216,85 +218,85 @@ def tally(votes, moved, selection=(100, 0, 0)):
     ],
 )
 def test_a_few_votes_may_move_by_rounding_and_no_more(allowed, votes, dtype):
-    assert recast._compare(tally(votes, 0), tally(votes, 0), dtype) == (0, 0)
-    assert recast._compare(tally(votes, 0), tally(votes, allowed), dtype) == (allowed, 2 * allowed)
+    assert resample._compare(image(votes, 0), image(votes, 0), dtype) == (0, 0)
+    assert resample._compare(image(votes, 0), image(votes, allowed), dtype) == (allowed, 2 * allowed)
     with pytest.raises(ValueError, match=f"image 5 {allowed + 1} are not those of the network: class 0 has {votes:,}"):
-        recast._compare(tally(votes, 0), tally(votes, allowed + 1), dtype)
+        resample._compare(image(votes, 0), image(votes, allowed + 1), dtype)
     # Few selection votes have an allowance of their own, however many there are for estimation.
     with pytest.raises(ValueError, match="of the 100 selection votes for image 5 100 are not"):
-        recast._compare(tally(votes, 0, (0, 100, 0)), tally(votes, 0), dtype)
+        resample._compare(image(votes, 0, (0, 100, 0)), image(votes, 0), dtype)
 
 
 def test_another_kind_of_device_may_shift_the_logits_of_an_image_in_bfloat16():
     """Most seen between an H200 and a CPU, of 192 images: 34 of 1,024 votes and 117 of 4,096."""
     for votes, seen, allowed in ((1024, 34, 68), (4096, 117, 237)):
         with pytest.raises(ValueError, match="are not those of the network"):
-            recast._compare(tally(votes, 0), tally(votes, seen), "bfloat16")
-        assert recast._compare(tally(votes, 0), tally(votes, seen), "bfloat16", elsewhere=True).moved == seen
-        recast._compare(tally(votes, 0), tally(votes, allowed), "bfloat16", elsewhere=True)
+            resample._compare(image(votes, 0), image(votes, seen), "bfloat16")
+        assert resample._compare(image(votes, 0), image(votes, seen), "bfloat16", elsewhere=True).moved == seen
+        resample._compare(image(votes, 0), image(votes, allowed), "bfloat16", elsewhere=True)
         with pytest.raises(ValueError, match=f"{allowed + 1} are not those of the network"):
-            recast._compare(tally(votes, 0), tally(votes, allowed + 1), "bfloat16", elsewhere=True)
+            resample._compare(image(votes, 0), image(votes, allowed + 1), "bfloat16", elsewhere=True)
     with pytest.raises(ValueError, match="are not those of the network"):
-        recast._compare(tally(1024, 0), tally(1024, 34), "float32", elsewhere=True)
+        resample._compare(image(1024, 0), image(1024, 34), "float32", elsewhere=True)
 
 
 def test_on_another_kind_of_device_no_rows_are_cast_for_images_that_were_not_drawn(copy, monkeypatch, capsys):
     """What a large tile of an accelerator would cost a CPU; the votes stay those of the noise that was drawn."""
-    place, tiles, caster = copy / "certify" / "default", [], recast.Caster
-    stored = folder.read(place / "certificates.json")
+    folder, tiles, pipeline = copy / "certify" / "default", [], resample.Pipeline
+    stored = store.read(folder / "certificates.json")
 
-    def seen(job, *rest):
-        tiles.append(job.config.certify.tile)
-        return caster(job, *rest)
+    def seen(reduced, *rest):
+        tiles.append(reduced.config.certify.tile)
+        return pipeline(reduced, *rest)
 
-    monkeypatch.setattr(recast, "Caster", seen)
-    for platform, tile in ((stored["identity"]["platform"], (32, 32)), ("gpu NVIDIA H200", (3, 32))):
-        stored["identity"]["platform"] = platform
-        recast.run(job.of_certificates(place, stored, ""), stored, 3)
+    monkeypatch.setattr(resample, "Pipeline", seen)
+    for platform, tile in ((stored.identity.platform, (32, 32)), ("gpu NVIDIA H200", (3, 32))):
+        stored = dataclasses.replace(stored, identity=dataclasses.replace(stored.identity, platform=platform))
+        resample.run(target.target_of_certificates(folder, stored, ""), stored, 3)
         assert "cast again: 3,300 votes of 3 images; 0 differ" in capsys.readouterr().out
         assert tiles.pop() == tile
 
 
 def test_a_vote_taken_from_the_rival_alone_counts_as_surplus():
     """What a multi-class bound would reward."""
-    forged, cast = tally(1000, 90), tally(1000, 91)
+    forged, cast = image(1000, 90), image(1000, 91)
     forged.looks, cast.looks = np.array([[900, 90, 10]]), np.array([[900, 91, 9]])
-    assert recast._compare(forged, cast, "float32") == (1, 1)
+    assert resample._compare(forged, cast, "float32") == (1, 1)
 
 
-@pytest.mark.parametrize("dtype", recast._TURNED)
+@pytest.mark.parametrize("dtype", resample._TURNED)
 def test_votes_may_turn_to_either_side_and_not_to_one(dtype):
     """A share of 10^5 votes of each of 40 images, the candidate's and others' alike; and all of them to one class."""
     votes, rng = 100_000, np.random.default_rng(0)
-    turned = rng.binomial(votes, recast._TURNED[dtype], (2000, 40))
+    turned = rng.binomial(votes, resample._TURNED[dtype], (2000, 40))
     net = 2 * rng.binomial(turned, 0.5) - turned
-    assert (np.abs(net) <= recast.allowance(votes, dtype)).mean() > 0.999
+    assert (np.abs(net) <= resample.allowance(votes, dtype)).mean() > 0.999
 
     def refused(surplus):
-        together = recast._together([recast._Difference(abs(votes), votes) for votes in surplus])
-        return together[0] > recast._TOGETHER * together[1]
+        together = resample._together([resample._Difference(abs(votes), votes) for votes in surplus])
+        return together[0] > resample._TOGETHER * together[1]
 
     assert not any(map(refused, net))
     assert all(map(refused, np.abs(net) + 1))
-    assert not refused([recast.allowance(votes, dtype)])
+    assert not refused([resample.allowance(votes, dtype)])
 
 
 def test_what_cannot_be_cast_again_is_refused(copy):
-    place = copy / "certify" / "default"
+    folder = copy / "certify" / "default"
     for section, field, value, why in (
-        ("data", "digest", "another", "images or labels of digits, split test, are not those that were certified"),
+        ("data", "digest", "another", "images or labels of digits, split test, are not those certified"),
         ("data", "split", "train", "its data.split is 'train', that of its configuration 'test'"),
         ("model", "head", "linear", "its model.head is 'linear', that of its configuration 'mlp'"),
     ):
-        stored = folder.read(place / "certificates.json")
-        stored["identity"][section][field] = value
+        stored = store.read(folder / "certificates.json")
+        getattr(stored.identity, section)[field] = value
         with pytest.raises(UserError, match=why):
-            job.of_certificates(place, stored, "")
-    stored = folder.read(place / "certificates.json")
-    honest = job.of_certificates(place, stored, "")
-    stored["identity"]["certificate"] = "deterministic"
+            target.target_of_certificates(folder, stored, "")
+    stored = store.read(folder / "certificates.json")
+    honest = target.target_of_certificates(folder, stored, "")
+    stored = dataclasses.replace(stored, identity=dataclasses.replace(stored.identity, certificate="deterministic"))
     with pytest.raises(UserError, match="they come from no votes"):
-        recast.run(honest, stored, 3)
+        resample.run(honest, stored, 3)
     for flags, why in (
         (["--recast=0"], "at least 1, got 0"),
         (["--recast=3", "--config.sigma=1.0"], "takes sigma from the certificates"),
@@ -315,17 +317,17 @@ def test_every_image_is_as_likely_to_be_drawn(copy, monkeypatch):
     class Caught(Exception):
         pass
 
-    class Caster:
-        votes = None
+    class Pipeline:
+        sampler = types.SimpleNamespace(keys=lambda key: {})
 
         def __init__(self, *_):
             pass
 
-        def blocks(self, indices, _):
+        def encoded(self, indices, _):
             seen.append(indices)
             raise Caught
 
-    monkeypatch.setattr(recast, "Caster", Caster)
+    monkeypatch.setattr(resample, "Pipeline", Pipeline)
     for _ in range(3):
         with pytest.raises(Caught):
             cast(copy, 10)

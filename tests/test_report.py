@@ -5,9 +5,10 @@ import re
 import numpy as np
 import pytest
 
-from lsrs_jax import report, sealed
-from lsrs_jax.errors import UserError
-from lsrs_jax.smoothing.table import read_table
+from lsrs_jax import report
+from lsrs_jax.certification.table import read_table
+from lsrs_jax.runtime import documents
+from lsrs_jax.runtime.errors import UserError
 
 HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime"
 
@@ -42,7 +43,7 @@ def test_a_table_that_its_certificates_json_does_not_name_is_refused(tmp_path):
     again = f"certify --workdir={tmp_path / 'a'} --config.certify.name=full"
     with pytest.raises(UserError, match=f"is not the table .*: python -m lsrs_jax.{again} --from-counts"):
         report.load_runs([str(tmp_path / "a")])
-    sealed.write(beside, {"derivation": None})  # broken off before its table was written
+    documents.write_sealed(beside, {"derivation": None})  # broken off before its table was written
     with pytest.raises(UserError, match=f"{again}$"):
         report.load_runs([str(path)])
     # Another name, other files.
@@ -53,7 +54,9 @@ def test_a_damaged_certificates_json_is_refused_and_a_missing_one_noted(tmp_path
     """Beside a table that anybody may have written."""
     path = write_log(tmp_path / "a" / "certify" / "full" / "certificates.tsv", [0.1, 9.75])
     beside = path.with_name("certificates.json")
-    sealed.write(beside, {"derivation": {"certificates": hashlib.sha256(path.read_bytes()).hexdigest(), "alpha": 0.05}})
+    documents.write_sealed(
+        beside, {"derivation": {"certificates": hashlib.sha256(path.read_bytes()).hexdigest(), "alpha": 0.05}}
+    )
     whole = beside.read_text()
     assert report.notes(report.load_runs([str(tmp_path / "a")])) == []
     ours = json.dumps({"identity": {}, "lipschitz": {}, "dagest": "1", "derivation": None})

@@ -9,8 +9,8 @@ import pytest
 from conftest import ROOT
 
 from lsrs_jax import models
-from lsrs_jax.config import from_dict
-from lsrs_jax.errors import UserError
+from lsrs_jax.config import config_from_dict
+from lsrs_jax.runtime.errors import UserError
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import kept
@@ -28,7 +28,7 @@ def test_a_published_run_is_complete_and_belongs_together(folder):
     assert (folder / "card.md").read_text() == kept.card(run)
     runs = {studies.folder(name) / run.name: run for name, study in STUDIES.items() for run in study.rows.values()}
     assert studies.made(runs[folder], folder)
-    identity, config = run.certificates["identity"], from_dict(run.facts["config"])
+    identity, config = run.certificates["identity"], config_from_dict(run.facts["config"])
     assert identity["checkpoint"]["step"] == config.train.steps
     assert {name: identity["model"][name] for name in config.model} == run.facts["config"]["model"]
     assert run.cost == models.cost(models.build(config.model, tuple(identity["model"]["input_shape"]), 10))

@@ -7,11 +7,11 @@ import pytest
 from commands import QUICK, run
 from conftest import threefry
 
-from lsrs_jax import certify, layers, selfcheck
-from lsrs_jax.certification import casting, deterministic
-from lsrs_jax.errors import UserError
-from lsrs_jax.materialize import Float64Encoder, materialize
-from lsrs_jax.smoothing import noise
+from lsrs_jax import certify, layers
+from lsrs_jax.certification import deterministic, encode, platform_check
+from lsrs_jax.layers.lipschitz import Float64Encoder, materialize
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.smoothing.arithmetic import Float32Arithmetic, GridArithmetic
 
 SHAPE = (8, 8, 3)
 CONVOLUTIONS = {
@@ -56,28 +56,28 @@ def in_float32(values):
 
 
 def test_float64_keeps_the_bounds(materialized):
-    selfcheck.check_encoder(materialized, Float64Encoder(materialized, 4))
+    platform_check.check_encoder(materialized, Float64Encoder(materialized, 4))
 
 
 @pytest.mark.parametrize("rounded", [in_float32, in_tf32])
 def test_kernels_in_reduced_precision_are_refused(materialized, rounded):
     built = materialized._replace(params=jax.tree.map(rounded, materialized.params))
     with pytest.raises(UserError, match="does not multiply in float64"):
-        selfcheck.check_encoder(materialized, Float64Encoder(built, 4))
+        platform_check.check_encoder(materialized, Float64Encoder(built, 4))
 
 
 def test_products_in_float32_are_refused(materialized):
-    def encode(images):
+    def rounded(images):
         params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), materialized.params)
         return np.asarray(materialized.apply(params, np.asarray(images, np.float32)), np.float64)
 
     with pytest.raises(UserError, match="does not multiply in float64"):
-        selfcheck.check_encoder(materialized, encode)
+        platform_check.check_encoder(materialized, rounded)
 
 
 def test_a_nan_is_refused(materialized):
     with pytest.raises(UserError, match="error of nan"):
-        selfcheck.check_encoder(materialized, lambda images: np.full((len(images), 10), np.nan))
+        platform_check.check_encoder(materialized, lambda images: np.full((len(images), 10), np.nan))
 
 
 CONVOLUTION_OPTIONS = {
@@ -100,26 +100,26 @@ def test_a_layer_of_ones_own_may_convolve_in_any_way(options):
 
     with jax.enable_x64(True):
         program = jax.make_jaxpr(apply)(kernel, x)
-        found = selfcheck._evaluate(program.jaxpr, program.consts, [kernel, x])[0]
+        found = platform_check._evaluate(program.jaxpr, program.consts, [kernel, x])[0]
         np.testing.assert_allclose(found, apply(kernel, x), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("sigma", [0.12, 1.0, 1 / 3])
 def test_noise_keeps_its_law_and_its_sums(sigma):
-    selfcheck.check_noise(noise.Sound(sigma))
-    selfcheck.check_noise(noise.Float32(sigma))  # nothing is claimed, nothing checked
+    platform_check.check_noise(GridArithmetic(sigma))
+    platform_check.check_noise(Float32Arithmetic(sigma))  # nothing is claimed, nothing checked
 
 
-class Biased(noise.Sound):
+class Biased(GridArithmetic):
     """A generator whose numbers are off by one step in 4,000."""
 
     @staticmethod
     def draw(key, size, table):
-        drawn = noise.Sound.draw(key, size, table)
+        drawn = GridArithmetic.draw(key, size, table)
         return drawn.at[..., -1].add(1)
 
 
-class Rounding(noise.Sound):
+class Rounding(GridArithmetic):
     """A platform that adds integers as float32 numbers."""
 
     def add(self, latent, added):
@@ -127,7 +127,7 @@ class Rounding(noise.Sound):
         return jnp.clip(3 * steps, -(2.0**24), 2.0**24) * np.float32(self.identity["spacing"])
 
 
-class NegativeZero(noise.Sound):
+class NegativeZero(GridArithmetic):
     """A platform where nothing can be less than nothing."""
 
     def add(self, latent, added):
@@ -138,7 +138,7 @@ class NegativeZero(noise.Sound):
 @pytest.mark.parametrize(("broken", "why"), [(Biased, "other noise"), (Rounding, "error"), (NegativeZero, "error")])
 def test_broken_noise_is_refused(broken, why):
     with pytest.raises(UserError, match=why):
-        selfcheck.check_noise(broken(0.25))
+        platform_check.check_noise(broken(0.25))
 
 
 @pytest.mark.parametrize("certificate", ["smoothed", "deterministic"])
@@ -150,7 +150,7 @@ def test_certification_refuses_such_a_platform_and_leaves_nothing_behind(tmp_pat
         def __init__(self, encoder, batch):
             super().__init__(encoder._replace(params=jax.tree.map(in_tf32, encoder.params)), batch)
 
-    for module in (casting, deterministic):
+    for module in (encode, deterministic):
         monkeypatch.setattr(module, "Float64Encoder", Tensorcores)
     flags = [f"--workdir={workdir}", f"--config.certify.certificate={certificate}"]
     with pytest.raises(UserError, match="this platform computes the encoder with an error of"):

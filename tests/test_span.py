@@ -11,9 +11,9 @@ from scipy import stats
 
 from lsrs_jax import models, smoothing
 from lsrs_jax.config import default
-from lsrs_jax.errors import UserError
-from lsrs_jax.materialize import Float64Encoder
-from lsrs_jax.span import span_of
+from lsrs_jax.layers.lipschitz import Float64Encoder
+from lsrs_jax.models.linear_head import project_linear_head
+from lsrs_jax.runtime.errors import UserError
 
 RNG = np.random.default_rng(0)
 WEIGHTS, BIAS = RNG.standard_normal((96, 4)), RNG.standard_normal(4)
@@ -33,7 +33,7 @@ def p_values(a, b):
 
 
 def test_votes_in_the_span_have_the_law_of_votes_in_the_latent():
-    span = span_of(WEIGHTS, BIAS)
+    span = project_linear_head(WEIGHTS, BIAS)
     assert span.basis.shape == (96, 4)
     assert 1 <= span.lipschitz < 1 + 1e-10
     np.testing.assert_allclose(span.head(LATENTS @ span.basis), whole(LATENTS), atol=1e-4)
@@ -54,12 +54,12 @@ def test_votes_in_the_span_have_the_law_of_votes_in_the_latent():
 )
 def test_other_shapes_and_numbers_are_refused(weights, bias):
     with pytest.raises(UserError, match="linear head"):
-        span_of(weights, bias)
+        project_linear_head(weights, bias)
 
 
 def test_degenerate_weights_certify_nothing_wrong():
     """Equal weights for all classes: the logits do not depend on the latent, and the first class wins every vote."""
-    span = span_of(np.ones((20, 3)), np.array([0.0, 1.0, 0.5]))
+    span = project_linear_head(np.ones((20, 3)), np.array([0.0, 1.0, 0.5]))
     got = smoothing.certify(span.head, np.zeros((1, 20)) @ span.basis, sigma=1.0, key=threefry(0), n=1000)
     assert got.predict[0] == 1
     assert got.counts[0, 1] == 1000

@@ -8,13 +8,13 @@ import optax
 import pytest
 from conftest import threefry
 
-from lsrs_jax import checkpoint, models
+from lsrs_jax import models
 from lsrs_jax.config import default
 from lsrs_jax.data import Dataset, batch_indices
-from lsrs_jax.distributed import local_mesh, replicated
-from lsrs_jax.errors import UserError
-from lsrs_jax.keys import domain_key, pinned
-from lsrs_jax.training import loop, optimizer
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.mesh import local_mesh, replicated
+from lsrs_jax.runtime.rng import domain_key, pinned
+from lsrs_jax.training import checkpoint, loop, optimizer
 from lsrs_jax.training.loop import Evaluator
 
 
@@ -30,7 +30,7 @@ def test_weight_decay_touches_the_heads_kernels_only():
     params = model.init(threefry(0))
     settings = default().train
     settings.weight_decay, settings.schedule, settings.learning_rate = 0.1, "constant", 0.5
-    transformation = optimizer.build(settings)
+    transformation = optimizer.make_optimizer(settings)
     zero = jax.tree.map(np.zeros_like, params)
     updates, _ = transformation.update(zero, transformation.init(params), params)
     moved = optax.apply_updates(params, updates)
@@ -82,7 +82,7 @@ def test_the_speed_of_training_is_that_of_steps_alone(tmp_path, monkeypatch):
 def test_the_average_is_what_is_kept_and_the_parameters_train_on(tmp_path):
     *_, last = trained(tmp_path / "last")
     config, model, dataset, average = trained(tmp_path / "average", ema=0.3)
-    transformation = optimizer.build(config.train)
+    transformation = optimizer.make_optimizer(config.train)
     with pinned():
         params = model.init(domain_key(config.seed, "init"))
         step_function = loop.step_function(model, config, transformation.update)

@@ -8,10 +8,10 @@ import pytest
 from commands import QUICK, fingerprint, refused, run
 from forging import edit, reseal, rewrite
 
-from lsrs_jax import config as configuration
 from lsrs_jax.certification import smoothed, verify
-from lsrs_jax.errors import UserError
-from lsrs_jax.materialize import LayerBound, LipschitzReport
+from lsrs_jax.config import config_from_dict
+from lsrs_jax.layers.lipschitz import LayerBound, LipschitzReport
+from lsrs_jax.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def check(workdir, name="default"):
 def test_what_was_certified_is_verified_and_left_alone(original, copy):
     before = fingerprint(copy)
     out = run("certify", f"--workdir={copy}", "--verify")
-    assert "verified: 40 certificates follow from the 44,000 votes" in out
+    assert "verified: 40 certificates follow from the 44,000 samples" in out
     assert "checkpoint of step 60 are those of the certificates" in out
     assert "verified" in run("certify", f"--workdir={copy}", "--verify", "--config.certify.name=staged")
     assert fingerprint(copy) == before == fingerprint(original)
@@ -54,11 +54,11 @@ def test_another_derivation_is_verified_with_or_without_the_weights(copy, capsys
 
 
 def test_votes_that_came_after_the_table_do_not_disturb_it(copy):
-    place = copy / "certify" / "default"
-    early = {name: (place / name).read_bytes() for name in ("certificates.tsv", "certificates.json")}
+    folder = copy / "certify" / "default"
+    early = {name: (folder / name).read_bytes() for name in ("certificates.tsv", "certificates.json")}
     run("certify", f"--workdir={copy}", "--config.certify.stop=50")
     for name, content in early.items():
-        (place / name).write_bytes(content)
+        (folder / name).write_bytes(content)
     check(copy)
 
 
@@ -100,87 +100,87 @@ def test_other_weights_are_found(copy, original, tmp_path):
 
 
 def test_the_first_line_that_differs_is_named_even_under_new_digests(copy):
-    place = copy / "certify" / "default"
-    path = place / "certificates.tsv"
+    folder = copy / "certify" / "default"
+    path = folder / "certificates.tsv"
     edit(path, 12, "radius", "0.75")
     edit(path, 7, "p_a_lower", "0.99")
-    reseal(place)
+    reseal(folder)
     with pytest.raises(UserError, match=r"certificates.tsv line 7 \(image 5\): p_a_lower is '0.99', the ledger gives"):
         check(copy)
 
 
 def test_rows_that_are_there_twice_are_refused_and_missing_ones_counted(copy, capsys):
-    place = copy / "certify" / "default"
-    path = place / "certificates.tsv"
+    folder = copy / "certify" / "default"
+    path = folder / "certificates.tsv"
     whole = path.read_text()
     lines = whole.splitlines(keepends=True)
     path.write_text(whole + lines[1])
-    reseal(place)
+    reseal(folder)
     with pytest.raises(UserError, match=r"certificates.tsv line 42: image 0 is there twice"):
         check(copy)
     path.write_text("".join(lines[:1] + lines[5:]))
-    reseal(place)
+    reseal(folder)
     check(copy)
     out = capsys.readouterr().out
     assert "verified: 36 certificates" in out
-    assert "; 4 other images have their votes there and no certificate" in out
+    assert "; 4 other images have their samples there and no certificate" in out
 
 
 def test_a_ledger_with_other_votes_and_right_checksums_is_found(copy):
-    place = copy / "certify" / "default"
+    folder = copy / "certify" / "default"
     # The seconds: everything that follows from votes stays as it is.
-    rewrite(place / "votes.0.tsv", 3, lambda fields: [*fields[:-1], "0.123456"])
+    rewrite(folder / "votes.0.tsv", 3, lambda fields: [*fields[:-1], "0.123456"])
     with pytest.raises(UserError, match=r"votes.0.tsv has changed: its digest is not the one"):
         check(copy)
 
 
 def test_too_small_a_charge_is_found_even_under_new_digests(copy):
-    place = copy / "certify" / "default"
-    count = (place / "votes.0.tsv").read_text().count("\n")
+    folder = copy / "certify" / "default"
+    count = (folder / "votes.0.tsv").read_text().count("\n")
     for line in range(2, count + 1):
-        rewrite(place / "votes.0.tsv", line, lambda fields: [*fields[:2], "0.0001", *fields[3:]])
-    reseal(place)
+        rewrite(folder / "votes.0.tsv", line, lambda fields: [*fields[:2], "0.0001", *fields[3:]])
+    reseal(folder)
     with pytest.raises(UserError, match=r"is charged 0.0001, less than the rounding of its latent"):
         check(copy)
 
 
 def test_another_consistent_constant_is_found_by_the_weights(copy):
-    place = copy / "certify" / "default"
-    stored = json.loads((place / "certificates.json").read_text())
+    folder = copy / "certify" / "default"
+    stored = json.loads((folder / "certificates.json").read_text())
     stored["lipschitz"]["layers"][0]["sigma_max"] = 0.5
     layers = tuple(LayerBound(**layer) for layer in stored["lipschitz"]["layers"])
     stored["lipschitz"]["constant"] = LipschitzReport(layers, (), ()).constant
-    (place / "certificates.json").write_text(json.dumps(stored))
-    reseal(place)
-    config = configuration.from_dict(stored["config"])
-    smoothed.from_counts(place, config)  # radii twice as large, all files in agreement
+    (folder / "certificates.json").write_text(json.dumps(stored))
+    reseal(folder)
+    config = config_from_dict(stored["config"])
+    smoothed.from_counts(folder, config)  # radii twice as large, all files in agreement
     with pytest.raises(UserError, match="the certificates claim"):
         check(copy)
 
 
 @pytest.mark.parametrize(("kind", "why"), [("deterministic", "of different kinds"), ("other", "of no certificate")])
 def test_another_kind_is_found_even_under_new_digests(copy, kind, why):
-    place = copy / "certify" / "default"
-    stored = json.loads((place / "certificates.json").read_text())
+    folder = copy / "certify" / "default"
+    stored = json.loads((folder / "certificates.json").read_text())
     stored["identity"]["certificate"] = kind
-    (place / "certificates.json").write_text(json.dumps(stored))
-    reseal(place)
+    (folder / "certificates.json").write_text(json.dumps(stored))
+    reseal(folder)
     with pytest.raises(UserError, match=why):
         check(copy)
     if kind == "deterministic":
         stored["config"]["certify"]["certificate"] = kind
-        (place / "certificates.json").write_text(json.dumps(stored))
-        reseal(place)
+        (folder / "certificates.json").write_text(json.dumps(stored))
+        reseal(folder)
         with pytest.raises(UserError, match="deterministic certificates have the bound margin, and no votes"):
             check(copy)
 
 
 def test_a_dropped_line_of_votes_is_found_even_under_new_digests(copy):
-    place = copy / "certify" / "default"
-    lines = (place / "votes.0.tsv").read_text().splitlines(keepends=True)
+    folder = copy / "certify" / "default"
+    lines = (folder / "votes.0.tsv").read_text().splitlines(keepends=True)
     last = max(i for i, line in enumerate(lines) if line.startswith("9\t"))
-    (place / "votes.0.tsv").write_text("".join(lines[:last] + lines[last + 1 :]))
-    reseal(place)
+    (folder / "votes.0.tsv").write_text("".join(lines[:last] + lines[last + 1 :]))
+    reseal(folder)
     with pytest.raises(UserError, match="line 11: the ledger has no certificate for an image '9'"):
         check(copy)
 
@@ -194,11 +194,11 @@ def test_a_dropped_line_of_votes_is_found_even_under_new_digests(copy):
     ],
 )
 def test_a_contradiction_is_found_even_under_new_digests(copy, section, field, value, why):
-    place = copy / "certify" / "default"
-    stored = json.loads((place / "certificates.json").read_text())
+    folder = copy / "certify" / "default"
+    stored = json.loads((folder / "certificates.json").read_text())
     stored[section][field] = value
-    (place / "certificates.json").write_text(json.dumps(stored))
-    reseal(place)
+    (folder / "certificates.json").write_text(json.dumps(stored))
+    reseal(folder)
     with pytest.raises(UserError, match=why):
         check(copy)
 

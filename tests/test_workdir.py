@@ -5,8 +5,8 @@ import shutil
 import pytest
 from commands import QUICK, finish, refused, run, start, without_time
 
-from lsrs_jax import workdir
-from lsrs_jax.errors import UserError
+from lsrs_jax.runtime import workdir
+from lsrs_jax.runtime.errors import UserError
 
 
 @pytest.fixture
@@ -28,15 +28,15 @@ def test_small_files_travel_and_checkpoints_stay(machines):
     assert (one.path / "config.json").read_text() == "{}"
     assert not (one.path / "checkpoints").exists()
     assert str(workdir.checkpoints(one.path)) == str(remote / "checkpoints")
-    place = one.path / "certify" / "default"
-    place.mkdir(parents=True)
-    (place / "votes.1.tsv").write_text("a")
-    (place / ".lock").write_text("")
+    folder = one.path / "certify" / "default"
+    folder.mkdir(parents=True)
+    (folder / "votes.1.tsv").write_text("a")
+    (folder / ".lock").write_text("")
     one.push()
     two.pull()
     assert (two.path / "certify" / "default" / "votes.1.tsv").read_text() == "a"
     assert not (remote / "certify" / "default" / ".lock").exists()
-    (place / "votes.1.tsv").write_text("ab")
+    (folder / "votes.1.tsv").write_text("ab")
     one.push()
     two.pull()
     assert (two.path / "certify" / "default" / "votes.1.tsv").read_text() == "ab"

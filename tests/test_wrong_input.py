@@ -10,10 +10,12 @@ import prepared
 import pytest
 from commands import QUICK, ROOT, fingerprint, finish, refused, run, start, truncate_checkpoint
 
-from lsrs_jax import certify, checkpoint, command, models, train
-from lsrs_jax import config as configuration
-from lsrs_jax.errors import UserError
-from lsrs_jax.keys import domain_key, pinned
+from lsrs_jax import certify, cli, models, train
+from lsrs_jax.config import save_config
+from lsrs_jax.models.heads import HEADS
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.rng import domain_key, pinned
+from lsrs_jax.training import checkpoint
 
 COMMANDS = {"train": train, "certify": certify}
 
@@ -271,10 +273,10 @@ class SmallHead(nn.Module):
 
 @pytest.mark.parametrize(("mistake", "why"), [("coupled", "rows depend on each other"), ("nan", "NaN logits")])
 def test_a_head_that_cannot_be_certified_leaves_nothing_behind(tmp_path, monkeypatch, mistake, why):
-    monkeypatch.setitem(models.HEADS, "small", lambda classes: SmallHead(classes, mistake))
-    config = command.config_from_flags([*QUICK, "--config.model.head=small", "--config.train.steps=2"])
+    monkeypatch.setitem(HEADS, "small", lambda classes: SmallHead(classes, mistake))
+    config = cli.config_from_flags([*QUICK, "--config.model.head=small", "--config.train.steps=2"])
     model = models.build(config.model, (8, 8, 1), 10)
-    configuration.save(config, tmp_path / "config.json")
+    save_config(config, tmp_path / "config.json")
     with pinned(), checkpoint.Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(2, model.init(domain_key(0, "init")), {"m": np.zeros(1)})
     before = fingerprint(tmp_path)
@@ -284,7 +286,7 @@ def test_a_head_that_cannot_be_certified_leaves_nothing_behind(tmp_path, monkeyp
     assert {name: left[name] for name in before} == before
     assert set(left) == set(before)
     # A mended head, and another tile, start afresh in the same place.
-    monkeypatch.setitem(models.HEADS, "small", SmallHead)
+    monkeypatch.setitem(HEADS, "small", SmallHead)
     certify.run([f"--workdir={tmp_path}", "--config.certify.stop=3", "--config.certify.tile=(2,8)"])
 
 

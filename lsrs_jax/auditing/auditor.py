@@ -1,182 +1,181 @@
-"""All attacks on a batch of certified images, and the prediction that judges them."""
+"""All attacks on a batch of certified images, and the predictions that judge them."""
 
 import itertools
-from typing import NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
 from lsrs_jax.auditing import attacks
-from lsrs_jax.keys import domain_key, pinned
-from lsrs_jax.materialize import Float64Encoder
-from lsrs_jax.smoothing.montecarlo import classes as predict
+from lsrs_jax.auditing.table import Found, Settings
+from lsrs_jax.layers.lipschitz import Float64Encoder, Materialized
+from lsrs_jax.runtime.rng import domain_key, pinned, root_key
+from lsrs_jax.smoothing.head_check import Head
+from lsrs_jax.smoothing.prediction import predict_classes
+from lsrs_jax.smoothing.sampler import Sampler
 
-_PUSHES = (0.05, 0.15, 0.4)  # in σ/L, beyond the boundary an attack found: there a vote is close, `predict` abstains
+# In σ/L, beyond the boundary that an attack found: next to the boundary `predict` abstains.
+_PUSHES = (0.05, 0.15, 0.4)
 _LADDER = (1.0, 2.0, 4.0)  # radii of PGD beyond the certified one, in σ/L
-_DIRECTIONS = 24  # neighbours that a decision-based step asks
+_DIRECTIONS = 24  # neighbours at which a decision-based step predicts
 
 
-class Settings(NamedTuple):
-    """How hard to try; part of an audit's identity."""
+class _Batch:
+    """A batch of images under attack, and what was found so far."""
 
-    images: int
-    fractions: tuple[float, ...]
-    restarts: int
-    steps: int
-    samples: int
-    votes: int
+    def __init__(
+        self,
+        predict: Callable[[np.ndarray], np.ndarray],
+        images: Float[np.ndarray, "images *image"],
+        certified: Int[np.ndarray, " images"],
+        radius: Float[np.ndarray, " images"],
+    ) -> None:
+        count, unperturbed = len(images), predict(images)
+        self.images, self.radius, self._predict, self._certified = images, radius, predict, certified
+        self.classes = np.where(certified >= 0, certified, unperturbed)
+        none = np.full(count, "none", dtype=object)
+        pairs, flips, undecided = np.zeros((3, count), int)
+        self.found = Found(unperturbed, pairs, flips, undecided, np.full(count, np.inf), none)
+        self.judge("none", images, unperturbed)
 
+    def norms(self, points: np.ndarray) -> Float[np.ndarray, " images"]:
+        """ℓ2 distances from the images."""
+        return np.linalg.norm((points - self.images).reshape(len(points), -1), axis=1)
 
-class Found(NamedTuple):
-    """What attacks found on a batch of images; arrays ``(B,)``.
+    def judge(self, name: str, points: np.ndarray, predicted: np.ndarray | None = None) -> None:
+        """Predicts at points that an attack found, and counts flips."""
+        distance, found = self.norms(points), self.found
+        predicted = self._predict(points) if predicted is None else predicted
+        flipped = (predicted >= 0) & (self.classes >= 0) & (predicted != self.classes)
+        inside = (self._certified >= 0) & (distance < self.radius)
+        found.pairs[:] += inside
+        found.flips[:] += inside & flipped
+        found.undecided[:] += inside & (predicted < 0)
+        nearer = flipped & (distance < found.distance)
+        found.distance[nearer], found.attack[nearer] = distance[nearer], name
 
-    Attributes:
-      unperturbed: class that `predict` gives the image itself, or −1.
-      pairs: points inside the certified radius that were tried.
-      flips: those among them where `predict` returned another class than the certificate.
-      undecided: those where it abstained: no flips, and no class of the certificate either.
-      distance: ℓ2 norm of the nearest flip of all, inf without one; away from the certified class where there is a
-        certificate, else from `unperturbed`.
-      attack: the one that found it.
-    """
-
-    unperturbed: np.ndarray
-    pairs: np.ndarray
-    flips: np.ndarray
-    undecided: np.ndarray
-    distance: np.ndarray
-    attack: np.ndarray
+    def scaled(self, points: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Points in the same directions from the images, at these distances; never farther."""
+        scale = lengths / np.maximum(self.norms(points), 1e-300) * (1 - 1e-9)
+        return self.images + scale.reshape(-1, *[1] * (self.images.ndim - 1)) * (points - self.images)
 
 
 class Auditor:
     """Attacks on one classifier, compiled once for a batch of images.
 
     Args:
-      encoder, head: as `models.Model.for_certification` gave them.
-      votes: the `Votes` loop that certified, or one like it: its predictions judge the attacks.
+      encoder, head: from `models.Model.for_certification`.
+      sampler: that of the certification; its predictions judge the attacks.
       lipschitz: constant of the encoder, as the certificates claim it.
       alpha: level of `predict`.
-      settings: `Settings`.
-      seed: of the noise that attacks draw.
+      seed: of the certification; attacks draw noise of their own under it.
     """
 
-    def __init__(self, encoder, head, votes, *, lipschitz, alpha, settings, seed):
-        self._settings, self._votes, self._alpha, self._lipschitz = settings, votes, alpha, lipschitz
-        self._batch = votes.tile[0]
+    def __init__(
+        self,
+        encoder: Materialized,
+        head: Head,
+        sampler: Sampler,
+        *,
+        lipschitz: float,
+        alpha: float,
+        settings: Settings,
+        seed: int,
+    ) -> None:
+        self._settings, self._sampler, self._alpha = settings, sampler, alpha
+        self._unit = sampler.arithmetic.sigma / lipschitz
+        self._batch = sampler.tile[0]
         self._encode = Float64Encoder(encoder, self._batch)
-        self._key = domain_key(seed, "audit")
+        self._key, self._predict_key = domain_key(seed, "audit"), root_key(seed)
         params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), encoder.params)
-        target = attacks.Smoothed(lambda x: encoder.apply(params, x), head, votes.arithmetic.sigma)
+        target = attacks.Smoothed(lambda x: encoder.apply(params, x), head, sampler.arithmetic.sigma)
         steps, samples = settings.steps, settings.samples
 
         @jax.jit
-        def descend(images, classes, radius, key):
-            """The best of several restarts, by votes."""
+        def descend(images: jax.Array, classes: jax.Array, radius: jax.Array, key: jax.Array) -> jax.Array:
+            """The best of several restarts, by predictions."""
 
-            def attempt(restart):
-                attack_key, vote_key = jax.random.split(jax.random.fold_in(key, restart))
+            def attempt(restart: jax.Array) -> tuple[jax.Array, jax.Array]:
+                attack_key, share_key = jax.random.split(jax.random.fold_in(key, restart))
                 points = attacks.pgd(target, images, classes, radius, attack_key, steps=steps, samples=samples)
-                return points, target.share(points, classes, vote_key, samples, rounds=4)
+                return points, target.share(points, classes, share_key, samples, rounds=4)
 
             points, shares = jax.lax.map(attempt, jnp.arange(settings.restarts))
             return points[jnp.argmin(shares, axis=0), jnp.arange(len(images))]
 
         @jax.jit
-        def shorten(images, points, classes, key):
+        def shorten(images: jax.Array, points: jax.Array, classes: jax.Array, key: jax.Array) -> jax.Array:
             return attacks.shorten(target, images, points, classes, key, samples=samples, rounds=16)
 
         @jax.jit
-        def decide(images, classes, starts, key):
+        def decide(images: jax.Array, classes: jax.Array, starts: jax.Array, key: jax.Array) -> jax.Array:
             size = {"iterations": steps, "directions": _DIRECTIONS, "samples": samples}
             return attacks.decision(target, images, classes, starts, key, **size)
 
         self._descend, self._shorten, self._decide = descend, shorten, decide
 
-    def _predict(self, images):
-        return predict(self._votes, self._encode(images), self._settings.votes, self._alpha)
+    def _predict(self, images: np.ndarray) -> np.ndarray:
+        latents = self._encode(images)
+        return predict_classes(self._sampler, self._predict_key, latents, self._settings.votes, self._alpha)
 
-    def __call__(self, images, certified, radius, number):
+    def _fill(self, values: np.ndarray) -> np.ndarray:
+        """Fills a whole batch with repetitions of the last image."""
+        return np.pad(values, ((0, self._batch - len(values)), *[(0, 0)] * (values.ndim - 1)), mode="edge")
+
+    def __call__(
+        self,
+        images: Float[np.ndarray, "images height width channels"],
+        certified: Int[np.ndarray, " images"],
+        radius: Float[np.ndarray, " images"],
+        number: int,
+    ) -> Found:
         """Attacks up to a batch of images.
 
         Args:
-          images: float64 ``(B, H, W, C)``.
+          images: float64.
           certified: class of each certificate, −1 without one.
           radius: ℓ2 radius of each certificate.
           number: of the batch; its noise follows from it.
-
-        Returns:
-          `Found`.
         """
         count, batch_key = len(images), jax.random.fold_in(self._key, number)
         keys = (jax.random.fold_in(batch_key, use) for use in itertools.count())
-        unperturbed = self._predict(images)
-        classes = np.where(certified >= 0, certified, unperturbed)
-        found = Found(
-            unperturbed,
-            *np.zeros((3, count), int),
-            np.full(count, np.inf),
-            np.full(count, "none", dtype=object),
-        )
-
-        def fill(values):
-            """Up to a whole batch, with repetitions of the last image."""
-            return np.pad(values, ((0, self._batch - count), *[(0, 0)] * (values.ndim - 1)), mode="edge")
-
-        padded, wanted = fill(images), fill(np.maximum(classes, 0))
+        batch = _Batch(self._predict, images, certified, radius)
+        padded, wanted = self._fill(images), self._fill(np.maximum(batch.classes, 0))
         device = jnp.asarray(padded, jnp.float32), jnp.asarray(wanted, jnp.int32)
 
-        def judge(name, points, there=None):
-            """Has `predict` look at points, and books what it says."""
-            distance = np.linalg.norm((points - images).reshape(count, -1), axis=1)
-            there = self._predict(points) if there is None else there
-            flipped = (there >= 0) & (classes >= 0) & (there != classes)
-            inside = (certified >= 0) & (distance < radius)
-            found.pairs[:] += inside
-            found.flips[:] += inside & flipped
-            found.undecided[:] += inside & (there < 0)
-            nearer = flipped & (distance < found.distance)
-            found.distance[nearer], found.attack[nearer] = distance[nearer], name
-
-        def at(points, lengths):
-            """The same directions from the images, with these lengths; never longer."""
-            offset = points - images
-            norm = np.linalg.norm(offset.reshape(count, -1), axis=1)
-            scale = lengths / np.maximum(norm, 1e-300) * (1 - 1e-9)
-            return images + scale.reshape(-1, *[1] * (images.ndim - 1)) * offset
-
-        def descended(lengths):
-            points = self._descend(*device, fill(lengths).astype(np.float32), next(keys))
+        def descended(lengths: np.ndarray) -> np.ndarray:
+            points = self._descend(*device, self._fill(lengths).astype(np.float32), next(keys))
             return np.asarray(points, np.float64)[:count]
 
-        def beyond(name, points):
-            """The way from the image to points of an attack: where it leaves the class, and inside the radius."""
-            near = self._shorten(device[0], jnp.asarray(fill(points), jnp.float32), device[1], next(keys))
+        def beyond(name: str, points: np.ndarray) -> None:
+            """Judges points of an attack where the way to them leaves the class, and inside the radius."""
+            near = self._shorten(device[0], jnp.asarray(self._fill(points), jnp.float32), device[1], next(keys))
             near = np.asarray(near, np.float64)[:count]
-            boundary = np.linalg.norm((near - images).reshape(count, -1), axis=1)
+            boundary = batch.norms(near)
             for push in _PUSHES:
-                judge(name, at(near, boundary + push * unit))
-            judge(name, at(points, radius))
+                batch.judge(name, batch.scaled(near, boundary + push * self._unit))
+            batch.judge(name, batch.scaled(points, radius))
 
-        unit = self._votes.arithmetic.sigma / self._lipschitz
-        judge("none", images, unperturbed)
         with pinned(), jax.default_matmul_precision("highest"):
             for fraction in self._settings.fractions:
                 lengths = fraction * radius
-                judge("pgd", at(descended(lengths), lengths))
+                batch.judge("pgd", batch.scaled(descended(lengths), lengths))
             for multiple in _LADDER:
-                beyond("pgd", descended(radius + multiple * unit))
-            points = self._decide(*device, self._starts(padded, wanted), next(keys))
+                beyond("pgd", descended(radius + multiple * self._unit))
+            points = self._decide(*device, _starts(padded, wanted), next(keys))
             beyond("decision", np.asarray(points, np.float64)[:count])
-        return found
+        return batch.found
 
-    def _starts(self, images, classes):
-        """For each image of a batch another one of it with another class, or noise where there is none."""
-        rng = np.random.default_rng(0)
-        starts = images + rng.normal(0, 1, images.shape)
-        for row, own in enumerate(classes):
-            others = np.flatnonzero(classes != own)
-            if len(others):
-                distance = np.linalg.norm((images[others] - images[row]).reshape(len(others), -1), axis=1)
-                starts[row] = images[others[np.argmin(distance)]]
-        return jnp.asarray(starts, jnp.float32)
+
+def _starts(images: np.ndarray, classes: np.ndarray) -> jax.Array:
+    """For each image of a batch the nearest one of another class in it, or noise where there is none."""
+    rng = np.random.default_rng(0)
+    starts = images + rng.normal(0, 1, images.shape)
+    for row, own in enumerate(classes):
+        others = np.flatnonzero(classes != own)
+        if len(others):
+            distance = np.linalg.norm((images[others] - images[row]).reshape(len(others), -1), axis=1)
+            starts[row] = images[others[np.argmin(distance)]]
+    return jnp.asarray(starts, jnp.float32)

@@ -1,24 +1,62 @@
-"""audit.tsv and audit.json beside the certificates they are about.
+"""audit.tsv and audit.json beside the certificates that were attacked.
 
-audit.json holds the digest of the table that is attacked, the settings, and, once the audit is finished, the digest of
-audit.tsv: None until then. Like certificates.json it names its own digest.
+audit.json holds the digest of the attacked table, the settings, the digest of audit.tsv (None until the audit is
+finished), its format number and its own digest.
 """
 
-import hashlib
-import json
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from lsrs_jax import config as configuration
-from lsrs_jax import interrupt, sealed
-from lsrs_jax.errors import UserError
-from lsrs_jax.files import append, write_atomic
-from lsrs_jax.smoothing.table import fields_of
-
-COLUMNS = ("idx", "label", "predict", "radius", "unperturbed", "pairs", "flips", "undecided", "distance", "attack")
+from lsrs_jax.runtime.documents import first_difference, plain, read_sealed, write_sealed
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.files import append, digest_of, fields_of, write_atomic
+from lsrs_jax.runtime.format import AUDIT_COLUMNS
+from lsrs_jax.runtime.signals import deferred
 
 _WHOLE = ("idx", "label", "predict", "unperturbed", "pairs", "flips", "undecided")
+
+
+class Settings(NamedTuple):
+    """How hard the attacks try; part of the identity of an audit. `votes` are the samples of a prediction."""
+
+    images: int
+    fractions: tuple[float, ...]
+    restarts: int
+    steps: int
+    samples: int
+    votes: int
+
+
+class Found(NamedTuple):
+    """What attacks found on a batch of images; arrays ``(B,)``.
+
+    Attributes:
+      unperturbed: class that `predict` gives the image itself, or −1.
+      pairs: points inside the certified radius that were tried.
+      flips: those among them where `predict` returned another class than the certificate.
+      undecided: those where it abstained: neither a flip nor the class of the certificate.
+      distance: ℓ2 norm of the nearest flip of all, inf without one; away from the certified class where there is a
+        certificate, else from `unperturbed`.
+      attack: the name of the attack that found it.
+    """
+
+    unperturbed: np.ndarray
+    pairs: np.ndarray
+    flips: np.ndarray
+    undecided: np.ndarray
+    distance: np.ndarray
+    attack: np.ndarray
+
+
+class Attacked(NamedTuple):
+    """Rows of the table that is attacked."""
+
+    idx: np.ndarray
+    label: np.ndarray
+    predict: np.ndarray
+    radius: np.ndarray
 
 
 class Audit(NamedTuple):
@@ -39,7 +77,7 @@ class Audit(NamedTuple):
     undecided: np.ndarray
     distance: np.ndarray
 
-    def robust_accuracy(self, radius):
+    def robust_accuracy(self, radius: float) -> float:
         """Empirical upper bound: share of images that are right and that no attack flipped within this radius.
 
         An image without certificate on which `predict` abstains counts as wrong, as in certified accuracy.
@@ -47,15 +85,15 @@ class Audit(NamedTuple):
         return float(np.mean(self.correct & (self.distance > radius)))
 
 
-def read(path):
+def read_audit(path: Path) -> Audit:
     """Reads an audit.tsv; raises UserError naming the line that cannot be read."""
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    if lines[0].split("\t") != list(COLUMNS):
+    if lines[0].split("\t") != list(AUDIT_COLUMNS):
         raise UserError(f"{path} is not an audit: its first line differs")
     rows = []
     for number, line in enumerate(lines[1:-1], start=2):
         try:
-            row = fields_of(line, COLUMNS)
+            row = fields_of(line, AUDIT_COLUMNS)
             numbers = [int(row[name]) for name in _WHOLE]
             radius, distance = float(row["radius"]), float(row["distance"])
             if not (0 <= radius < np.inf and distance >= 0 and all(-1 <= number < 2**53 for number in numbers)):
@@ -73,13 +111,13 @@ def read(path):
     return audit
 
 
-def _facts(path):
-    """The content of audit.json beside an audit.tsv, which is intact if it is finished."""
+def _facts(path: Path) -> dict[str, Any]:
+    """The content of audit.json beside an audit.tsv; raises UserError where a finished audit has changed."""
     facts = path.with_suffix(".json")
     if not facts.exists():
         raise UserError(f"{path} has no {facts.name} beside it; restore it, or move the audit away")
-    stored = sealed.read(facts, _check_facts, f"move it and {path.name} away to audit again")
-    if stored["audit"] not in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
+    stored = read_sealed(facts, _check_facts, f"move it and {path.name} away to audit again")
+    if stored["audit"] not in (None, digest_of(path)):
         raise UserError(
             f"{path} has changed: its digest is not the one in {facts.name}; restore it, or move both away to audit "
             "again"
@@ -87,47 +125,49 @@ def _facts(path):
     return stored
 
 
-def _check_facts(stored):
+def _check_facts(stored: dict[str, Any]) -> None:
+    if stored["digest"] is None:
+        raise ValueError("it names no digest of its own")
     if not isinstance(stored["certificates"], str) or not isinstance(stored["settings"], dict):
         raise TypeError("certificates or settings are missing")
     if not isinstance(stored["audit"], str | None):
         raise TypeError("audit is no digest")
 
 
-def read_finished(path):
+def read_finished(path: Path) -> tuple[str, Audit] | None:
     """``(digest of the table that was attacked, `Audit`)`` of a finished audit, else None.
 
     Raises:
       UserError: for one that has changed since, or cannot be read.
     """
     facts = _facts(path)
-    return (facts["certificates"], read(path)) if facts["audit"] else None
+    return (facts["certificates"], read_audit(path)) if facts["audit"] else None
 
 
 class Journal:
     """The audit of one folder of certificates, row by row; what an earlier session has written stays.
 
     Args:
-      place: the folder.
-      settings: `auditor.Settings`; another audit's are refused.
+      folder: of the certificates.
+      settings: those of another audit are refused.
       certificates: digest of the table that is attacked.
 
     Attributes:
       done: indices of the images that are in it.
     """
 
-    def __init__(self, place, settings, certificates):
-        self.path = place / "audit.tsv"
-        self._identity = json.loads(json.dumps({"certificates": certificates, "settings": settings._asdict()}))
+    def __init__(self, folder: Path, settings: Settings, certificates: str) -> None:
+        self.path = folder / "audit.tsv"
+        self._identity = plain({"certificates": certificates, "settings": settings._asdict()})
         self.done = self._resume()
 
-    def _resume(self):
-        """Images that an earlier session of the same audit has done; begins a new one where there is none."""
+    def _resume(self) -> set[int]:
+        """Images that an earlier session of the same audit has done; begins a new audit where there is none."""
         path = self.path
         if path.exists() and (path.with_suffix(".json").exists() or path.read_bytes().count(b"\n") > 1):
             stored = _facts(path)
             identity = {name: stored[name] for name in self._identity}
-            difference = configuration.first_difference(identity, self._identity)
+            difference = first_difference(identity, self._identity)
             if difference:
                 raise UserError(
                     f"{path} is the audit of other certificates or settings ({difference[0]} was {difference[1]!r} and "
@@ -135,25 +175,25 @@ class Journal:
                 )
             lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
             write_atomic(path, "\n".join(lines[:-1]) + "\n")  # without what a kill may have left of a line
-            return set(read(path).idx.tolist()) if len(lines) > 2 else set()
+            return set(read_audit(path).idx.tolist()) if len(lines) > 2 else set()
         self._seal(None)
-        write_atomic(path, "\t".join(COLUMNS) + "\n")
+        write_atomic(path, "\t".join(AUDIT_COLUMNS) + "\n")
         return set()
 
-    def _seal(self, audit):
-        sealed.write(self.path.with_suffix(".json"), self._identity | {"audit": audit})
+    def _seal(self, audit: str | None) -> None:
+        write_sealed(self.path.with_suffix(".json"), self._identity | {"audit": audit})
 
-    def finish(self):
+    def finish(self) -> None:
         """Seals what was found: from now on a change of it is noticed."""
-        self._seal(hashlib.sha256(self.path.read_bytes()).hexdigest())
+        self._seal(digest_of(self.path))
 
-    def append(self, table, rows, found):
-        """Writes what was `auditor.Found` about these rows of a table, but for images that are in it."""
+    def append(self, rows: Attacked, found: Found) -> None:
+        """Writes what attacks found on some rows, but for images that are in the audit already."""
         columns = (
-            table.idx[rows],
-            table.label[rows],
-            table.predict[rows],
-            [repr(float(radius)) for radius in table.radius[rows]],
+            rows.idx,
+            rows.label,
+            rows.predict,
+            [repr(float(radius)) for radius in rows.radius],
             found.unperturbed,
             found.pairs,
             found.flips,
@@ -163,6 +203,6 @@ class Journal:
         )
         new = [values for values in zip(*columns, strict=True) if int(values[0]) not in self.done]
         text = "".join("\t".join(map(str, values)) + "\n" for values in new)
-        with interrupt.deferred():
+        with deferred():
             append(self.path, text)
-            self.done |= set(table.idx[rows].tolist())
+            self.done |= set(rows.idx.tolist())

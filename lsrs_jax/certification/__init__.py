@@ -1,1 +1,1 @@
-"""From a trained classifier to a folder of certificates, one file per kind of certificate."""
+"""From a trained classifier to a folder of certificates: sampling, files, verification."""

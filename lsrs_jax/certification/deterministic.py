@@ -4,38 +4,36 @@ import time
 
 import numpy as np
 
-from lsrs_jax import selfcheck
-from lsrs_jax.certification import folder
-from lsrs_jax.errors import UserError
-from lsrs_jax.margin import certified_margin, float64_slack
-from lsrs_jax.materialize import Float64Encoder
-from lsrs_jax.progress import Progress, duration
-from lsrs_jax.smoothing.table import format_columns, read_table
+from lsrs_jax.certification import store
+from lsrs_jax.certification.margin import certified_margin, float64_slack
+from lsrs_jax.certification.platform_check import check_encoder
+from lsrs_jax.certification.table import format_columns, read_table
+from lsrs_jax.certification.target import Target
+from lsrs_jax.layers.lipschitz import Float64Encoder
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.progress import Progress, duration
 
 _BATCH = 50
-_SECONDS_PER_REPORT = 2.0
 
 
-def run(job):
-    """Certifies the images of `job` in one forward pass each, writes the table and prints a summary."""
-    encoder, weights, bias = job.model.with_linear_head(job.params)
-    identity = job.identity("deterministic")
-    path = job.folder / "certificates.json"
-    record = folder.read_record(path, identity) if path.exists() else []
-    if not path.exists() and any(job.folder.glob("*.tsv")):
-        raise UserError(f"{job.folder} holds another certification; use another --config.certify.name")
-    _check_selection(job)
+def run(target: Target) -> None:
+    """Certifies the images of a target in one forward pass each, writes the table and prints a summary."""
+    encoder, weights, bias = target.model.with_linear_head(target.params)
+    identity, path = target.identity("deterministic"), target.folder / "certificates.json"
+    record = store.past_sessions(path, identity) if path.exists() else []
+    if not path.exists() and any(target.folder.glob("*.tsv")):
+        raise UserError(f"{target.folder} holds another certification; use another --config.certify.name")
+    _check_selection(target)
     print(encoder.report)
-    dataset, indices = job.dataset, np.array(job.indices)
+    dataset, indices = target.dataset, np.array(target.indices)
     print(f"{dataset.name} {dataset.split}: {len(indices):,} images, no noise", flush=True)
     encode = Float64Encoder(encoder, min(_BATCH, len(indices)))
-    selfcheck.check_encoder(encoder, encode)
-    start, session = time.monotonic(), folder.session(len(indices))
-    latents, norms = _encode(dataset, indices, encode)
+    check_encoder(encoder, encode)
+    start, session = time.monotonic(), store.new_session(len(indices))
+    latents, norms = _encode(target, indices, encode)
     logits, lipschitz = latents @ weights + bias, encoder.report.constant
-    _, uncharged = certified_margin(logits, weights, lipschitz=lipschitz)  # what is charged only shortens them
-    rounding = encoder.report.rounding(norms + uncharged)
-    slack = float64_slack(rounding, latents, weights, bias, lipschitz * uncharged)
+    _, reach = certified_margin(logits, weights, lipschitz=lipschitz)  # the radii without slack: the largest ones
+    slack = float64_slack(encoder.report.rounding(norms + reach), latents, weights, bias, lipschitz * reach)
     predict, radius = certified_margin(logits, weights, lipschitz=lipschitz, slack=slack)
     session["seconds"] = round(time.monotonic() - start, 3)
     text = format_columns(
@@ -50,21 +48,20 @@ def run(job):
             "slack": slack,
         }
     )
-    report, record = encoder.report.to_dict(), [*record, session]
-    folder.write(job.folder, job.config, identity, report, record, {"bound": "margin"}, text)
+    store.write(target.folder, target.config, identity, encoder.report, [*record, session], {"bound": "margin"}, text)
     correct = predict == dataset.labels[indices]
     print(
         f"{len(indices):,} images: clean accuracy {correct.mean():.3f}, certified at 36/255 "
         f"{np.mean(correct & (radius >= 36 / 255)):.3f}, average certified radius "
         f"{np.where(correct, radius, 0).mean():.4f}, {duration(session['seconds'] / len(indices))} per image\n"
-        f"{job.folder / 'certificates.tsv'}"
+        f"{target.folder / 'certificates.tsv'}"
     )
 
 
-def _check_selection(job):
+def _check_selection(target: Target) -> None:
     """Certificates on disk are extended or repeated, never dropped."""
-    path = job.folder / "certificates.tsv"
-    left_out = set(read_table(path).idx) - set(job.indices) if path.exists() else ()
+    path = target.folder / "certificates.tsv"
+    left_out = set(read_table(path).idx) - set(target.indices) if path.exists() else ()
     if left_out:
         raise UserError(
             f"{path} holds {len(left_out):,} images outside certify.start, stop and step; choose a selection that "
@@ -72,17 +69,16 @@ def _check_selection(job):
         )
 
 
-def _encode(dataset, indices, encode):
+def _encode(target: Target, indices: np.ndarray, encode: Float64Encoder) -> tuple[np.ndarray, np.ndarray]:
     """Flat float64 latents and the norms of their images, with progress."""
-    parts, norms, progress, shown = [], [], Progress(len(indices)), time.monotonic()
+    parts, norms, progress = [], [], Progress(len(indices))
     for start in range(0, len(indices), _BATCH):
-        images = dataset.pixels(indices[start : start + _BATCH], np.float64)
+        images = target.dataset.pixels(indices[start : start + _BATCH], np.float64)
         latents = encode(images)
         parts.append(latents.reshape(len(latents), -1))
         norms.append(np.linalg.norm(images.reshape(len(images), -1), axis=1))
+        done = start + len(latents)
         if start == 0:  # the first batch compiles
-            progress = Progress(len(indices), len(latents))
-        elif time.monotonic() - shown > _SECONDS_PER_REPORT:
-            shown, done = time.monotonic(), start + len(latents)
-            print(f"{done:>6,} of {len(indices):,} images  {progress.left(done)} left", flush=True)
+            progress = Progress(len(indices), done)
+        progress.show(done, lambda done=done: f"{done:>6,} of {len(indices):,} images")
     return np.concatenate(parts), np.concatenate(norms)

@@ -1,118 +1,104 @@
-"""Certificates of the smoothed classifier: votes, a ledger of them, and what they prove."""
+"""Certificates of the smoothed classifier: samples, their ledgers, and the table that is derived from them."""
 
 import functools
 import time
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from lsrs_jax import config as configuration
-from lsrs_jax.certification import folder
-from lsrs_jax.certification.casting import Caster
-from lsrs_jax.distributed import ALONE, devices
-from lsrs_jax.errors import UserError
-from lsrs_jax.keys import IMPLEMENTATION
-from lsrs_jax.progress import duration
-from lsrs_jax.smoothing import ledger as ledgers
-from lsrs_jax.smoothing import schedule
-from lsrs_jax.smoothing.noise import arithmetic
-from lsrs_jax.smoothing.sweep import Status, Sweep
-from lsrs_jax.smoothing.table import format_table
+from lsrs_jax.certification import ledger, store
+from lsrs_jax.certification.encode import Pipeline
+from lsrs_jax.certification.identity import Identity, arithmetic_facts, sampling_facts, schedule_of
+from lsrs_jax.certification.table import format_table
+from lsrs_jax.certification.target import Target
+from lsrs_jax.config import config_to_dict
+from lsrs_jax.data import Dataset, Photos
+from lsrs_jax.layers.lipschitz import LipschitzReport
+from lsrs_jax.runtime.documents import first_difference
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.processes import ALONE, Process, devices
+from lsrs_jax.runtime.progress import duration
+from lsrs_jax.runtime.rng import root_key
+from lsrs_jax.runtime.types import Config
+from lsrs_jax.runtime.workdir import Workdir
+from lsrs_jax.smoothing.arithmetic import make_arithmetic
+from lsrs_jax.smoothing.certificates import Certificates
+from lsrs_jax.smoothing.counts import Counts, ImageCounts
+from lsrs_jax.smoothing.derivation import Derivation
+from lsrs_jax.smoothing.engine import Engine, Status
+from lsrs_jax.smoothing.schedule import make_schedule
 
-DERIVED = ("alpha", "bound", "radii", "epsilon")  # fields of `certify` on which no vote depends
+DERIVED = ("alpha", "bound", "radii", "epsilon")  # fields of `certify` on which no sample depends
 _SECONDS_PER_DERIVATION = 60.0
 
 
-def _plan(certify):
-    return schedule.plan(certify.schedule, certify.n0, certify.n, certify.tile[1])
-
-
-def identity_of_config(config):
-    """What the votes depend on, as far as the configuration says it."""
-    certify = config.certify
-    return {
-        "sigma": config.sigma,
-        "seed": config.seed,
-        "n0": certify.n0,
-        "n": certify.n,
-        "schedule": certify.schedule,
-        "stages": list(_plan(certify).looks),
-        "tile": list(certify.tile),
-        "noise": certify.noise,
-        "head_dtype": certify.head_dtype,
-    }
-
-
-def _terms(law, latent_shape):
-    """What an arithmetic means for the certificates of latents of this shape."""
-    return law.identity | {"sigma": law.sigma, "tau": law.tau(int(np.prod(latent_shape)))}
-
-
 class Certification:
-    """One folder: its identity, its ledger, and the certificates derived from it.
+    """One folder: its identity, its ledgers, and the certificates derived from them.
 
     Args:
-      place: the folder.
-      config: the configuration.
-      identity: what makes two sets of votes comparable; a resume that differs in any of it is refused.
-      lipschitz: the `LipschitzReport` behind the certificates as a dict.
-      process: `distributed.Place`; the first one writes the certificates, each one its own votes.
+      identity: of the run; a resumption that differs in any of it is refused.
+      lipschitz: the proof of the Lipschitz constant.
+      process: the first one writes the certificates, each one its own ledger.
     """
 
-    def __init__(self, place, config, identity, lipschitz, process=ALONE):
-        certify, law = config.certify, identity["arithmetic"]
-        self.folder, self.config, self.identity, self.lipschitz = place, config, identity, lipschitz
-        self.plan = _plan(certify)
-        self.derivation = schedule.Derivation(
-            law["sigma"],
+    def __init__(
+        self, folder: Path, config: Config, identity: Identity, lipschitz: LipschitzReport, process: Process = ALONE
+    ) -> None:
+        certify, arithmetic = config.certify, identity.arithmetic or {}
+        self.folder, self.config, self.identity, self.lipschitz = folder, config, identity, lipschitz
+        self.schedule, self.num_classes = schedule_of(config), identity.classes or 0
+        self.derivation = Derivation(
+            arithmetic["sigma"],
             certify.alpha,
             certify.bound,
-            lipschitz["constant"],
-            law["tau"],
+            lipschitz.constant,
+            arithmetic["tau"],
             tuple(certify.radii) or None,
             certify.epsilon,
         )
-        self.process, self.settled = process, set()
+        self.process, self.decided_images = process, set[int]()
 
-    def ledger(self):
-        """The open `Ledger`; its file is made if missing."""
-        path, process = self.folder / ledgers.name(self.process.index), self.process
+    def open_ledger(self) -> ledger.Ledger:
+        """The open ledger of this process; its file is made if missing."""
+        path, process = self.folder / ledger.name(self.process.index), self.process
         meet = functools.partial(process.wait, "ledgers")
-        return ledgers.Ledger(path, self.plan, self.identity["classes"], process.count, meet)
+        return ledger.Ledger(path, self.schedule, self.num_classes, process.count, meet)
 
-    def settle(self, tallies):
-        """bool per tally, all at a look; remembers the settled ones."""
-        found = self.derivation.settled(self.plan, tallies)
-        self.settled |= {tally.idx for tally, yes in zip(tallies, found, strict=True) if yes}
+    def decided(self, images: list[ImageCounts]) -> np.ndarray:
+        """Whether images that are at a look are decided; remembers those that are."""
+        found = self.derivation.decided(self.schedule, images)
+        self.decided_images |= {image.idx for image, yes in zip(images, found, strict=True) if yes}
         return found
 
-    def check_charges(self, tallies):
-        """Raises UserError for an image that is charged less than the least that any latent is."""
-        law = self.identity["arithmetic"]
-        latent = np.zeros((1, *self.lipschitz["output_shape"]))
-        least = float(arithmetic(law["name"], law["sigma"]).slack(latent)[0])
-        for tally in tallies:
-            if tally.slack < least:
+    def check_slack(self, images: Collection[ImageCounts]) -> None:
+        """Raises UserError for an image with less slack than the rounding of any latent costs."""
+        arithmetic = make_arithmetic(self.config.certify.arithmetic, self.config.sigma)
+        least = float(arithmetic.slack(np.zeros((1, *self.lipschitz.output_shape)))[0])
+        for image in images:
+            if image.slack < least:
                 raise UserError(
-                    f"{self.folder}: image {tally.idx} is charged {tally.slack}, less than the rounding of its latent; "
+                    f"{self.folder}: image {image.idx} is charged {image.slack}, less than the rounding of its latent; "
                     "restore the ledger, or certify under another --config.certify.name"
                 )
 
-    def adopt(self, ledger):
-        """Settles what other processes have brought to a look since."""
-        ledger.refresh()
-        waiting = [tally for idx, tally in ledger.tallies.items() if idx not in self.settled and ledger.at_a_look(idx)]
+    def adopt(self, counts: ledger.Ledger) -> None:
+        """Decides images that other processes have brought to a look since."""
+        counts.refresh()
+        waiting = [i for idx, i in counts.images.items() if idx not in self.decided_images and counts.at_a_look(idx)]
         if waiting:
-            self.settle(waiting)
+            self.decided(waiting)
 
-    def past_sessions(self):
-        """The record of earlier sessions; refuses votes of another run. Without votes there is nothing to mix."""
+    def past_sessions(self) -> list[dict[str, Any]]:
+        """The record of earlier sessions; refuses samples of another run. Without samples there is nothing to mix."""
         path = self.folder / "certificates.json"
-        if not ledgers.has_rows(self.folder):
+        if not ledger.has_rows(self.folder):
             if (self.folder / "certificates.tsv").exists():
                 if path.exists():
-                    folder.read_record(path, self.identity)
+                    store.past_sessions(path, self.identity)
                 raise UserError(
-                    f"{self.folder} holds certificates but no votes; restore {ledgers.name('*')}, or use another "
+                    f"{self.folder} holds certificates but no votes; restore {ledger.name('*')}, or use another "
                     "--config.certify.name"
                 )
             return []
@@ -120,231 +106,242 @@ class Certification:
             raise UserError(
                 f"{self.folder} holds votes but no {path.name}; restore it, or use another --config.certify.name"
             )
-        return folder.read_record(path, self.identity)
+        return store.past_sessions(path, self.identity)
 
-    def derive(self, ledger, record, chosen):
+    def derive(
+        self, counts: ledger.Ledger, record: list[dict[str, Any]], chosen: Collection[int]
+    ) -> tuple[list[ImageCounts], Certificates | None]:
         """Writes certificates.tsv and certificates.json for the images `chosen`, which have reached a look.
 
         Returns:
-          ``(tallies, certificates)``; certificates are None without any.
+          ``(counts, certificates)`` of these images; certificates are None without any.
         """
-        ledger.flush()  # no certificate without its votes on disk
-        tallies = [ledger.tallies[idx] for idx in sorted(chosen)]
-        self.check_charges(tallies)
-        if not tallies:
-            folder.write(self.folder, self.config, self.identity, self.lipschitz, record)
-            return tallies, None
-        certificates = self.derivation.certificates(self.plan, tallies)
-        text = format_table(tallies, certificates, self.lipschitz["constant"])
-        derivation = {"alpha": self.derivation.alpha, "bound": self.derivation.bound, "votes": ledger.digests()}
-        if self.identity["schedule"] == "staged":
+        counts.flush()  # no certificate without its samples on disk
+        images = [counts.images[idx] for idx in sorted(chosen)]
+        self.check_slack(images)
+        if not images:
+            store.write(self.folder, self.config, self.identity, self.lipschitz, record)
+            return images, None
+        certificates = self.derivation.certificates(self.schedule, images)
+        text = format_table(images, certificates, self.lipschitz.constant)
+        derivation = {"alpha": self.derivation.alpha, "bound": self.derivation.bound, "votes": counts.digests()}
+        if self.identity.schedule == "staged":
             derivation |= {"radii": self.derivation.radii, "epsilon": self.derivation.epsilon}
-        folder.write(self.folder, self.config, self.identity, self.lipschitz, record, derivation, text)
-        return tallies, certificates
+        store.write(self.folder, self.config, self.identity, self.lipschitz, record, derivation, text)
+        return images, certificates
 
 
-def run(job, process, workdir, tick):
-    """Samples what is missing in the ledgers, derives the certificates and prints a summary.
+def run(target: Target, process: Process, workdir: Workdir, tick: Callable[[], None]) -> None:
+    """Draws the samples that are missing in the ledgers, derives the certificates and prints a summary.
 
-    Every process of the run calls this with the same job. Each takes its share of the images that are not settled, on
-    its own devices: the noise of an image does not depend on who casts its votes.
+    Every process of the run calls this with the same target. Each takes its share of the undecided images, on its own
+    devices: the noise of an image does not depend on the process that draws it.
 
     Args:
-      job: `job.Job`.
-      process: `distributed.Place`.
-      workdir: `workdir.Workdir`.
       tick: called with every line of progress.
     """
-    with process.together("the preparation of the votes"):
-        certification, record, caster = _prepare(job, process)
-    with certification.ledger() as ledger:
+    with process.together("the preparation of the samples"):
+        certification, record, pipeline = _prepare(target, process)
+    with certification.open_ledger() as counts:
         with process.together("the ledgers"):
-            check_labels(job.folder, ledger, job.dataset)
-        at_a_look = [tally for idx, tally in ledger.tallies.items() if ledger.at_a_look(idx)]
+            check_labels(target.folder, counts, target.dataset)
+        at_a_look = [image for idx, image in counts.images.items() if counts.at_a_look(idx)]
         if at_a_look:
-            certification.settle(at_a_look)
-        pending = [idx for idx in job.indices if idx not in certification.settled]
-        print(caster.report)
-        print(_headline(job, certification, len(pending)), flush=True)
+            certification.decided(at_a_look)
+        pending = [idx for idx in target.indices if idx not in certification.decided_images]
+        print(pipeline.report)
+        print(_headline(target, certification, len(pending)), flush=True)
         if pending:
-            _sample(job, workdir, certification, ledger, caster, pending, record, tick)
+            _sample(target, workdir, certification, counts, pipeline, pending, record, tick)
         if not process.leads:
             return
-        tallies, certificates = certification.derive(ledger, record, certification.settled)
-    _print_summary(job.folder, certification, tallies, certificates, job.indices)
+        images, certificates = certification.derive(counts, record, certification.decided_images)
+    if certificates is not None:
+        _print_summary(target.folder, certification, images, certificates, target.indices)
 
 
-def _prepare(job, process):
-    """What votes need, tried out before any is cast: ``(certification, record, caster)``."""
-    config = job.config
-    encoder, head = job.model.for_certification(job.params, config.certify.head_dtype)
-    law = arithmetic(config.certify.arithmetic, config.sigma)
-    identity = job.identity("smoothed") | identity_of_config(config)
-    identity |= {"prng": IMPLEMENTATION, "arithmetic": _terms(law, encoder.report.output_shape)}
-    certification = Certification(job.folder, config, identity, encoder.report.to_dict(), process)
-    record = certification.past_sessions()
-    return certification, record, Caster(job, encoder, head)
+def _prepare(target: Target, process: Process) -> tuple[Certification, list[dict[str, Any]], Pipeline]:
+    """What sampling needs, tried out before any sample is drawn: ``(certification, record, pipeline)``."""
+    config = target.config
+    encoder, head = target.model.for_certification(target.params, config.certify.head_dtype)
+    arithmetic = make_arithmetic(config.certify.arithmetic, config.sigma)
+    identity = target.identity("smoothed").sampled(config, arithmetic, encoder.report.output_shape)
+    certification = Certification(target.folder, config, identity, encoder.report, process)
+    return certification, certification.past_sessions(), Pipeline(target, encoder, head)
 
 
-def _headline(job, certification, pending):
-    certify, plan, dataset = job.config.certify, certification.plan, job.dataset
-    lines = [
-        f"{dataset.name} {dataset.split}: {len(job.indices):,} images, {len(job.indices) - pending:,} of them done; "
-        f"sigma {job.config.sigma}, n0 {certify.n0}, n {certify.n:,}, alpha {certify.alpha}, {certify.bound} bound, "
-        f"{certify.arithmetic} arithmetic; {devices()}"
-    ]
-    if len(plan.looks) > 1:
-        wanted = f"radii {', '.join(f'{r:g}' for r in certify.radii)}" if certify.radii else "the radius itself"
-        lines.append(
-            f"staged: {len(plan.looks)} looks from {plan.looks[0]:,} votes on, until {wanted} "
-            f"{'are decided' if certify.radii else f'is known to {certify.epsilon:g} sigma / L'}"
-        )
-    return "\n".join(lines)
+def _headline(target: Target, certification: Certification, pending: int) -> str:
+    certify, schedule, dataset = target.config.certify, certification.schedule, target.dataset
+    line = (
+        f"{dataset.name} {dataset.split}: {len(target.indices):,} images, {len(target.indices) - pending:,} of them "
+        f"done; sigma {target.config.sigma}, n0 {certify.n0}, n {certify.n:,}, alpha {certify.alpha}, "
+        f"{certify.bound} bound, {certify.arithmetic} arithmetic; {devices()}"
+    )
+    if not schedule.staged:
+        return line
+    until = f"is known to {certify.epsilon:g} sigma / L"
+    if certify.radii:
+        until = f"{', '.join(f'{r:g}' for r in certify.radii)} are decided"
+    wanted = "radii" if certify.radii else "the radius itself"
+    return f"{line}\nstaged: {len(schedule.looks)} looks from {schedule.looks[0]:,} samples on, until {wanted} {until}"
 
 
-def check_labels(place, tallies, dataset):
-    """Raises UserError unless the votes in a folder are of images with the labels of a dataset."""
-    for tally in tallies.tallies.values():
-        if tally.idx >= len(dataset) or tally.label != dataset.labels[tally.idx]:
-            raise UserError(f"{place} does not fit the data: image {tally.idx} has another label in its votes")
+def check_labels(folder: Path, counts: Counts, dataset: Dataset | Photos) -> None:
+    """Raises UserError unless the rows in a folder are of images with the labels of a data set."""
+    for image in counts.images.values():
+        if image.idx >= len(dataset) or image.label != dataset.labels[image.idx]:
+            raise UserError(f"{folder} does not fit the data: image {image.idx} has another label in its votes")
 
 
-def _sample(job, workdir, certification, ledger, caster, pending, record, tick):
+def _sample(
+    target: Target,
+    workdir: Workdir,
+    certification: Certification,
+    counts: ledger.Ledger,
+    pipeline: Pipeline,
+    pending: list[int],
+    record: list[dict[str, Any]],
+    tick: Callable[[], None],
+) -> None:
     process, start = certification.process, time.monotonic()
-    session, derived = folder.session(len(pending)), start
+    session, derived = store.new_session(len(pending)), start
     share = pending[process.index :: process.count]
 
-    def begin():
-        """With the first votes, not before: a head that cannot be certified leaves nothing behind."""
+    def begin() -> None:
+        """Called with the first samples, not before: a head that cannot be certified leaves nothing behind."""
         record.append(session)
-        # Images that are settled already get the derivation of this session with the first write.
-        certification.derive(ledger, record, certification.settled)
+        # Images that are decided already get the derivation of this session with the first write.
+        certification.derive(counts, record, certification.decided_images)
 
-    def settled(tallies):
+    def decided(images: list[ImageCounts]) -> np.ndarray:
         nonlocal derived
-        found = certification.settle(tallies)
+        found = certification.decided(images)
         if process.leads and time.monotonic() - derived > _SECONDS_PER_DERIVATION:
             workdir.pull()
-            certification.adopt(ledger)
-            certification.derive(ledger, record, certification.settled)
+            certification.adopt(counts)
+            certification.derive(counts, record, certification.decided_images)
             derived = time.monotonic()
         return found
 
-    def say(line):
+    def say(line: str) -> None:
         tick()
         print(line if process.count == 1 else f"{line} (of this process's share)", flush=True)
 
-    if process.count == 1:
-        before = len(job.indices) - len(pending)
-        status = Status(certification.plan, len(job.indices), before, say)
-        sweep = Sweep(caster.votes, ledger, settled, status, begin)
-    else:
-        # It must be on disk what votes are of before any process writes one.
-        with process.together("the first votes"):
+    total, before, first = len(target.indices), len(target.indices) - len(pending), begin
+    if process.count > 1:
+        # The identity must be on disk before any process writes a sample.
+        with process.together("the first samples"):
             if process.leads:
                 begin()
                 workdir.push()
-        status = Status(certification.plan, len(share), 0, say)
-        sweep = Sweep(caster.votes, ledger, settled, status)
-    charged = {idx: tally.slack for idx, tally in ledger.tallies.items()}
-    for block in caster.blocks(share, charged):
-        sweep.run(block)
+        total, before, first = len(share), 0, lambda: None
+    status = Status(certification.schedule, total, before, say)
+    engine = Engine(pipeline.sampler, root_key(target.config.seed), counts, decided, status, first)
+    for images in pipeline.encoded(share, {idx: image.slack for idx, image in counts.images.items()}):
+        engine.run(images)
     status.show()
-    ledger.flush()
+    counts.flush()
     workdir.push()
-    process.wait("the votes")
+    process.wait("the samples")
     if process.leads:
         workdir.pull()
-        certification.adopt(ledger)
+        certification.adopt(counts)
     session["seconds"] = round(time.monotonic() - start, 3)
 
 
-def from_counts(place, config):
-    """Derives certificates anew from the votes in a folder: no model, no data, no forward pass.
+def from_counts(folder: Path, config: Config) -> None:
+    """Derives certificates anew from the ledgers in a folder: no model, no data, no forward pass.
 
     Raises:
-      UserError: where the ledger cannot support what the configuration asks for.
+      UserError: where the ledgers cannot support what the configuration asks for.
     """
-    certify, stored = config.certify, folder.of_place(place, "to derive from")
-    if stored["identity"].get("certificate") != "smoothed" or certify.certificate != "smoothed":
-        held = stored["identity"].get("certificate")
-        wrong = f"{place} holds {held} ones" if held != "smoothed" else "leave --config.certify.certificate out"
+    certify, stored = config.certify, store.read_folder(folder, "to derive from")
+    held = stored.identity.certificate
+    if held != "smoothed" or certify.certificate != "smoothed":
+        wrong = f"{folder} holds {held} ones" if held != "smoothed" else "leave --config.certify.certificate out"
         raise UserError(f"--from-counts is for smoothed certificates: {wrong}")
-    certification = reopen(place, config, stored)
-    if not ledgers.has_rows(place):
-        raise UserError(f"{place} holds no votes; restore {ledgers.name('*')}")
-    with certification.ledger() as ledger:
-        chosen = [idx for idx in ledger.tallies if ledger.at_a_look(idx)]
-        left_out = len(ledger.tallies) - len(chosen)
+    certification = reopen(folder, config, stored)
+    if not ledger.has_rows(folder):
+        raise UserError(f"{folder} holds no votes; restore {ledger.name('*')}")
+    with certification.open_ledger() as counts:
+        chosen = [idx for idx in counts.images if counts.at_a_look(idx)]
+        left_out = len(counts.images) - len(chosen)
         indices = range(certify.start, certify.stop or max(chosen, default=0) + 1, certify.step)
         if not any(idx in indices for idx in chosen):
             raise UserError(
-                f"no image of this selection in {place} has all its votes; run certify without --from-counts first"
+                f"no image of this selection in {folder} has all its samples; run certify without --from-counts first"
             )
-        tallies, certificates = certification.derive(ledger, stored["record"], chosen)
-    print(f"alpha {certify.alpha}, {certify.bound} bound, from the votes of {len(chosen):,} images")
+        images, certificates = certification.derive(counts, stored.record, chosen)
+    print(f"alpha {certify.alpha}, {certify.bound} bound, from the samples of {len(chosen):,} images")
     if left_out:
         print(f"note: {left_out:,} images whose sampling was interrupted are left out; certify resumes them")
-    _print_summary(place, certification, tallies, certificates, indices)
+    if certificates is not None:
+        _print_summary(folder, certification, images, certificates, indices)
 
 
-def reopen(place, config, stored):
-    """The `Certification` of votes in a folder, from the content of its certificates.json.
+def reopen(folder: Path, config: Config, stored: store.Stored) -> Certification:
+    """The `Certification` of the ledgers in a folder, from its certificates.json.
 
     Raises:
-      UserError: where they were cast under another configuration, or where numbers from which radii would follow
+      UserError: where the samples were drawn under another configuration, or where numbers from which radii follow
         contradict each other.
     """
-    path, identity = place / "certificates.json", stored["identity"]
-    wanted = identity_of_config(config) | {"arithmetic": config.certify.arithmetic}
-    cast = {name: identity.get(name) for name in wanted} | {"arithmetic": identity["arithmetic"].get("name")}
-    difference = configuration.first_difference(cast, wanted)
-    if difference:
+    path, identity, certify = folder / "certificates.json", stored.identity, config.certify
+    facts = identity.arithmetic or {}
+    wanted = sampling_facts(config) | {"arithmetic": certify.arithmetic}
+    drawn = {name: getattr(identity, name) for name in wanted} | {"arithmetic": facts.get("name")}
+    if difference := first_difference(drawn, wanted):
         name, old, new = difference
         raise UserError(
-            f"the votes in {place} were cast with {name} {old!r}, not {new!r}: only alpha, bound, radii and "
+            f"the votes in {folder} were cast with {name} {old!r}, not {new!r}: only alpha, bound, radii and "
             "epsilon can be derived anew; certify under another --config.certify.name"
         )
     own, claimed = (
         {"data": {name: one["data"][name] for name in ("name", "split", "size")}, "model": one["model"]}
-        for one in (stored["config"], configuration.to_dict(config))
+        for one in (config_to_dict(stored.settings), config_to_dict(config))
     )
-    difference = configuration.first_difference(own, claimed)
-    if difference:
+    if difference := first_difference(own, claimed):
         name, old, new = difference
-        raise UserError(f"the votes in {place} were cast with {name} {old!r}, not {new!r}: leave that flag out")
-    law = arithmetic(config.certify.arithmetic, config.sigma)
-    if identity["arithmetic"] != _terms(law, stored["lipschitz"]["output_shape"]):
+        raise UserError(f"the votes in {folder} were cast with {name} {old!r}, not {new!r}: leave that flag out")
+    arithmetic = make_arithmetic(certify.arithmetic, config.sigma)
+    if facts != arithmetic_facts(arithmetic, stored.lipschitz.output_shape):
         raise UserError(
             f"{path} is damaged (its arithmetic is not that of the configuration and the latent); restore it, or use "
             "another --config.certify.name"
         )
-    return Certification(place, config, identity, stored["lipschitz"])
+    return Certification(folder, config, identity, stored.lipschitz)
 
 
-def _print_summary(place, certification, tallies, certificates, indices):
-    wanted = np.array([tally.idx in indices for tally in tallies])
-    correct = (certificates.predict == [tally.label for tally in tallies])[wanted]
+def _print_summary(
+    folder: Path,
+    certification: Certification,
+    images: list[ImageCounts],
+    certificates: Certificates,
+    indices: Collection[int],
+) -> None:
+    wanted = np.array([image.idx in indices for image in images])
+    correct = (certificates.predict == [image.label for image in images])[wanted]
     radius, abstain = certificates.radius[wanted], certificates.abstain[wanted]
-    seconds = np.array([tally.seconds for tally in tallies])[wanted]
+    seconds = np.array([image.seconds for image in images])[wanted]
     print(
         f"{wanted.sum():,} images: certified accuracy {correct.mean():.3f}, average certified radius "
         f"{np.where(correct, radius, 0).mean():.4f}, abstained {abstain.mean():.3f}, "
-        f"{certificates.n[wanted].mean():,.0f} votes and {duration(seconds.mean())} per image\n"
-        f"{place / 'certificates.tsv'}"
+        f"{certificates.n[wanted].mean():,.0f} samples and {duration(seconds.mean())} per image\n"
+        f"{folder / 'certificates.tsv'}"
     )
-    plan, derivation = certification.plan, certification.derivation
-    slack = max(tally.slack for tally in tallies)
-    largest = derivation.largest_radius(plan, slack)
+    schedule, derivation = certification.schedule, certification.derivation
+    slack = max(image.slack for image in images)
+    largest = derivation.largest_radius(schedule, slack)
     if largest <= 0:
         print(
-            f"note: with n={plan.n} and alpha={derivation.alpha} even a unanimous vote certifies nothing; raise "
-            "certify.n"
+            f"note: with n={schedule.n} and alpha={derivation.alpha} nothing is certified even where all samples "
+            "agree; raise certify.n"
         )
-    elif len(plan.looks) > 1:
-        fixed = derivation.largest_radius(schedule.plan("fixed", plan.n0, plan.n, plan.samples), slack)
+    elif schedule.staged:
+        fixed = derivation.largest_radius(make_schedule("fixed", schedule.n0, schedule.n, schedule.samples), slack)
+        between = "; between the radii asked for, a radius says only which of them it reaches"
         print(
-            f"staged: alpha is split over {len(plan.looks)} looks, so the largest radius is {largest:.4f} instead of "
-            f"{fixed:.4f} with the fixed schedule; near it radii are lost, below {0.85 * fixed:.4f} hardly any"
-            + ("; between the radii asked for, a radius says only which of them it reaches" if derivation.radii else "")
+            f"staged: alpha is split over {len(schedule.looks)} looks, so the largest radius is {largest:.4f} instead "
+            f"of {fixed:.4f} with the fixed schedule; near it radii are lost, below {0.85 * fixed:.4f} hardly any"
+            + (between if derivation.radii else "")
         )

@@ -1,8 +1,8 @@
-"""Image classification sets: small ones in memory, photos decoded when they are needed; the batches of a training."""
+"""Image classification sets, in memory or as photos that are decoded when they are read; training batches."""
 
 from lsrs_jax.data.batches import augment, batch_indices, training_batches
 from lsrs_jax.data.memory import Dataset
 from lsrs_jax.data.photos import Photos
-from lsrs_jax.data.sources import load, of_config
+from lsrs_jax.data.sources import ImageSet, load, load_split
 
-__all__ = ["Dataset", "Photos", "augment", "batch_indices", "load", "of_config", "training_batches"]
+__all__ = ["Dataset", "ImageSet", "Photos", "augment", "batch_indices", "load", "load_split", "training_batches"]

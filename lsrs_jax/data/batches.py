@@ -1,4 +1,4 @@
-"""Batches of a training: which images, and how they are shifted, cut and mirrored, by seed and step alone."""
+"""Training batches: which images, and how they are shifted, cropped and mirrored, by seed and step alone."""
 
 import contextlib
 import functools
@@ -6,16 +6,21 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Generator
+from typing import Any
 
-import grain
 import numpy as np
-from absl import flags
+from jaxtyping import Float32, Int, Int32
 
-from lsrs_jax.data.photos import Photos
-from lsrs_jax.errors import UserError
+from lsrs_jax.data.photos import Photos, silence_pillow
+from lsrs_jax.data.sources import ImageSet
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.types import Config
+
+_ALL = slice(None)
 
 
-def batch_indices(size, batch_size, seed, step):
+def batch_indices(size: int, batch_size: int, seed: int, step: int) -> Int[np.ndarray, " batch_size"]:
     """Indices of training batch `step`, a function of (seed, step) alone: each epoch is a fresh permutation.
 
     The last ``size % batch_size`` examples of an epoch's permutation are left out.
@@ -27,17 +32,17 @@ def batch_indices(size, batch_size, seed, step):
 
 
 @functools.lru_cache(2)
-def _permutation(size, seed, epoch):
+def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, 0, epoch]).permutation(size)
 
 
-def augment(images, *, crop, flip, seed, step, rows=slice(None), batch_size=None):
+def augment(
+    images: np.ndarray, *, crop: int, flip: bool, seed: int, step: int, rows: slice = _ALL, batch_size: int = 0
+) -> np.ndarray:
     """Random shifts by up to `crop` pixels (zero padding) and horizontal flips, deterministic in (seed, step).
 
-    Args:
-      images: ``(B, H, W, C)``, any dtype; returned with the same shape and dtype.
-      rows: which of a batch of `batch_size` they are, all of it by default: an image is shifted and flipped alike,
-        whether the others are here or not.
+    The images ``(B, H, W, C)`` are `rows` of a batch of `batch_size`, by default the whole batch. How an image is
+    shifted and flipped does not depend on whether the other rows are given. Shape and dtype stay the same.
     """
     rng = np.random.default_rng([seed, 1, step])
     (batch, height, width), whole = images.shape[:3], batch_size or len(images)
@@ -56,17 +61,17 @@ def augment(images, *, crop, flip, seed, step, rows=slice(None), batch_size=None
 
 
 class _Views:
-    """Photos as a training sees them, one after the other: ``rows`` of each batch of ``batch_size``."""
+    """Sequence of augmented photos for Grain: the rows `rows` of each batch, from batch `first` up to `stop`."""
 
-    def __init__(self, photos, data, seed, first, stop, rows):
+    def __init__(self, photos: Photos, data: Config, seed: int, first: int, stop: int, rows: range) -> None:
         self._photos, self._seed, self._first, self._rows = photos, seed, first, rows
         self._batch_size, self._area, self._flip = data.batch_size, tuple(data.area), data.flip
         self._count = (stop - first) * len(rows)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, position):
+    def __getitem__(self, position: int) -> tuple[np.ndarray, int]:
         step, row = divmod(position, len(self._rows))
         step, row = self._first + step, self._rows[row]
         index = batch_indices(len(self._photos), self._batch_size, self._seed, step)[row]
@@ -74,58 +79,53 @@ class _Views:
         return self._photos.random_view(int(index), rng, self._area, self._flip)
 
 
-def _worker(*_):
-    """In a new worker: it lives as long as its training, whatever ends that, and leaves signals to it."""
+def _start_worker(*_: int) -> None:
+    """Makes a new worker ignore signals, and exit as soon as its parent, the training process, has ended."""
+    silence_pillow()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
-    def follow():
-        multiprocessing.parent_process().join()
+    def follow() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
 
 
-def training_batches(dataset, data, seed, first, stop, own=slice(None)):
-    """Batches ``first`` to ``stop`` of a training: ``(float32 (B, H, W, C) in [0, 1], labels (B,))``; close it.
+def training_batches(
+    dataset: ImageSet, data: Config, seed: int, first: int, stop: int, own: slice = _ALL
+) -> Generator[tuple[Float32[np.ndarray, "B H W C"], Int32[np.ndarray, " B"]]]:
+    """Batches ``first`` to ``stop`` of a training, images in [0, 1] and labels; the caller closes the generator.
 
-    Photos are decoded ahead by ``data.workers`` processes, or threads of this one where that is 0 (Grain). What a batch
-    holds depends on neither.
-
-    Args:
-      dataset: `Dataset` or `Photos`.
-      data: the ``data`` section of the configuration.
-      own: the rows of each batch that this process needs.
-
-    Raises:
-      UserError: for a photo that cannot be decoded, and where a process that decodes was killed.
+    This process gets the rows `own` of each batch. Photos are decoded ahead of time by ``data.workers`` processes, or
+    by threads of this process where that is 0 (Grain); the content of a batch does not depend on it. Raises UserError
+    for a photo that cannot be decoded, or if a worker process was killed.
     """
     if not isinstance(dataset, Photos):
+        options = {"crop": data.crop, "flip": data.flip, "seed": seed, "rows": own, "batch_size": data.batch_size}
         for step in range(first, stop):
             index = batch_indices(len(dataset), data.batch_size, seed, step)[own]
-            # Shifted as bytes, a quarter of the numbers.
-            images = augment(
-                dataset.images[index],
-                crop=data.crop,
-                flip=data.flip,
-                seed=seed,
-                step=step,
-                rows=own,
-                batch_size=data.batch_size,
-            )
+            # Shifted before they are scaled: bytes are a quarter of the size.
+            images = augment(dataset.images[index], step=step, **options)
             yield dataset.scaled(images, np.float32), dataset.labels[index]
         return
+    import grain
+    from absl import flags
+
+    silence_pillow()
     rows = range(data.batch_size)[own]
-    views = grain.MapDataset.source(_Views(dataset, data, seed, first, stop, rows)).batch(len(rows))
-    threads = 1 if data.workers else os.cpu_count()
-    batches = views.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
+    views: Any = _Views(dataset, data, seed, first, stop, rows)
+    threads = 1 if data.workers else os.cpu_count() or 1
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+    batches = grain.MapDataset.source(views).batch(len(rows)).to_iter_dataset(options)
     if data.workers:
-        if not flags.FLAGS.is_parsed():  # Grain has some, and takes their defaults
+        if not flags.FLAGS.is_parsed():  # Grain reads absl flags: their defaults are right
             flags.FLAGS.mark_as_parsed()
-        # What workers had decoded ahead at the end is given back by Python's tracker, which would say so on stderr.
+        # At the end Python's resource tracker frees the batches that workers decoded ahead, and warns about each.
         os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
-        options = grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=2)
-        batches = batches.mp_prefetch(options, _worker)
+        workers = grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=2)
+        batches = batches.mp_prefetch(workers, _start_worker)
     with contextlib.closing(iter(batches)) as prepared:
         try:
             for images, labels in prepared:

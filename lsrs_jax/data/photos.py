@@ -1,4 +1,4 @@
-"""Sets of photos of any size: encoded where they lie, decoded and cut to one size when they are read."""
+"""Sets of photos of any size: stored encoded, decoded and cropped to one size when they are read."""
 
 import concurrent.futures
 import dataclasses
@@ -8,53 +8,54 @@ import io
 import math
 import os
 import re
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import PIL
+from jaxtyping import Float, Int32, UInt8
+from numpy.typing import DTypeLike
 from PIL import Image, features
 
-from lsrs_jax.errors import UserError
+from lsrs_jax.data.memory import Index
+from lsrs_jax.runtime.errors import UserError
 
-MARGIN = 8 / 7  # of the shorter side over the central square that is evaluated: 256 over 224 pixels
+MARGIN = 8 / 7  # shorter side over the central square that is evaluated: 256 over 224 pixels
 ASPECT = (3 / 4, 4 / 3)  # width over height of random crops
 _PROBES = 8  # photos whose decoded pixels are part of a split's digest
 _TRIES = 10  # to place a random crop
 
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
 
 @dataclasses.dataclass(frozen=True)
 class Photos:
-    """One split, in the order of its source; stands where a `Dataset` does.
+    """One split, in the order of its source, with the interface of a `Dataset`.
 
-    An image is the central square of its photo, 7/8 of the shorter side (ResNet's evaluation: 256 pixels, of which the
-    middle 224), resampled to `size` with an antialiased triangle filter.
-
-    Attributes:
-      name, version, split: what it is; part of a certificate's identity.
-      source: sequence of ``{"image": bytes of a JPEG or PNG, "label": int}``, with ``__getitems__``; picklable.
-      size: H and W of an image.
-      channels: 3, or 1 for greyscale.
-      num_classes: K.
+    An image is the central square of its photo, 7/8 of the shorter side (ResNet's evaluation: the middle 224 of 256
+    pixels), resampled to `size` with an antialiased triangle filter. Name, version and split are part of a
+    certificate's identity.
     """
 
     name: str
     version: str
     split: str
-    source: Any
-    size: int
-    channels: int
+    source: Any  # picklable sequence of {"image": bytes of a JPEG or PNG, "label": int}, with __getitems__
+    size: int  # H and W of an image
+    channels: int  # 3, or 1 for greyscale
     num_classes: int
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.source)
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         """``(H, W, C)``."""
         return (self.size, self.size, self.channels)
 
     @functools.cached_property
-    def _read_through(self):
+    def _read_through(self) -> tuple[str, np.ndarray]:
         """``(SHA-256 over photos and labels as stored, labels)``."""
         total, labels = hashlib.sha256(), np.empty(len(self), np.int32)
         for start in range(0, len(self), 256):
@@ -66,11 +67,11 @@ class Photos:
         return total.hexdigest(), labels
 
     @property
-    def labels(self):
-        """int32 ``(N,)``. Reads the whole split, once."""
+    def labels(self) -> Int32[np.ndarray, " N"]:
+        """All labels. The first access reads the whole split."""
         return self._read_through[1]
 
-    def digest(self):
+    def digest(self) -> str:
         """SHA-256 over photos and labels as stored, the images' shape, and the decoder.
 
         **Guarantee**: two splits of one digest hold the same images, if one version of Pillow and of its JPEG decoder
@@ -81,35 +82,32 @@ class Photos:
         total.update(self.pixels(np.arange(min(_PROBES, len(self))), np.float32).tobytes())
         return total.hexdigest()
 
-    def read(self, index, dtype):
-        """``(pixels, labels)`` of `index`, without reading the rest of the split."""
-        # Decoding and resampling leave the interpreter free.
+    def read(self, index: Index, dtype: DTypeLike) -> tuple[Float[np.ndarray, "B H W C"], Int32[np.ndarray, " B"]]:
+        """``(pixels, labels)`` of the images `index`; the rest of the split is not read."""
+        silence_pillow()
+        # Threads are enough: decoding and resampling release the interpreter lock.
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             cuts = list(pool.map(lambda i: self._cut(int(i), central_square), index))
         images, labels = (np.stack(column) for column in zip(*cuts, strict=True))
         return np.asarray(images, dtype) / np.asarray(255, dtype), labels.astype(np.int32)
 
-    def pixels(self, index, dtype):
-        """Images of `index` scaled to [0, 1], the unit of every radius."""
+    def pixels(self, index: Index, dtype: DTypeLike) -> Float[np.ndarray, "B H W C"]:
+        """The images `index` scaled to [0, 1], the unit of every radius."""
         return self.read(index, dtype)[0]
 
-    def random_view(self, index, rng, area, flip):
-        """``(uint8 (H, W, C), label)``: a random part of a photo, at random mirrored: "Inception" augmentation.
-
-        Args:
-          rng: `numpy.random.Generator`.
-          area: ``(least, most)`` share of the photo's area.
-          flip: whether to mirror half of them.
-        """
+    def random_view(
+        self, index: int, rng: np.random.Generator, area: tuple[float, float], flip: bool
+    ) -> tuple[UInt8[np.ndarray, "H W C"], int]:
+        """A `random_box` of a photo ("Inception" augmentation), mirrored with probability 1/2 if `flip`; its label."""
         image, label = self._cut(index, lambda width, height: random_box(width, height, rng, area))
         return image[:, ::-1] if flip and rng.random() < 0.5 else image, label
 
-    def _cut(self, index, box_of):
+    def _cut(self, index: int, box_of: Callable[[int, int], Box]) -> tuple[np.ndarray, int]:
         example = self.source.__getitems__([index])[0]
         try:
             with Image.open(io.BytesIO(example["image"])) as opened:
                 photo = opened.convert("RGB" if self.channels == 3 else "L")
-        except Exception as error:  # decoders raise what they like
+        except Exception as error:  # decoders raise many types
             reason = re.sub(r" <[^>]*>", "", " ".join(str(error).split()))
             raise UserError(
                 f"image {index} of {self.name} {self.split} cannot be decoded ({reason}): prepare the set again"
@@ -118,26 +116,35 @@ class Photos:
         return np.asarray(cut).reshape(self.shape), int(example["label"])
 
 
-def central_square(width, height):
-    """``(left, top, right, bottom)`` of the square that is evaluated."""
+def central_square(width: int, height: int) -> Box:
+    """The square that is evaluated."""
     side = min(width, height) / MARGIN
-    left, top = (width - side) / 2, (height - side) / 2
-    return (left, top, left + side, top + side)
+    return _central(width, height, side, side)
 
 
-def random_box(width, height, rng, area):
-    """``(left, top, right, bottom)`` of a part with a random share of the area and aspect ratio (Szegedy et al. 2015).
+def random_box(width: int, height: int, rng: np.random.Generator, area: tuple[float, float]) -> Box:
+    """A box whose share of the area is uniform in `area`, its aspect ratio log-uniform (Szegedy et al. 2015).
 
-    The ratio is log-uniform; a part that does not fit is drawn again, ten times at most, then it is the largest central
-    one of an allowed ratio.
+    A box that does not fit is drawn again. After ten tries it is the largest central one of an allowed ratio.
     """
     for _ in range(_TRIES):
         share = rng.uniform(*area) * width * height
-        ratio = math.exp(rng.uniform(*map(math.log, ASPECT)))
+        ratio = math.exp(rng.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))
         across, down = round(math.sqrt(share * ratio)), round(math.sqrt(share / ratio))
         if 0 < across <= width and 0 < down <= height:
             left, top = int(rng.integers(width - across + 1)), int(rng.integers(height - down + 1))
             return (left, top, left + across, top + down)
-    across, down = min(width, height * ASPECT[1]), min(height, width / ASPECT[0])
+    return _central(width, height, min(width, height * ASPECT[1]), min(height, width / ASPECT[0]))
+
+
+def _central(width: int, height: int, across: float, down: float) -> Box:
     left, top = (width - across) / 2, (height - down) / 2
     return (left, top, left + across, top + down)
+
+
+def silence_pillow() -> None:
+    """From now on Pillow's warnings, about metadata on which no pixel depends, are not shown in this process.
+
+    They arise in threads, for which `warnings.catch_warnings` is not safe.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")

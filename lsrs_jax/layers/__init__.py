@@ -11,20 +11,6 @@ from lsrs_jax.layers.linear import OrthogonalConv, OrthogonalDense
 from lsrs_jax.layers.resize import AveragePool, Channels, DepthToSpace, Flatten, Haar, L2Pool, Normalize, SpaceToDepth
 
 __all__ = [
-    "AveragePool",
-    "Channels",
-    "DepthToSpace",
-    "Encoder",
-    "Flatten",
-    "GroupSort",
-    "Haar",
-    "Householder",
-    "L2Pool",
-    "Layer",
-    "MaxMin",
-    "Normalize",
-    "OrthogonalConv",
-    "OrthogonalDense",
-    "Plain",
-    "SpaceToDepth",
-]
+    "AveragePool", "Channels", "DepthToSpace", "Encoder", "Flatten", "GroupSort", "Haar", "Householder",
+    "L2Pool", "Layer", "MaxMin", "Normalize", "OrthogonalConv", "OrthogonalDense", "Plain", "SpaceToDepth",
+]  # fmt: skip

@@ -2,10 +2,12 @@
 
 import flax.linen as nn
 import numpy as np
+from jaxtyping import PyTree
 
-from lsrs_jax.layers.base import Fixed, Layer, Plain
+from lsrs_jax.layers.base import Fixed, Layer, Plain, Shape
 from lsrs_jax.orthogonal import activation, spectrum
 from lsrs_jax.orthogonal.rounding import gamma
+from lsrs_jax.orthogonal.shape import Features
 
 
 class MaxMin(Fixed):
@@ -13,46 +15,36 @@ class MaxMin(Fixed):
 
     proof = "sorts pairs"
 
-    def __call__(self, x):
+    def __call__(self, x: Features) -> Features:
         return activation.maxmin(x)
-
-    def output_shape(self, input_shape):
-        return tuple(input_shape)
 
 
 class GroupSort(Fixed):
-    """Sorts groups of `group_size` channels (Anil, Lucas and Grosse 2019). **Guarantee**: 1-Lipschitz.
+    """Sorts groups of `group_size` channels (Anil, Lucas and Grosse 2019). **Guarantee**: 1-Lipschitz."""
 
-    Attributes:
-      group_size: at least 2 (then it is `MaxMin`); channels beyond a multiple of it pass through.
-    """
-
-    group_size: int = 2
+    group_size: int = 2  # at least 2 (then it is `MaxMin`); channels beyond a multiple of it pass through unchanged
     proof = "sorts groups"
 
-    def __call__(self, x):
+    def __call__(self, x: Features) -> Features:
         return activation.group_sort(x, self.group_size)
-
-    def output_shape(self, input_shape):
-        return tuple(input_shape)
 
 
 class Householder(Layer):
     """Reflects channel pairs across a learnable line (Singla, Singla and Feizi 2021). **Guarantee**: 1-Lipschitz.
 
-    One angle per pair of channels, π/2 at the start, where the layer is `MaxMin`.
+    Each pair of channels has one angle. It starts at π/2, where the layer is `MaxMin`.
     """
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Features) -> Features:
         return activation.householder(x, self.param("theta", nn.initializers.constant(np.pi / 2), (x.shape[-1] // 2,)))
 
-    def output_shape(self, input_shape):
+    def output_shape(self, input_shape: Shape) -> Shape:
         return tuple(input_shape)
 
-    def materialize(self, params, input_shape):
+    def materialize(self, params: PyTree, input_shape: Shape) -> Plain:
         theta = np.asarray(params["theta"], np.float64)
         # [[cos θ, sin θ], [sin θ, −cos θ]] is a reflection up to the last place of its entries.
         bound = spectrum.upper_bound(1.0)
-        # Two products of sines and cosines that are themselves rounded.
+        # γ(16): two products of sines and cosines that are themselves rounded.
         return Plain(lambda t, x: activation.householder(x, t), theta, bound, 2 - bound, "reflects pairs", gamma(16))

@@ -1,12 +1,19 @@
 """What every layer of an encoder provides beside ``__call__``."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, PyTree
 
-from lsrs_jax.errors import UserError
+from lsrs_jax.orthogonal import spectrum
+from lsrs_jax.orthogonal.rounding import product_rounding
+from lsrs_jax.runtime.errors import UserError
+
+Shape = tuple[int, ...]
 
 
 class Plain(NamedTuple):
@@ -15,8 +22,8 @@ class Plain(NamedTuple):
     The rounding bounds assume that XLA's float64 products and convolutions are sums of products, in any order.
     """
 
-    apply: Callable[[Any, Any], Any]  # (params, x[B, ...]) -> y, in the dtype of x and params
-    params: Any  # NumPy float64
+    apply: Callable[[PyTree, Array], Array]  # (params, x[B, ...]) -> y, in the dtype of x and params
+    params: PyTree[Float[np.ndarray, "..."]]  # float64
     sigma_max: float  # upper bound on the Lipschitz constant
     sigma_min: float  # lower bound on the smallest of min(inputs, outputs) singular values; 0 where none is known
     proof: str
@@ -24,42 +31,51 @@ class Plain(NamedTuple):
     offset: float = 0.0  # upper bound on ‖apply(0)‖
 
 
+def matrix_plain(apply: Callable[[PyTree, Array], Array], matrix: Float[np.ndarray, "m n"]) -> Plain:
+    """The `Plain` of a product with a matrix, whose singular values are computed here."""
+    sigma, rounding = spectrum.dense_singular_values(matrix), product_rounding(max(matrix.shape))
+    return Plain(apply, matrix, spectrum.upper_bound(sigma.max()), float(sigma.min()), "SVD of the matrix", rounding)
+
+
 class Layer(nn.Module):
     """A Linen module with a known Lipschitz constant. All trainable variables live in the collection ``params``."""
 
-    def output_shape(self, input_shape):
+    def output_shape(self, input_shape: Shape) -> Shape:
         """Shape of the output, without the batch axis; raises UserError for an input the layer cannot take."""
         raise NotImplementedError
 
-    def materialize(self, params, input_shape):
-        """The same layer as a `Plain`: its constant is proven on the very arrays in it."""
+    def materialize(self, params: PyTree, input_shape: Shape) -> Plain:
+        """The same layer as a `Plain`: its constant is proven on the very arrays that the `Plain` holds."""
         raise NotImplementedError
 
 
 class Fixed(Layer):
     """A layer without parameters whose singular values are all 1 (of its Jacobian, where it is not linear)."""
 
-    proof = ""
+    proof: ClassVar[str] = ""
 
-    def materialize(self, params, input_shape):
+    def output_shape(self, input_shape: Shape) -> Shape:
+        # Traces ``__call__``, which raises UserError for an input the layer cannot take.
+        layer = self.clone(parent=None)
+        return jax.eval_shape(lambda x: layer(x), jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)).shape[1:]
+
+    def materialize(self, params: PyTree, input_shape: Shape) -> Plain:
         self.output_shape(input_shape)
         return Plain(lambda _, x: self(x), {}, 1.0, 1.0, self.proof)
 
 
-def check_sizes(layer, **sizes):
+def check_sizes(layer: str, **sizes: object) -> None:
     """Raises unless every value is a positive integer, or a pair of them where its name ends in ``_pair``."""
     for name, value in sizes.items():
-        values = tuple(value) if name.endswith("_pair") and isinstance(value, tuple | list) else (value,)
-        wanted = 2 if name.endswith("_pair") else 1
-        if len(values) != wanted or not all(isinstance(v, int | np.integer) and v >= 1 for v in values):
-            name = name.removesuffix("_pair")
-            raise UserError(
-                f"{layer}: {name} must be {'two positive integers' if wanted == 2 else 'a positive integer'}, "
-                f"got {value!r}"
-            )
+        pair = name.endswith("_pair")
+        values = tuple(value) if pair and isinstance(value, tuple | list) else (value,)
+        if len(values) != 1 + pair or not all(isinstance(v, int | np.integer) and v >= 1 for v in values):
+            wanted = "two positive integers" if pair else "a positive integer"
+            raise UserError(f"{layer}: {name.removesuffix('_pair')} must be {wanted}, got {value!r}")
 
 
-def check_image(shape, layer):
-    """Raises unless `shape` is ``(H, W, C)``."""
+def check_image(layer: str, shape: Shape, **sizes: object) -> None:
+    """Raises unless `shape` is ``(H, W, C)`` and the sizes pass `check_sizes`."""
     if len(shape) != 3:
         raise UserError(f"{layer} takes images (B, H, W, C), got an input of shape (B, {', '.join(map(str, shape))})")
+    check_sizes(layer, **sizes)

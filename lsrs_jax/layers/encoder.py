@@ -1,10 +1,11 @@
 """A chain of layers."""
 
 import flax.linen as nn
+from jaxtyping import Array, Float, PyTree
 
-from lsrs_jax.layers.base import Layer
+from lsrs_jax.layers.base import Layer, Shape
 from lsrs_jax.layers.linear import OrthogonalConv
-from lsrs_jax.orthogonal.building import build_kernels
+from lsrs_jax.orthogonal.kernels import build_kernels
 
 
 class Encoder(nn.Module):
@@ -16,20 +17,19 @@ class Encoder(nn.Module):
 
     layers: tuple[nn.Module, ...] = ()
 
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch ..."]:
         built = {} if self.is_initializing() else self._build(x.shape[1:])
         for index, layer in enumerate(self.layers):
             x = layer(x, built[index]) if index in built else layer(x)
         return x
 
-    def _build(self, shape):
-        """Index of a convolution → its kernel, as far as the shapes between the layers are known."""
+    def _build(self, shape: Shape) -> dict[int, PyTree]:
+        """Index of a convolution → its kernel, for all convolutions whose input shape is known."""
         convolutions = {}
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, Layer):
                 break
             if isinstance(layer, OrthogonalConv):
-                raw = layer.get_variable("params", "raw")
-                convolutions[index] = (layer.method, layer.conv_shape(shape), raw)
+                convolutions[index] = layer.method, layer.conv_shape(shape), layer.get_variable("params", "raw")
             shape = layer.output_shape(shape)
         return dict(zip(convolutions, build_kernels(list(convolutions.values())), strict=True))

@@ -2,30 +2,24 @@
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, PyTree, Shaped
 
-from lsrs_jax.errors import UserError
-from lsrs_jax.layers.base import Fixed, Layer, Plain, check_image, check_sizes
+from lsrs_jax.layers.base import Fixed, Layer, Plain, Shape, check_image, check_sizes
 from lsrs_jax.orthogonal import resize, spectrum
 from lsrs_jax.orthogonal.rounding import gamma, product_rounding
-from lsrs_jax.orthogonal.shape import check_divisible, check_float
+from lsrs_jax.orthogonal.shape import Features, Images, check_float
+from lsrs_jax.runtime.errors import UserError
 
 
 class SpaceToDepth(Fixed):
-    """``(B, H, W, C)`` → ``(B, H/sh, W/sw, sh·sw·C)``. **Guarantee**: an isometry (a permutation of entries)."""
+    """Moves windows of pixels into the channels. **Guarantee**: an isometry (a permutation of entries)."""
 
     strides: tuple[int, int] = (2, 2)
     proof = "permutes entries"
 
-    def __call__(self, x):
-        self.output_shape(x.shape[1:])
-        return resize.space_to_depth(x, tuple(self.strides))
-
-    def output_shape(self, input_shape):
-        check_image(input_shape, "SpaceToDepth")
-        check_sizes("SpaceToDepth", strides_pair=self.strides)
-        (height, width, channels), (sh, sw) = input_shape, self.strides
-        check_divisible(height, width, self.strides)
-        return (height // sh, width // sw, channels * sh * sw)
+    def __call__(self, x: Images) -> Float[Array, "batch height/sh width/sw sh*sw*channels"]:
+        check_image("SpaceToDepth", x.shape[1:], strides_pair=self.strides)
+        return resize.space_to_depth(x, self.strides)
 
 
 class DepthToSpace(Fixed):
@@ -34,38 +28,21 @@ class DepthToSpace(Fixed):
     strides: tuple[int, int] = (2, 2)
     proof = "permutes entries"
 
-    def __call__(self, x):
-        self.output_shape(x.shape[1:])
-        return resize.depth_to_space(x, tuple(self.strides))
-
-    def output_shape(self, input_shape):
-        check_image(input_shape, "DepthToSpace")
-        check_sizes("DepthToSpace", strides_pair=self.strides)
-        (height, width, channels), (sh, sw) = input_shape, self.strides
-        if channels % (sh * sw):
-            raise UserError(f"DepthToSpace: {channels} channels are not divisible by {sh}x{sw}")
-        return (height * sh, width * sw, channels // (sh * sw))
+    def __call__(self, x: Images) -> Float[Array, "batch height*sh width*sw channels/(sh*sw)"]:
+        check_image("DepthToSpace", x.shape[1:], strides_pair=self.strides)
+        return resize.depth_to_space(x, self.strides)
 
 
 class Haar(Fixed):
-    """``(B, H, W, C)`` → ``(B, H/2, W/2, 4·C)``, the Haar transform of 2x2 windows, coarse channels first.
-
-    **Guarantee**: an isometry (an orthonormal matrix whose entries are exact).
-    """
+    """2x2 Haar transform, coarse channels first. **Guarantee**: an isometry (orthonormal matrix, all entries exact)."""
 
     proof = "orthonormal, entries ±1/2"
 
-    def __call__(self, x):
-        self.output_shape(x.shape[1:])
+    def __call__(self, x: Images) -> Float[Array, "batch height/2 width/2 4*channels"]:
+        check_image("Haar", x.shape[1:])
         return resize.haar(x)
 
-    def output_shape(self, input_shape):
-        check_image(input_shape, "Haar")
-        height, width, channels = input_shape
-        check_divisible(height, width, (2, 2))
-        return (height // 2, width // 2, 4 * channels)
-
-    def materialize(self, params, input_shape):
+    def materialize(self, params: PyTree, input_shape: Shape) -> Plain:
         return super().materialize(params, input_shape)._replace(rounding=product_rounding(4))
 
 
@@ -75,13 +52,9 @@ class Channels(Fixed):
     features: int
     proof = "pads or crops"
 
-    def __call__(self, x):
-        self.output_shape(x.shape[1:])
-        return resize.resize_channels(x, self.features)
-
-    def output_shape(self, input_shape):
+    def __call__(self, x: Features) -> Shaped[Array, "*batch features"]:
         check_sizes("Channels", features=self.features)
-        return (*input_shape[:-1], self.features)
+        return resize.resize_channels(x, self.features)
 
 
 class AveragePool(Fixed):
@@ -90,21 +63,14 @@ class AveragePool(Fixed):
     window: tuple[int, int] = (2, 2)
     proof = "orthonormal rows"
 
-    def __call__(self, x):
-        self.output_shape(x.shape[1:])
-        return resize.average_pool(x, tuple(self.window))
+    def __call__(self, x: Images) -> Float[Array, "batch height/h width/w channels"]:
+        check_image("AveragePool", x.shape[1:], window_pair=self.window)
+        return resize.average_pool(x, self.window)
 
-    def output_shape(self, input_shape):
-        check_image(input_shape, type(self).__name__)
-        check_sizes(type(self).__name__, window_pair=self.window)
-        height, width, channels = input_shape
-        check_divisible(height, width, self.window, "windows")
-        return (height // self.window[0], width // self.window[1], channels)
-
-    def materialize(self, params, input_shape):
+    def materialize(self, params: PyTree, input_shape: Shape) -> Plain:
+        plain = super().materialize(params, input_shape)
         # Division by √(h·w) rounds in the last place.
         bound, rounding = spectrum.upper_bound(1.0), product_rounding(self.window[0] * self.window[1] + 4)
-        plain = super().materialize(params, input_shape)
         return plain._replace(sigma_max=bound, sigma_min=2 - bound, rounding=rounding)
 
 
@@ -114,44 +80,37 @@ class L2Pool(AveragePool):
     epsilon: float = 1e-6
     proof = "gradient ‖x‖/√(‖x‖² + ε)"
 
-    def __call__(self, x):
-        self.output_shape(x.shape[1:])
-        return resize.l2_pool(x, tuple(self.window), self.epsilon)
+    def __call__(self, x: Images) -> Float[Array, "batch height/h width/w channels"]:
+        check_image("L2Pool", x.shape[1:], window_pair=self.window)
+        return resize.l2_pool(x, self.window, self.epsilon)
 
-    def materialize(self, params, input_shape):
+    def materialize(self, params: PyTree, input_shape: Shape) -> Plain:
         outputs = np.prod(self.output_shape(input_shape), dtype=float)
         offset = float(np.sqrt(outputs * self.epsilon)) * (1 + 1e-9)
         return super().materialize(params, input_shape)._replace(sigma_min=0.0, offset=offset)
 
 
 class Flatten(Fixed):
-    """``(B, …)`` → ``(B, n)``. **Guarantee**: an isometry."""
+    """Reshapes every input to one axis. **Guarantee**: an isometry."""
 
     proof = "reshapes"
 
-    def __call__(self, x):
+    def __call__(self, x: Shaped[Array, "batch ..."]) -> Shaped[Array, "batch n"]:
         return x.reshape(x.shape[0], -1)
-
-    def output_shape(self, input_shape):
-        return (int(np.prod(input_shape)),)
 
 
 class Normalize(Layer):
-    """(x − mean) / std per channel. **Guarantee**: Lipschitz constant 1/min(std), which the report counts.
+    """(x − mean) / std per channel. **Guarantee**: Lipschitz constant 1/min(std), which the report counts."""
 
-    Attributes:
-      mean, std: one number, or one per channel; std > 0.
-    """
+    mean: tuple[float, ...]  # one number, or one per channel
+    std: tuple[float, ...]  # the same; positive
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def __call__(self, x):
+    def __call__(self, x: Features) -> Features:
         check_float(x, "Normalize")
         self.output_shape(x.shape[1:])
         return (x - jnp.asarray(self.mean, x.dtype)) / jnp.asarray(self.std, x.dtype)
 
-    def output_shape(self, input_shape):
+    def output_shape(self, input_shape: Shape) -> Shape:
         if not all(1e-30 < s < np.inf for s in self.std) or not np.all(np.isfinite(self.mean)):
             raise UserError(f"model.std must be positive and model.mean finite, got {self.std} and {self.mean}")
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -159,11 +118,10 @@ class Normalize(Layer):
                 raise UserError(f"model.{name} has {len(values)} entries for images of {input_shape[-1]} channels")
         return tuple(input_shape)
 
-    def materialize(self, params, input_shape):
+    def materialize(self, params: PyTree, input_shape: Shape) -> Plain:
         self.output_shape(input_shape)
         scale = 1 / np.asarray(self.std, np.float64)
         largest = 1.0 if scale.max() == 1.0 else spectrum.upper_bound(scale.max())
-        pixels = float(np.sqrt(input_shape[0] * input_shape[1]))
         mean = np.broadcast_to(np.asarray(self.mean, np.float64) * scale, input_shape[-1:])
-        offset = pixels * float(np.linalg.norm(mean)) * (1 + 1e-9)
+        offset = float(np.sqrt(input_shape[0] * input_shape[1])) * float(np.linalg.norm(mean)) * (1 + 1e-9)
         return Plain(lambda _, x: self(x), {}, largest, float(scale.min()), "1/min(std)", gamma(4), offset)

@@ -1,26 +1,27 @@
 """Gradient-norm-preserving activations over the last axis."""
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from lsrs_jax.errors import UserError
-from lsrs_jax.orthogonal.shape import check_float
+from lsrs_jax.orthogonal.shape import Features, check_float
+from lsrs_jax.runtime.errors import UserError
 
 
-def maxmin(x):
+def maxmin(x: Features) -> Features:
     """Sorts pairs (c, c + C//2) of the last axis: maxima first, minima second (Anil, Lucas and Grosse 2019).
 
     **Guarantee**: 1-Lipschitz, and an isometry wherever it is differentiable (its Jacobian is a permutation). The
-    last channel of an odd number passes through.
+    last channel of an odd number passes through unchanged.
     """
     half = x.shape[-1] // 2
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return jnp.concatenate([jnp.maximum(a, b), jnp.minimum(a, b), rest], axis=-1)
 
 
-def group_sort(x, size):
+def group_sort(x: Features, size: int) -> Features:
     """Sorts groups of `size` channels (c, c + C//size, …), largest first (Anil, Lucas and Grosse 2019).
 
-    ``size=2`` is `maxmin`; ``size=C`` sorts all channels. Channels beyond a multiple of `size` pass through.
+    ``size=2`` is `maxmin`; ``size=C`` sorts all channels. Channels beyond a multiple of `size` pass through unchanged.
 
     **Guarantee**: 1-Lipschitz, and an isometry wherever it is differentiable (its Jacobian is a permutation).
     """
@@ -34,14 +35,11 @@ def group_sort(x, size):
     return jnp.concatenate([sorted_part, x[..., groups * size :]], axis=-1)
 
 
-def householder(x, theta):
+def householder(x: Features, theta: Float[Array, " channels//2"]) -> Features:
     """Reflects each pair (a, b) = (c, c + C//2) with a·sin(θ/2) < b·cos(θ/2) into the other half plane.
 
-    Singla, Singla and Feizi 2021. The half plane's normal is v = (sin θ/2, −cos θ/2), the reflection I − 2vvᵀ.
-
-    Args:
-      x: ``(…, C)``.
-      theta: angles ``(C//2,)``; π/2 is `maxmin`. The last channel of an odd number passes through.
+    Singla, Singla and Feizi 2021. The normal of the half plane is v = (sin θ/2, −cos θ/2), the reflection I − 2vvᵀ.
+    The angle θ = π/2 is `maxmin`. The last channel of an odd number passes through unchanged.
 
     **Guarantee**: 1-Lipschitz for every θ, and an isometry wherever it is differentiable: both branches are orthogonal
     and agree on the line between them.

@@ -1,22 +1,29 @@
 """Two-dimensional Fourier transforms of real signals as matrix products, over the axes −3 and −2.
 
-For the image sizes of networks products are about as fast as an FFT, run on every accelerator, and keep clear of XLA's
-FFT on CPU, where several concurrent transforms can wait for each other for ever (as of jax 0.10).
+For image sizes of usual networks, products are about as fast as an FFT and run on every accelerator. They also avoid
+XLA's FFT on CPU, which waits for the thread pool it runs on, so that concurrent transforms can deadlock (jax 0.10;
+the guard of openxla/xla#46345 is newer). To be tried again when the oldest supported jax contains that guard.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Complex, Float, Int
+
+from lsrs_jax.orthogonal.shape import Pair
+
+HalfSpectrum = Complex[Array, "*batch height width//2+1 c"]
 
 
-def _phases(positions, frequencies, period):
-    """exp(−2πi·position·frequency / period), cosine and sine exact to the last place of float64."""
-    turns = np.outer(positions, frequencies) % period
-    return np.exp(-2j * np.pi * turns / period)
+def _phases(
+    positions: Int[np.ndarray, " m"], frequencies: Int[np.ndarray, " n"], period: int
+) -> Complex[np.ndarray, "m n"]:
+    """exp(−2πi·position·frequency / period), with cosine and sine exact to the last place of float64."""
+    return np.exp(-2j * np.pi * (np.outer(positions, frequencies) % period) / period)
 
 
-def transform(x, size, offset=(0, 0)):
-    """``(…, h, w, C)`` real → the half spectrum ``(…, H, W//2 + 1, C)`` on a torus of `size` (H, W).
+def transform(x: Float[Array, "*batch h w c"], size: Pair, offset: Pair = (0, 0)) -> HalfSpectrum:
+    """The half spectrum of a real signal on a torus of `size` (height, width).
 
     Entry (i, j) sits at position (i, j) − offset modulo the size; h and w may be smaller or larger than the torus.
     """
@@ -29,11 +36,11 @@ def transform(x, size, offset=(0, 0)):
     return jnp.einsum("hf,...hkc->...fkc", across, jax.lax.complex(real, imaginary))
 
 
-def inverse(spectrum, width):
-    """The half spectrum ``(…, H, W//2 + 1, C)`` → the real signal ``(…, H, W, C)``, W = `width` (even or odd)."""
+def inverse(spectrum: HalfSpectrum, width: int) -> Float[Array, "*batch height width c"]:
+    """The real signal of a half spectrum; `width` may be even or odd."""
     height, half = spectrum.shape[-3:-1]
     across = jnp.asarray(np.conj(_phases(np.arange(height), np.arange(height), height)) / height, spectrum.dtype)
-    # Every frequency but those that are their own mirror image stands for two.
+    # Every frequency counts twice, for itself and its mirror image, unless it is its own mirror image.
     twice = np.where((np.arange(half) == 0) | (2 * np.arange(half) == width), 1.0, 2.0)
     along = np.conj(_phases(np.arange(half), np.arange(width), width)) * twice[:, None] / width
     rows = jnp.einsum("fh,...fkc->...hkc", across, spectrum)

@@ -1,41 +1,55 @@
 """Orthogonal matrices from unconstrained ones: matrix exponential, Cayley transform, Björck iteration.
 
-Every function works on stacks of matrices ``(..., rows, columns)``, real or complex, in float32 or float64, and is
-differentiable. All products run at the highest matmul precision whatever the user's flags: with TF32 or bfloat16
-products the results would be off by 6e-3 to 5e-2 and no longer orthogonal.
+Every function works on stacks of matrices, real or complex, in float32 or float64, and is differentiable. All products
+run at the highest matmul precision whatever the user's flags: with TF32 or bfloat16 products the results would be off
+by 6e-3 to 5e-2 and no longer orthogonal.
 """
 
 import functools
 import math
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Inexact, Int
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+Matrix = Inexact[Array, "*batch m n"]
+Square = Inexact[Array, "*batch n n"]
+
+_BJORCK_STEPS = 12
+_GRAM_SQUARINGS = 5
+_MAX_SQUARINGS = 12  # of the matrix exponential
+_BLOCK = 16  # matrices up to this size are inverted without halving
+_LARGEST = 1024.0  # Frobenius norm of W in the Cayley transform; larger W are scaled to it
 
 
-def highest_precision(function):
+def highest_precision(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Runs `function` with every matmul and convolution inside at the highest precision."""
 
     @functools.wraps(function)
-    def wrapped(*args, **kwargs):
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         with jax.default_matmul_precision("highest"):
             return function(*args, **kwargs)
 
     return wrapped
 
 
-def adjoint(a):
+def adjoint(a: Inexact[Array, "*batch m n"]) -> Inexact[Array, "*batch n m"]:
     """Conjugate transpose of the last two axes."""
     return jnp.conj(jnp.swapaxes(a, -1, -2))
 
 
-def skew(a):
-    """A − Aᴴ for square matrices."""
+def skew(a: Square) -> Square:
+    """A − Aᴴ."""
     return a - adjoint(a)
 
 
 @highest_precision
-def bjorck_step(q):
-    """One Björck iteration Q ← 1.5 Q − 0.5 Q QᴴQ (Björck and Bowie 1971) for tall or square ``(..., m, n)``, m ≥ n.
+def bjorck_step(q: Matrix) -> Matrix:
+    """One Björck iteration Q ← 1.5 Q − 0.5 Q QᴴQ (Björck and Bowie 1971), for m ≥ n.
 
     **Guarantee**: a singular value s in [0, √3) becomes 1.5 s − 0.5 s³ ≤ 1, so the step never pushes one above 1
     (up to the rounding of its two products), and a deviation e from 1 becomes about 1.5 e².
@@ -43,12 +57,9 @@ def bjorck_step(q):
     return 1.5 * q - 0.5 * q @ (adjoint(q) @ q)
 
 
-_BJORCK_STEPS = 12
-
-
 @highest_precision
-def bjorck(w):
-    """Semi-orthogonal tall ``(..., m, n)``, m ≥ n, from W of the same shape by Björck's iteration.
+def bjorck(w: Matrix) -> Matrix:
+    """Makes W with m ≥ n semi-orthogonal by Björck's iteration.
 
     W is first scaled per column by (Σ_j |WᵀW|_ij + ε)^−½, which gives ‖W‖ ≤ 1 without any state (Prach and Lampert
     2022, Theorem 1). The number of steps is fixed, so that a trained matrix and the one that is certified agree.
@@ -56,7 +67,7 @@ def bjorck(w):
     `exponential` or `cayley`.
 
     **Guarantee**: no singular value exceeds 1, converged or not (up to the rounding of the dtype). All are 1 up to
-    rounding where the smallest of the scaled W is above .05 or so; a deficient W keeps its small ones.
+    rounding where the smallest of the scaled W is above about .05; a rank-deficient W keeps its small ones.
     """
     gram = jnp.abs(adjoint(w) @ w).sum(axis=-1)
     w = w * jax.lax.rsqrt(gram + 1e-12)[..., None, :]
@@ -64,12 +75,12 @@ def bjorck(w):
 
 
 @highest_precision
-def gram_bound(w):
-    """An upper bound on the largest singular value of ``(..., m, n)``: ‖(WWᵀ)^32‖_F^(1/64) (Delattre et al. 2023).
+def gram_bound(w: Float[Array, "*batch m n"]) -> Float[Array, "*batch"]:
+    """An upper bound on the largest singular value: ‖(WWᵀ)^32‖_F^(1/64) (Delattre et al. 2023).
 
     **Guarantee**: never below the spectral norm (up to rounding), and at most min(m, n)^(1/128) times it.
     """
-    # Scaled to entries of at most 1, which no power overflows. The constant keeps the gradient finite at W = 0.
+    # W is scaled to entries of at most 1, so that no power overflows. `tiny` keeps the gradient finite at W = 0.
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(w), axis=(-2, -1), keepdims=True))
     largest = jnp.where(largest > 0, largest, 1.0)
     w = w / largest
@@ -84,19 +95,15 @@ def gram_bound(w):
     return largest[..., 0, 0] * jnp.exp((logarithm + final) / 2 ** (_GRAM_SQUARINGS + 1))
 
 
-_GRAM_SQUARINGS = 5
-
-
 @highest_precision
-def expm_skew(a):
-    """exp(A) for skew-Hermitian A of shape ``(..., n, n)``, by scaling, a Taylor polynomial and squaring.
+def expm_skew(a: Square) -> Square:
+    """exp(A) for skew-Hermitian A, by scaling, a Taylor polynomial and squaring.
 
-    The number of squarings follows the norm of each matrix, √‖A²‖_F. Squaring doubles the departure from orthogonality
-    each time; one Björck step at the end removes it, so float32 results stay orthogonal to about
-    1e-6. Matrices of a Frobenius norm above 4,096, where float32 has lost the angles anyway, are scaled back to it.
+    The number of squarings follows the norm of each matrix, √‖A²‖_F. Each squaring doubles the departure from
+    orthogonality; one Björck step at the end removes it, so float32 results stay orthogonal to about 1e-6. Matrices of
+    a Frobenius norm above 4,096, where float32 has lost the angles anyway, are scaled back to it.
     """
-    n = a.shape[-1]
-    if n == 0 or a.size == 0:
+    if a.size == 0:
         return a
     norms = jnp.linalg.norm(jax.lax.stop_gradient(a), axis=(-2, -1), keepdims=True)
     a = a * jnp.minimum(1.0, 2.0**_MAX_SQUARINGS / jnp.maximum(norms, 1.0))
@@ -108,32 +115,26 @@ def expm_skew(a):
     # Paterson-Stockmeyer in blocks of four coefficients. With ‖A‖ ≤ 1 the remainder is 2e-9 after three blocks
     # and 4e-19 after five.
     blocks = 5 if norm.dtype == jnp.float64 else 3
-    identity = jnp.eye(n, dtype=a.dtype)
-    powers = [identity, a, square, square @ a]
+    powers = [jnp.eye(a.shape[-1], dtype=a.dtype), a, square, square @ a]
     fourth = square @ square
 
-    def block(index):
-        return sum(power / math.factorial(4 * index + i) for i, power in enumerate(powers))
+    def block(index: int) -> Square:
+        terms = (power / math.factorial(4 * index + i) for i, power in enumerate(powers))
+        return sum(terms)  # pyright: ignore[reportReturnType] (int only for an empty sum)
 
     q = block(blocks - 1)
     for index in reversed(range(blocks - 1)):
         q = block(index) + fourth @ q
 
-    def double(q, step):
-        # Those that are not needed are computed and thrown away: before every `cond` a GPU waits for its host.
-        return jnp.where(step < squarings, q @ q, q), None
-
-    q, _ = jax.lax.scan(double, q, jnp.arange(_MAX_SQUARINGS))
-    return bjorck_step(q)
+    # Squarings that are not needed are computed and discarded: a `cond` would make a GPU wait for its host.
+    steps = jnp.arange(_MAX_SQUARINGS)
+    return bjorck_step(jax.lax.scan(lambda q, step: (jnp.where(step < squarings, q @ q, q), None), q, steps)[0])
 
 
-_MAX_SQUARINGS = 12
+def exponential(w: Matrix) -> Matrix:
+    """Makes a semi-orthogonal matrix from unconstrained W by the matrix exponential.
 
-
-def exponential(w):
-    """Semi-orthogonal ``(..., m, n)`` from unconstrained W of the same shape through the matrix exponential.
-
-    Square W gives exp(W − Wᴴ); a rectangle is padded with zeros to a square first and cropped afterwards
+    For square W the result is exp(W − Wᴴ); a rectangle is padded with zeros to a square first and cropped afterwards
     (Lezcano-Casado and Martínez-Rubio 2019). W = 0 gives the (rectangular) identity.
 
     **Guarantee**: all min(m, n) singular values are 1 up to the rounding of the dtype.
@@ -145,13 +146,10 @@ def exponential(w):
     return expm_skew(skew(jnp.pad(w, padding)))[..., :columns]
 
 
-_BLOCK = 16
-
-
-def _sweep(m):
+def _sweep(m: Square) -> Square:
     """Inverse by Gauss-Jordan elimination on the diagonal, in place."""
 
-    def eliminate(k, m):
+    def eliminate(k: Int[Array, ""], m: Square) -> Square:
         column, row = m[..., :, k], m[..., k, :]
         pivot = 1 / row[..., k]
         row = row * pivot[..., None]
@@ -162,7 +160,7 @@ def _sweep(m):
     return jax.lax.fori_loop(0, m.shape[-1], eliminate, m)
 
 
-def _eliminate(m):
+def _eliminate(m: Square) -> Square:
     """Inverse by halves: both the first diagonal block and its Schur complement keep a Hermitian part ≥ I."""
     n = m.shape[-1]
     if n <= _BLOCK:
@@ -178,12 +176,13 @@ def _eliminate(m):
 
 @jax.custom_jvp
 @highest_precision
-def accretive_inverse(m):
-    """Inverse of ``(..., n, n)`` whose Hermitian part (M + Mᴴ)/2 is at least the identity.
+def accretive_inverse(m: Square) -> Square:
+    """Inverse of matrices whose Hermitian part (M + Mᴴ)/2 is at least the identity.
 
-    Such matrices need no pivoting, so that products and one small loop do: no LAPACK, whose concurrent triangular
-    solves can wait for each other for ever on a CPU of few cores (as of jax 0.10). The error of the elimination grows
-    with the square of ‖M‖; two Newton steps square it twice.
+    Such matrices need no pivoting, so that products and one small loop suffice. LAPACK is avoided: its concurrent
+    triangular solves can deadlock on a CPU of few cores (seen with jax 0.10, not reported upstream; this can go when a
+    stack of solves on two cores does not hang any more). The error of the elimination grows with the
+    square of ‖M‖; each of the two Newton steps at the end squares the error.
     """
     inverse, identity = _eliminate(m), jnp.eye(m.shape[-1], dtype=m.dtype)
     for _ in range(2):
@@ -193,22 +192,19 @@ def accretive_inverse(m):
 
 @accretive_inverse.defjvp
 @highest_precision
-def _accretive_inverse_jvp(primals, tangents):
+def _accretive_inverse_jvp(primals: tuple[Square], tangents: tuple[Square]) -> tuple[Square, Square]:
     inverse = accretive_inverse(*primals)
     return inverse, -inverse @ tangents[0] @ inverse
 
 
-_LARGEST = 1024.0
-
-
 @highest_precision
-def cayley(w):
-    """Semi-orthogonal ``(..., m, n)`` from unconstrained W of the same shape by the Cayley transform.
+def cayley(w: Matrix) -> Matrix:
+    """Makes a semi-orthogonal matrix from unconstrained W by the Cayley transform.
 
     With W = [U; V] tall and A = U − Uᴴ + VᴴV the result is [(I+A)⁻¹(I−A); −2V(I+A)⁻¹] (Trockman and Kolter 2021,
-    appendix); wide W goes through its adjoint. I + A is invertible for every W because A + Aᴴ = 2VᴴV ≥ 0. W = 0 gives
-    the (rectangular) identity. W of a Frobenius norm above 1,024 is scaled back to it: float32 has no angles left
-    there. A Björck step removes what error the inverse leaves.
+    appendix); for wide W it is the adjoint of the result for Wᴴ. I + A is invertible for every W because
+    A + Aᴴ = 2VᴴV ≥ 0. W = 0 gives the (rectangular) identity. W of a Frobenius norm above 1,024, where float32 has lost
+    the angles anyway, is scaled back to it. A Björck step removes the error that the inverse leaves.
 
     **Guarantee**: all min(m, n) singular values are 1 up to the rounding of the dtype.
     """
@@ -225,4 +221,4 @@ def cayley(w):
     return bjorck_step(jnp.concatenate([2 * inverse - identity, -2 * bottom @ inverse], axis=-2))
 
 
-METHODS = {"exponential": exponential, "cayley": cayley}
+METHODS: dict[str, Callable[[Matrix], Matrix]] = {"exponential": exponential, "cayley": cayley}

@@ -1,33 +1,32 @@
-"""Maps that move, pad, crop or pool entries, each 1-Lipschitz in ℓ2. NHWC throughout."""
+"""Maps that move, pad, crop or pool entries of images, each 1-Lipschitz in ℓ2."""
 
 import math
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
 
-from lsrs_jax.errors import UserError
-from lsrs_jax.orthogonal.shape import check_divisible, check_float
+from lsrs_jax.orthogonal.shape import Images, Pair, check_divisible, check_float
+from lsrs_jax.runtime.errors import UserError
 
 
-def _windows(x, window):
-    """``(B, H, W, C)`` → ``(B, H/h, W/w, h, w, C)``."""
+def _windows(x: Images, window: Pair, what: str = "windows") -> Float[Array, "batch height/h width/w h w channels"]:
     batch, height, width, channels = x.shape
-    check_divisible(height, width, window, "windows")
+    check_divisible((height, width), window, what)
     rows, columns = window
     x = x.reshape(batch, height // rows, rows, width // columns, columns, channels)
     return x.transpose(0, 1, 3, 2, 4, 5)
 
 
-def space_to_depth(x, strides):
-    """``(B, H, W, C)`` → ``(B, H/s, W/s, s·s·C)``, channels ordered (row, column, C).
+def space_to_depth(x: Images, strides: Pair) -> Float[Array, "batch height/sh width/sw sh*sw*channels"]:
+    """Moves every window of ``(sh, sw)`` pixels into the channels, ordered (row, column, channel).
 
     **Guarantee**: a permutation of entries, hence an isometry.
     """
-    check_divisible(*x.shape[1:3], strides)
-    x = _windows(x, strides)
+    x = _windows(x, strides, "strides")
     return x.reshape(*x.shape[:3], -1)
 
 
-def depth_to_space(x, strides):
+def depth_to_space(x: Images, strides: Pair) -> Float[Array, "batch height*sh width*sw channels/(sh*sw)"]:
     """The inverse of `space_to_depth`, an isometry as well."""
     batch, height, width, channels = x.shape
     sh, sw = strides
@@ -37,22 +36,21 @@ def depth_to_space(x, strides):
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height * sh, width * sw, channels // (sh * sw))
 
 
-def haar(x):
-    """``(B, H, W, C)`` → ``(B, H/2, W/2, 4·C)``: the orthonormal Haar transform of every 2x2 window.
+def haar(x: Images) -> Float[Array, "batch height/2 width/2 4*channels"]:
+    """The orthonormal Haar transform of every 2x2 window.
 
     Channels are ordered (band, C): sums first, then differences between columns, between rows, and of both. The first C
-    hold the coarse image, so that whatever keeps only the first channels keeps most of a natural image.
+    channels are the coarse image, so that a layer that keeps only the first channels keeps most of a natural image.
 
     **Guarantee**: an isometry; its entries ±1/2 are exact.
     """
-    check_divisible(*x.shape[1:3], (2, 2))
-    x = _windows(x, (2, 2))
+    x = _windows(x, (2, 2), "strides")
     rows = x[..., 0, :, :] + x[..., 1, :, :], x[..., 0, :, :] - x[..., 1, :, :]
     bands = [half[..., 0, :] + sign * half[..., 1, :] for half in rows for sign in (1, -1)]
     return jnp.concatenate(bands, axis=-1) / 2
 
 
-def resize_channels(x, channels):
+def resize_channels(x: Shaped[Array, "*batch current"], channels: int) -> Shaped[Array, "*batch channels"]:
     """Pads the last axis with zeros (an isometry) or crops it (a co-isometry, 1-Lipschitz) to `channels`."""
     current = x.shape[-1]
     if current == channels:
@@ -62,16 +60,16 @@ def resize_channels(x, channels):
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, channels - current)])
 
 
-def average_pool(x, window):
-    """Sum over windows that do not overlap, divided by √(h·w): ``(B, H, W, C)`` → ``(B, H/h, W/w, C)``.
+def average_pool(x: Images, window: Pair) -> Float[Array, "batch height/h width/w channels"]:
+    """Sums over windows that do not overlap, divided by √(h·w).
 
     **Guarantee**: all singular values are 1 (a co-isometry). The plain mean would divide by h·w and lose √(h·w).
     """
     return _windows(x, window).sum(axis=(3, 4)) / math.sqrt(math.prod(window))
 
 
-def l2_pool(x, window, epsilon=1e-6):
-    """√(Σ x² + ε) over windows that do not overlap: ``(B, H, W, C)`` → ``(B, H/h, W/w, C)``.
+def l2_pool(x: Images, window: Pair, epsilon: float = 1e-6) -> Float[Array, "batch height/h width/w channels"]:
+    """√(Σ x² + ε) over windows that do not overlap.
 
     **Guarantee**: 1-Lipschitz: ‖x‖/√(‖x‖² + ε) < 1 bounds its gradient. ε keeps the gradient finite at 0.
     """

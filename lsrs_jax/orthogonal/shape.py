@@ -1,59 +1,65 @@
-"""The static description of one convolution."""
+"""The static description of one convolution, and the checks that layers share."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
 
-from lsrs_jax.errors import UserError
+from lsrs_jax.runtime.errors import UserError
 
-PADDINGS = ("circular", "zero")
+Pair = tuple[int, int]
+Images = Float[Array, "batch height width channels"]
+Features = Shaped[Array, "*batch channels"]
+
+PADDINGS: tuple[str, ...] = ("circular", "zero")
 
 
 class ConvShape(NamedTuple):
     """Kernel ``(kh, kw)``, strides ``(sh, sw)``, channels, input size ``(H, W)`` and padding of one convolution."""
 
-    kernel_size: tuple[int, int]
-    strides: tuple[int, int]
+    kernel_size: Pair
+    strides: Pair
     c_in: int
     c_out: int
-    input_hw: tuple[int, int]
+    input_hw: Pair
     padding: str = "circular"
 
     @property
-    def phases(self):
+    def phases(self) -> int:
         """Input channels after space-to-depth by the strides."""
         return self.c_in * self.strides[0] * self.strides[1]
 
     @property
-    def taps(self):
+    def taps(self) -> Pair:
         """Kernel size on the space-to-depth grid, rounded up."""
-        return tuple(-(-k // s) for k, s in zip(self.kernel_size, self.strides, strict=True))
+        return -(-self.kernel_size[0] // self.strides[0]), -(-self.kernel_size[1] // self.strides[1])
 
     @property
-    def output_hw(self):
-        return (self.input_hw[0] // self.strides[0], self.input_hw[1] // self.strides[1])
+    def output_hw(self) -> Pair:
+        return self.input_hw[0] // self.strides[0], self.input_hw[1] // self.strides[1]
 
     @property
-    def output_shape(self):
+    def output_shape(self) -> tuple[int, int, int]:
         return (*self.output_hw, self.c_out)
 
 
-def check_divisible(height, width, strides, what="strides"):
+def check_divisible(size: Sequence[int], strides: Sequence[int], what: str = "strides") -> None:
     """Raises where a stride or window does not divide the image: on a torus such a layer is not 1-Lipschitz."""
-    if height % strides[0] or width % strides[1]:
+    if size[0] % strides[0] or size[1] % strides[1]:
         raise UserError(
-            f"{what} {tuple(strides)} do not divide the input size {height}x{width}, and the layer would lose its "
+            f"{what} {tuple(strides)} do not divide the input size {size[0]}x{size[1]}, and the layer would lose its "
             f"guarantee or cut off pixels; choose a size divisible by them, or other {what}"
         )
 
 
-def check_float(x, what):
-    """Raises for integers: a kernel in their type would be all zeros, and their squares overflow."""
+def check_float(x: Shaped[Array, "..."], what: str) -> None:
+    """Raises for integers: a kernel of an integer type would be all zeros, and squares of integers overflow."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise UserError(f"{what} takes floating-point inputs, got {x.dtype}: scale images to [0, 1] first")
 
 
-def check_padding(padding):
+def check_padding(padding: str) -> None:
     """Raises for every padding that repeats pixels outside the torus: such a layer can stretch by up to 2."""
     if padding not in PADDINGS:
         raise UserError(
@@ -62,8 +68,8 @@ def check_padding(padding):
         )
 
 
-def check_common(shape):
-    """Raises UserError for the mistakes no family survives."""
+def check_common(shape: ConvShape) -> None:
+    """Raises UserError for mistakes that no family allows."""
     if min(*shape.kernel_size, *shape.strides, *shape.input_hw, shape.c_in, shape.c_out) < 1:
         raise UserError(f"kernel size, strides, channels and input size must be at least 1, got {tuple(shape)}")
     if shape.kernel_size[0] < shape.strides[0] or shape.kernel_size[1] < shape.strides[1]:
@@ -72,10 +78,10 @@ def check_common(shape):
             "use a kernel at least as large as the strides"
         )
     check_padding(shape.padding)
-    check_divisible(*shape.input_hw, shape.strides)
+    check_divisible(shape.input_hw, shape.strides)
 
 
-def check_mode(mode):
-    """Raises for an unknown way of initialising."""
+def check_mode(mode: str) -> None:
+    """Raises for an unknown initializer."""
     if mode not in ("identity", "random"):
         raise UserError(f"unknown initializer {mode!r}: choose 'identity' or 'random'")

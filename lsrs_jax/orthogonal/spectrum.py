@@ -11,44 +11,40 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Complex, Float, Inexact, Shaped
 from threadpoolctl import ThreadpoolController
 
+Pair = tuple[int, int]
+Kernel = Shaped[np.ndarray, "kh kw c_in c_out"]
+PerFrequency = Float[np.ndarray, "height*width rank"]
+
 _MARGIN = 1e-11
-_SMALL = 2**20  # numbers in the blocks of a layer, below which threads are not worth their while
+_SMALL = 2**20  # total size of a layer's blocks below which threads save no time
+_blas = functools.cache(ThreadpoolController)
 
 
 class Spectrum(NamedTuple):
-    """The extreme singular values of a layer and how they are proven.
+    """The extreme singular values of a layer and how they are proven."""
 
-    `sigma_max` bounds the Lipschitz constant from above. `sigma_min` bounds the smallest of the min(inputs, outputs)
-    singular values from below; 0 where nothing is known.
-    """
-
-    sigma_max: float
-    sigma_min: float
+    sigma_max: float  # upper bound on the Lipschitz constant
+    sigma_min: float  # lower bound on the smallest of min(inputs, outputs) singular values; 0 where none is known
     proof: str
 
     @classmethod
-    def of(cls, sigma, proof):
-        """From all singular values."""
+    def of(cls, sigma: Float[np.ndarray, "..."], proof: str) -> "Spectrum":
+        """The extremes of all singular values of a layer."""
         return cls(float(sigma.max()), float(sigma.min()), proof)
 
 
-def dense_singular_values(matrix):
-    """Singular values of one matrix ``(m, n)``, descending."""
+def dense_singular_values(matrix: Shaped[np.ndarray, "m n"]) -> Float[np.ndarray, " min(m,n)"]:
+    """Singular values of one matrix, descending."""
     return np.linalg.svd(np.asarray(matrix, np.float64), compute_uv=False)
 
 
-def conv_singular_values(kernel, input_hw, strides=(1, 1)):
+def conv_singular_values(kernel: Kernel, input_hw: Pair, strides: Pair = (1, 1)) -> PerFrequency:
     """All singular values of a circular (torus) convolution, strided or not.
 
-    Args:
-      kernel: HWIO ``(kh, kw, c_in, c_out)``; kh and kw may exceed the image.
-      input_hw: ``(H, W)``, divisible by the strides.
-      strides: ``(sh, sw)``.
-
-    Returns:
-      float64 ``(H/sh · W/sw, min(c_out, c_in·sh·sw))``: per frequency, descending.
+    kh and kw may exceed the image; the strides must divide it. The rank is min(c_out, c_in·sh·sw).
 
     A strided circular convolution is an unstrided one on the sh·sw phases of its input; that one is block-diagonal
     under the Fourier transform (Sedghi, Gupta and Long 2019), one c_out × c_in·sh·sw block per frequency.
@@ -64,37 +60,32 @@ def conv_singular_values(kernel, input_hw, strides=(1, 1)):
     return frequency_singular_values(frequency_blocks(phases, (height // sh, width // sw)))
 
 
-def frequency_blocks(kernel, hw):
-    """Blocks ``(H, W, c_out, c_in)`` of the unstrided circular convolution with an HWIO kernel, centred."""
+def frequency_blocks(kernel: Kernel, hw: Pair) -> Complex[np.ndarray, "height width c_out c_in"]:
+    """One block per frequency of the unstrided circular convolution with a centred kernel."""
     kernel = np.asarray(kernel, np.float64)
     (kh, kw), (height, width) = kernel.shape[:2], hw
     folded = np.zeros((height, width, *kernel.shape[2:]))
-    for i in range(kh):
-        for j in range(kw):
-            folded[(i - kh // 2) % height, (j - kw // 2) % width] += kernel[i, j]
+    for i, j in np.ndindex(kh, kw):
+        folded[(i - kh // 2) % height, (j - kw // 2) % width] += kernel[i, j]
     # Cross-correlation multiplies by the conjugate of the kernel's transform.
     return np.conj(np.fft.fft2(folded, axes=(0, 1))).swapaxes(-1, -2)
 
 
-def frequency_singular_values(blocks):
-    """Singular values per frequency of blocks ``(rows, columns, m, n)`` → ``(rows·columns, min(m, n))``."""
+def frequency_singular_values(blocks: Inexact[np.ndarray, "height width m n"]) -> PerFrequency:
+    """Singular values of the blocks of a convolution, in descending order for each frequency."""
     blocks = np.asarray(blocks)
     blocks = blocks.reshape(-1, *blocks.shape[-2:])
     if blocks.size < _SMALL:
         return np.linalg.svd(blocks, compute_uv=False)
-    # Threads of BLAS that wait for each other take a hundred times as long where the cores are shared.
-    with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
-        parts = np.array_split(blocks, min(len(blocks), 8 * os.cpu_count()))
+    # BLAS threads that wait for each other take a hundred times as long where the cores are shared.
+    threads = os.cpu_count() or 1
+    with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
+        parts = np.array_split(blocks, min(len(blocks), 8 * threads))
         return np.concatenate(list(pool.map(lambda part: np.linalg.svd(part, compute_uv=False), parts)))
 
 
-@functools.cache
-def _blas():
-    return ThreadpoolController()
-
-
-def kernel_spectrum(kernel, input_hw, strides=(1, 1), padding="circular"):
-    """Extreme singular values of `convolve.convolve` with this HWIO kernel.
+def kernel_spectrum(kernel: Kernel, input_hw: Pair, strides: Pair = (1, 1), padding: str = "circular") -> Spectrum:
+    """Extreme singular values of `convolve.convolve` with this kernel.
 
     Exact for circular padding. A zero-padded convolution embeds the image into a larger torus, convolves there and
     crops, so the norm on a torus of at least ``size + k − 1`` (rounded up to a multiple of the stride) bounds it; the
@@ -102,11 +93,11 @@ def kernel_spectrum(kernel, input_hw, strides=(1, 1), padding="circular"):
     """
     if padding == "circular":
         return Spectrum.of(conv_singular_values(kernel, input_hw, strides), "SVD per frequency of the kernel")
-    around = [-(-(n + k - 1) // s) * s for n, k, s in zip(input_hw, kernel.shape[:2], strides, strict=True)]
-    largest = conv_singular_values(kernel, around, strides).max()
-    return Spectrum(float(largest), 0.0, f"SVD per frequency on a torus of {around[0]}x{around[1]}")
+    rows, columns = (-(-(n + k - 1) // s) * s for n, k, s in zip(input_hw, kernel.shape[:2], strides, strict=True))
+    largest = conv_singular_values(kernel, (rows, columns), strides).max()
+    return Spectrum(float(largest), 0.0, f"SVD per frequency on a torus of {rows}x{columns}")
 
 
-def upper_bound(sigma_max):
+def upper_bound(sigma_max: float) -> float:
     """`sigma_max` plus a margin far above the numerical error of its computation."""
     return float(sigma_max) * (1 + _MARGIN)

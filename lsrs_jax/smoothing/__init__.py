@@ -1,20 +1,34 @@
-"""Randomized smoothing of any JAX function: votes, statistics, radii.
+"""Randomized smoothing of any JAX function: sampling, statistics, certificates.
 
-`certify`, `predict` and `Votes` are loaded when first asked for: the statistics alone do without JAX.
+`certify`, `predict` and `SmoothedClassifier` are loaded when they are first used: the statistics alone need no JAX.
 """
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
 from lsrs_jax.smoothing import confidence
 from lsrs_jax.smoothing.certificates import Certificates, from_counts
 from lsrs_jax.smoothing.radius import certified_radius
 
-__all__ = ["Certificates", "Votes", "certified_radius", "certify", "confidence", "from_counts", "predict"]
+if TYPE_CHECKING:
+    from lsrs_jax.smoothing.api import SmoothedClassifier, certify, predict
+    from lsrs_jax.smoothing.sampler import Sampler
 
-_LAZY = {"certify": "montecarlo", "predict": "montecarlo", "Votes": "votes"}
+__all__ = [
+    "Certificates",
+    "Sampler",
+    "SmoothedClassifier",
+    "certified_radius",
+    "certify",
+    "confidence",
+    "from_counts",
+    "predict",
+]
+
+_LAZY = {"certify": "api", "predict": "api", "SmoothedClassifier": "api", "Sampler": "sampler"}
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

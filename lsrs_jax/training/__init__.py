@@ -1,1 +1,1 @@
-"""Training a split classifier under the noise it will be certified with."""
+"""Trains a split classifier under the noise with which it will be certified."""

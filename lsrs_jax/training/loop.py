@@ -5,77 +5,80 @@ import contextlib
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
-from lsrs_jax import data as datasets
-from lsrs_jax import distributed, interrupt
-from lsrs_jax.errors import UserError
-from lsrs_jax.keys import domain_key, pinned
-from lsrs_jax.progress import Progress
-from lsrs_jax.training import losses, optimizer
+from lsrs_jax.data import ImageSet, batch_indices, training_batches
+from lsrs_jax.models.heads import Images
+from lsrs_jax.models.split import Model, Params
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.mesh import global_mesh, joined, laid_out, own_rows, replicated, sharded
+from lsrs_jax.runtime.progress import Progress
+from lsrs_jax.runtime.rng import domain_key, pinned
+from lsrs_jax.runtime.signals import agreed, deferred
+from lsrs_jax.runtime.types import Config
+from lsrs_jax.training.checkpoint import Checkpoints
+from lsrs_jax.training.losses import Labels, make_loss
+from lsrs_jax.training.optimizer import make_optimizer, schedule
+
+Log = Callable[..., None]  # of a dict of metrics and, with training metrics, the time left as text
 
 
 class State(NamedTuple):
-    """What a training carries from step to step.
-
-    Attributes:
-      params: parameters that are trained.
-      optimizer: state of the optimizer.
-      average: their exponential moving average, or None where none is kept.
-    """
+    """What a training carries from step to step."""
 
     params: Any
     optimizer: Any
-    average: Any
+    average: Any  # exponential moving average of the parameters, or None
 
     @property
-    def result(self):
+    def result(self) -> Any:
         """The parameters that are evaluated, certified and kept as the model."""
         return self.params if self.average is None else self.average
 
     @property
-    def rest(self):
-        """What a resumption needs beside the result."""
+    def rest(self) -> Any:
+        """What a resumption needs in addition to the result."""
         return self.optimizer if self.average is None else (self.optimizer, self.params)
 
-    def resumed(self, result, rest):
-        """The state of which these are the two halves."""
-        if self.average is None:
-            return State(result, rest, None)
-        return State(rest[1], rest[0], result)
+    def resumed(self, result: Any, rest: Any) -> "State":
+        """The state with this `result` and `rest`."""
+        return State(result, rest, None) if self.average is None else State(rest[1], rest[0], result)
 
 
 _ON_GPU = {"xla_gpu_enable_triton_gemm": False}
 
 
-def compiler_options():
-    """Of programs that build orthogonal kernels, for `jax.jit`; None where there is nothing to say.
-
-    On a GPU XLA would try dozens of its own kernels for each of their many small products: minutes of compilation,
-    where cuBLAS takes seconds.
-    """
+def compiler_options() -> dict[str, bool] | None:
+    """Options of `jax.jit` for programs that build orthogonal kernels. On a GPU, XLA would try dozens of its own
+    kernels for each of their many small products: minutes of compilation, where cuBLAS takes seconds (the flag of
+    NVIDIA/JAX-Toolbox#317). To go when XLA compiles such a program in seconds by default."""
     return _ON_GPU if jax.default_backend() == "gpu" else None
 
 
-def step_function(model, config, update, shardings=None):
-    """One jitted optimizer step. The noise of step s comes from the key of (seed, "train", s) alone.
+def step_function(
+    model: Model, config: Config, update: optax.TransformUpdateFn, shardings: tuple[Any, Any] | None = None
+) -> jax.stages.Wrapped:
+    """One optimizer step, ``(state, images, labels, key, step)`` → ``(state, (loss, accuracy))``, jitted.
 
-    Args:
-      shardings: those of the state, and that of whatever every device has whole; left to XLA where None.
+    The noise of step s comes from the key of (seed, "train", s) alone. `shardings` are those of the state, and of what
+    every device holds whole; XLA chooses them if None.
     """
     model = dataclasses.replace(model, head_dtype=config.train.head_dtype)
-    loss, decay = losses.of_config(config), config.train.ema
+    loss, decay = make_loss(config), config.train.ema
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings, compiler_options=compiler_options())
-    def train_step(state, images, labels, key, step):
-        def loss_of(params):
+    def train_step(state: State, images: Images, labels: Labels, key: jax.Array, step: jax.Array) -> Any:
+        def loss_of(params: Params) -> Any:
             if shardings:
-                # XLA gives wrong gradients of an orthogonal kernel's construction from parameters that are divided.
+                # XLA computes wrong gradients of the construction of an orthogonal kernel from divided parameters (jax
+                # 0.10, not reported upstream). To go when they agree with those of whole parameters without it.
                 params = jax.lax.with_sharding_constraint(params, shardings[1])
             return loss(model, params, images, labels, jax.random.fold_in(key, step))
 
@@ -84,7 +87,7 @@ def step_function(model, config, update, shardings=None):
         params = optax.apply_updates(state.params, updates)
         if state.average is None:
             return State(params, optimizer_state, None), metrics
-        # A lower decay at first forgets the random start.
+        # A lower decay in the first steps forgets the random initialisation.
         kept = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
         average = jax.tree.map(lambda old, new: kept * old + (1 - kept) * new, state.average, params)
         return State(params, optimizer_state, average), metrics
@@ -92,34 +95,30 @@ def step_function(model, config, update, shardings=None):
     return train_step
 
 
-def parts(model, config, mesh):
-    """``(fresh, shardings, train_step)``: key → first `State`, how a mesh holds it, and `step_function` on it."""
-    settings, whole = config.train, distributed.replicated(mesh)
-    transformation = optimizer.build(settings)
+def parts(model: Model, config: Config, mesh: Mesh) -> tuple[Callable[[jax.Array], State], State, jax.stages.Wrapped]:
+    """``(fresh, shardings, train_step)``: key → first `State`, its shardings on the mesh, and `step_function` there."""
+    settings, whole = config.train, replicated(mesh)
+    transformation = make_optimizer(settings)
 
-    def fresh(key):
+    def fresh(key: jax.Array) -> State:
         params = model.init(key)
         return State(params, transformation.init(params), jax.tree.map(jnp.copy, params) if settings.ema else None)
 
     shapes = jax.eval_shape(fresh, domain_key(config.seed, "init"))
-    shardings = jax.tree.map(lambda _: whole, shapes)
-    if settings.shard_parameters:
-        shardings = distributed.sharded(mesh, shapes)
+    shardings = sharded(mesh, shapes) if settings.shard_parameters else jax.tree.map(lambda _: whole, shapes)
     return fresh, shardings, step_function(model, config, transformation.update, (shardings, whole))
 
 
 class Evaluator:
-    """Accuracy of the base classifier on a split, with one noise draw per image and without noise."""
+    """Accuracy of the base classifier on a split, with one noise sample per image and without noise."""
 
-    def __init__(self, model, sigma, dataset, mesh, batch=256):
+    def __init__(self, model: Model, sigma: float, dataset: ImageSet, mesh: Mesh, batch: int = 256) -> None:
         self._dataset, self._mesh = dataset, mesh
         self._batch = -(-min(batch, len(dataset)) // mesh.size) * mesh.size
-        self._own = distributed.own_rows(mesh, self._batch)
+        self._own = own_rows(mesh, self._batch)
 
-        whole = distributed.replicated(mesh)
-
-        @functools.partial(jax.jit, out_shardings=whole, compiler_options=compiler_options())
-        def correct(params, images, labels, valid, key):
+        @functools.partial(jax.jit, out_shardings=replicated(mesh), compiler_options=compiler_options())
+        def correct(params: Params, images: Images, labels: Labels, valid: jax.Array, key: jax.Array) -> Any:
             latents = model.encode(params, images)
             noise = sigma * jax.random.normal(key, latents.shape, latents.dtype)
             hits = [jnp.argmax(model.classify(params, z), axis=-1) == labels for z in (latents + noise, latents)]
@@ -127,21 +126,21 @@ class Evaluator:
 
         self._correct = correct
 
-    def __call__(self, params, key):
+    def __call__(self, params: Params, key: jax.Array) -> np.ndarray:
         """``(noisy accuracy, clean accuracy)`` over the whole split; the last batch is padded and masked."""
         size, totals = len(self._dataset), np.zeros(2, np.int64)
         for index, start in enumerate(range(0, size, self._batch)):
             numbers = np.arange(start, start + self._batch)[self._own]
             rows = np.minimum(numbers, size - 1)
-            arrays = distributed.joined(self._mesh, (*self._dataset.read(rows, np.float32), numbers < size))
+            arrays = joined(self._mesh, (*self._dataset.read(rows, np.float32), numbers < size))
             totals += [int(hits) for hits in self._correct(params, *arrays, jax.random.fold_in(key, index))]
         return totals / size
 
 
-def check_batch(config, dataset):
+def check_batch(config: Config, dataset: ImageSet) -> None:
     """Raises UserError unless batch and crop fit the data and the batch divides over the devices."""
     size, (height, width, _) = len(dataset), dataset.shape
-    datasets.batch_indices(size, config.data.batch_size, config.seed, 0)
+    batch_indices(size, config.data.batch_size, config.seed, 0)
     if config.data.crop >= min(height, width):
         raise UserError(f"data.crop {config.data.crop} shifts images of {height}x{width} out of sight; make it smaller")
     devices = jax.device_count()
@@ -152,128 +151,130 @@ def check_batch(config, dataset):
         )
 
 
-_UNDER_WAY = 2  # steps for whose outcome the host does not wait
+_UNDER_WAY = 2  # steps whose outcome the host does not wait for
 
 
 class _Stop:
-    """After which step to stop: one that all processes agree on, once any of them was told to.
+    """Decides after which step to stop: all processes agree on one, once a signal has reached any of them.
 
-    Their flags meet on the devices beside each step, and are read a few steps later: nothing waits for them.
+    Their flags are combined on the devices with every step and read a few steps later, so that nothing waits for them.
     """
 
-    def __init__(self, mesh, told):
-        self._mesh, self._told, self._meeting = mesh, told, collections.deque()
-        self._any = jax.jit(jnp.max, out_shardings=distributed.replicated(mesh))
+    def __init__(self, mesh: Mesh, signalled: Callable[[], bool]) -> None:
+        self._mesh, self._signalled, self._flags = mesh, signalled, collections.deque()
+        self._any = jax.jit(jnp.max, out_shardings=replicated(mesh))
 
-    def __call__(self):
+    def __call__(self) -> bool:
         """Whether the step that was just launched is the last one."""
         if self._mesh.is_multi_process:
-            flags = np.full(len(self._mesh.local_devices), self._told(), np.int32)
-            self._meeting.append(self._any(distributed.joined(self._mesh, flags)))
-            return len(self._meeting) > _UNDER_WAY and bool(self._meeting.popleft())
-        return self._told()
+            flags = np.full(len(self._mesh.local_devices), self._signalled(), np.int32)
+            self._flags.append(self._any(joined(self._mesh, flags)))
+            return len(self._flags) > _UNDER_WAY and bool(self._flags.popleft())
+        return self._signalled()
 
 
-def train(model, config, train_set, test_set, checkpoints, log):
-    """Trains to ``config.train.steps``, from the newest checkpoint if there is one.
+class _Training:
+    """The state of `train`, and what it logs and saves about it."""
 
-    Every process of the run calls this with the same arguments. A batch is the same whatever their number; each process
-    cuts its own rows out of it.
+    def __init__(
+        self, model: Model, config: Config, train_set: ImageSet, test_set: ImageSet, checkpoints: Checkpoints, log: Log
+    ) -> None:
+        self._config, self._train_set, self._checkpoints, self._log = config, train_set, checkpoints, log
+        self._mesh = global_mesh()
+        self._whole = replicated(self._mesh)
+        fresh, shardings, self._train_step = parts(model, config, self._mesh)
+        self._state = jax.jit(fresh, out_shardings=shardings)(domain_key(config.seed, "init"))
+        self._first = checkpoints.latest() or 0
+        if self._first:
+            # A checkpoint holds the result whole, for certification.
+            result, rest = checkpoints.restore(self._first, laid_out(self._state.result, self._whole), self._state.rest)
+            self._state = self._state.resumed(laid_out(result, shardings.result), rest)
+        self._evaluate = Evaluator(model, config.sigma, test_set, self._mesh)
+        self._rate, self._window = schedule(config.train), []
+        self._since = 0, 0.0  # number of steps and time at which the speed of the next report begins
 
-    Args:
-      model: `lsrs_jax.models.Model`.
-      config: the whole configuration.
-      train_set, test_set: `lsrs_jax.data.Dataset` or `lsrs_jax.data.Photos`.
-      checkpoints: `lsrs_jax.checkpoint.Checkpoints`.
-      log: function of a dict of metrics and, with training metrics, the time left as text; called in step order.
-
-    Returns:
-      the final parameters (their average, where one is kept).
-
-    Raises:
-      UserError: if the loss stops being finite (the last checkpoint is kept).
-      Interrupted: after a signal to any process, when the steps under way are finished and saved.
-    """
-    mesh, settings = distributed.global_mesh(), config.train
-    whole = distributed.replicated(mesh)
-    with pinned():
-        fresh, shardings, train_step = parts(model, config, mesh)
-        state = jax.jit(fresh, out_shardings=shardings)(domain_key(config.seed, "init"))
-        first = checkpoints.latest() or 0
-        if first:
-            # The result is kept whole, for whoever certifies it.
-            result = distributed.placed(state.result, whole)
-            result, rest = checkpoints.restore(first, result, state.rest)
-            state = state.resumed(distributed.placed(result, shardings.result), rest)
-        evaluate = Evaluator(model, config.sigma, test_set, mesh)
-        rate = optimizer.schedule(settings)
-        key, size = domain_key(config.seed, "train"), config.data.batch_size
-        own = distributed.own_rows(mesh, size)
-        batches = datasets.training_batches(train_set, config.data, config.seed, first, settings.steps, own)
-
-        def report(window, since):
-            """Logs the mean over the steps since the last report; reading them is what waits for the device.
-
-            Their speed is that of the steps after ``since``, ``(number of steps, time)``: nothing else is in it.
-            """
-            losses, accuracies = np.asarray(jax.device_get(window), np.float64).T
-            done = step + 1
-            if not np.isfinite(losses).all():
-                bad = done - len(losses) + 1 + int(np.argmin(np.isfinite(losses)))
-                raise UserError(
-                    f"the loss became {losses[~np.isfinite(losses)][0]} at step {bad}: train again with a lower "
-                    f"train.learning_rate (now {settings.learning_rate}), or check sigma and model.std"
-                    + (" into another --workdir; its checkpoints are kept" if checkpoints.latest() else "")
-                )
-            images, seconds = (done - since[0]) * config.data.batch_size, time.monotonic() - since[1]
-            values = {"step": done, "loss": losses.mean(), "accuracy": accuracies.mean(), "learning_rate": rate(step)}
-            if images:
-                values["images_per_second"] = round(images / seconds, 1)
-            log(values, progress.left(done) if first + 1 < done < settings.steps else None)
-
-        def save(done):
-            data = {"input_shape": list(train_set.shape), "classes": train_set.num_classes}
-            checkpoints.save(done, distributed.placed(state.result, whole), state.rest, **data)
-            # Since the checkpoint before: over all sessions they add up to the time of what was kept.
-            log({"step": done, "train_seconds": round(time.monotonic() - start, 2)})
-
-        start, window = time.monotonic(), []
-        # A step hands its state to the next: a signal waits for its end, and for the checkpoint that keeps it.
-        with contextlib.closing(batches), interrupt.deferred() as told:
-            stopping = _Stop(mesh, told)
+    def run(self) -> Params:
+        config, settings, first = self._config, self._config.train, self._first
+        own = own_rows(self._mesh, config.data.batch_size)
+        batches = training_batches(self._train_set, config.data, config.seed, first, settings.steps, own)
+        key = domain_key(config.seed, "train")
+        self._saved = time.monotonic()
+        # A step donates its state to the next one: a signal takes effect after a step, when its state has been saved.
+        with contextlib.closing(batches), deferred() as signalled:
+            stopping = _Stop(self._mesh, signalled)
             for step, batch in zip(range(first, settings.steps), batches, strict=True):
-                if not window:
-                    since = step, time.monotonic()
-                state, metrics = train_step(state, *distributed.joined(mesh, batch), key, np.uint32(step))
                 done = step + 1
-                if step == first:  # the step that compiles says nothing about the rate
+                if not self._window:
+                    self._since = step, time.monotonic()
+                self._state, metrics = self._train_step(self._state, *joined(self._mesh, batch), key, np.uint32(step))
+                if step == first:  # this step compiles, so its time says nothing about the rate
                     jax.block_until_ready(metrics)
-                    progress, since = Progress(settings.steps, done), (done, time.monotonic())
-                window.append(metrics)
-                due = [
+                    self._progress, self._since = Progress(settings.steps, done), (done, time.monotonic())
+                self._window.append(metrics)
+                report, evaluate, save = (
                     done == settings.steps or done % every == 0
                     for every in (settings.log_every, settings.evaluate_every, settings.checkpoint_every)
-                ]
+                )
                 stop = stopping()
-                if stop or any(due):
-                    report(window, since)
-                    window = []
-                if due[1]:
-                    try:
-                        noisy, clean = evaluate(
-                            state.result, jax.random.fold_in(domain_key(config.seed, "evaluate"), done)
-                        )
-                    except UserError:  # of the test data: what was trained is kept
-                        if not mesh.is_multi_process:
-                            save(done)
-                            checkpoints.wait()
-                        raise
-                    log({"step": done, "test_noisy_accuracy": noisy, "test_clean_accuracy": clean})
-                if stop or due[2]:
-                    save(done)
-                    start = time.monotonic()
+                if stop or report or evaluate or save:
+                    self._report(done)
+                if evaluate:
+                    self._test(done)
+                if stop or save:
+                    self._save(done)
                 if stop:
-                    checkpoints.wait()
-                    raise interrupt.agreed()
-            checkpoints.wait()
-        return distributed.placed(state.result, whole)
+                    self._checkpoints.wait()
+                    raise agreed()
+            self._checkpoints.wait()
+        return laid_out(self._state.result, self._whole)
+
+    def _report(self, done: int) -> None:
+        """Logs means over the steps since the last report, which waits for the device, and the speed of these steps."""
+        losses, accuracies = np.asarray(jax.device_get(self._window), np.float64).T
+        self._window = []
+        settings, finite = self._config.train, np.isfinite(losses)
+        if not finite.all():
+            bad = int(np.argmin(finite))
+            raise UserError(
+                f"the loss became {losses[bad]} at step {done - len(losses) + 1 + bad}: train again with a lower "
+                f"train.learning_rate (now {settings.learning_rate}), or check sigma and model.std"
+                + (" into another --workdir; its checkpoints are kept" if self._checkpoints.latest() else "")
+            )
+        images, seconds = (done - self._since[0]) * self._config.data.batch_size, time.monotonic() - self._since[1]
+        rate = self._rate(done - 1)
+        values = {"step": done, "loss": losses.mean(), "accuracy": accuracies.mean(), "learning_rate": rate}
+        if images:
+            values["images_per_second"] = round(images / seconds, 1)
+        self._log(values, self._progress.left(done) if self._first + 1 < done < settings.steps else None)
+
+    def _test(self, done: int) -> None:
+        key = jax.random.fold_in(domain_key(self._config.seed, "evaluate"), done)
+        try:
+            noisy, clean = self._evaluate(self._state.result, key)
+        except UserError:  # of the test data: what was trained is kept
+            if not self._mesh.is_multi_process:
+                self._save(done)
+                self._checkpoints.wait()
+            raise
+        self._log({"step": done, "test_noisy_accuracy": noisy, "test_clean_accuracy": clean})
+
+    def _save(self, done: int) -> None:
+        data = {"input_shape": list(self._train_set.shape), "classes": self._train_set.num_classes}
+        self._checkpoints.save(done, laid_out(self._state.result, self._whole), self._state.rest, **data)
+        # Seconds since the last checkpoint. Over all sessions they add up to the time behind what was kept.
+        self._log({"step": done, "train_seconds": round(time.monotonic() - self._saved, 2)})
+        self._saved = time.monotonic()
+
+
+def train(
+    model: Model, config: Config, train_set: ImageSet, test_set: ImageSet, checkpoints: Checkpoints, log: Log
+) -> Params:
+    """Trains to ``config.train.steps``, from the newest checkpoint if there is one.
+
+    Every process of the run calls this with the same arguments. A batch does not depend on the number of processes;
+    each cuts its own rows out of it. `log` is called in step order. Returns the final parameters (or their average, if
+    one is kept). Raises UserError if the loss stops being finite (the last checkpoint is kept), and Interrupted after a
+    signal to any process, when the steps under way are finished and saved.
+    """
+    with pinned():
+        return _Training(model, config, train_set, test_set, checkpoints, log).run()

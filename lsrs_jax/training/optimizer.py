@@ -1,10 +1,15 @@
-"""The optimizer of a configuration."""
+"""The optimizer of a configuration, for its section ``train``."""
+
+from typing import Any
 
 import jax
 import optax
 
+from lsrs_jax.models.split import Params
+from lsrs_jax.runtime.types import Config
 
-def schedule(config):
+
+def schedule(config: Config) -> optax.Schedule:
     """Learning rate as a function of the step: linear warm-up, then constant or cosine to zero."""
     peak, warmup = config.learning_rate, config.warmup_steps
     if config.schedule == "cosine":
@@ -14,19 +19,15 @@ def schedule(config):
     return optax.join_schedules([optax.linear_schedule(peak / max(warmup, 1), peak, warmup), after], [warmup])
 
 
-def _decays(params):
-    """Kernels of the head decay. The encoder's raw parameters do not: that would pull its rotations to the identity."""
-
-    def decays(path, leaf):
-        return path[0].key == "head" and path[-1].key == "kernel"
-
-    return jax.tree_util.tree_map_with_path(decays, params)
+def _decays(params: Params) -> Any:
+    """The kernels of the head decay. Decay of the encoder's raw parameters would pull its kernels to the identity."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key == "head" and path[-1].key == "kernel", params)
 
 
-def build(config):
-    """An optax transformation for parameters ``{"encoder": …, "head": …}``."""
-    rate = schedule(config)
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """Adam or SGD with Nesterov momentum, and weight decay on the kernels of the head."""
     decay = optax.add_decayed_weights(config.weight_decay, _decays)
+    rate = optax.scale_by_learning_rate(schedule(config))
     if config.optimizer == "adam":
-        return optax.chain(optax.scale_by_adam(), decay, optax.scale_by_learning_rate(rate))
-    return optax.chain(decay, optax.trace(0.9, nesterov=True), optax.scale_by_learning_rate(rate))
+        return optax.chain(optax.scale_by_adam(), decay, rate)
+    return optax.chain(decay, optax.trace(0.9, nesterov=True), rate)

@@ -13,9 +13,9 @@ from jax.test_util import check_grads
 from test_matrix import precisions
 
 from lsrs_jax import orthogonal
-from lsrs_jax.errors import UserError
 from lsrs_jax.orthogonal import FAMILIES, ConvShape, conv_singular_values, convolve, spectrum
 from lsrs_jax.orthogonal.families import exponential
+from lsrs_jax.runtime.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("hurried")
 

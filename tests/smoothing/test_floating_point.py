@@ -16,7 +16,8 @@ import pytest
 from conftest import threefry
 
 from lsrs_jax import smoothing
-from lsrs_jax.smoothing import grid, noise
+from lsrs_jax.smoothing import discrete_gaussian
+from lsrs_jax.smoothing.arithmetic import ARITHMETICS, Float32Arithmetic, GridArithmetic, make_arithmetic
 
 SIGMAS = [0.12, 0.25, 0.5, 1.0]
 IMAGES = [(28, 28, 1), (32, 32, 3)]
@@ -55,16 +56,16 @@ def any_float(noisy, clean, along, sigma):
 
 
 def steps(noisy, clean, sigma):
-    return jnp.round((noisy - clean) / grid.spacing(sigma)).astype(jnp.int32)
+    return jnp.round((noisy - clean) / discrete_gaussian.spacing(sigma)).astype(jnp.int32)
 
 
 def grid_sums(noisy, clean, along, sigma):
     """`float_sums` for the grid: whole steps that the alias table can draw."""
-    high, low = grid.grid(sigma).table
-    reached = (high >> grid.COLUMN_BITS | low) > 0
-    reached[high & (2**grid.COLUMN_BITS - 1)] = True
+    high, low = discrete_gaussian.grid(sigma).table
+    reached = (high >> discrete_gaussian.COLUMN_BITS | low) > 0
+    reached[high & (2**discrete_gaussian.COLUMN_BITS - 1)] = True
     found = steps(noisy, clean, sigma)
-    whole = found * np.float32(grid.spacing(sigma)) == noisy - clean
+    whole = found * np.float32(discrete_gaussian.spacing(sigma)) == noisy - clean
     return (whole & jnp.asarray(reached)[jnp.abs(found)]).all(axis=1)
 
 
@@ -99,7 +100,7 @@ def float_bits(noisy, clean, sigma):
 
 def table_words(noisy, clean, sigma):
     """A bit of the column of the alias table that drew the noise, if it was not its alias."""
-    return jnp.asarray(grid.grid(sigma).table[1] & 1)[jnp.abs(steps(noisy, clean, sigma))].sum(axis=1)
+    return jnp.asarray(discrete_gaussian.grid(sigma).table[1] & 1)[jnp.abs(steps(noisy, clean, sigma))].sum(axis=1)
 
 
 AGAINST_SOUND = {
@@ -147,11 +148,11 @@ def attack(recogniser, arithmetic, shape, sigma, count):
     Returns:
       radius, distance of the point tried (both in σ), and whether it is a counterexample; ``(count,)`` each.
     """
-    law = noise.arithmetic(arithmetic, sigma)
+    law = make_arithmetic(arithmetic, sigma)
 
     def placed(points):
         """The points that the arithmetic makes of these, flattened."""
-        flat = law.place(points).reshape(count, -1).astype(np.float64)
+        flat = law.quantize(points).reshape(count, -1).astype(np.float64)
         return flat * law.identity.get("spacing", 1.0)
 
     points = targets(shape, sigma, count)
@@ -206,14 +207,14 @@ def test_sums_that_round_the_noise_first_fall_to_the_published_recogniser(monkey
     def bits(number):
         return jax.lax.bitcast_convert_type(number, jnp.int32)
 
-    class Unfused(noise.Float32):
+    class Unfused(Float32Arithmetic):
         @staticmethod
         def draw(key, size, sigma):
             # The sign of sigma, 0: an operation on integers that no compiler takes out, nor fuses a product across.
-            drawn = bits(noise.Float32.draw(key, size, sigma)) | (bits(sigma) >> 31)
+            drawn = bits(Float32Arithmetic.draw(key, size, sigma)) | (bits(sigma) >> 31)
             return jax.lax.bitcast_convert_type(drawn, jnp.float32)
 
-    monkeypatch.setitem(noise.ARITHMETICS, "float32", Unfused)
+    monkeypatch.setitem(ARITHMETICS, "float32", Unfused)
     broken = attack(any_float, "float32", (28, 28, 1), 0.5, 50)[:, 2]
     assert broken.sum() > 40
 
@@ -231,11 +232,11 @@ def test_sound_certificates_have_none(name, trials):
 def test_noise_on_a_coarser_grid_than_the_latents_is_caught(monkeypatch):
     """The parity of the sums then tells the parity of the latent."""
 
-    class Coarse(noise.Sound):
+    class Coarse(GridArithmetic):
         @staticmethod
-        def draw(key, size, table):
-            return noise.Sound.draw(key, size, table) // 2 * 2
+        def draw(key, size, tables):
+            return GridArithmetic.draw(key, size, tables) // 2 * 2
 
-    monkeypatch.setitem(noise.ARITHMETICS, "sound", Coarse)
+    monkeypatch.setitem(ARITHMETICS, "sound", Coarse)
     broken = attack(leaking(parity), "sound", (40,), 0.25, 50)[:, 2]
     assert broken.sum() > 10

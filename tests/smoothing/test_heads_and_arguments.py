@@ -10,8 +10,8 @@ import pytest
 from conftest import threefry
 from linear import DIM, LATENTS, certify, linear_head
 
-from lsrs_jax.errors import UserError
-from lsrs_jax.smoothing.votes import Votes
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.smoothing.sampler import Sampler
 
 
 def test_modules_of_any_library_certify_the_same():
@@ -141,11 +141,12 @@ def test_keys_of_other_generators_are_refused():
             certify(key=key)
 
 
-def test_a_launch_outside_the_plan_is_refused():
-    loop = Votes(linear_head, DIM, sigma=0.5, key=threefry(0), tile=(2, 16))
-    latents = loop.put(loop.place(LATENTS[:2]))
+def test_a_launch_outside_the_schedule_is_refused():
+    loop = Sampler(linear_head, DIM, sigma=0.5, tile=(2, 16))
+    latents = loop.put(loop.quantize(LATENTS[:2]))
+    key = loop.keys(threefry(0))["estimation"]
     for first, stop in ((0, 8), (3, 3), (-1, 2)):
         with pytest.raises(UserError, match="are not among"):
-            loop.launch(latents, "estimation", first, stop, 100)
+            loop.launch(latents, key, first, stop, 100)
     with pytest.raises(UserError, match="1 to 2 latents"):
-        loop.put(loop.place(LATENTS[:3]))
+        loop.put(loop.quantize(LATENTS[:3]))

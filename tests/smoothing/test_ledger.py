@@ -1,12 +1,13 @@
 import numpy as np
 import pytest
 
-from lsrs_jax.errors import UserError
-from lsrs_jax.smoothing.ledger import Ledger, _crc, _line
-from lsrs_jax.smoothing.table import read_table
-from lsrs_jax.smoothing.tally import Plan, Row
+from lsrs_jax.certification.ledger import Ledger, _crc, _line
+from lsrs_jax.certification.table import read_table
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.smoothing.counts import Row
+from lsrs_jax.smoothing.schedule import Schedule
 
-PLAN = Plan(10, (100,), 16)
+PLAN = Schedule(10, (100,), 16)
 
 
 def rows(idx, slack=1e-6):
@@ -33,18 +34,18 @@ def path(tmp_path):
 
 def test_what_is_written_is_read(path):
     with open_ledger(path) as ledger:
-        assert [idx for idx in ledger.tallies if ledger.plan.next_stop(ledger.done(idx)) is None] == [4]
-        tally = ledger.tallies[4]
-        np.testing.assert_array_equal(tally.counts["selection"], [3, 7, 0])
-        np.testing.assert_array_equal(tally.counts["estimation"], [10, 86, 4])
-        assert (tally.label, tally.slack, tally.seconds) == (1, 1e-6, 1.0)
+        assert [idx for idx in ledger.images if ledger.schedule.next_stop(ledger.done(idx)) is None] == [4]
+        image = ledger.images[4]
+        np.testing.assert_array_equal(image.counts["selection"], [3, 7, 0])
+        np.testing.assert_array_equal(image.counts["estimation"], [10, 86, 4])
+        assert (image.label, image.slack, image.seconds) == (1, 1e-6, 1.0)
         assert ledger.done(2) == (1, 4)
         assert ledger.done(0) == (0, 0)
-        np.testing.assert_array_equal(tally.looks, [[10, 86, 4]])
-        assert not len(ledger.tallies[2].looks)
+        np.testing.assert_array_equal(image.looks, [[10, 86, 4]])
+        assert not len(ledger.images[2].looks)
         ledger.append(rows(2)[2:])
     with open_ledger(path) as ledger:
-        assert [idx for idx in ledger.tallies if ledger.plan.next_stop(ledger.done(idx)) is None] == [2, 4]
+        assert [idx for idx in ledger.images if ledger.schedule.next_stop(ledger.done(idx)) is None] == [2, 4]
 
 
 def test_any_torn_tail_is_cut_off_and_nothing_else(path):
@@ -53,7 +54,7 @@ def test_any_torn_tail_is_cut_off_and_nothing_else(path):
     for size in range(len(content)):
         path.write_bytes(content[:size])
         with open_ledger(path) as ledger:
-            kept = sum(len(tally.next) and sum(tally.next.values()) > 0 for tally in ledger.tallies.values())
+            kept = sum(len(image.next) and sum(image.next.values()) > 0 for image in ledger.images.values())
         whole = content[:size].count(b"\n")
         expected = b"".join(lines[: max(whole, 1)])
         assert path.read_bytes() == expected
@@ -76,7 +77,7 @@ def test_any_changed_character_is_found(path):
         ("4\t1\t1e-06\testimation\t4\t7\t1:36\t0.1", "where 7 come next"),
         ("5\t1\t1e-06\testimation\t1\t2\t1:16\t0.1", "where 0 come next"),
         ("5\t1\t1e-06\tselection\t0\t2\t1:10\t0.1", "not among those"),
-        ("5\t1\t1e-06\tselection\t0\t1\t1:9\t0.1", "9 votes where 10 belong"),
+        ("5\t1\t1e-06\tselection\t0\t1\t1:9\t0.1", "9 samples where 10 belong"),
         ("5\t1\t1e-06\tpilot\t0\t1\t1:10\t0.1", "unknown purpose"),
         ("5\t1\t1e-06\tselection\t0\t1\t3:10\t0.1", "bad vote"),
         ("5\t1\t1e-06\tselection\t0\t1\t1:5,1:5\t0.1", "bad vote"),
@@ -138,7 +139,7 @@ def test_both_time_formats_are_read(tmp_path):
     table = read_table(path)
     np.testing.assert_allclose(table.seconds, [14.25, 93784.5, 7.5])
     np.testing.assert_array_equal(table.idx, [0, 20, 40])
-    assert table.votes is None
+    assert table.samples is None
     assert not table.truncated
     assert table.certified_accuracy(0) == pytest.approx(1 / 3)
     assert table.certified_accuracy(0.5) == pytest.approx(1 / 3)

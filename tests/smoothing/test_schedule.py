@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from lsrs_jax.errors import UserError
+from lsrs_jax.certification.table import read_table
+from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.smoothing import certified_radius, confidence, from_counts
+from lsrs_jax.smoothing.counts import Counts, Row
+from lsrs_jax.smoothing.derivation import Derivation
 from lsrs_jax.smoothing.partition import partition
-from lsrs_jax.smoothing.schedule import Derivation, plan
-from lsrs_jax.smoothing.table import read_table
-from lsrs_jax.smoothing.tally import Plan, Row, Tallies
+from lsrs_jax.smoothing.schedule import Schedule, make_schedule
 
 GRID = tuple(np.arange(0.25, 4.25, 0.25))
 
@@ -19,14 +20,14 @@ GRID = tuple(np.arange(0.25, 4.25, 0.25))
 
 @pytest.mark.parametrize(("n", "samples"), [(100_000, 16), (10_000, 16), (100_000, 4096), (1000, 16), (7, 16)])
 def test_looks_grow_by_whole_chunks_to_n(n, samples):
-    looks = plan("staged", 100, n, samples).looks
+    looks = make_schedule("staged", 100, n, samples).looks
     assert looks[-1] == n
     assert (np.diff(looks) > 0).all()
     assert all(look % samples == 0 for look in looks[:-1])
     if samples == 16 and n > 10_000:
         ratios = np.divide(looks[1:], looks[:-1])
         assert 1.1 < ratios.min() <= ratios.max() < 1.6
-    assert plan("fixed", 100, n, samples).looks == (n,)
+    assert make_schedule("fixed", 100, n, samples).looks == (n,)
 
 
 @pytest.mark.parametrize(
@@ -40,13 +41,13 @@ def test_looks_grow_by_whole_chunks_to_n(n, samples):
 )
 def test_bad_plans_are_refused(arguments, why):
     with pytest.raises(UserError, match=why):
-        plan(*arguments)
+        make_schedule(*arguments)
 
 
 @pytest.mark.parametrize("looks", [(), (32, 16), (16, 16), (17, 32)])
 def test_looks_out_of_order_are_refused(looks):
     with pytest.raises(UserError, match="looks must grow"):
-        Plan(10, looks, 16)
+        Schedule(10, looks, 16)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,7 @@ def test_looks_that_do_not_grow_and_slack_of_another_length_are_refused():
 
 @pytest.mark.parametrize("alpha", [1e-3, 1e-12])
 def test_a_plan_that_can_certify_nothing_has_the_radius_zero(alpha):
-    assert Derivation(0.5, alpha, tau=1e-9).largest_radius(plan("fixed", 100, 1, 16)) == 0
+    assert Derivation(0.5, alpha, tau=1e-9).largest_radius(make_schedule("fixed", 100, 1, 16)) == 0
 
 
 def test_tau_is_charged_to_both_probabilities():
@@ -299,51 +300,51 @@ def test_coverage_with_many_classes_and_the_runner_up_alone_is_caught(classes, t
 # ------------------------------------------------------------------------------------------------------------ stopping
 
 
-def tally_of(the_plan, votes, selection=(100, 0)):
-    """A tally whose looks found `votes` (cumulative, for the candidate) of two classes."""
-    tallies, samples = Tallies(the_plan, 2), the_plan.samples
-    ends = the_plan.stops["estimation"]
-    rows = [Row(0, 0, 0.0, "selection", 0, the_plan.stops["selection"][0], np.array(selection), 0.0)]
+def image_with(schedule, hits, selection=(100, 0)):
+    """An image whose looks found `hits` (cumulative, for the candidate) of two classes."""
+    counts, samples = Counts(schedule, 2), schedule.samples
+    ends = schedule.stops["estimation"]
+    rows = [Row(0, 0, 0.0, "selection", 0, schedule.stops["selection"][0], np.array(selection), 0.0)]
     before, total = 0, np.zeros(2, int)
-    for stop, look, k in zip(ends, the_plan.looks, votes, strict=False):
-        counts = np.array([k, look - k])
-        rows.append(Row(0, 0, 0.0, "estimation", before, stop, counts - total, 0.0))
-        before, total = stop, counts
-    tallies.append(rows)
-    assert samples * before >= the_plan.looks[len(votes) - 1]
-    return tallies.tallies[0]
+    for stop, look, k in zip(ends, schedule.looks, hits, strict=False):
+        found = np.array([k, look - k])
+        rows.append(Row(0, 0, 0.0, "estimation", before, stop, found - total, 0.0))
+        before, total = stop, found
+    counts.append(rows)
+    assert samples * before >= schedule.looks[len(hits) - 1]
+    return counts.images[0]
 
 
-STAGED = plan("staged", 100, 100_000, 16)
+STAGED = make_schedule("staged", 100, 100_000, 16)
 
 
-def settled(votes, **fields):
-    return bool(Derivation(0.25, 0.001, **fields).settled(STAGED, [tally_of(STAGED, votes)])[0])
+def decided(hits, **fields):
+    return bool(Derivation(0.25, 0.001, **fields).decided(STAGED, [image_with(STAGED, hits)])[0])
 
 
 def test_an_image_leaves_when_its_radii_are_decided_and_not_before():
     first = STAGED.looks[0]
-    assert settled([first // 3], radii=(0.25,))  # no majority: nothing to certify
-    assert not settled([first], radii=(0.25, 0.9))  # unanimous so far, and .9 is within reach
-    assert settled([first], radii=(0.25, 0.5))  # unanimous: both are certified
-    assert settled([first], radii=(0.25, 0.5, 5.0))  # and 5 cannot be
-    assert not settled([int(0.85 * first)], radii=(0.25,))  # near the threshold of .25
-    assert settled([int(0.7 * first)], radii=(0.25,))  # certified, but never at .25
+    assert decided([first // 3], radii=(0.25,))  # no majority: nothing to certify
+    assert not decided([first], radii=(0.25, 0.9))  # unanimous so far, and .9 is within reach
+    assert decided([first], radii=(0.25, 0.5))  # unanimous: both are certified
+    assert decided([first], radii=(0.25, 0.5, 5.0))  # and 5 cannot be
+    assert not decided([int(0.85 * first)], radii=(0.25,))  # near the threshold of .25
+    assert decided([int(0.7 * first)], radii=(0.25,))  # certified, but never at .25
 
 
-def test_without_radii_an_image_leaves_when_more_votes_would_add_little():
+def test_without_radii_an_image_leaves_when_more_samples_would_add_little():
     looks = STAGED.looks
-    assert not settled([looks[0]], epsilon=0.05)
+    assert not decided([looks[0]], epsilon=0.05)
     share = [int(0.8 * look) for look in looks]
-    assert not settled(share[:2], epsilon=0.02)
-    assert settled(share[:12], epsilon=0.05)
-    assert settled(share, epsilon=1e-9)  # all the votes there are
+    assert not decided(share[:2], epsilon=0.02)
+    assert decided(share[:12], epsilon=0.05)
+    assert decided(share, epsilon=1e-9)  # all the samples there are
 
 
-def test_settled_never_asks_for_more_than_the_plan_has():
+def test_decided_never_asks_for_more_than_the_schedule_has():
     rng = np.random.default_rng(0)
-    tallies = [tally_of(STAGED, np.cumsum(rng.binomial(np.diff([0, *STAGED.looks]), p))) for p in (0.5, 0.9, 0.99)]
-    assert Derivation(0.25, 0.001, radii=GRID).settled(STAGED, tallies).all()
+    counts = [image_with(STAGED, np.cumsum(rng.binomial(np.diff([0, *STAGED.looks]), p))) for p in (0.5, 0.9, 0.99)]
+    assert Derivation(0.25, 0.001, radii=GRID).decided(STAGED, counts).all()
 
 
 def published(path, sigma):
@@ -360,22 +361,22 @@ def published(path, sigma):
 def staged_on(p, derivation, seed):
     """Certificates of simulated images with these probabilities; votes drawn look by look, as the sweep does."""
     rng = np.random.default_rng(seed)
-    tallies, pending, before, first = Tallies(STAGED, 2), np.arange(len(p)), 0, 0
+    counts, pending, before, first = Counts(STAGED, 2), np.arange(len(p)), 0, 0
     end = STAGED.stops["selection"][0]
-    tallies.append([Row(int(i), 0, 0.0, "selection", 0, end, np.array([100, 0]), 0.0) for i in pending])
+    counts.append([Row(int(i), 0, 0.0, "selection", 0, end, np.array([100, 0]), 0.0) for i in pending])
     for look, stop in zip(STAGED.looks, STAGED.stops["estimation"], strict=True):
         k = rng.binomial(look - before, p[pending])
-        tallies.append(
+        counts.append(
             [
                 Row(int(i), 0, 0.0, "estimation", first, stop, np.array([hits, look - before - hits]), 0.0)
                 for i, hits in zip(pending, k, strict=True)
             ]
         )
         before, first = look, stop
-        pending = pending[~derivation.settled(STAGED, [tallies.tallies[int(i)] for i in pending])]
+        pending = pending[~derivation.decided(STAGED, [counts.images[int(i)] for i in pending])]
         if not len(pending):
             break
-    return derivation.certificates(STAGED, [tallies.tallies[i] for i in range(len(p))])
+    return derivation.certificates(STAGED, [counts.images[i] for i in range(len(p))])
 
 
 @pytest.mark.parametrize(
@@ -387,7 +388,7 @@ def test_staged_saves_votes_on_published_classifiers_and_loses_little(reference,
     p, correct = published(reference / "cohen_certify" / "cifar10" / "resnet110" / name, sigma)
     radii = tuple(radius for radius in radii if radius < 4 * sigma + 1e-9)
     derivation, losses, votes = Derivation(sigma, 0.001, radii=radii), [], []
-    top = 0.85 * Derivation(sigma, 0.001).largest_radius(plan("fixed", 100, 100_000, 16))
+    top = 0.85 * Derivation(sigma, 0.001).largest_radius(make_schedule("fixed", 100, 100_000, 16))
     for seed in range(5):
         staged = staged_on(p, derivation, seed)
         k = np.random.default_rng(1000 + seed).binomial(100_000, p)

@@ -8,8 +8,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from samples import derive
 
-from lsrs_jax.certification import folder, smoothed
-from lsrs_jax.errors import UserError
+from lsrs_jax.certification import smoothed, store
+from lsrs_jax.certification.identity import Identity
+from lsrs_jax.runtime.errors import UserError
 
 
 def test_numbers_from_which_a_radius_would_follow_are_not_believed(certification):
@@ -35,7 +36,7 @@ def test_another_identity_is_told_in_words_that_a_user_knows(certification):
     home, _, stored, _ = certification
     path, identity = home / "certificates.json", stored["identity"]
     path.write_text(json.dumps(stored))
-    assert folder.read_record(path, identity) == stored["record"]
+    assert store.past_sessions(path, Identity.from_dict(identity)) == stored["record"]
     checkpoint, data = identity["checkpoint"], identity["data"] | {"version": "1.0.0", "split": "test"}
     for change, words in (
         ({"checkpoint": {"step": 5, "digest": "11"}}, "of the checkpoint of step 3, and the newest is that of step 5;"),
@@ -45,12 +46,12 @@ def test_another_identity_is_told_in_words_that_a_user_knows(certification):
         ({"stages": [96]}, "stages was"),
     ):
         with pytest.raises(UserError) as error:
-            folder.read_record(path, identity | change)
+            store.past_sessions(path, Identity.from_dict(identity | change))
         assert words in str(error.value), error.value
     old = stored | {"identity": identity | {"data": data | {"digest": "00"}}}
     path.write_text(sealed(old))
-    with pytest.raises(UserError, match=r"images or labels of digits 1.0.0, split test, are not what they were;"):
-        folder.read_record(path, identity | {"data": data | {"digest": "11"}})
+    with pytest.raises(UserError, match=r"images or labels of digits 1.0.0, split test, have changed;"):
+        store.past_sessions(path, Identity.from_dict(identity | {"data": data | {"digest": "11"}}))
 
 
 @examples(300)

@@ -13,7 +13,7 @@ from hostile import JSON, answer, examples, json_text
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lsrs_jax import checkpoint
+from lsrs_jax.training import checkpoint
 
 PARAMS = {
     "encoder": {},
@@ -24,13 +24,13 @@ TARGET = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
 
 
 @pytest.fixture(scope="module")
-def trained(place):
-    with checkpoint.Checkpoints(place / "run") as checkpoints:
+def trained(folder):
+    with checkpoint.Checkpoints(folder / "run") as checkpoints:
         checkpoints.save(2, PARAMS, MOMENTUM)
         checkpoints.wait()
     # Orbax leaves half-finished tasks behind when a checkpoint is damaged; the commands are deaf to them as well.
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    yield place / "run"
+    yield folder / "run"
     sys.unraisablehook = hook
 
 

@@ -2,16 +2,19 @@
 
 import os
 import pickle
+import shutil
 import subprocess
+import sys
 
 import pytest
 from executions import Payload, nothing_executed, payloads
 from hostile import answer, changed, json_text, places
 from samples import CONFIG, FIELDS, TABLE, derive, load, read, votes_of
 
-from lsrs_jax import command, report, train
-from lsrs_jax import config as configuration
-from lsrs_jax.smoothing.ledger import _HEADER
+from lsrs_jax import cli, report
+from lsrs_jax.certification.ledger import _HEADER
+from lsrs_jax.config import default
+from lsrs_jax.training.metrics import Metrics
 
 
 @pytest.mark.parametrize("attack", ["eval", "exec", "pickle", "system", "process"])
@@ -35,28 +38,30 @@ def everywhere(value, texts):
     return [changed(value, where, texts[number % len(texts)]) for number, where in enumerate(places(value))]
 
 
-def test_no_file_and_no_flag_is_executed(place, certification, tmp_path):
+def test_no_file_and_no_flag_is_executed(folder, certification, tmp_path, monkeypatch):
     """In every field of every file that is read, and in every flag."""
     canary = tmp_path / "canary"
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)  # it unpickles what it has pickled itself
     home, _, stored, table = certification
     texts = payloads(canary)
     whole = [*(text.encode() for text in texts), pickle.dumps(Payload(canary)), pickle.dumps(Payload(canary), 0)]
     rows = [line.split("\t") for line in TABLE.splitlines()]
     tables = ["\n".join("\t".join(map(str, row)) for row in table).encode() for table in everywhere(rows, texts)]
     derive(certification, json_text(stored).encode())  # lazy imports are executions too
-    load(place / "config.json", json_text(CONFIG).encode())
-    answer(command.config_from_flags, ["--config.certify.n=5"], configuration.default())
+    load(folder / "config.json", json_text(CONFIG).encode())
+    answer(cli.config_from_flags, ["--config.certify.n=5"], default())
     with nothing_executed(canary):
         for text in [*(json_text(value).encode() for value in everywhere(stored, texts)), *whole]:
             derive(certification, text)
             (home / "certificates.tsv").write_bytes(table)
             answer(report.load_runs, [str(home)])
         for text in [*(json_text(value).encode() for value in everywhere(CONFIG, texts)), *whole]:
-            load(place / "config.json", text)
-            train._complete_lines(place / "config.json")
+            load(folder / "config.json", text)
+            shutil.copy(folder / "config.json", folder / "metrics.jsonl")
+            Metrics(folder, 10).close()
         for text in [*tables, *whole]:
-            read(place / "table.tsv", text)
-            votes_of(place / "ledger.tsv", _HEADER.encode() + text)
+            read(folder / "table.tsv", text)
+            votes_of(folder / "ledger.tsv", _HEADER.encode() + text)
         for field in FIELDS:
             for text in texts:
-                answer(command.config_from_flags, [f"--config.{field}={text}"], configuration.default())
+                answer(cli.config_from_flags, [f"--config.{field}={text}"], default())

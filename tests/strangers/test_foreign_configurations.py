@@ -9,8 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from samples import CONFIG, FIELDS, load
 
-from lsrs_jax import command
-from lsrs_jax import config as configuration
+from lsrs_jax import cli
+from lsrs_jax.config import check_config, config_from_dict, config_to_dict, default
 
 
 @examples(300)
@@ -21,8 +21,8 @@ from lsrs_jax import config as configuration
 @example(("sigma",), 10**400)
 @example(("certify", "radii"), [10**400])
 @example(("certify", "alpha"), {"a.b": 1})
-def test_a_changed_configuration_is_valid_or_one_line(place, where, new):
-    config = load(place / "config.json", json_text(changed(CONFIG, where, new)).encode())
+def test_a_changed_configuration_is_valid_or_one_line(folder, where, new):
+    config = load(folder / "config.json", json_text(changed(CONFIG, where, new)).encode())
     if config is not None:
         assert np.isfinite(
             [config.sigma, config.certify.alpha, config.train.learning_rate, *config.certify.radii]
@@ -34,13 +34,13 @@ def test_a_changed_configuration_is_valid_or_one_line(place, where, new):
 @given(st.binary(max_size=50) | JSON.map(lambda value: json_text(value).encode()))
 @example(b"[" * 100_000)
 @example(b"1" * 5000)
-def test_any_other_text_is_no_configuration(place, text):
-    assert load(place / "config.json", text) is None
+def test_any_other_text_is_no_configuration(folder, text):
+    assert load(folder / "config.json", text) is None
 
 
-def test_a_field_beside_the_known_ones_is_refused(place):
+def test_a_field_beside_the_known_ones_is_refused(folder):
     for value in (CONFIG | {"a\nb": 1}, CONFIG | {"certify": CONFIG["certify"] | {"__class__": {}, "": 1}}):
-        assert load(place / "config.json", json.dumps(value).encode()) is None
+        assert load(folder / "config.json", json.dumps(value).encode()) is None
 
 
 FLAG_VALUES = [
@@ -77,9 +77,9 @@ FLAG_VALUES = [
 )
 def test_any_flag_gives_a_valid_configuration_or_one_line(field, value, form):
     arguments = form.format(field, value).split(" ", 1)
-    config = answer(command.config_from_flags, arguments, configuration.default())
+    config = answer(cli.config_from_flags, arguments, default())
     if config is not None:
-        assert configuration.check(configuration.from_dict(configuration.to_dict(config)))
+        assert check_config(config_from_dict(config_to_dict(config)))
         assert 2.0**-60 <= config.sigma <= 2.0**60
 
 
@@ -92,4 +92,4 @@ def test_any_flag_gives_a_valid_configuration_or_one_line(field, value, form):
 @example(["--config=" + "a" * 5000])
 @example(["--config=a\0b"])
 def test_any_arguments_without_a_configuration_file_are_one_line(arguments):
-    assert answer(command.config_from_flags, arguments) is None
+    assert answer(cli.config_from_flags, arguments) is None

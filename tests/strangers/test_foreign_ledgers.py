@@ -9,36 +9,36 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from samples import PLAN, VOTES, votes_of
 
-from lsrs_jax.errors import UserError
-from lsrs_jax.smoothing.ledger import _HEADER, Ledger, _crc
+from lsrs_jax.certification.ledger import _HEADER, Ledger, _crc
+from lsrs_jax.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def ledger_bytes(place):
-    with Ledger(place / "whole.tsv", PLAN, 3) as ledger:
+def ledger_bytes(folder):
+    with Ledger(folder / "whole.tsv", PLAN, 3) as ledger:
         ledger.append(VOTES)
-    return (place / "whole.tsv").read_bytes()
+    return (folder / "whole.tsv").read_bytes()
 
 
 @examples(400)
 @given(st.data())
-def test_no_changed_byte_of_a_ledger_gives_other_counts(place, ledger_bytes, data):
+def test_no_changed_byte_of_a_ledger_gives_other_counts(folder, ledger_bytes, data):
     where = data.draw(st.integers(0, len(ledger_bytes) - 1))
     changed = bytearray(ledger_bytes)
     changed[where] = data.draw(st.sampled_from(b"\t\n\r 0123456789:,.\0\xff") | st.integers(0, 255))
-    found = votes_of(place / "ledger.tsv", bytes(changed))
+    found = votes_of(folder / "ledger.tsv", bytes(changed))
     if changed == ledger_bytes:
         assert found is not None
     elif found is not None:  # the end of the last line is gone: it counts as torn
         assert where == len(ledger_bytes) - 1
         whole = ledger_bytes.splitlines(keepends=True)
-        assert found == votes_of(place / "ledger.tsv", b"".join(whole[:-1]))
+        assert found == votes_of(folder / "ledger.tsv", b"".join(whole[:-1]))
 
 
 @examples(150)
 @given(st.binary(max_size=200), st.booleans())
-def test_any_bytes_are_an_empty_ledger_or_one_line(place, content, headed):
-    assert votes_of(place / "ledger.tsv", _HEADER.encode() * headed + content) in (None, {})
+def test_any_bytes_are_an_empty_ledger_or_one_line(folder, content, headed):
+    assert votes_of(folder / "ledger.tsv", _HEADER.encode() * headed + content) in (None, {})
 
 
 COUNTS = st.integers(-1, 11).map(str) | st.sampled_from([*NOT_NUMBERS[:-1], *NOT_WHOLE, "9" * 18, "1e308"])
@@ -67,9 +67,9 @@ COUNTS = st.integers(-1, 11).map(str) | st.sampled_from([*NOT_NUMBERS[:-1], *NOT
         ("1", "0", "0.0", "estimation", "0", "7", "1:100", "1e308"),
     ]
 )
-def test_rows_with_the_right_checksum_add_up_or_are_refused(place, rows):
+def test_rows_with_the_right_checksum_add_up_or_are_refused(folder, rows):
     content = ["\t".join(fields) for fields in rows]
-    found = votes_of(place / "ledger.tsv", (_HEADER + "".join(f"{line}\t{_crc(line)}\n" for line in content)).encode())
+    found = votes_of(folder / "ledger.tsv", (_HEADER + "".join(f"{line}\t{_crc(line)}\n" for line in content)).encode())
     for label, slack, seconds, (selection, estimation) in (found or {}).values():
         assert label >= 0
         assert sum(selection) == 10
@@ -79,12 +79,12 @@ def test_rows_with_the_right_checksum_add_up_or_are_refused(place, rows):
         assert seconds < 2.0**53
 
 
-def test_huge_counts_whose_sum_wraps_around_are_refused(place):
+def test_huge_counts_whose_sum_wraps_around_are_refused(folder):
     classes = 100
     votes = [10**18 - 1] * 18  # about 2**64
     votes += [(2**64 + 10) - sum(votes)]
     assert np.array(votes).sum() == 10
     line = "0\t0\t0.0\tselection\t0\t1\t" + ",".join(f"{i}:{count}" for i, count in enumerate(votes)) + "\t0.1"
-    (place / "ledger.tsv").write_text(f"{_HEADER}{line}\t{_crc(line)}\n")
+    (folder / "ledger.tsv").write_text(f"{_HEADER}{line}\t{_crc(line)}\n")
     with pytest.raises(UserError, match="where 10 belong"):
-        Ledger(place / "ledger.tsv", PLAN, classes)
+        Ledger(folder / "ledger.tsv", PLAN, classes)

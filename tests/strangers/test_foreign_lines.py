@@ -14,10 +14,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from samples import CONFIG, with_field
 
-from lsrs_jax import certify as certify_command
-from lsrs_jax import command, report
-from lsrs_jax import config as configuration
-from lsrs_jax.errors import UserError
+from lsrs_jax import certify, cli, report
+from lsrs_jax.config import config_to_dict
+from lsrs_jax.runtime.errors import UserError
 
 
 @examples(100)
@@ -35,10 +34,10 @@ def one_line(monkeypatch, capsys, run, arguments):
     """The line on stderr of a command that must end with exit code 2; as `commands.refused`, in this process."""
     monkeypatch.setattr(sys, "argv", ["lsrs_jax", *map(str, arguments)])
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    monkeypatch.setattr(command.interrupt, "handled", contextlib.nullcontext)
+    monkeypatch.setattr(cli.signals, "handled", contextlib.nullcontext)
     capsys.readouterr()
     with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
-        command.execute(run)
+        cli.execute(run)
     error = capsys.readouterr().err
     assert ended.value.code == 2
     assert error.startswith("error: ")
@@ -56,7 +55,7 @@ def test_commands_answer_files_of_strangers_with_one_line_and_leave_them_alone(
     copied.mkdir(parents=True)
     votes = (home / "votes.0.tsv").read_bytes()
     good = {
-        workdir / "config.json": json.dumps(configuration.to_dict(config)).encode(),
+        workdir / "config.json": json.dumps(config_to_dict(config)).encode(),
         copied / "certificates.json": json.dumps(stored).encode(),
         copied / "certificates.tsv": table,
         copied / "votes.0.tsv": votes,
@@ -76,7 +75,7 @@ def test_commands_answer_files_of_strangers_with_one_line_and_leave_them_alone(
     for path, content in bad:
         for name, text in (good | {path: content}).items():
             name.write_bytes(text)
-        one_line(monkeypatch, capsys, certify_command.run, [f"--workdir={workdir}", "--from-counts"])
+        one_line(monkeypatch, capsys, certify.run, [f"--workdir={workdir}", "--from-counts"])
         assert {name: name.read_bytes() for name in good} == good | {path: content}
     for name, text in good.items():
         name.write_bytes(text)
@@ -86,7 +85,7 @@ def test_commands_answer_files_of_strangers_with_one_line_and_leave_them_alone(
         "--config.x\ny=1",
         "z",
     ):
-        one_line(monkeypatch, capsys, certify_command.run, [f"--workdir={workdir}", flag])
+        one_line(monkeypatch, capsys, certify.run, [f"--workdir={workdir}", flag])
     for content in (pickled, b"\xff", with_field("time", "9" * 400 + ":00:00").encode(), b"idx\tlabel\n"):
         (copied / "certificates.tsv").write_bytes(content)
         one_line(monkeypatch, capsys, report.run, [copied, f"--out={tmp_path / 'report'}"])

@@ -10,18 +10,19 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from samples import AUDIT, TABLE, reported
 
-from lsrs_jax import train
-from lsrs_jax.auditing import table as audits
+from lsrs_jax.auditing.table import read_audit, read_finished
+from lsrs_jax.training.metrics import Metrics
 
 
 @examples(150)
 @given(st.binary(max_size=60) | st.lists(JSON.map(json_text), max_size=3).map(lambda lines: "\n".join(lines).encode()))
 @example(b'{"step": ' + b"[" * 100_000 + b"\n")
 @example(b'{"step": 3, "loss": 1.0}\n{"step": 4}')
-def test_only_whole_lines_with_a_step_are_kept_of_any_metrics(place, content):
-    path = place / "metrics.jsonl"
+def test_only_whole_lines_with_a_step_are_kept_of_any_metrics(folder, content):
+    path = folder / "metrics.jsonl"
     path.write_bytes(content + b'\n{"step": 7, "loss": 0.5}\n{"step": 8, "lo')
-    kept = train._complete_lines(path)
+    Metrics(folder, 10**500).close()
+    kept = path.read_text().splitlines()
     assert kept[-1] == '{"step": 7, "loss": 0.5}'
     assert all(isinstance(json.loads(line)["step"], int) for line in kept)
 
@@ -33,8 +34,8 @@ def test_only_whole_lines_with_a_step_are_kept_of_any_metrics(place, content):
 @example("abc", "radii")
 @example({"0.5": 1}, "radii")
 @example([[0.5]], "radii")
-def test_a_foreign_file_beside_a_table_says_nothing_or_is_refused_in_one_line(place, value, where):
-    home = place / "peer"
+def test_a_foreign_file_beside_a_table_says_nothing_or_is_refused_in_one_line(folder, value, where):
+    home = folder / "peer"
     home.mkdir(exist_ok=True)
     (home / "certificates.tsv").write_text(TABLE)
     content = {"radii": {"derivation": {"radii": value}}, "derivation": {"derivation": value}, None: value}[where]
@@ -57,10 +58,10 @@ def test_a_foreign_file_beside_a_table_says_nothing_or_is_refused_in_one_line(pl
     st.text(max_size=4) | st.sampled_from(["\n", "\t", "nan", "9" * 400]),
 )
 @example(0, len(AUDIT), "")
-def test_a_changed_audit_is_read_or_refused_in_one_line(place, start, length, text):
-    path = place / "audit.tsv"
+def test_a_changed_audit_is_read_or_refused_in_one_line(folder, start, length, text):
+    path = folder / "audit.tsv"
     path.write_text(AUDIT[:start] + text + AUDIT[start + length :], encoding="utf-8", errors="surrogatepass")
-    found = answer(audits.read, path)
+    found = answer(read_audit, path)
     if found is not None:
         assert len(np.unique(found.idx)) == len(found.idx)
         assert np.isfinite(found.radius).all()
@@ -70,19 +71,19 @@ def test_a_changed_audit_is_read_or_refused_in_one_line(place, start, length, te
 
 @examples(100)
 @given(st.sampled_from(["certificates", "settings", "audit", "digest", None]), st.sampled_from(STRANGE) | JSON)
-def test_facts_about_an_audit_are_its_own_or_refused_in_one_line(place, field, new):
-    home = place / "audited"
+def test_facts_about_an_audit_are_its_own_or_refused_in_one_line(folder, field, new):
+    home = folder / "audited"
     home.mkdir(exist_ok=True)
     (home / "audit.tsv").write_text(AUDIT)
     facts = {"certificates": "00", "settings": {}, "audit": hashlib.sha256(AUDIT.encode()).hexdigest()}
     content = new if field is None else facts | {field: new}
     (home / "audit.json").write_text(sealed(content) if field in facts else json_text(content))
-    found = answer(audits.read_finished, home / "audit.tsv")
+    found = answer(read_finished, home / "audit.tsv")
     assert found is None or (found[0] == new if field == "certificates" else field == "settings")
 
 
-def test_radii_that_a_staged_certification_decided_are_noted(place):
-    home = place / "staged"
+def test_radii_that_a_staged_certification_decided_are_noted(folder):
+    home = folder / "staged"
     home.mkdir()
     (home / "certificates.tsv").write_text(TABLE)
     (home / "certificates.json").write_text('{"derivation": {"radii": [0.25, 1]}}')

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from samples import AUDIT, TABLE, read, table_text, with_field
 
-from lsrs_jax.auditing import table as audits
-from lsrs_jax.errors import UserError
-from lsrs_jax.smoothing.table import read_table
+from lsrs_jax.auditing.table import read_audit
+from lsrs_jax.certification.table import read_table
+from lsrs_jax.runtime.errors import UserError
 
 
 @examples(60)
@@ -28,9 +28,9 @@ from lsrs_jax.smoothing.table import read_table
         unique_by=lambda row: row[0],
     )
 )
-def test_a_table_comes_back_as_the_same_numbers(place, rows):
-    table = read(place / "table.tsv", table_text(rows).encode())
-    for row, *found in zip(rows, table.idx, table.label, table.predict, table.radius, table.votes, strict=True):
+def test_a_table_comes_back_as_the_same_numbers(folder, rows):
+    table = read(folder / "table.tsv", table_text(rows).encode())
+    for row, *found in zip(rows, table.idx, table.label, table.predict, table.radius, table.samples, strict=True):
         assert found == [*row[:4], row[5]]
     np.testing.assert_allclose(table.seconds, [row[4] for row in rows], rtol=0, atol=1e-6)
     assert not table.truncated
@@ -66,34 +66,34 @@ def mutated_table(draw):
 
 @examples(400)
 @given(mutated_table())
-def test_a_changed_table_is_a_sound_table_or_one_line(place, content):
-    read(place / "table.tsv", content)
+def test_a_changed_table_is_a_sound_table_or_one_line(folder, content):
+    read(folder / "table.tsv", content)
 
 
 @examples(150)
 @given(st.binary(max_size=200) | st.text().map(lambda text: text.encode("utf-8", "surrogatepass")), st.booleans())
-def test_any_bytes_are_a_sound_table_or_one_line(place, content, headed):
-    read(place / "table.tsv", (TABLE.partition("\n")[0] + "\n").encode() * headed + content)
+def test_any_bytes_are_a_sound_table_or_one_line(folder, content, headed):
+    read(folder / "table.tsv", (TABLE.partition("\n")[0] + "\n").encode() * headed + content)
 
 
 @pytest.mark.parametrize("column", ["idx", "label", "predict", "n", "radius", "time"])
-def test_what_is_no_plain_number_is_refused_though_python_would_read_it(place, column):
+def test_what_is_no_plain_number_is_refused_though_python_would_read_it(folder, column):
     wrong = NOT_NUMBERS if column in ("radius", "time") else [*NOT_NUMBERS, *NOT_WHOLE]
     for text in wrong:
-        assert read(place / "table.tsv", with_field(column, text).encode()) is None, text
+        assert read(folder / "table.tsv", with_field(column, text).encode()) is None, text
 
 
-def test_a_line_with_more_or_fewer_fields_is_told_so(place):
+def test_a_line_with_more_or_fewer_fields_is_told_so(folder):
     for line, number in (("9\t1\t1\t0.5", 4), ("9" + "\t1" * 12, 13)):
-        (place / "table.tsv").write_text(TABLE + line + "\n")
+        (folder / "table.tsv").write_text(TABLE + line + "\n")
         with pytest.raises(UserError, match=rf"line 5 cannot be read \({number} columns instead of 12\)"):
-            read_table(place / "table.tsv")
-    (place / "audit.tsv").write_text(AUDIT + "9\t3\n")
+            read_table(folder / "table.tsv")
+    (folder / "audit.tsv").write_text(AUDIT + "9\t3\n")
     with pytest.raises(UserError, match=r"line 4 cannot be read \(2 columns instead of"):
-        audits.read(place / "audit.tsv")
+        read_audit(folder / "audit.tsv")
 
 
-def test_numbers_that_no_report_could_add_up_are_refused(place):
+def test_numbers_that_no_report_could_add_up_are_refused(folder):
     for column, text in (
         ("time", "9" * 400 + ":00:00"),
         ("time", "9" * 20 + " days, 0:00:00"),
@@ -101,5 +101,5 @@ def test_numbers_that_no_report_could_add_up_are_refused(place):
         ("time", "٣:00:00"),
         ("radius", "1.7e308"),
     ):
-        assert read(place / "table.tsv", with_field(column, text).encode()) is None, text
-    assert read(place / "table.tsv", with_field("radius", "1e300").encode()) is not None
+        assert read(folder / "table.tsv", with_field(column, text).encode()) is None, text
+    assert read(folder / "table.tsv", with_field("radius", "1e300").encode()) is not None

@@ -1,30 +1,31 @@
 """Plain orthogonal kernels from projectors and one rotation: BCOP after a strided rotation, BCOP ∘ RKO.
 
-Block convolutions of two-tap projector filters (BCOP: Xiao et al. 2018; Li et al. 2019) give the taps, a
-semi-orthogonal s×s kernel (RKO: Serrurier et al. 2021) the stride and the change of channels; their product is
+Block convolutions of two-tap projector filters (BCOP: Xiao et al. 2018; Li et al. 2019) make the taps, a
+semi-orthogonal s×s kernel (RKO: Serrurier et al. 2021) makes the stride and the change of channels; their product is
 orthogonal for any stride and any channels (Boissin et al. 2025). Matrices act from the left on columns of channels.
 """
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from lsrs_jax.errors import UserError
-from lsrs_jax.orthogonal.families.family import ConvFamily
+from lsrs_jax.orthogonal.families.family import ConvFamily, Kernel, Raw, gaussian
 from lsrs_jax.orthogonal.matrix import adjoint, bjorck, exponential, highest_precision
-from lsrs_jax.orthogonal.shape import check_common, check_mode
+from lsrs_jax.orthogonal.shape import ConvShape, Pair, check_common, check_mode
+from lsrs_jax.runtime.errors import UserError
 
 
-def _extra(shape):
+def _extra(shape: ConvShape) -> Pair:
     """How many two-tap filters lengthen the kernel, per axis."""
-    return tuple(k - s for k, s in zip(shape.kernel_size, shape.strides, strict=True))
+    return shape.kernel_size[0] - shape.strides[0], shape.kernel_size[1] - shape.strides[1]
 
 
-def _width(shape):
-    """Channels between the filters and the rotation: more than c_in only where that stays an isometry."""
+def _width(shape: ConvShape) -> int:
+    """Channels m between the filters and the rotation: more than c_in only where that stays an isometry."""
     return max(shape.c_in, shape.c_out // (shape.strides[0] * shape.strides[1]))
 
 
-def check(shape):
+def check(shape: ConvShape) -> None:
     """Raises UserError where the filters would have a single channel: they could only shift the image."""
     check_common(shape)
     if _width(shape) == 1 and max(_extra(shape)) > 0:
@@ -34,7 +35,7 @@ def check(shape):
         )
 
 
-def init(key, shape, mode):
+def init(key: PRNGKeyArray, shape: ConvShape, mode: str) -> Raw:
     """Raw parameters: a rotation ``(c_out, s·s·m)`` and projector factors ``(taps, m, m//2)`` per axis.
 
     ``mode="identity"`` sets the rotation to I and matches the projectors in pairs, so that a kernel with k − s even is
@@ -44,25 +45,20 @@ def init(key, shape, mode):
     check_mode(mode)
     width, (rows, columns) = _width(shape), _extra(shape)
     rotation_key, factor_key, *axis_keys = jax.random.split(key, 4)
-
-    def gaussian(key, *size):
-        return size[-2] ** -0.5 * jax.random.normal(key, size, jnp.float32)
-
     rotation = gaussian(rotation_key, shape.c_out, width * shape.strides[0] * shape.strides[1])
     if mode == "identity":
-        pairs = gaussian(factor_key, -(-max(rows, columns) // 2), width, width // 2)
-        matched = jnp.repeat(pairs, 2, axis=0)
-        # Copies: two leaves that share a buffer cannot be donated.
+        matched = jnp.repeat(gaussian(factor_key, -(-max(rows, columns) // 2), width, width // 2), 2, axis=0)
+        # Copies, because two leaves that share a buffer cannot be donated.
         height, wide = jnp.array(matched[:rows], copy=True), jnp.array(matched[:columns], copy=True)
         return {"rotation": 0 * rotation, "height": height, "width": wide}
     height, wide = (gaussian(axis_keys[i], count, width, width // 2) for i, count in enumerate((rows, columns)))
     return {"rotation": rotation, "height": height, "width": wide}
 
 
-def _lengthen(kernel, factor, axis, flipped):
-    """Composes a kernel ``(kh, kw, c_out, m)`` with the filter (P, I − P) along `axis`, P = UUᵀ.
+def _lengthen(kernel: Kernel, factor: Float[Array, "m m//2"], axis: int, flipped: bool) -> Kernel:
+    """Composes a kernel ``(kh, kw, c_out, m)`` with the filter (P, I − P) along `axis`, P = UUᵀ for the factor U.
 
-    Every second filter runs the other way round, (I − P, P), so that matched pairs cancel for odd m as well.
+    Every second filter is flipped, (I − P, P), so that matched pairs cancel for odd m as well.
     """
     projected = kernel @ factor @ adjoint(factor)
     first, second = (kernel - projected, projected) if flipped else (projected, kernel - projected)
@@ -72,8 +68,8 @@ def _lengthen(kernel, factor, axis, flipped):
 
 
 @highest_precision
-def build(raw, shape):
-    """Raw parameters → kernel ``(kh, kw, c_in, c_out)``, differentiable.
+def build(raw: Raw, shape: ConvShape) -> Kernel:
+    """The kernel of raw parameters, differentiable.
 
     **Guarantee**: as a circular convolution with these strides on any size they divide, the kernel has all singular
     values 1 up to rounding (isometry where c_out ≥ c_in·s·s, co-isometry otherwise), provided the Björck iteration
@@ -90,7 +86,7 @@ def build(raw, shape):
     return jnp.swapaxes(kernel[..., : shape.c_in], -1, -2)
 
 
-def widened(raw, shape):
+def widened(raw: Raw, shape: ConvShape) -> tuple[Raw, ConvShape]:
     """Raw parameters and shape of the kernel with all channels of its filters and its rotation."""
     width = _width(shape)
     c_out = max(shape.c_out, width * shape.strides[0] * shape.strides[1])
@@ -98,4 +94,4 @@ def widened(raw, shape):
     return raw | {"rotation": rotation}, shape._replace(c_in=width, c_out=c_out, input_hw=shape.strides)
 
 
-FAMILY = ConvFamily(check, init, build, widened=widened)
+FAMILY: ConvFamily = ConvFamily(check, init, build, widened=widened)

@@ -7,19 +7,20 @@ half spectrum, so it is bound to one input size.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from lsrs_jax.errors import UserError
 from lsrs_jax.orthogonal import fourier
-from lsrs_jax.orthogonal.families.family import ConvFamily
+from lsrs_jax.orthogonal.families.family import ConvFamily, Raw
 from lsrs_jax.orthogonal.matrix import adjoint, cayley, highest_precision
 from lsrs_jax.orthogonal.resize import space_to_depth
 from lsrs_jax.orthogonal.rounding import product_rounding
-from lsrs_jax.orthogonal.shape import check_common, check_float, check_mode
+from lsrs_jax.orthogonal.shape import ConvShape, Images, check_common, check_float, check_mode
 from lsrs_jax.orthogonal.spectrum import Spectrum, frequency_singular_values
+from lsrs_jax.runtime.errors import UserError
 
 
-def check(shape):
-    """Raises UserError for zero padding: the transform lives on a torus."""
+def check(shape: ConvShape) -> None:
+    """Raises UserError for zero padding: the Fourier transform needs a torus."""
     check_common(shape)
     if shape.padding != "circular":
         raise UserError(
@@ -27,8 +28,8 @@ def check(shape):
         )
 
 
-def init(key, shape, mode):
-    """Raw parameters: a kernel on the space-to-depth grid and the norm it is scaled to.
+def init(key: PRNGKeyArray, shape: ConvShape, mode: str) -> Raw:
+    """Raw parameters: a kernel on the space-to-depth grid and the norm to which it is scaled.
 
     ``mode="identity"`` starts with a small norm, where the Cayley transform is close to the identity (cropped or
     zero-padded in the channels); ``"random"`` with the norm of a Gaussian kernel.
@@ -41,8 +42,8 @@ def init(key, shape, mode):
 
 
 @highest_precision
-def build(raw, shape):
-    """Raw parameters → ``{"real", "imag"}``, each ``(H/s, W/s//2 + 1, c_out, c_in·s·s)``, differentiable.
+def build(raw: Raw, shape: ConvShape) -> dict[str, Float[Array, "height/sh width/sw//2+1 c_out c_in*sh*sw"]]:
+    """The ``"real"`` and ``"imag"`` parts of the blocks of the half spectrum, differentiable.
 
     **Guarantee**: every block is semi-orthogonal up to rounding. The operator that `apply` runs averages each block
     with the conjugate of its mirror frequency (equal up to rounding), so no singular value exceeds the largest of the
@@ -58,7 +59,7 @@ def build(raw, shape):
 
 
 @highest_precision
-def apply(plain, x, shape):
+def apply(plain: dict[str, Float[Array, "..."]], x: Images, shape: ConvShape) -> Images:
     """Multiplies every frequency of the input by its block, in float32 where the input has less."""
     check_float(x, "a convolution")
     dtype = x.dtype
@@ -68,21 +69,20 @@ def apply(plain, x, shape):
     return fourier.inverse(spectrum, shape.output_hw[1]).astype(dtype)
 
 
-def spectrum(plain, shape):
+def spectrum(plain: dict[str, Float[np.ndarray, "..."]], shape: ConvShape) -> Spectrum:
     """From the singular values of every block of the half spectrum, float64."""
     blocks = np.asarray(plain["real"], np.float64) + 1j * np.asarray(plain["imag"], np.float64)
     return Spectrum.of(frequency_singular_values(blocks), "SVD per frequency of the spectrum")
 
 
-def rounding(shape):
+def rounding(shape: ConvShape) -> float:
     """Float64 error of `apply` over ‖x‖: two transforms, the blocks, two inverse transforms.
 
     Complex products have twice the terms; the factor 8 covers the parts of a complex number, the half spectrum (√2 each
     way) and the rounded entries of the transforms.
     """
-    height, width = shape.output_hw
-    sizes = (height, width, max(shape.phases, shape.c_out), height, width)
+    sizes = (*shape.output_hw, max(shape.phases, shape.c_out), *shape.output_hw)
     return sum(8 * product_rounding(2 * size + 4) for size in sizes)
 
 
-FAMILY = ConvFamily(check, init, build, apply, spectrum, rounding)
+FAMILY: ConvFamily = ConvFamily(check, init, build, apply, spectrum, rounding)

@@ -1,19 +1,20 @@
 """Paraunitary convolutions from matrix exponentials: separable complete factorisation, SC-Fac (Su et al. 2022).
 
-Matrices act from the left on columns of C channels, C = max(c_out, c_in·s·s); the kernel is cropped to the channels
-asked for.
+Matrices act from the left on columns of C channels, C = max(c_out, c_in·s·s); the kernel is cropped to the channels of
+the layer.
 """
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from lsrs_jax.errors import UserError
-from lsrs_jax.orthogonal.families.family import ConvFamily
+from lsrs_jax.orthogonal.families.family import ConvFamily, Kernel, Raw, gaussian
 from lsrs_jax.orthogonal.matrix import adjoint, exponential, highest_precision
-from lsrs_jax.orthogonal.shape import check_common, check_mode
+from lsrs_jax.orthogonal.shape import ConvShape, check_common, check_mode
+from lsrs_jax.runtime.errors import UserError
 
 
-def check(shape):
+def check(shape: ConvShape) -> None:
     """Raises UserError where the construction does not exist: a stride that does not divide the kernel."""
     check_common(shape)
     if shape.kernel_size[0] % shape.strides[0] or shape.kernel_size[1] % shape.strides[1]:
@@ -23,7 +24,7 @@ def check(shape):
         )
 
 
-def init(key, shape, mode):
+def init(key: PRNGKeyArray, shape: ConvShape, mode: str) -> Raw:
     """Raw parameters: per axis a rotation ``(C, C)`` and, from the second tap on, a projector factor ``(C, C//2)``.
 
     ``mode="identity"`` sets the rotations to I and matches the projectors in pairs, so that an odd kernel is exactly
@@ -33,10 +34,7 @@ def init(key, shape, mode):
     width = max(shape.c_out, shape.phases)
     rotation_key, *axis_keys = jax.random.split(key, 3)
 
-    def gaussian(key, *shape):
-        return width**-0.5 * jax.random.normal(key, shape, jnp.float32)
-
-    def projectors(key, taps):
+    def projectors(key: PRNGKeyArray, taps: int) -> Float[Array, "taps-1 C C//2"]:
         if mode == "identity":
             return jnp.repeat(gaussian(key, taps // 2, width, width // 2), 2, axis=0)[: taps - 1]
         return gaussian(key, taps - 1, width, width // 2)
@@ -47,25 +45,25 @@ def init(key, shape, mode):
 
 
 @highest_precision
-def _filter(rotation, projectors):
-    """One-dimensional paraunitary filter ``(taps, C, C)``: a rotation lengthened by one projector per tap."""
+def _filter(rotation: Float[Array, "C C"], projectors: Float[Array, "taps-1 C C"]) -> Float[Array, "taps C C"]:
+    """One-dimensional paraunitary filter: a rotation lengthened by one projector per tap."""
     taps = rotation[None]
     for index, p in enumerate(projectors):
         shifted, kept = jnp.pad(taps, ((1, 0), (0, 0), (0, 0))), jnp.pad(taps, ((0, 1), (0, 0), (0, 0)))
-        # Alternating sides let matched projectors cancel around the middle tap.
+        # Projectors act on alternating sides, so that matched projectors cancel around the middle tap.
         taps = shifted + (kept - shifted) @ p if index % 2 == 0 else kept + p @ (shifted - kept)
     return taps
 
 
 @highest_precision
-def build(raw, shape):
-    """Raw parameters → kernel ``(kh, kw, c_in, c_out)``, differentiable.
+def build(raw: Raw, shape: ConvShape) -> Kernel:
+    """The kernel of raw parameters, differentiable.
 
     **Guarantee**: as a circular convolution with these strides on any size they divide, the kernel has all singular
     values 1 up to rounding (isometry where c_out ≥ c_in·s·s, co-isometry otherwise); under zero padding none exceeds 1.
     """
     width, rank = raw["rotations"].shape[-1], raw["height"].shape[-1]
-    # One batched matrix exponential serves both rotations and every projector of the layer.
+    # One batched matrix exponential computes both rotations and every projector of the layer.
     factors = jnp.pad(jnp.concatenate([raw["height"], raw["width"]]), ((0, 0), (0, 0), (0, width - rank)))
     orthogonal = exponential(jnp.concatenate([raw["rotations"], factors]))
     columns = orthogonal[2:, :, :rank]
@@ -73,11 +71,10 @@ def build(raw, shape):
     split = len(raw["height"])
     vertical = _filter(orthogonal[0], projectors[:split])
     horizontal = _filter(orthogonal[1], projectors[split:])
-    kernel = jnp.einsum("hij,wjk->hwik", vertical, horizontal)
-    kernel = kernel[:, :, : shape.c_out, : shape.phases]
+    kernel = jnp.einsum("hij,wjk->hwik", vertical, horizontal)[:, :, : shape.c_out, : shape.phases]
     (th, tw), (sh, sw) = shape.taps, shape.strides
     kernel = kernel.reshape(th, tw, shape.c_out, sh, sw, shape.c_in).transpose(0, 3, 1, 4, 5, 2)
     return kernel.reshape(th * sh, tw * sw, shape.c_in, shape.c_out)
 
 
-FAMILY = ConvFamily(check, init, build)
+FAMILY: ConvFamily = ConvFamily(check, init, build)

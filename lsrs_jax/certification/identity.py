@@ -1,0 +1,114 @@
+"""The identity of a run: everything its certificates depend on, and how two runs differ."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from lsrs_jax.config import upgrade_section
+from lsrs_jax.runtime.documents import first_difference, plain
+from lsrs_jax.runtime.format import PRNG
+from lsrs_jax.runtime.types import Config
+from lsrs_jax.smoothing.arithmetic import Arithmetic
+from lsrs_jax.smoothing.schedule import Schedule, make_schedule
+
+# Fields that follow from others: a difference in the others says more.
+_FOLLOWING = ("arithmetic", "checkpoint.digest", "data.digest", "stages")
+_CONFIG_NAMES = {"arithmetic.name": "certify.arithmetic"} | {
+    name: f"certify.{name}" for name in ("certificate", "n0", "n", "schedule", "tile", "noise", "head_dtype")
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """What makes two certifications comparable. Fields that only sampling has are None where nothing was sampled.
+
+    Attributes:
+      certificate: ``"smoothed"`` or ``"deterministic"``.
+      classes: K; None in old files that do not say it.
+      checkpoint: ``step`` and ``digest`` of the parameters.
+      data: ``name``, ``version``, ``split`` and ``digest`` of images and labels.
+      model: the ``model`` section of the configuration, and ``input_shape``.
+      platform: back end and kind of device.
+      sigma, seed, n0, n, schedule, tile, noise, head_dtype: of the configuration.
+      stages: the looks of the schedule.
+      prng: the random generator.
+      arithmetic: its ``name``, ``sigma``, ``tau`` and, on a grid, ``spacing``.
+    """
+
+    certificate: str
+    classes: int | None
+    checkpoint: dict[str, Any]
+    data: dict[str, Any]
+    model: dict[str, Any]
+    platform: str
+    sigma: float | None = None
+    seed: int | None = None
+    n0: int | None = None
+    n: int | None = None
+    schedule: str | None = None
+    stages: list[int] | None = None
+    tile: list[int] | None = None
+    noise: str | None = None
+    head_dtype: str | None = None
+    prng: str | None = None
+    arithmetic: dict[str, Any] | None = None
+
+    def sampled(self, config: Config, arithmetic: Arithmetic, latent_shape: tuple[int, ...]) -> "Identity":
+        """The same run with what its samples depend on."""
+        facts = arithmetic_facts(arithmetic, latent_shape)
+        return dataclasses.replace(self, **sampling_facts(config), prng=PRNG, arithmetic=facts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for JSON; fields without a value are left out."""
+        return plain({name: value for name, value in dataclasses.asdict(self).items() if value is not None})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Identity":
+        """The identity in a certificates.json of any format; TypeError for a field that is missing or unknown."""
+        facts: dict[str, Any] = {"classes": None, **values, "model": upgrade_section(values["model"], "model.")}
+        return cls(**facts)
+
+    def difference(self, new: "Identity", ignore: tuple[str, ...] = ()) -> tuple[str, Any, Any] | None:
+        """The field that says most about how another run differs, with both values; None where nothing differs."""
+        old, now = self.to_dict(), new.to_dict()
+        # The kind of certificate first, for everything else follows from it.
+        return (
+            first_difference({"certificate": self.certificate}, {"certificate": new.certificate})
+            or first_difference(old, now, (*_FOLLOWING, *ignore))
+            or first_difference(old, now, ignore)
+        )
+
+    def how_it_differs(self, new: "Identity") -> str | None:
+        """In one clause, how another run differs from this one; None where they agree."""
+        found = self.difference(new)
+        if not found:
+            return None
+        name, was, now = found
+        if name == "checkpoint.step":
+            return f"they are of the checkpoint of step {was}, and the newest is that of step {now}"
+        if name == "checkpoint.digest":
+            return f"the checkpoint of step {new.checkpoint['step']} has other weights than it had"
+        if name == "data.digest":
+            data = new.data
+            return f"images or labels of {data['name']} {data['version']}, split {data['split']}, have changed"
+        return f"{_CONFIG_NAMES.get(name, name)} was {was!r} and is now {now!r}"
+
+
+def schedule_of(config: Config) -> Schedule:
+    """The sampling schedule of a configuration."""
+    certify = config.certify
+    return make_schedule(certify.schedule, certify.n0, certify.n, certify.tile[1])
+
+
+def sampling_facts(config: Config) -> dict[str, Any]:
+    """Fields of an `Identity` on which samples depend, as far as the configuration says them."""
+    certify = config.certify
+    facts = {name: certify[name] for name in ("n0", "n", "schedule", "noise", "head_dtype")}
+    stages = list(schedule_of(config).looks)
+    return facts | {"sigma": config.sigma, "seed": config.seed, "stages": stages, "tile": list(certify.tile)}
+
+
+def arithmetic_facts(arithmetic: Arithmetic, latent_shape: tuple[int, ...]) -> dict[str, Any]:
+    """What an arithmetic means for the certificates of latents of this shape."""
+    return arithmetic.identity | {"sigma": arithmetic.sigma, "tau": arithmetic.tau(int(np.prod(latent_shape)))}

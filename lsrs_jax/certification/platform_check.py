@@ -1,0 +1,206 @@
+"""Compares the arithmetic of this platform with NumPy, before any sample is drawn: errors must be within the budget."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Literal
+from numpy.lib.stride_tricks import sliding_window_view
+
+from lsrs_jax.layers.lipschitz import Materialized
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.format import COLUMN_BITS, THRESHOLD_BITS
+from lsrs_jax.runtime.rng import domain_key, pinned
+from lsrs_jax.smoothing.arithmetic import Arithmetic
+from lsrs_jax.smoothing.discrete_gaussian import LIMIT
+
+_DRAWS = 4096
+_REMEDY = "certify on the CPU (JAX_PLATFORMS=cpu), or without the flags that change its arithmetic"
+
+
+def check_encoder(materialized: Materialized, encode: Callable[[np.ndarray], np.ndarray]) -> float:
+    """Compares an encoder as it runs with its program evaluated by NumPy in float64.
+
+    Args:
+      materialized: the encoder with the arrays that were proven.
+      encode: what will encode the images to be certified: images ``(N, H, W, C)`` → latents ``(N, …)``.
+
+    Returns:
+      the largest share of the error budget that was seen.
+
+    Raises:
+      UserError: where they differ by more than the two of them may, by `LipschitzReport.rounding`.
+
+    **Guarantee**: on the images tried (one random, one of large pixels) the rounding is within the error budget. A
+    platform whose products run in reduced precision (TF32, bfloat16) exceeds it by orders of magnitude on any image.
+    """
+    report = materialized.report
+    if not report.layers:
+        return 0.0
+    rng = np.random.default_rng(0)
+    images = np.stack([rng.random(report.input_shape), rng.normal(0.5, 100, report.input_shape)])
+    found = np.asarray(encode(images), np.float64)
+    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
+        program = jax.make_jaxpr(materialized.apply)(materialized.params, images)
+        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves((materialized.params, images))]
+        exact = np.asarray(_evaluate(program.jaxpr, program.consts, leaves)[0])
+    error = np.linalg.norm((found - exact).reshape(len(images), -1), axis=1)
+    allowed = 2 * report.rounding(np.linalg.norm(images.reshape(len(images), -1), axis=1))
+    if not (error <= allowed).all():
+        worst = int(np.argmax(error / allowed))
+        raise UserError(
+            f"this platform computes the encoder with an error of {error[worst]:.1e} where certificates charge "
+            f"{allowed[worst]:.1e}: it does not multiply in float64; {_REMEDY}"
+        )
+    return float((error / allowed).max())
+
+
+def check_noise(arithmetic: Arithmetic) -> None:
+    """Compares drawing and adding noise, where the arithmetic is sound, with integers of NumPy, on every local device.
+
+    Raises:
+      UserError: for any difference.
+    """
+    if arithmetic.identity["name"] != "sound":
+        return
+    limit = LIMIT
+    edges = np.array([0, 1, -1, limit, -limit, limit - 1, 1 - limit, 2**18, -(2**18)], np.int32)
+    latents, added = (axis.ravel() for axis in np.meshgrid(edges, edges))
+    sums = np.clip(latents.astype(np.int64) + added, -limit, limit) * np.float64(arithmetic.identity["spacing"])
+    for device in jax.local_devices():
+        with pinned(), jax.default_device(device):
+            key = jax.device_put(domain_key(0, "probe"), device)
+            drawn = jax.jit(arithmetic.draw, static_argnums=1)(key, (_DRAWS,), jnp.asarray(arithmetic.tables))
+            exact = _draw(np.asarray(jax.random.key_data(key)), arithmetic.tables)
+            noisy = np.asarray(jax.jit(arithmetic.add)(latents, added))
+        if not np.array_equal(np.asarray(drawn), exact):
+            raise UserError(f"{device} draws other noise than certificates assume; {_REMEDY}")
+        if not np.array_equal(noisy.astype(np.float64), sums) or np.signbit(noisy[sums == 0]).any():
+            raise UserError(f"{device} adds noise to latents with an error where there must be none; {_REMEDY}")
+
+
+def _draw(key: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """`arithmetic.GridArithmetic.draw` of `_DRAWS` numbers in NumPy."""
+    columns, thresholds = _threefry(key, np.arange(2 * _DRAWS, dtype=np.uint32))
+    column = columns >> np.uint32(32 - COLUMN_BITS)
+    high, low = (words[column].astype(np.int64) for words in table)
+    drawn = (columns & np.uint32(2 ** (THRESHOLD_BITS - 32) - 1)).astype(np.int64) << 32 | thresholds
+    own = drawn < ((high >> COLUMN_BITS) << 32 | low)
+    magnitude = np.where(own, column, high & (2**COLUMN_BITS - 1))
+    sign = columns >> np.uint32(THRESHOLD_BITS - 32) & np.uint32(1)
+    return np.where(sign == 1, -magnitude, magnitude)
+
+
+def _threefry(key: np.ndarray, counters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Threefry-2x32 with 20 rounds (Salmon et al. 2011) of the two halves of `counters`, as two uint32 arrays."""
+    first, second = (half.copy() for half in np.split(counters, 2))
+    schedule = [*key, key[0] ^ key[1] ^ np.uint32(0x1BD11BDA)]
+    first += schedule[0]
+    second += schedule[1]
+    for group in range(5):
+        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
+            first += second
+            second = (second << np.uint32(turn) | second >> np.uint32(32 - turn)) ^ first
+        first += schedule[(group + 1) % 3]
+        second += schedule[(group + 2) % 3] + np.uint32(group + 1)
+    return first, second
+
+
+def _slice(x: Any, *, start_indices: Any, limit_indices: Any, strides: Any) -> np.ndarray:
+    return x[tuple(map(slice, start_indices, limit_indices, strides or (1,) * x.ndim))]
+
+
+def _broadcast(x: Any, *, shape: Any, broadcast_dimensions: Any, **_: Any) -> np.ndarray:
+    sizes = [1] * len(shape)
+    for axis, size in zip(broadcast_dimensions, np.shape(x), strict=True):
+        sizes[axis] = size
+    return np.broadcast_to(np.reshape(x, sizes), shape)
+
+
+# Frequent operations, for speed alone: XLA would compile each of them.
+_PLAIN: dict[str, Callable[..., Any]] = {
+    "add": lambda x, y, **_: np.add(x, y),
+    "broadcast_in_dim": _broadcast,
+    "concatenate": lambda *parts, dimension: np.concatenate(parts, dimension),
+    "div": lambda x, y, **_: np.divide(x, y),
+    "imag": np.imag,
+    "max": lambda x, y, **_: np.maximum(x, y),
+    "min": lambda x, y, **_: np.minimum(x, y),
+    "mul": lambda x, y, **_: np.multiply(x, y),
+    "real": np.real,
+    "reshape": lambda x, *, new_sizes, **_: np.reshape(x, new_sizes),
+    "slice": _slice,
+    "squeeze": lambda x, *, dimensions: np.squeeze(x, dimensions),
+    "sub": lambda x, y, **_: np.subtract(x, y),
+    "transpose": lambda x, *, permutation: np.transpose(x, permutation),
+}
+
+
+def _evaluate(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> list[np.ndarray]:
+    """Runs a program: products and convolutions by NumPy, all else, loops included, in float64 on the CPU."""
+    values = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, arguments, strict=True))
+
+    def value(atom: Any) -> Any:
+        return np.asarray(atom.val) if isinstance(atom, Literal) else values[atom]
+
+    for equation in jaxpr.eqns:
+        inputs, name = [value(atom) for atom in equation.invars], equation.primitive.name
+        inner = [equation.params[key] for key in ("jaxpr", "call_jaxpr") if key in equation.params]
+        if name == "conv_general_dilated" and _by_numpy(equation):
+            outputs = [_convolve(inputs[0], inputs[1], **equation.params)]
+        elif name == "dot_general":
+            outputs = [_multiply(inputs[0], inputs[1], equation.params["dimension_numbers"])]
+        elif name in _PLAIN:
+            outputs = [_PLAIN[name](*inputs, **equation.params)]
+        elif len(inner) == 1 and name not in ("scan", "while", "cond"):
+            # A closed program carries its constants, an open one has none.
+            program, constants = getattr(inner[0], "jaxpr", inner[0]), getattr(inner[0], "consts", ())
+            outputs = _evaluate(program, constants, inputs)
+        else:
+            outputs = equation.primitive.bind(*inputs, **equation.params)
+            outputs = outputs if equation.primitive.multiple_results else [outputs]
+        values.update(zip(equation.outvars, outputs, strict=True))
+    return [value(atom) for atom in jaxpr.outvars]
+
+
+def _multiply(left: np.ndarray, right: np.ndarray, dimension_numbers: Any) -> np.ndarray:
+    ((left_sum, right_sum), (left_batch, right_batch)) = dimension_numbers
+    if left_batch or right_batch:
+        letters = iter("abcdefghijklmnopqrstuvwxyz")
+        first, second = [next(letters) for _ in left.shape], [next(letters) for _ in right.shape]
+        for i, j in zip((*left_sum, *left_batch), (*right_sum, *right_batch), strict=True):
+            second[j] = first[i]
+        kept = [first[i] for i in left_batch]
+        kept += [c for i, c in enumerate(first) if i not in (*left_sum, *left_batch)]
+        kept += [c for j, c in enumerate(second) if j not in (*right_sum, *right_batch)]
+        return np.einsum(f"{''.join(first)},{''.join(second)}->{''.join(kept)}", left, right)
+    return np.tensordot(left, right, (left_sum, right_sum))
+
+
+def _convolve(x: np.ndarray, kernel: np.ndarray, **params: Any) -> np.ndarray:
+    numbers, groups = params["dimension_numbers"], params["feature_group_count"]
+    x = _dilate(x.transpose(numbers.lhs_spec), params["lhs_dilation"])
+    kernel = _dilate(kernel.transpose(numbers.rhs_spec), params["rhs_dilation"])
+    x = np.pad(x, ((0, 0), (0, 0), *params["padding"]))
+    axes, steps = tuple(range(2, x.ndim)), [slice(None, None, stride) for stride in params["window_strides"]]
+    windows = sliding_window_view(x, kernel.shape[2:], axes)[(slice(None), slice(None), *steps)]
+    summed = ((1, *range(x.ndim, 2 * x.ndim - 2)), (1, *axes))
+    parts = zip(np.split(windows, groups, axis=1), np.split(kernel, groups), strict=True)
+    y = np.concatenate([np.tensordot(own, weights, summed) for own, weights in parts], axis=-1)
+    return np.moveaxis(y, -1, 1).transpose(np.argsort(numbers.out_spec))
+
+
+def _dilate(array: np.ndarray, factors: Sequence[int]) -> np.ndarray:
+    """Puts zeros between the entries of the axes from the third on."""
+    shape = [(size - 1) * factor + 1 for size, factor in zip(array.shape[2:], factors, strict=True)]
+    dilated = np.zeros((*array.shape[:2], *shape), array.dtype)
+    dilated[(slice(None), slice(None), *[slice(None, None, factor) for factor in factors])] = array
+    return dilated
+
+
+def _by_numpy(equation: Any) -> bool:
+    """Whether `_convolve` can run a convolution: all but those of gradients and of cropping."""
+    padding, groups = equation.params["padding"], equation.params["batch_group_count"]
+    return groups == 1 and min(min(pair) for pair in padding) >= 0

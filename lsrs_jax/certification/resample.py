@@ -1,0 +1,179 @@
+"""Re-samples randomly chosen images from their raw pixels and compares the counts with the ledgers (--recast)."""
+
+import dataclasses
+import math
+from collections.abc import Collection
+from typing import NamedTuple
+
+import numpy as np
+
+from lsrs_jax.certification import ledger
+from lsrs_jax.certification.encode import Pipeline
+from lsrs_jax.certification.smoothed import Certification, check_labels, reopen
+from lsrs_jax.certification.store import Stored
+from lsrs_jax.certification.table import read_table
+from lsrs_jax.certification.target import Target
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.format import PRNG
+from lsrs_jax.runtime.rng import root_key
+from lsrs_jax.smoothing.counts import Counts, ImageCounts
+from lsrs_jax.smoothing.engine import Engine, Status
+
+# Share of the samples of an image whose class may change because the head rounds otherwise on another machine. They
+# change to either side, so that counts change by about the root of their number: by `_DEVIATIONS` of it at most for an
+# image, and by `_TOGETHER` of it at most for the candidates of all images together.
+_TURNED = {"float32": 1e-5, "bfloat16": 1e-2}
+# Share of the samples of an image that another kind of device may change to one and the same side: its kernels round
+# intermediate numbers at other points, which in bfloat16 shifts the logits of an image.
+_SHIFTED = {"float32": 0.0, "bfloat16": 0.05}
+_DEVIATIONS = 5
+_TOGETHER = 4
+_LEVEL = 0.05
+
+
+class _Difference(NamedTuple):
+    """Between the counts of an image in the ledger and those drawn again."""
+
+    moved: int  # samples of another class
+    surplus: int  # of the ledger's candidate over its strongest rival, among the estimation samples
+
+
+def run(target: Target, stored: Stored, count: int) -> None:
+    """Re-samples some images of a table and compares; changes nothing. Prints what was seen.
+
+    The images are chosen at random in every call, so that whoever wrote the ledger could not know them.
+
+    Args:
+      target: from `target.target_of_certificates`; the files of its folder were verified.
+      count: how many images; all of the table where it has no more.
+
+    Raises:
+      UserError: naming an image whose slack is smaller than that of its latent, or the samples that are not those of
+        the network.
+
+    **Guarantee**: the counts of the chosen images are those of the checkpoint on the image, under the noise of σ and
+    seed, but for what the head's rounding on another machine may change: no more than `allowance` for an image and a
+    stream, and over the images to either side. Where nothing differs and a share q of the table has any sample of
+    another origin, N chosen images had shown it with probability at least 1 − (1 − q)^N.
+    """
+    folder, identity, head_dtype = target.folder, stored.identity, target.config.certify.head_dtype
+    if identity.certificate != "smoothed":
+        raise UserError(f"{folder} holds {identity.certificate} certificates; they come from no votes")
+    certification = reopen(folder, target.config, stored)
+    if identity.prng != PRNG:
+        raise UserError(f"{folder} holds votes of another generator: prng {identity.prng!r}")
+    recorded = ledger.read(folder, certification.schedule, certification.num_classes)
+    check_labels(folder, recorded, target.dataset)
+    known = read_table(folder / "certificates.tsv").idx.tolist()
+    indices = sorted(np.random.default_rng().choice(known, min(count, len(known)), replace=False).tolist())
+    missing = len(set(target.indices) - set(known))
+    if missing:
+        print(f"note: {missing:,} of the {len(target.indices):,} images that were to be certified are not in the table")
+    print(f"casting the votes of {len(indices):,} of {len(known):,} images again", flush=True)
+    here, there = target.identity("smoothed").platform, identity.platform
+    if elsewhere := here != there:
+        target = _for_another_device(target, len(indices), here, there)
+    where = f"; they were cast on {there!r}, and now on {here!r}" if elsewhere else ""
+    pipeline = Pipeline(target, *target.model.for_certification(target.params, head_dtype))
+    again = Counts(certification.schedule, certification.num_classes)
+    found: dict[int, _Difference] = {}
+
+    def decided(images: list[ImageCounts]) -> np.ndarray:
+        try:
+            for image in images:
+                found[image.idx] = _compare(recorded.images[image.idx], image, head_dtype, elsewhere)
+        except ValueError as error:
+            raise UserError(f"{folder}: {error}{where}") from error
+        return np.array([len(image.looks) == len(recorded.images[image.idx].looks) for image in images])
+
+    status = Status(certification.schedule, len(indices), 0, lambda line: print(line, flush=True))
+    engine = Engine(pipeline.sampler, root_key(target.config.seed), again, decided, status)
+    for images in pipeline.encoded(indices, {idx: recorded.images[idx].slack for idx in indices}):
+        engine.run(images)
+    status.show()
+    surplus, spread = _together(found.values())
+    if surplus > _TOGETHER * spread:
+        raise UserError(
+            f"{folder}: in the ledger the certified classes lead their rivals by {surplus:,} votes more than are "
+            f"cast now, nearly all to the same side, where rounding turns votes to either side{where}"
+        )
+    _print_differences(certification, recorded, again, found)
+    if len(indices) == len(known):
+        print("these are all images of the table")
+        return
+    share, differences = 1 - _LEVEL ** (1 / len(indices)), " beyond such differences" * any(map(any, found.values()))
+    print(
+        f"had more than {math.ceil(1000 * share) / 10:g}% of the table votes of another origin{differences}, these "
+        f"images would have shown it with {1 - _LEVEL:.0%} probability"
+    )
+
+
+def _for_another_device(target: Target, images: int, here: str, there: str) -> Target:
+    """The target with a batch no larger than needed: on another kind of device the head rounds otherwise anyway."""
+    config, head_dtype = target.config.copy_and_resolve_references(), target.config.certify.head_dtype
+    most, samples = config.certify.tile
+    config.certify.tile = (min(most, max(images, 2)), samples)
+    if _SHIFTED[head_dtype]:
+        print(
+            f"note: {there!r} and {here!r} round a head in {head_dtype} in other places: {_SHIFTED[head_dtype]:.0%} of "
+            "an image's votes may differ; on the kind of device that cast them few may"
+        )
+    return dataclasses.replace(target, config=config)
+
+
+def allowance(samples: int, head_dtype: str, elsewhere: bool = False) -> int:
+    """By how many samples the counts of an image in one stream may differ on another machine.
+
+    Args:
+      samples: of the image in this stream.
+      head_dtype: in what the head computes.
+      elsewhere: whether it is another kind of device.
+    """
+    shifted = math.ceil(_SHIFTED[head_dtype] * samples) if elsewhere else 0
+    return shifted + math.ceil(_DEVIATIONS * math.sqrt(_TURNED[head_dtype] * samples))
+
+
+def _compare(recorded: ImageCounts, again: ImageCounts, head_dtype: str, elsewhere: bool = False) -> _Difference:
+    """Compares the counts of an image at its newest look; raises ValueError for more than `allowance`."""
+    moved, look = 0, len(again.looks) - 1
+    pairs = {
+        "selection": (recorded.counts["selection"], again.counts["selection"]),
+        "estimation": (recorded.looks[look], again.looks[look]),
+    }
+    for stream, (found, drawn) in pairs.items():
+        samples, change = int(drawn.sum()), int(np.abs(found - drawn).sum()) // 2
+        if change > allowance(samples, head_dtype, elsewhere):
+            worst = int(np.abs(found - drawn).argmax())
+            raise ValueError(
+                f"of the {samples:,} {stream} votes for image {again.idx} {change:,} are not those of the network: "
+                f"class {worst} has {found[worst]:,} in the ledger, {drawn[worst]:,} cast again; the certificates are "
+                "not of this checkpoint, sigma and seed"
+            )
+        moved += change
+    candidate = int(recorded.counts["selection"].argmax())
+    found, drawn = pairs["estimation"]
+    rival = int(np.where(np.arange(len(drawn)) == candidate, -1, drawn).argmax())
+    change = found - drawn
+    return _Difference(moved, int(change[candidate] - change[rival]))
+
+
+def _together(differences: Collection[_Difference]) -> tuple[int, float]:
+    """The candidates' surplus over all images, and about how large it would be if each had a random sign."""
+    surplus = np.array([difference.surplus for difference in differences], np.float64)
+    return int(surplus.sum()), float(np.sqrt(np.sum(surplus**2)))
+
+
+def _print_differences(
+    certification: Certification, recorded: Counts, again: Counts, found: dict[int, _Difference]
+) -> None:
+    images = [again.images[idx] for idx in sorted(again.images)]
+    moved = sum(difference.moved for difference in found.values())
+    print(f"cast again: {sum(i.total for i in images):,} votes of {len(images):,} images; {moved:,} differ")
+    if moved:
+        kept = [recorded.images[image.idx] for image in images]
+        old, new = (certification.derivation.certificates(certification.schedule, each) for each in (kept, images))
+        print(
+            "by rounding, as it may on another machine; with the votes cast now "
+            f"{(old.predict != new.predict).sum():,} predictions are others, and radii {new.radius.mean():.6f} in the "
+            f"mean instead of {old.radius.mean():.6f}, {max(0.0, (old.radius - new.radius).max()):.6f} smaller at most"
+        )

@@ -1,0 +1,200 @@
+"""certificates.json: what a table of certificates was made from. Written and read here, in every format there was."""
+
+import dataclasses
+import datetime
+import hashlib
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lsrs_jax import __version__
+from lsrs_jax.certification import ledger
+from lsrs_jax.certification.identity import Identity
+from lsrs_jax.config import CERTIFICATES, check_config, config_from_dict, config_to_dict
+from lsrs_jax.layers.lipschitz import LipschitzReport
+from lsrs_jax.runtime.documents import read_sealed, write_sealed
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.files import digest_of, write_atomic
+from lsrs_jax.runtime.types import Config
+
+_MOST_CLASSES = 2**20  # and pixels in a row
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """The content of a certificates.json.
+
+    Attributes:
+      identity: of the run.
+      derivation: what the table depends on besides: ``certificates`` (digest of the table), ``bound``, and where it was
+        sampled ``alpha``, ``votes`` (size and digest of each ledger; None in old files, which do not say them) and the
+        settings of the staged schedule. None before there is a table.
+      lipschitz: the proof of the Lipschitz constant.
+      config: the whole configuration; None in old files.
+      training: digest of the config.json of the training; None where there was none.
+      record: one entry per session.
+      sealed: whether the file names its own digest. An old file that does not is read, but nothing says that it is
+        intact.
+    """
+
+    identity: Identity
+    derivation: dict[str, Any] | None
+    lipschitz: LipschitzReport
+    config: Config | None
+    training: str | None
+    record: list[dict[str, Any]]
+    sealed: bool
+
+    @property
+    def settings(self) -> Config:
+        """The configuration of a sealed file, which has one."""
+        assert self.config is not None
+        return self.config
+
+
+def read(path: Path) -> Stored:
+    """The content of a certificates.json of any format.
+
+    Raises:
+      UserError: for a damaged file, or one of a newer format.
+    """
+    found: list[Stored] = []
+    read_sealed(path, lambda content: found.append(_parse(content)), "certify under another --config.certify.name")
+    return found[0]
+
+
+def read_folder(folder: Path, purpose: str) -> Stored:
+    """`read` of the certificates.json in a folder, which must be sealed. Errors name the `purpose`."""
+    path = folder / "certificates.json"
+    if path.exists():
+        return require_sealed(path)
+    if ledger.has_rows(folder) or (folder / "certificates.tsv").exists():
+        raise UserError(f"{folder} has lost its {path.name}; restore it, or use another --config.certify.name")
+    raise UserError(f"{folder} holds no certification {purpose}: run python -m lsrs_jax.certify first")
+
+
+def require_sealed(path: Path) -> Stored:
+    """`read` of a file that names its own digest."""
+    stored = read(path)
+    if not stored.sealed:
+        raise UserError(
+            f"{path} is unsealed: an old version wrote it without a digest of its own, so nothing says whether it was "
+            "changed. report reads it; to certify, use another --config.certify.name"
+        )
+    return stored
+
+
+def _parse(content: dict[str, Any]) -> Stored:
+    """Raises UserError, ValueError, KeyError or TypeError for what no version has written."""
+    unknown = content.keys() - {"identity", "derivation", "lipschitz", "config", "training", "record", "digest"}
+    if unknown:
+        raise ValueError(f"unknown field {min(unknown)!r}")
+    sealed, derivation = content["digest"] is not None, content["derivation"]
+    config = check_config(config_from_dict(content["config"])) if sealed or "config" in content else None
+    _check_types(content, {"identity": dict, "lipschitz": dict, "record": list}, "")
+    wanted = {"certificate": str, "checkpoint": {"step": int, "digest": str}, "data": dict, "platform": str}
+    _check_types(content["identity"], wanted | {"model": {"input_shape": list}}, "identity.")
+    identity = Identity.from_dict(content["identity"])
+    if identity.certificate not in CERTIFICATES or (config and config.certify.certificate != identity.certificate):
+        raise ValueError("identity and config are of different kinds")
+    classes = 2 if identity.classes is None and not sealed else identity.classes or 0
+    if not 2 <= classes <= _MOST_CLASSES:
+        raise ValueError("identity is that of no certificate")
+    if not all(type(size) is int and 1 <= size <= _MOST_CLASSES for size in identity.model["input_shape"]):
+        raise ValueError("input_shape is that of no image")
+    smoothed = identity.certificate == "smoothed"
+    if smoothed:
+        _check_types(content["identity"], {"arithmetic": {"name": str}}, "identity.")
+    if derivation is not None:
+        votes = {"alpha": float, "votes": dict} if smoothed and sealed else {}
+        _check_types(derivation, {"certificates": str, "bound": str} | votes, "derivation.")
+        derivation = derivation if sealed or not smoothed else {"votes": None} | derivation
+        if votes and "sha256" in derivation["votes"]:  # before several processes could write, there was one ledger
+            derivation = derivation | {"votes": {ledger.name(0): derivation["votes"]}}
+        if votes and not derivation["votes"]:
+            raise ValueError("its certificates name no ledger")
+        for name in derivation["votes"] if votes else ():
+            if not re.fullmatch(r"votes\.\d{1,9}\.tsv", name):
+                raise ValueError(f"{name[:40]!r} is no ledger")
+            _check_types(derivation["votes"][name], {"bytes": int, "sha256": str}, f"derivation.votes.{name}.")
+    lipschitz = LipschitzReport.from_dict(content["lipschitz"])
+    return Stored(identity, derivation, lipschitz, config, content.get("training"), content["record"], sealed)
+
+
+def _check_types(values: Any, wanted: dict[str, Any], prefix: str) -> None:
+    """Raises TypeError unless a dict has these fields of these types."""
+    for name, kind in wanted.items():
+        value = values.get(name) if isinstance(values, dict) else None
+        if isinstance(kind, dict):
+            _check_types(value, kind, f"{prefix}{name}.")
+        elif not isinstance(value, kind) or isinstance(value, bool):
+            raise TypeError(f"{prefix}{name} is missing")
+
+
+def training_digest(folder: Path) -> str | None:
+    """SHA-256 of the config.json in the workdir of a folder; None where there is none."""
+    path = folder.parents[1] / "config.json"
+    return digest_of(path) if path.exists() else None
+
+
+def past_sessions(path: Path, identity: Identity) -> list[dict[str, Any]]:
+    """The record of earlier sessions in a certificates.json; raises UserError for one of another identity."""
+    stored = require_sealed(path)
+    difference = stored.identity.how_it_differs(identity)
+    if difference:
+        raise UserError(
+            f"{path.parent} holds certificates of another run: {difference}; use another --config.certify.name, or the "
+            "old value to resume"
+        )
+    return list(stored.record)
+
+
+def new_session(images: int) -> dict[str, Any]:
+    """A new entry of the record; ``seconds`` is filled in at the end."""
+    versions = {"lsrs_jax": __version__, "jax": jax.__version__, "numpy": np.__version__}
+    return {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seconds": None,
+        "images": images,
+        "devices": f"{jax.device_count()} x {jax.local_devices()[0].device_kind}",
+        "processes": jax.process_count(),
+        "host": platform.machine(),
+        "versions": versions | {"python": platform.python_version()},
+    }
+
+
+def write(
+    folder: Path,
+    config: Config,
+    identity: Identity,
+    lipschitz: LipschitzReport,
+    record: list[dict[str, Any]],
+    derivation: dict[str, Any] | None = None,
+    table: str | None = None,
+) -> None:
+    """Writes certificates.json and, where it changed, certificates.tsv.
+
+    Args:
+      derivation: what the table depends on besides the identity; None before there is one.
+      table: the text of certificates.tsv.
+    """
+    content = {
+        "identity": identity.to_dict(),
+        "derivation": None,
+        "lipschitz": lipschitz.to_dict(),
+        "config": config_to_dict(config),
+        "training": training_digest(folder),
+        "record": record,
+    }
+    document, path = folder / "certificates.json", folder / "certificates.tsv"
+    if table is not None and derivation is not None:
+        if not (path.exists() and path.read_bytes() == table.encode()):
+            # The order matters: clear the derivation, write the table, then write the new derivation.
+            write_sealed(document, content)
+            write_atomic(path, table)
+        content["derivation"] = derivation | {"certificates": hashlib.sha256(table.encode()).hexdigest()}
+    write_sealed(document, content)

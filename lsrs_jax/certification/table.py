@@ -1,0 +1,177 @@
+"""certificates.tsv: written here, and read here from any program that follows the field's convention."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.files import fields_of
+from lsrs_jax.runtime.format import FIELD_COLUMNS
+from lsrs_jax.smoothing.certificates import Certificates
+from lsrs_jax.smoothing.counts import ImageCounts
+
+_LARGEST_RADIUS = 1e300  # the mean over the images must still be a number
+
+
+def format_table(images: Sequence[ImageCounts], certificates: Certificates, lipschitz: float) -> str:
+    """The text of certificates.tsv for counts of images and their certificates, in parallel.
+
+    The six columns of Cohen et al. 2019 come first. Radii are printed with full precision, never rounded up.
+    """
+    return format_columns(
+        {
+            "idx": [image.idx for image in images],
+            "label": [image.label for image in images],
+            "predict": certificates.predict,
+            "radius": certificates.radius,
+            "time": [image.seconds for image in images],
+            "n": certificates.n,
+            "p_a_lower": certificates.p_a_lower,
+            "p_b_upper": certificates.p_b_upper,
+            "lipschitz": np.full(len(images), lipschitz),
+            "slack": [image.slack for image in images],
+            "abstain": certificates.abstain,
+        }
+    )
+
+
+def format_columns(columns: Mapping[str, Any]) -> str:
+    """The text of a table in the field's format: name → array over images, in the order of the rows.
+
+    The names include `FIELD_COLUMNS` but for ``correct``, which follows from label and predict.
+    """
+    arrays = {name: np.asarray(values) for name, values in columns.items()}
+    arrays["correct"] = arrays["predict"] == arrays["label"]
+    names = [*FIELD_COLUMNS, *(name for name in arrays if name not in FIELD_COLUMNS)]
+    lines = ["\t".join(names)]
+    for row in range(len(arrays["idx"])):
+        lines.append("\t".join(_print(name, arrays[name][row]) for name in names))
+    return "\n".join(lines) + "\n"
+
+
+def _print(name: str, value: Any) -> str:
+    if name == "time":
+        return f"{value:.6f}"
+    return repr(float(value)) if isinstance(value, np.floating) else str(int(value))
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of certificates, ours or another program's; arrays over images, in the order of the file.
+
+    Attributes:
+      samples: column ``n``; None where the file has none.
+      truncated: whether the last line was cut off.
+    """
+
+    idx: np.ndarray
+    label: np.ndarray
+    predict: np.ndarray
+    radius: np.ndarray
+    correct: np.ndarray
+    seconds: np.ndarray
+    samples: np.ndarray | None
+    truncated: bool
+
+    def __len__(self) -> int:
+        return len(self.idx)
+
+    def certified_accuracy(self, radius: float) -> float:
+        """Share of images classified correctly with at least this radius; abstentions count as wrong."""
+        return float(np.mean(self.correct & (self.radius >= radius)))
+
+    @property
+    def average_certified_radius(self) -> float:
+        """ACR (Zhai et al. 2020): mean radius; wrong and abstaining images count as 0."""
+        return float(np.mean(np.where(self.correct, self.radius, 0.0)))
+
+    @property
+    def abstention(self) -> float:
+        """Share of images without a certificate."""
+        return float(np.mean(self.predict == -1))
+
+
+def read_table(path: Path | str) -> Table:
+    """Reads certificates in the field's TSV format, this project's columns included.
+
+    Both time formats (``h:mm:ss.ffffff`` and seconds) are read. A cut-off last line is left out and reported.
+
+    Raises:
+      UserError: naming the line that cannot be read.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a text file") from error
+    lines = text.split("\n")
+    ended = lines[-1] == ""
+    lines = [line.rstrip("\r") for line in (lines[:-1] if ended else lines)]
+    while len(lines) > 1 and not lines[-1]:
+        lines.pop()
+    header = lines[0].split("\t") if lines else []
+    if len(set(header)) < len(header):
+        raise UserError(f"{path}: its first line names a column twice")
+    missing = [name for name in FIELD_COLUMNS if name not in header]
+    if missing:
+        raise UserError(f"{path} is not a table of certificates: its first line has no column {missing[0]!r}")
+    rows, truncated = [], False
+    for number, line in enumerate(lines[1:], start=2):
+        try:
+            rows.append(_parse(fields_of(line, header)))
+        except ValueError as error:
+            if number == len(lines) and not ended:
+                truncated = True
+                break
+            raise UserError(f"{path} line {number} cannot be read ({error})") from error
+    if not rows:
+        raise UserError(f"{path} holds no certificates")
+    *columns, samples = (np.asarray(column) for column in zip(*rows, strict=True))
+    values, counts = np.unique(columns[0], return_counts=True)
+    if len(values) < len(rows):
+        raise UserError(f"{path} names image {values[counts > 1][0]} twice")
+    return Table(*columns, samples=samples if "n" in header else None, truncated=truncated)
+
+
+def _parse(row: Mapping[str, str]) -> tuple[int, int, int, float, bool, float, int]:
+    radius, predict, label = _number(row["radius"]), _integer(row["predict"]), _integer(row["label"])
+    idx, samples = _integer(row["idx"]), _integer(row.get("n", "0"))
+    correct = {"0": False, "1": True}.get(row["correct"])
+    whole = 0 <= idx < 2**53 and 0 <= label < 2**31 and -1 <= predict < 2**31 and 0 <= samples < 2**53
+    if correct is None or not whole or not 0 <= radius <= _LARGEST_RADIUS:
+        raise ValueError("a field is out of range")
+    if correct != (predict == label):
+        raise ValueError("the column correct contradicts predict and label")
+    return idx, label, predict, radius, correct, _seconds(row["time"]), samples
+
+
+# Python's own readers accept more: underlines, spaces, the digits of every script.
+_INTEGER = re.compile(r"-?[0-9]{1,18}")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_TIME = re.compile(r"(?:([0-9]{1,9}) days?, )?([0-9]{1,9}):([0-9]{1,2}):([0-9]{1,2}(?:\.[0-9]+)?)")
+
+
+def _integer(text: str) -> int:
+    if not _INTEGER.fullmatch(text):
+        raise ValueError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    if not _NUMBER.fullmatch(text):
+        raise ValueError(f"{text!r} is not a number")
+    return float(text)
+
+
+def _seconds(text: str) -> float:
+    if match := _TIME.fullmatch(text):
+        days, hours, minutes, seconds = match.groups()
+        return ((int(days or 0) * 24 + int(hours)) * 60 + int(minutes)) * 60 + float(seconds)
+    seconds = _number(text)
+    if not 0 <= seconds < 2.0**53:
+        raise ValueError("time is out of range")
+    return seconds

@@ -1,0 +1,119 @@
+"""What is certified: a trained classifier and images of a data set."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lsrs_jax import models
+from lsrs_jax.certification.identity import Identity
+from lsrs_jax.certification.store import Stored
+from lsrs_jax.data import Dataset, Photos, load_split
+from lsrs_jax.runtime.documents import plain
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.rng import pinned, root_key
+from lsrs_jax.runtime.types import Config
+from lsrs_jax.runtime.workdir import checkpoints
+from lsrs_jax.training.checkpoint import restore_model, trained_on
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A classifier and images to certify, and the folder of the results.
+
+    Attributes:
+      config: the whole configuration.
+      folder: ``<workdir>/certify/<name>``.
+      dataset: the split, whole.
+      indices: of the images to certify.
+      model, params, meta: the trained classifier and its checkpoint's ``{"step", "digest"}``.
+    """
+
+    config: Config
+    folder: Path
+    dataset: Dataset | Photos
+    indices: range
+    model: models.Model
+    params: Any
+    meta: dict[str, Any]
+
+    def identity(self, certificate: str) -> Identity:
+        """The `Identity` of this run, without what sampling adds to it."""
+        dataset = self.dataset
+        return Identity(
+            certificate=certificate,
+            classes=dataset.num_classes,
+            checkpoint={"step": self.meta["step"], "digest": self.meta["digest"]},
+            data={name: getattr(dataset, name) for name in ("name", "version", "split")} | {"digest": dataset.digest()},
+            model=plain(self.config.model.to_dict()) | {"input_shape": list(self.model.input_shape)},
+            platform=f"{jax.default_backend()} {jax.local_devices()[0].device_kind}",
+        )
+
+
+def restore(workdir: Path, model: models.Model, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+    """`checkpoint.restore_model` for the parameters of a model."""
+    with pinned():
+        shapes = jax.eval_shape(model.init, root_key(0))
+    return restore_model(workdir, shapes, step)
+
+
+def _check_data(workdir: Path, dataset: Dataset | Photos) -> None:
+    """Raises UserError for images of another shape than the training's, which convolutions would take, or classes."""
+    trained = trained_on(workdir)
+    found = {"input_shape": list(dataset.shape), "classes": dataset.num_classes}
+    if trained and trained != found:
+        raise UserError(
+            f"the network in {workdir} was trained on images of shape {trained.get('input_shape')} in "
+            f"{trained.get('classes')} classes, but those of {dataset.name} are of shape {found['input_shape']} in "
+            f"{found['classes']}: certify another data.name, or train a network on this one"
+        )
+
+
+def load_target(workdir: Path, config: Config, step: int | None = None) -> Target:
+    """The `Target` of a configuration: its data, its network and a checkpoint of the workdir, the newest by default."""
+    certify = config.certify
+    dataset = load_split(config.data, config.data.split)
+    indices = range(certify.start, min(certify.stop or len(dataset), len(dataset)), certify.step)
+    if not len(indices):
+        raise UserError(f"no image to certify: certify.start={certify.start} in a split of {len(dataset)}")
+    _check_data(workdir, dataset)
+    model = models.build(config.model, dataset.shape, dataset.num_classes)
+    params, meta = restore(workdir, model, step)
+    if step is None and meta["step"] < config.train.steps:
+        print(f"note: the training stopped at step {meta['step']} of {config.train.steps}")
+    return Target(config, workdir / "certify" / certify.name, dataset, indices, model, params, meta)
+
+
+def target_of_certificates(folder: Path, stored: Stored, data_dir: str) -> Target:
+    """The `Target` that certificates are of: its network and its images must be those that were certified.
+
+    Args:
+      folder: of the certificates, whatever name it had when they were made.
+      data_dir: where the data is now.
+
+    Raises:
+      UserError: for a network or images that are missing, or have changed.
+    """
+    workdir, config, identity = folder.parents[1], stored.settings.copy_and_resolve_references(), stored.identity
+    config.data.dir, config.certify.name = data_dir, folder.name
+    step = identity.checkpoint["step"]
+    if not (checkpoints(workdir) / str(step)).is_dir():
+        raise UserError(
+            f"the checkpoint of step {step}, which was certified, is not in {workdir}: restore it from a copy, or "
+            "certify again under another --config.certify.name"
+        )
+    target = load_target(workdir, config, step)
+    if target.meta["digest"] != identity.checkpoint["digest"]:
+        raise UserError(f"the checkpoint of step {step} in {workdir} has other weights than those that were certified")
+    found = target.identity(identity.certificate)
+    if found.data["digest"] != identity.data.get("digest"):
+        raise UserError(
+            f"images or labels of {target.dataset.name}, split {target.dataset.split}, are not those certified"
+        )
+    names = [field.name for field in dataclasses.fields(found) if getattr(found, field.name) is not None]
+    claims = dataclasses.replace(found, **{name: getattr(identity, name) for name in names})
+    if difference := claims.difference(found, ("platform",)):
+        name, claimed, own = difference
+        raise UserError(f"{folder} contradicts itself: its {name} is {claimed!r}, that of its configuration {own!r}")
+    return target

@@ -1,0 +1,197 @@
+"""Turns a trained encoder into plain arrays and a proven Lipschitz constant."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, PyTree, Shaped
+
+from lsrs_jax import layers
+from lsrs_jax.layers.base import Shape, matrix_plain
+from lsrs_jax.runtime.errors import UserError
+
+_LARGEST = 2**31  # an image or a latent of more numbers is a mistake
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerBound:
+    """One line of the report; the numbers are those of `lsrs_jax.layers.Plain`."""
+
+    layer: str
+    sigma_max: float
+    sigma_min: float
+    proof: str
+    rounding: float = 0.0
+    offset: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LipschitzReport:
+    """Singular values of every layer of an encoder, for one input size.
+
+    **Guarantee**: the encoder, as the plain function on the plain float64 parameters beside this report, is
+    ``constant``-Lipschitz in ℓ2 on inputs of ``input_shape``. The constant is the product of the layers' σ_max
+    (float64 SVD of the very arrays that run, each with a margin for the SVD's own error), rounded up.
+    """
+
+    layers: tuple[LayerBound, ...]
+    input_shape: Shape
+    output_shape: Shape
+
+    @property
+    def constant(self) -> float:
+        product = 1.0
+        for layer in self.layers:
+            if layer.sigma_max != 1.0:
+                product = math.nextafter(product * layer.sigma_max, math.inf)
+        # Rounded up to a multiple of 1e-12: the last places of an SVD differ between machines, certificates should not.
+        return product if product == 1.0 else math.nextafter(math.ceil(product * 1e12) / 1e12, math.inf)
+
+    def rounding(self, norm: ArrayLike) -> Float[np.ndarray, "..."]:
+        """ℓ2 bound on what float64 arithmetic adds to the output, for inputs of at most this norm.
+
+        Each layer adds its own rounding error and stretches the error of the layers before it by at most its σ_max.
+        """
+        norm = np.asarray(norm, np.float64)
+        error = np.zeros_like(norm)
+        for layer in self.layers:
+            error = layer.sigma_max * error + layer.rounding * (layer.sigma_max * (norm + error) + layer.offset)
+            norm = layer.sigma_max * norm + layer.offset
+        return error * (1 + 1e-9)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for JSON, the constant included."""
+        return dataclasses.asdict(self) | {"constant": self.constant}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "LipschitzReport":
+        """The inverse of `to_dict`, from JSON.
+
+        Raises:
+          ValueError: for values that `to_dict` cannot return, such as a constant that is not that of the layers.
+        """
+        try:
+            bounds = tuple(LayerBound(**layer) for layer in values["layers"])
+            if not all(isinstance(values[name], list | tuple) for name in ("input_shape", "output_shape")):
+                raise ValueError("its shapes are not lists")
+            report = cls(bounds, tuple(values["input_shape"]), tuple(values["output_shape"]))
+            for shape in (report.input_shape, report.output_shape):
+                if not all(type(size) is int and size >= 1 for size in shape) or math.prod(shape) > _LARGEST:
+                    raise ValueError(f"{shape} cannot be the shape of an image or latent")
+            if report.constant != values["constant"]:
+                raise ValueError("the Lipschitz constant is not that of the layers")
+        except (KeyError, TypeError, OverflowError) as error:
+            raise ValueError(f"not a report of a Lipschitz constant ({error})") from error
+        return report
+
+    def __str__(self) -> str:
+        rows = [f"{'layer':<28}{'sigma_max - 1':>14}{'1 - sigma_min':>15}  proof"]
+        rows += [f"{x.layer:<28}{x.sigma_max - 1:>14.1e}{1 - x.sigma_min:>15.1e}  {x.proof}" for x in self.layers]
+        rows += [f"encoder {self.input_shape} -> {self.output_shape}: Lipschitz constant {self.constant:.15g}"]
+        return "\n".join(rows)
+
+
+class Materialized(NamedTuple):
+    """An encoder ready for certification."""
+
+    apply: Callable[[PyTree, Array], Array]  # (params, x[B, H, W, C]) -> latents[B, ...], in the dtype of x
+    params: tuple[PyTree[Float[np.ndarray, "..."]], ...]  # float64, one tree per layer
+    report: LipschitzReport
+
+
+def materialize(encoder: nn.Module, params: PyTree, input_shape: Sequence[int]) -> Materialized:
+    """Turns an `Encoder` and its parameters into a plain function, plain parameters and a `LipschitzReport`.
+
+    `params` are the variables of the encoder, or their ``params`` collection. The report holds for inputs of
+    `input_shape` ``(H, W, C)`` only, and ``apply`` refuses others.
+
+    Raises:
+      UserError: for a layer whose Lipschitz constant is not proven, or a non-finite parameter.
+    """
+    if not isinstance(encoder, layers.Encoder):
+        raise UserError(f"materialize takes an lsrs_jax.layers.Encoder, got {type(encoder).__name__}")
+    params = params.get("params", params)
+    shape, plains, rows = tuple(input_shape), [], []
+    for index, layer in enumerate(encoder.layers):
+        name = f"{index} {type(layer).__name__}"
+        if not isinstance(layer, layers.Layer):
+            raise UserError(f"layer {name} of the encoder has no proven Lipschitz constant; use lsrs_jax.layers")
+        values = params.get(f"layers_{index}", {})
+        if not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(values)):
+            raise UserError(f"layer {name} of the encoder has non-finite parameters; train again")
+        try:
+            plain = layer.materialize(values, shape)
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"layer {name} of the encoder finds no parameters that fit ({error}); pass those of this very chain, "
+                "with an instance of its own for every layer"
+            ) from error
+        except np.linalg.LinAlgError as error:
+            raise UserError(f"the singular values of layer {name} cannot be computed ({error}); train again") from error
+        plains.append(plain)
+        rows.append(_bound(name, plain))
+        shape = layer.output_shape(shape)
+    report = LipschitzReport(tuple(rows), tuple(input_shape), shape)
+
+    def apply(plain_params: PyTree, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch ..."]:
+        if x.shape[1:] != report.input_shape:
+            raise UserError(f"this encoder was materialized for inputs {report.input_shape}, got {x.shape[1:]}")
+        for plain, values in zip(plains, plain_params, strict=True):
+            x = plain.apply(values, x)
+        return x
+
+    return Materialized(apply, tuple(plain.params for plain in plains), report)
+
+
+def _bound(name: str, plain: layers.Plain) -> LayerBound:
+    return LayerBound(name, plain.sigma_max, plain.sigma_min, plain.proof, plain.rounding, plain.offset)
+
+
+def project(materialized: Materialized, basis: Float[np.ndarray, "d m"]) -> Materialized:
+    """Appends a linear map: the products of the flattened latents with the m columns of a float64 matrix."""
+    plain = matrix_plain(lambda basis, z: z.reshape(z.shape[0], -1) @ basis, np.asarray(basis, np.float64))
+    report = materialized.report
+    bounds = (*report.layers, _bound(f"{len(report.layers)} span of the weights", plain))
+    report = dataclasses.replace(report, layers=bounds, output_shape=basis.shape[1:])
+
+    def apply(params: PyTree, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch m"]:
+        return plain.apply(params[-1], materialized.apply(params[:-1], x))
+
+    return Materialized(apply, (*materialized.params, plain.params), report)
+
+
+class Float64Encoder:
+    """Runs a `Materialized` encoder in float64, NumPy in and out.
+
+    One program with a constant `batch`, compiled on the first call, on the default device (or on the CPU where the
+    device has no float64: TPU), with every product at the highest precision.
+    """
+
+    def __init__(self, materialized: Materialized, batch: int) -> None:
+        device = jax.local_devices()[0]
+        self._device = jax.local_devices(backend="cpu")[0] if device.platform == "tpu" else device
+        self._batch = batch
+        self._encode = jax.jit(materialized.apply)
+        with self._context():
+            self._params = jax.tree.map(jnp.asarray, materialized.params)
+
+    @contextlib.contextmanager
+    def _context(self) -> Iterator[None]:
+        with jax.enable_x64(True), jax.default_device(self._device), jax.default_matmul_precision("highest"):
+            yield
+
+    def __call__(self, images: Shaped[np.ndarray, "images height width channels"]) -> Float[np.ndarray, "images ..."]:
+        images = np.asarray(images, np.float64)
+        parts = []
+        with self._context():
+            for start in range(0, len(images), self._batch):
+                part = images[start : start + self._batch]
+                padded = np.concatenate([part, np.zeros((self._batch - len(part), *images.shape[1:]))])
+                parts.append(np.asarray(self._encode(self._params, jnp.asarray(padded)))[: len(part)])
+        return np.concatenate(parts)

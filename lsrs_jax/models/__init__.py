@@ -1,0 +1,5 @@
+"""Split classifiers: an encoder of orthogonal layers, a latent, and a head."""
+
+from lsrs_jax.models.split import ACTIVATIONS, Cost, Model, build, cost, describe
+
+__all__ = ["ACTIVATIONS", "Cost", "Model", "build", "cost", "describe"]

@@ -1,0 +1,79 @@
+"""Encoders: chains of orthogonal layers in front of the noise, by name."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import flax.linen as nn
+
+from lsrs_jax import layers
+from lsrs_jax.runtime.errors import UserError
+
+Chain = tuple[nn.Module, ...]
+
+
+class Kit(NamedTuple):
+    """What an encoder is made of."""
+
+    conv: Callable[..., nn.Module]  # (features, kernel_size, strides) -> an orthogonal convolution
+    activation: Callable[[], nn.Module]  # follows every convolution
+
+
+def _space_to_depth(stride: int) -> Chain:
+    return (layers.SpaceToDepth((stride, stride)),) if stride > 1 else ()
+
+
+def _haar(stride: int) -> Chain:
+    if stride > 2:
+        raise UserError(f"blocks_haar takes model.strides of 1 and 2, got {stride}")
+    return (layers.Haar(),) * (stride - 1)
+
+
+# Name of the encoder -> how its blocks downsample: stride -> layers.
+BLOCKS: dict[str, Callable[[int], Chain]] = {"blocks": _space_to_depth, "blocks_haar": _haar}
+
+
+def blocks(
+    kit: Kit, widths: Sequence[int], strides: Sequence[int], downsample: Callable[[int], Chain] = _space_to_depth
+) -> Chain:
+    """Blocks of a network: each downsamples by its stride, then has a 3x3 orthogonal convolution and an activation.
+
+    A block of width 0 only downsamples. `downsample` is a value of `BLOCKS`: a permutation of pixels into channels, or
+    the Haar transform with the coarse channels first; a convolution with fewer output channels then starts by keeping
+    the coarse image instead of every second pixel. `heads.BlocksHead` has the same blocks, unconstrained.
+    """
+    chain = []
+    for width, stride in zip(widths, strides, strict=True):
+        chain += downsample(stride)
+        if width:
+            chain += [kit.conv(width, (3, 3)), kit.activation()]
+    return tuple(chain)
+
+
+def _stages(kit: Kit, channels: int, *stages: tuple[int, int | None]) -> Chain:
+    """Stages ``(count, width)``: space-to-depth by 2, then `count` convolutions; width None keeps all channels."""
+    widths, strides = [], []
+    for count, width in stages:
+        channels = width or 4 * channels
+        widths += [channels] * count or [0]
+        strides += [2] + [1] * (count - 1)
+    return blocks(kit, widths, strides)
+
+
+def _convolutions(kit: Kit, *specs: tuple[int, int, int]) -> Chain:
+    """Convolutions ``(channels, kernel, stride)``, each followed by an activation."""
+    pairs = [(kit.conv(width, (size, size), (stride, stride)), kit.activation()) for width, size, stride in specs]
+    return tuple(layer for pair in pairs for layer in pair)
+
+
+# (kit, channels of the image) -> layers. `partial`, `latent` and `preprocessor` are the splits of the public code that
+# preceded LSRS (SC-Fac convolutions, Su, Byeon and Huang 2022).
+ENCODERS: dict[str, Callable[[Kit, int], Chain]] = {
+    "identity": lambda kit, channels: (),
+    "space_to_depth": lambda kit, channels: _stages(kit, channels, (0, None)),
+    "shallow": lambda kit, channels: _stages(kit, channels, (2, None)),
+    "deep": lambda kit, channels: _stages(kit, channels, (4, None), (4, None)),
+    "pyramid": lambda kit, channels: _stages(kit, channels, (3, 32), (3, 64), (3, 64)),
+    "partial": lambda kit, _: _convolutions(kit, (64, 3, 1), (64, 3, 1), (128, 6, 2)),
+    "latent": lambda kit, _: _convolutions(kit, (64, 6, 2), (64, 6, 2), (128, 6, 2), (256, 2, 2), (512, 2, 2)),
+    "preprocessor": lambda kit, _: _convolutions(kit, (6, 3, 1), (16, 3, 1), (32, 3, 1), (64, 3, 1)),
+}

@@ -1,0 +1,191 @@
+"""Heads: Linen modules that classify the latent, ``(B, …) → (B, num_classes)``, with independent rows.
+
+A head that is linear in the latent also has a method ``matrix(params) -> Matrix``. With it the classifier has a
+deterministic certificate as well.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Float64
+
+from lsrs_jax.layers import OrthogonalDense
+from lsrs_jax.orthogonal import resize
+
+Latents = Float[jax.Array, "B ..."]
+Images = Float[jax.Array, "B H W C"]  # latents with the layout of images
+Logits = Float[jax.Array, "B K"]
+Head = Callable[[Latents], Logits]  # a head with its parameters
+Matrix = tuple[Float64[np.ndarray, "d K"], Float64[np.ndarray, " K"]]  # weights and bias on the flattened latent
+
+
+class _Classifier(nn.Module):
+    """Base class of the heads."""
+
+    num_classes: int
+
+
+class LinearHead(_Classifier):
+    """One dense layer on the flattened latent."""
+
+    @nn.compact
+    def __call__(self, z: Latents) -> Logits:
+        return nn.Dense(self.num_classes)(z.reshape(z.shape[0], -1))
+
+    def matrix(self, params: Any) -> Matrix:
+        return np.asarray(params["Dense_0"]["kernel"], np.float64), np.asarray(params["Dense_0"]["bias"], np.float64)
+
+
+class NormalizedHead(_Classifier):
+    """A linear head whose K weight vectors have length 1 (last-layer normalisation, Singla, Singla and Feizi 2021)."""
+
+    @nn.compact
+    def __call__(self, z: Latents) -> Logits:
+        z = z.reshape(z.shape[0], -1)
+        weights = self.param("kernel", nn.initializers.orthogonal(), (z.shape[-1], self.num_classes))
+        bias = self.param("bias", nn.initializers.zeros, (self.num_classes,))
+        # The constant keeps the gradient finite at zero weights.
+        return z @ (weights / jnp.sqrt(jnp.sum(weights**2, axis=0) + 1e-12)) + bias
+
+    def matrix(self, params: Any) -> Matrix:
+        weights, bias = np.asarray(params["kernel"], np.float64), np.asarray(params["bias"], np.float64)
+        return weights / np.sqrt(np.sum(weights**2, axis=0) + 1e-12), bias
+
+
+class OrthogonalHead(_Classifier):
+    """A linear head with orthonormal weight vectors (Cayley transform): the logits are jointly 1-Lipschitz."""
+
+    @nn.compact
+    def __call__(self, z: Latents) -> Logits:
+        return OrthogonalDense(self.num_classes, method="cayley")(z.reshape(z.shape[0], -1))
+
+    def matrix(self, params: Any) -> Matrix:
+        raw = params["OrthogonalDense_0"]
+        dense = OrthogonalDense(self.num_classes, method="cayley", parent=None)
+        return dense.materialize(raw, raw["raw"].shape[:1]).params, np.zeros(self.num_classes)
+
+
+class MLPHead(_Classifier):
+    """Dense layers with ReLU on the flattened latent."""
+
+    widths: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, z: Latents) -> Logits:
+        z = z.reshape(z.shape[0], -1)
+        for width in self.widths:
+            z = nn.relu(nn.Dense(width)(z))
+        return nn.Dense(self.num_classes)(z)
+
+
+def _conv(channels: int, size: int = 3, stride: int = 1, use_bias: bool = True) -> nn.Conv:
+    kernel = nn.initializers.he_normal()
+    return nn.Conv(channels, (size, size), (stride, stride), use_bias=use_bias, kernel_init=kernel)
+
+
+def _pooled(z: Images, num_classes: int) -> Logits:
+    """The mean over positions, then a dense layer. There are no batch statistics: rows stay independent."""
+    return nn.Dense(num_classes)(z.mean(axis=(1, 2)))
+
+
+class ConvHead(_Classifier):
+    """3x3 convolutions with ReLU, the mean over positions, a dense layer."""
+
+    stages: tuple[tuple[int, int], ...]  # (channels, stride) of each convolution
+
+    @nn.compact
+    def __call__(self, z: Images) -> Logits:
+        for channels, stride in self.stages:
+            z = nn.relu(_conv(channels, stride=stride)(z))
+        return _pooled(z, self.num_classes)
+
+
+class ResNetHead(_Classifier):
+    """A 3x3 stem, residual blocks of two 3x3 convolutions with ReLU, the mean over positions, a dense layer."""
+
+    stages: tuple[tuple[int, int], ...]  # (channels, stride) of each block; the stem has the channels of the first
+    stem: bool = True
+
+    @nn.compact
+    def __call__(self, z: Images) -> Logits:
+        if self.stem:
+            z = nn.relu(_conv(self.stages[0][0])(z))
+        for channels, stride in self.stages:
+            skip = z if (z.shape[-1], stride) == (channels, 1) else _conv(channels, 1, stride, use_bias=False)(z)
+            inner = nn.relu(_conv(channels, stride=stride)(z))
+            z = nn.relu(skip + _conv(channels)(inner))
+        return _pooled(z, self.num_classes)
+
+
+class BottleneckHead(_Classifier):
+    """Residual blocks of ResNet-50 (1x1, 3x3 and 1x1 convolutions), the mean over positions, a dense layer.
+
+    Group normalisation (Wu and He 2018) replaces batch normalisation, so that rows stay independent; a block's last
+    scale starts at zero. The 3x3 convolution has the stride. The stem: a 7x7 convolution and a max pool of stride 2.
+    """
+
+    stages: tuple[tuple[int, int, int], ...]  # (inner channels, blocks, stride of the first); output: 4 x the channels
+    stem: bool = False
+
+    @nn.compact
+    def __call__(self, z: Images) -> Logits:
+        def conv(z: Images, channels: int, size: int, stride: int = 1, **scale: Any) -> Images:
+            return nn.GroupNorm(_GROUPS, **scale)(_conv(channels, size, stride, use_bias=False)(z))
+
+        if self.stem:
+            z = nn.max_pool(nn.relu(conv(z, 64, 7, 2)), (3, 3), (2, 2), "SAME")
+        for inside, count, first in self.stages:
+            for stride in (first, *[1] * (count - 1)):
+                skip = z if (z.shape[-1], stride) == (4 * inside, 1) else conv(z, 4 * inside, 1, stride)
+                inner = nn.relu(conv(nn.relu(conv(z, inside, 1)), inside, 3, stride))
+                z = nn.relu(skip + conv(inner, 4 * inside, 1, scale_init=nn.initializers.zeros))
+        return _pooled(z, self.num_classes)
+
+
+class BlocksHead(_Classifier):
+    """`lsrs_jax.models.encoders.blocks` without constraints: the same shapes and FLOPs, and ReLU as activation.
+
+    Each block: space-to-depth by its stride, a 3x3 convolution, ReLU. Then the mean over positions, a dense layer.
+    """
+
+    widths: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, z: Images) -> Logits:
+        for width, stride in zip(self.widths, self.strides, strict=True):
+            if stride > 1:
+                z = resize.space_to_depth(z, (stride, stride))
+            if width:
+                z = nn.relu(_conv(width)(z))
+        return _pooled(z, self.num_classes)
+
+
+_GROUPS = 32
+_RESNET50 = ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2))
+_RESNET18 = ((64, 1), (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1))
+_RESNET10 = ((64, 1), (128, 2), (256, 2), (512, 2))
+_LATENT = ((128, 1), (128, 1), (256, 2))
+
+# Number of classes -> module. `resnet` to `resnet18` have no normalisation. `resnet18_tail` is layers 3 and 4 of its
+# network, `resnet50_tail` layer 4. `resnet_latent` is for a latent with few pixels and many channels.
+HEADS: dict[str, Callable[[int], nn.Module]] = {
+    "linear": LinearHead,
+    "normalized": NormalizedHead,
+    "orthogonal": OrthogonalHead,
+    "mlp": lambda classes: MLPHead(classes, (256, 256)),
+    "convnet": lambda classes: ConvHead(classes, ((32, 1), (64, 2), (64, 1))),
+    "convnet_light": lambda classes: ConvHead(classes, ((64, 2), (64, 1))),
+    "resnet": lambda classes: ResNetHead(classes, ((32, 1), (64, 2))),
+    "resnet_latent": lambda classes: ResNetHead(classes, _LATENT),
+    "resnet10": lambda classes: ResNetHead(classes, _RESNET10),
+    "resnet18": lambda classes: ResNetHead(classes, _RESNET18),
+    "resnet18_tail": lambda classes: ResNetHead(classes, _RESNET18[4:], stem=False),
+    "resnet50": lambda classes: BottleneckHead(classes, _RESNET50, stem=True),
+    "resnet50_tail": lambda classes: BottleneckHead(classes, _RESNET50[3:]),
+    "convnet_small": lambda classes: ConvHead(classes, ((16, 1), (32, 2), (32, 1))),
+}

@@ -1,0 +1,30 @@
+"""Exceptions whose message is for the user."""
+
+_LONGEST = 1000  # characters kept at either end: a message may quote a whole file
+
+
+class UserError(ValueError):
+    """Bad input: one line that says what is wrong and what to do. A command prints it and exits with `code`.
+
+    Line breaks, control characters and megabytes in what a message quotes are folded, escaped or left out.
+    """
+
+    code = 2
+
+    def __init__(self, message: object) -> None:
+        line = " ".join(str(message).split())
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+        if len(line) > 2 * _LONGEST:
+            line = f"{line[:_LONGEST]} ... {line[-_LONGEST:]}"
+        super().__init__(line)
+
+
+class OthersLost(UserError):
+    """Another process of the run has ended. Nothing is wrong here; the same command resumes. Exit code 75."""
+
+    code = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or the name of its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,37 @@
+"""Old import paths of public modules keep working, with a DeprecationWarning."""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+import types
+import warnings
+from collections.abc import Sequence
+
+MOVED = {
+    "lsrs_jax.checkpoint": "lsrs_jax.training.checkpoint",
+    "lsrs_jax.encoders": "lsrs_jax.models.encoders",
+    "lsrs_jax.errors": "lsrs_jax.runtime.errors",
+    "lsrs_jax.flops": "lsrs_jax.models.flops",
+    "lsrs_jax.heads": "lsrs_jax.models.heads",
+    "lsrs_jax.keys": "lsrs_jax.runtime.rng",
+    "lsrs_jax.materialize": "lsrs_jax.layers.lipschitz",
+    "lsrs_jax.span": "lsrs_jax.models.linear_head",
+}
+
+
+class _Redirect(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        return importlib.machinery.ModuleSpec(fullname, self) if fullname in MOVED else None
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        name, new = module.__name__, MOVED[module.__name__]
+        warnings.warn(f"{name} has moved to {new}", DeprecationWarning, stacklevel=2)
+        sys.modules[name] = importlib.import_module(new)
+
+
+def redirect_imports() -> None:
+    """Lets Python find the modules of `MOVED` under their old names."""
+    sys.meta_path.append(_Redirect())

@@ -1,0 +1,42 @@
+"""Progress lines with an estimate of the time left."""
+
+import time
+from collections.abc import Callable
+
+SECONDS_PER_REPORT = 2.0
+
+
+def duration(seconds: float) -> str:
+    """``21 ms``, ``4.2 s``, ``3 min 20 s``, ``5 h 02 min``."""
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {seconds:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+class Progress:
+    """Rate and time left of a countable piece of work, measured from the creation of the object.
+
+    Args:
+      total: units of work.
+      done: units that are finished already.
+    """
+
+    def __init__(self, total: int, done: int = 0) -> None:
+        self._total, self._first, self._start = total, done, time.monotonic()
+        self._shown = self._start
+
+    def left(self, done: int) -> str:
+        """Time left as text."""
+        rate = (done - self._first) / max(time.monotonic() - self._start, 1e-9)
+        return duration((self._total - done) / rate) if rate > 0 else "unknown"
+
+    def show(self, done: int, line: Callable[[], str]) -> None:
+        """Prints a line with the time left, at most every two seconds."""
+        if time.monotonic() - self._shown > SECONDS_PER_REPORT:
+            self._shown = time.monotonic()
+            print(f"{line()}  {self.left(done)} left", flush=True)

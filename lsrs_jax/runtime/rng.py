@@ -1,0 +1,42 @@
+"""Random keys. Every stream of the project starts in a domain of its own, so that no key is used twice.
+
+All streams are ``threefry2x32``, whatever ``jax_default_prng_impl`` says: ``rbg`` returns other bits under vmap and on
+other hardware. The bits also depend on ``jax_threefry_partitionable`` and ``jax_enable_x64``; `pinned` fixes both.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.format import KEY_DOMAINS, PRNG
+
+
+def root_key(seed: int) -> jax.Array:
+    """The key of a seed, from which the key of every domain is derived; nothing is drawn from it directly."""
+    return jax.random.key(seed, impl=PRNG)
+
+
+def domain_key(seed: int, domain: str) -> jax.Array:
+    """The key of one of `format.KEY_DOMAINS`, of shape ()."""
+    return jax.random.fold_in(root_key(seed), KEY_DOMAINS[domain])
+
+
+def check_key(key: object) -> jax.Array:
+    """Returns a caller's key; raises UserError unless it is one typed threefry key of shape ()."""
+    if not isinstance(key, jax.Array) or not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise UserError("key must be a typed key: jax.random.key(seed, impl='threefry2x32')")
+    if str(jax.random.key_impl(key)) != PRNG or key.shape != ():
+        raise UserError(
+            f"key must be one threefry2x32 key, got {jax.random.key_impl(key)} of shape {key.shape}: other generators "
+            "do not return the same bits on another number of devices; use jax.random.key(seed, impl='threefry2x32')"
+        )
+    return key
+
+
+@contextlib.contextmanager
+def pinned() -> Iterator[None]:
+    """A context in which random bits and dtypes do not depend on the user's JAX flags."""
+    with jax.enable_x64(False), jax.threefry_partitionable(True):
+        yield

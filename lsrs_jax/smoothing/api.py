@@ -1,0 +1,227 @@
+"""Certification and prediction of any JAX function: `SmoothedClassifier`, and `certify` and `predict` in one call."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.rng import check_key
+from lsrs_jax.runtime.validate import array, numbers
+from lsrs_jax.smoothing import confidence
+from lsrs_jax.smoothing.certificates import Certificates
+from lsrs_jax.smoothing.counts import Counts
+from lsrs_jax.smoothing.derivation import Derivation
+from lsrs_jax.smoothing.engine import Engine, Images, Status
+from lsrs_jax.smoothing.head_check import Head
+from lsrs_jax.smoothing.prediction import predict_classes
+from lsrs_jax.smoothing.radius import check_lipschitz
+from lsrs_jax.smoothing.sampler import Sampler, check_settings
+from lsrs_jax.smoothing.schedule import make_schedule
+
+
+class SmoothedClassifier:
+    """The classifier argmax_c P[head(z + δ) = c], δ ~ N(0, σ²I), compiled once per shape of its inputs.
+
+    Args:
+      head: any function latents ``(B, …)`` float32 → logits ``(B, K)`` with independent, deterministic rows: Flax,
+        Equinox, NNX or plain JAX. With images as latents this is input-space smoothing. It is compiled at the first
+        call: make a new object when its parameters change.
+      sigma: standard deviation of the noise, in units of the latents.
+      lipschitz: constant of whatever made the latents; radii are divided by it.
+      arithmetic: ``"sound"`` (exact grid arithmetic, `arithmetic.GridArithmetic`) or ``"float32"`` (the classic).
+      noise: ``"shared"`` by all latents, or ``"independent"``, which costs more random numbers.
+      tile: ``(images, samples)`` evaluated at once. The counts depend on ``samples``, which numbers the noise, but not
+        on the number of devices.
+      spmd: ``"shard_map"`` or ``"pmap"``.
+      devices: the local devices to use; all of them by default.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        *,
+        sigma: float,
+        lipschitz: float = 1.0,
+        arithmetic: str = "sound",
+        noise: str = "shared",
+        tile: Sequence[int] = (32, 8),
+        spmd: str = "shard_map",
+        devices: Sequence[Any] | None = None,
+    ) -> None:
+        check_settings(sigma, noise, tile, spmd)
+        check_lipschitz(lipschitz)
+        self.sigma, self.lipschitz = sigma, lipschitz
+        self._tile = tuple(tile)
+        self._settings = {"arithmetic": arithmetic, "noise": noise, "tile": tile, "spmd": spmd, "devices": devices}
+        self._head, self._samplers = head, dict[tuple[int, ...], Sampler]()
+
+    def sampler(self, latent_shape: Sequence[int]) -> Sampler:
+        """The compiled `Sampler` for latents of this shape, without the batch axis."""
+        shape = tuple(latent_shape)
+        if shape not in self._samplers:
+            self._samplers[shape] = Sampler(self._head, shape, sigma=self.sigma, **self._settings)
+        return self._samplers[shape]
+
+    def certify(
+        self,
+        x: Any,
+        *,
+        key: jax.Array,
+        n0: int = 100,
+        n: int = 100_000,
+        alpha: float = 0.001,
+        bound: str = "binary",
+        schedule: str = "fixed",
+        radii: Any = None,
+        epsilon: float = 0.05,
+        slack: Any = 0.0,
+        counts: Counts | None = None,
+        progress: Callable[[str], object] | None = None,
+    ) -> Certificates:
+        """Certifies latents ``(N, …)``, floating point.
+
+        Args:
+          x: the latents. Rounding by an encoder in less than float64 is not covered: give it as `slack`, or encode in
+            float64.
+          key: a typed threefry key, ``jax.random.key(seed, impl="threefry2x32")``. Certification draws from a domain of
+            its own, so the seed may be that of the training.
+          n0: samples that choose the class.
+          n: fresh samples that certify it; with ``schedule="staged"`` the most that a latent can get.
+          alpha: failure probability per latent.
+          bound: ``"binary"``, or ``"multiclass"`` for larger radii where no class has half of the samples.
+          schedule: ``"fixed"``, or ``"staged"``: samples up to growing looks, until the answer is decided.
+          radii: staged: the radii to decide (0, whether anything is certified, is always decided). None: the radius
+            itself.
+          epsilon: staged without radii: how far the radius may stay below that of n samples, in multiples of
+            sigma/lipschitz.
+          slack: ℓ2 error of the latents to subtract besides, in their units: one number, or one per latent.
+          counts: ``samples`` of earlier certificates of the same latents, key and schedule: sampling goes on from them.
+          progress: function of a line of text, such as ``print``; called every few seconds.
+
+        Returns:
+          `Certificates`, with all counts in ``samples``.
+
+        Raises:
+          UserError (a ValueError): one clear sentence for every rejected input.
+
+        **Guarantee**: that of `certificates.from_counts`; the grid and the total variation of the drawn noise are
+        subtracted (`arithmetic.GridArithmetic`). With shared noise each certificate holds with probability 1 − alpha,
+        but failures of different latents are correlated. With `counts` it assumes that they are counts of this head.
+        """
+        latents = _check_latents(x)
+        slack = numbers("slack", slack)
+        if not (np.isfinite(slack).all() and (slack >= 0).all() and slack.shape in ((), (len(latents),))):
+            raise UserError("slack must be one number >= 0, or one per latent")
+        radii = None if radii is None else tuple(np.ravel(numbers("radii", radii)).tolist())
+        if progress is not None and not callable(progress):
+            raise UserError(f"progress must be a function of a line of text, got {progress!r}")
+        derivation = Derivation(self.sigma, alpha, bound, self.lipschitz, radii=radii, epsilon=epsilon)
+        plan = make_schedule(schedule, n0, n, self._tile[1])
+        check_key(key)
+        sampler = self.sampler(latents.shape[1:])
+        quantized, indices = sampler.quantize(latents), range(len(latents))
+        slacks = (sampler.arithmetic.slack(latents) + slack).tolist()
+        origin = self._origin(sampler, key, quantized, slacks)
+        if counts is None:
+            counts = Counts(plan, sampler.num_classes)
+            counts.origin = origin
+        elif (counts.schedule, counts.num_classes, counts.origin) != (plan, sampler.num_classes, origin):
+            raise UserError("counts are of other latents, slack, key, noise, n0, n or schedule; leave them out")
+        derivation = dataclasses.replace(derivation, sigma=sampler.arithmetic.sigma, tau=sampler.tau)
+        status = Status(plan, len(latents), 0, progress or (lambda line: None))
+        engine = Engine(sampler, key, counts, lambda images: derivation.decided(plan, images), status)
+        engine.run(Images(indices, [0] * len(latents), slacks, quantized))
+        found = derivation.certificates(plan, [counts.images[i] for i in indices])
+        return dataclasses.replace(found, samples=counts)
+
+    def _origin(self, sampler: Sampler, key: jax.Array, quantized: np.ndarray, slacks: list[float]) -> str:
+        """Digest of what samples are drawn from, but for the head."""
+        facts = (sampler.arithmetic.identity, self._settings["noise"], float(self.sigma), quantized.shape, slacks)
+        total = hashlib.sha256(repr((facts, jax.random.key_data(key).tolist())).encode())
+        total.update(np.ascontiguousarray(quantized).tobytes())
+        return total.hexdigest()
+
+    def predict(self, x: Any, *, key: jax.Array, n: int = 1000, alpha: float = 0.001) -> Int[np.ndarray, " images"]:
+        """The class of the smoothed classifier at latents ``(N, …)``, or −1 (Cohen et al. 2019, PREDICT).
+
+        Args:
+          key: as in `certify`, which never draws the noise of a prediction.
+          n: samples per latent.
+          alpha: probability of a wrong class, per latent.
+
+        Returns:
+          the class with the most samples, or −1 where the two-sided binomial test does not tell it from the second.
+
+        Raises:
+          UserError (a ValueError): one clear sentence for every rejected input.
+
+        **Guarantee**: for each latent the class returned is that of the smoothed classifier with probability at least
+        1 − alpha (the test of the two leaders is valid at this level although the samples chose them; Hung and Fithian
+        2019).
+        """
+        latents = _check_latents(x)
+        confidence.check_alpha(alpha)
+        make_schedule("fixed", 1, n, self._tile[1])
+        return predict_classes(self.sampler(latents.shape[1:]), check_key(key), latents, n, float(alpha))
+
+
+def certify(
+    head: Head,
+    latents: Any,
+    *,
+    sigma: float,
+    key: jax.Array,
+    n0: int = 100,
+    n: int = 100_000,
+    alpha: float = 0.001,
+    bound: str = "binary",
+    schedule: str = "fixed",
+    radii: Any = None,
+    epsilon: float = 0.05,
+    lipschitz: float = 1.0,
+    slack: Any = 0.0,
+    arithmetic: str = "sound",
+    noise: str = "shared",
+    tile: Sequence[int] = (32, 8),
+    spmd: str = "shard_map",
+    progress: Callable[[str], object] | None = None,
+) -> Certificates:
+    """Makes a `SmoothedClassifier`, which compiles, and calls its `certify`; the arguments are those of the two."""
+    settings = {"lipschitz": lipschitz, "arithmetic": arithmetic, "noise": noise, "tile": tile, "spmd": spmd}
+    sampling = {"n0": n0, "n": n, "alpha": alpha, "bound": bound, "schedule": schedule, "radii": radii}
+    sampling |= {"epsilon": epsilon, "slack": slack, "progress": progress}
+    return SmoothedClassifier(head, sigma=sigma, **settings).certify(latents, key=key, **sampling)
+
+
+def predict(
+    head: Head,
+    latents: Any,
+    *,
+    sigma: float,
+    key: jax.Array,
+    n: int = 1000,
+    alpha: float = 0.001,
+    arithmetic: str = "sound",
+    noise: str = "shared",
+    tile: Sequence[int] = (32, 8),
+    spmd: str = "shard_map",
+) -> Int[np.ndarray, " images"]:
+    """Makes a `SmoothedClassifier`, which compiles, and calls its `predict`; the arguments are those of the two."""
+    settings = {"arithmetic": arithmetic, "noise": noise, "tile": tile, "spmd": spmd}
+    return SmoothedClassifier(head, sigma=sigma, **settings).predict(latents, key=key, n=n, alpha=alpha)
+
+
+def _check_latents(latents: Any) -> Float[np.ndarray, "images *latent"]:
+    latents = array("latents", latents)
+    if latents.ndim < 2 or not latents.size:
+        raise UserError(f"latents must have shape (N, ...) with N >= 1, got {latents.shape}")
+    if not jnp.issubdtype(latents.dtype, jnp.floating):
+        raise UserError(f"latents must be floating point, got {latents.dtype}")
+    with np.errstate(over="ignore"):  # `Sampler.quantize` refuses infinities
+        return latents.astype(np.float64)

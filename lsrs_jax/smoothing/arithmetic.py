@@ -1,0 +1,147 @@
+"""How latents and noise are represented, drawn and added on the device: exact integers, or the classic float32."""
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.random import threefry_2x32
+from jaxtyping import Array, Float, Int, Num
+
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.format import COLUMN_BITS, THRESHOLD_BITS
+from lsrs_jax.runtime.validate import choice
+from lsrs_jax.smoothing.discrete_gaussian import LIMIT, MAX_LATENT, grid, rounding_slack, total_variation
+from lsrs_jax.smoothing.radius import float32_slack, sampled_sigma
+
+_LARGEST = 2.0**120  # of float32 latents
+
+
+class Arithmetic(Protocol):
+    """What the sampler needs of an arithmetic.
+
+    Attributes:
+      dtype: in which latents lie on the device.
+      sigma: the σ that a radius may claim.
+      tables: what `draw` needs on every device: one array or number.
+      identity: what the distribution of the noise depends on beside σ; part of the identity of a run.
+
+    `quantize` turns finite float64 latents into what the loop holds, and raises UserError for latents that are too
+    large. `slack` is the ℓ2 distance in the latent that is subtracted for rounding, `tau` the total variation between
+    the drawn noise and a rounded Gaussian. `draw` draws noise of a shape, `add` returns noisy latents as float32.
+    """
+
+    dtype: Any
+    sigma: float
+    tables: Any
+    identity: dict[str, Any]
+
+    def quantize(self, latents: Float[np.ndarray, "images *latent"]) -> Num[np.ndarray, "images *latent"]: ...
+    def slack(self, latents: Float[np.ndarray, "images *latent"]) -> Float[np.ndarray, " images"]: ...
+    def tau(self, dimensions: int) -> float: ...
+    def draw(self, key: jax.Array, size: tuple[int, ...], tables: Any) -> Num[Array, "*size"]: ...
+    def add(self, latent: Num[Array, "*latent"], noise: Num[Array, "*shape"]) -> Float[Array, "*shape"]: ...
+
+
+class GridArithmetic:
+    """Latents and noise as whole multiples of a power of two: exact grid arithmetic (``arithmetic="sound"``).
+
+    **Guarantee**: `add` feeds to the head one fixed function ρ (round to the grid, clip to ±2²⁴ steps, convert to
+    float32, all exact) of latent + Gaussian noise, because ρ(v + δ) = v + ρ(δ) for v on the grid; the distribution of
+    the drawn noise is that of ρ(δ), δ ~ N(0, σ²I), up to a total variation of `tau`. So the samples are those of the
+    base classifier head∘ρ under true Gaussian noise, up to `tau`, and `slack` covers what rounding moves the certified
+    latent and any other one.
+    """
+
+    dtype = np.int32
+
+    def __init__(self, sigma: float) -> None:
+        self.sigma, self._grid = float(sigma), grid(float(sigma))
+        self.tables = self._grid.table
+        self.identity = {"name": "sound", "spacing": self._grid.spacing}
+
+    def quantize(self, latents: Float[np.ndarray, "images *latent"]) -> Int[np.ndarray, "images *latent"]:
+        """Latents rounded to the nearest multiple of q (ties to even), in steps of q.
+
+        Raises:
+          UserError: for latents so large that noise could reach the limit of the grid.
+        """
+        limit = MAX_LATENT * self._grid.spacing
+        if np.abs(latents).max(initial=0) > limit:
+            raise UserError(
+                f"latents reach beyond {limit:g}, the range of the grid for sigma={self.sigma:g}: scale them, use a "
+                "larger sigma, or arithmetic='float32'"
+            )
+        return np.rint(latents / self._grid.spacing).astype(np.int32)
+
+    def slack(self, latents: Float[np.ndarray, "images *latent"]) -> Float[np.ndarray, " images"]:
+        return np.full(len(latents), rounding_slack(int(np.prod(latents.shape[1:])), self._grid.spacing))
+
+    def tau(self, dimensions: int) -> float:
+        return total_variation(dimensions)
+
+    @staticmethod
+    def draw(key: jax.Array, size: tuple[int, ...], tables: Any) -> Int[Array, "*size"]:
+        """int32 noise in steps of q."""
+        columns, thresholds = _words(key, size)
+        column = (columns >> (32 - COLUMN_BITS)).astype(jnp.int32)
+        packed = tables[0].at[column].get(mode="promise_in_bounds")
+        low = tables[1].at[column].get(mode="promise_in_bounds")
+        high, drawn = packed >> COLUMN_BITS, columns & (2 ** (THRESHOLD_BITS - 32) - 1)
+        own = (drawn < high) | ((drawn == high) & (thresholds < low))
+        alias = (packed & (2**COLUMN_BITS - 1)).astype(jnp.int32)
+        magnitude = jnp.where(own, column, alias)
+        sign = (columns >> (THRESHOLD_BITS - 32)) & 1
+        return jnp.where(sign == 1, -magnitude, magnitude)
+
+    def add(self, latent: Int[Array, "*latent"], noise: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """The sum of integers is exact, and has no −0."""
+        steps = jnp.clip(latent + noise, -LIMIT, LIMIT)
+        return steps.astype(jnp.float32) * np.float32(self._grid.spacing)
+
+
+class Float32Arithmetic:
+    """Float32 latents plus σ times float32 normals, as in every published implementation.
+
+    The theorem is about real-valued noise, which this approximates (`radius.float32_slack` says what is covered). For
+    comparison with the literature. `tau` is 0: what float32 normals do to the probabilities is not bounded.
+    """
+
+    dtype = np.float32
+
+    def __init__(self, sigma: float) -> None:
+        self.sigma, self.tables, self.identity = sampled_sigma(sigma), np.float32(sigma), {"name": "float32"}
+
+    def quantize(self, latents: Float[np.ndarray, "images *latent"]) -> Float[np.ndarray, "images *latent"]:
+        if np.abs(latents).max(initial=0) > _LARGEST:  # where float32 or a norm might overflow
+            raise UserError(f"latents reach beyond {_LARGEST:g}, where float32 ends: scale them")
+        return latents.astype(np.float32)
+
+    def slack(self, latents: Float[np.ndarray, "images *latent"]) -> Float[np.ndarray, " images"]:
+        return float32_slack(latents, self.sigma)
+
+    def tau(self, dimensions: int) -> float:
+        return 0.0
+
+    @staticmethod
+    def draw(key: jax.Array, size: tuple[int, ...], tables: Any) -> Float[Array, "*size"]:
+        return tables * jax.random.normal(key, size, jnp.float32)
+
+    def add(self, latent: Float[Array, "*latent"], noise: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        return latent + noise
+
+
+ARITHMETICS = {"sound": GridArithmetic, "float32": Float32Arithmetic}
+
+
+def make_arithmetic(name: str, sigma: float) -> Arithmetic:
+    """The arithmetic of that name for a σ."""
+    choice("arithmetic", name, ARITHMETICS)
+    return ARITHMETICS[name](sigma)
+
+
+def _words(key: jax.Array, size: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Two uint32 arrays of uniform bits: both words of one threefry block per entry, with counters of its own."""
+    count = int(np.prod(size))
+    words = threefry_2x32(jax.random.key_data(key), jnp.arange(2 * count, dtype=jnp.uint32))
+    return words[:count].reshape(size), words[count:].reshape(size)

@@ -1,0 +1,123 @@
+"""How certificates follow from counts, and when an image needs no more samples. NumPy only."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.validate import choice, real
+from lsrs_jax.smoothing import confidence
+from lsrs_jax.smoothing.certificates import Certificates, check_tau, derive
+from lsrs_jax.smoothing.counts import ImageCounts
+from lsrs_jax.smoothing.partition import BOUNDS
+from lsrs_jax.smoothing.radius import check_lipschitz, check_sigma, trusted_radius
+from lsrs_jax.smoothing.schedule import Schedule
+
+_FUTILITY = 0.01  # level of the optimistic limits; giving up early costs radius, never the guarantee
+
+
+@dataclasses.dataclass(frozen=True)
+class Derivation:
+    """The settings that turn counts into certificates.
+
+    Attributes:
+      sigma, lipschitz, tau: as in `certificates.from_counts`.
+      alpha: failure probability per image, divided evenly over the looks of the schedule.
+      bound: ``"binary"`` or ``"multiclass"``.
+      radii: the radii to decide, in units of the certificate; whether the image is certified at all is decided as well.
+        None: the radius itself, to within `epsilon`.
+      epsilon: in units of σ/L; read where `radii` is None.
+    """
+
+    sigma: float
+    alpha: float
+    bound: str = "binary"
+    lipschitz: float = 1.0
+    tau: float = 0.0
+    radii: tuple[float, ...] | None = None
+    epsilon: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_sigma(self.sigma)
+        confidence.check_alpha(self.alpha)
+        choice("bound", self.bound, BOUNDS)
+        check_lipschitz(self.lipschitz)
+        check_tau(self.tau)
+        wanted = () if self.radii is None else self.radii
+        if not isinstance(wanted, tuple) or not all(0 <= real(radius) <= 1e300 for radius in wanted):
+            raise UserError(f"radii must be finite numbers >= 0, got {self.radii!r}")
+        if not 0 < real(self.epsilon) <= 2.0**200:
+            raise UserError(f"epsilon must be a positive number (at most 1e60), got {self.epsilon!r}")
+        for name in ("sigma", "alpha", "lipschitz", "tau", "epsilon"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+
+    def certificates(self, schedule: Schedule, images: Sequence[ImageCounts]) -> Certificates:
+        """`Certificates` of images that have reached a look.
+
+        **Guarantee**: that of `certificates.from_counts`, whatever rule decided at which look an image stopped.
+        """
+        return derive(
+            np.stack([image.counts["selection"] for image in images]),
+            np.concatenate([image.looks for image in images]),
+            np.array([len(image.looks) for image in images]),
+            np.full(len(images), schedule.n),
+            self.alpha / len(schedule.looks),
+            bound=self.bound,
+            sigma=self.sigma,
+            lipschitz=self.lipschitz,
+            slack=np.array([image.slack for image in images]),
+            tau=self.tau,
+        )
+
+    def decided(self, schedule: Schedule, images: Sequence[ImageCounts]) -> Bool[np.ndarray, " images"]:
+        """Whether more samples could change nothing that is wanted, for images that are at a look.
+
+        Imagines an optimistic future, in which all samples to come go to the candidate at the upper limit of its
+        probability (level .01). Where even the radius after the last look would then decide nothing more, the image is
+        decided. Stopping early can shrink a radius but never falsify one, so this judgement needs no part of α.
+        """
+        done = np.array([len(image.looks) == len(schedule.looks) for image in images])
+        rest = np.flatnonzero(~done)
+        if len(rest):
+            some = [images[int(i)] for i in rest]
+            now = self.certificates(schedule, some)
+            best = self._optimistic_radius(schedule, some, now)
+            if self.radii is None:
+                done[rest] = best <= now.radius + self.epsilon * self.sigma / self.lipschitz
+            else:
+                # A radius of 0 counts as certified only if any is: hence the smallest positive number.
+                wanted = np.unique(np.maximum([0.0, *self.radii], np.nextafter(0, 1)))
+                following = np.searchsorted(wanted, now.radius, side="right")
+                done[rest] = best < np.append(wanted, np.inf)[following]
+        return done
+
+    def _optimistic_radius(
+        self, schedule: Schedule, images: Sequence[ImageCounts], now: Certificates
+    ) -> Float[np.ndarray, " images"]:
+        """The radius after the last look if the rest goes well; never below that of `now`."""
+        rows = np.arange(len(images))
+        candidate = np.stack([image.counts["selection"] for image in images]).argmax(axis=1)
+        left, share = schedule.n - now.n, self.alpha / len(schedule.looks)
+        n, level = schedule.n, _FUTILITY
+        leading = now.counts[rows, candidate]
+        hoped = leading + np.ceil(left * confidence.trusted_upper(leading, now.n, level)).astype(np.int64)
+        hoped = np.minimum(hoped, leading + left)
+        p_a = np.maximum(now.p_a_lower, confidence.trusted_lower(hoped, n, share) - self.tau)
+        p_b = 1 - p_a
+        if self.bound == "multiclass":
+            rivals = now.counts.copy()
+            rivals[rows, candidate] = -1
+            strongest = rivals.max(axis=1)
+            feared = strongest + np.floor(left * confidence.trusted_lower(strongest, now.n, level)).astype(np.int64)
+            p_b = np.minimum(p_b, confidence.trusted_upper(feared, n, share) + self.tau)
+        slack = np.array([image.slack for image in images])
+        p_b = np.clip(p_b, 1e-15, 1.0)
+        return np.maximum(now.radius, trusted_radius(p_a, p_b, self.sigma, self.lipschitz, slack))
+
+    def largest_radius(self, schedule: Schedule, slack: float = 0.0) -> float:
+        """The radius where all samples of the schedule agree."""
+        n, share = schedule.n, self.alpha / len(schedule.looks)
+        p_a = np.maximum(confidence.trusted_lower(n, n, share) - self.tau, 0.0)
+        return float(trusted_radius(p_a, 1 - p_a, self.sigma, self.lipschitz, np.array(slack)))

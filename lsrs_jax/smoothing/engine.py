@@ -1,0 +1,179 @@
+"""THE sampling loop: a compiled sampler, a schedule and counts → images whose certificates are decided.
+
+`SmoothedClassifier`, the commands and ``certify --recast`` all sample through `Engine`.
+"""
+
+import collections
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Num
+
+from lsrs_jax.runtime.progress import SECONDS_PER_REPORT, duration
+from lsrs_jax.smoothing.counts import Counts, ImageCounts, Row
+from lsrs_jax.smoothing.sampler import Sampler
+from lsrs_jax.smoothing.schedule import Schedule
+
+_SECONDS_PER_LAUNCH = 1.0  # work of the devices between two looks at the clock
+
+
+class Images(NamedTuple):
+    """Images whose latents are in memory; parallel sequences."""
+
+    idx: Sequence[int]
+    labels: Sequence[int]
+    slack: Sequence[float]  # ℓ2 in the latent
+    latents: Num[np.ndarray, "images *latent"]  # from `Sampler.quantize`
+
+
+class Launch(NamedTuple):
+    """Sample blocks [first, stop) of a stream that are under way for some images."""
+
+    members: list[int]  # positions in `Images`
+    stream: str
+    first: int
+    stop: int
+    counts: Future
+
+
+class Status:
+    """What has been done and what is left at most, for a line of progress.
+
+    Args:
+      total: images of the whole run.
+      decided: images that an earlier session decided.
+      say: function of a line.
+    """
+
+    def __init__(self, schedule: Schedule, total: int, decided: int, say: Callable[[str], object]) -> None:
+        self._schedule, self._total, self._decided, self._say = schedule, total, decided, say
+        self._finished = self._finished_samples = self._drawn = 0
+        self._measured: tuple[float, int] | None = None
+        self._shown = time.monotonic()
+
+    def count(self, samples: int) -> None:
+        """Takes note of new samples; says the line every two seconds."""
+        self._drawn += samples
+        now = time.monotonic()
+        if self._measured is None:  # the first launch compiles; rates are measured from its end
+            self._measured = (now, self._drawn)
+        elif now - self._shown > SECONDS_PER_REPORT:
+            self.show()
+
+    def finish(self, images: Sequence[ImageCounts]) -> None:
+        """Takes note of images that are decided now."""
+        self._decided += len(images)
+        self._finished += len(images)
+        self._finished_samples += sum(self._schedule.drawn(image.done) for image in images)
+
+    def show(self) -> None:
+        """Says the line."""
+        self._shown = now = time.monotonic()
+        start, before = self._measured or (now, 0)
+        rate = (self._drawn - before) / max(now - start, 1e-9)
+        most = (self._total - self._decided) * (self._schedule.n0 + self._schedule.n)
+        left = duration(max(0, most - max(0, self._drawn - self._finished_samples)) / rate) if rate > 0 else "unknown"
+        mean = f"  {self._finished_samples / self._finished:,.0f} samples per image" if self._finished else ""
+        left = f"at most {left} left" if self._schedule.staged else f"{left} left"
+        self._say(f"{self._decided:>6,} of {self._total:,} images decided{mean}  {rate:,.0f} samples/s  {left}")
+
+
+class Engine:
+    """Samples images until each is decided.
+
+    All images advance to the next look together. At every look the undecided ones are repacked into full batches, so
+    that no row of the compiled program is wasted on an image that is decided. The counts do not depend on it.
+
+    Args:
+      key: the typed key of the run, see `Sampler.keys`.
+      counts: where the new rows go; its schedule says where images may stop. `ledger.Ledger` writes them to disk.
+      decided: function of images at a look → bool per image.
+      begin: called once, when the first samples have been drawn and before they are counted.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        key: jax.Array,
+        counts: Counts,
+        decided: Callable[[list[ImageCounts]], Bool[np.ndarray, " images"]],
+        status: Status,
+        begin: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._sampler, self._keys, self._counts = sampler, sampler.keys(key), counts
+        self._decided, self._status, self._begin, self._begun = decided, status, begin, False
+        self._blocks_per_launch = 1
+
+    def run(self, images: Images) -> None:
+        """Samples some images to the end."""
+        everything = range(len(images.idx))
+        finished = set(self._leave(images, [i for i in everything if self._counts.at_a_look(images.idx[i])]))
+        while pending := [i for i in everything if i not in finished]:
+            finished |= self._advance(images, pending)
+
+    def _leave(self, images: Images, members: list[int]) -> list[int]:
+        """Those of the members, all at a look, that are decided."""
+        if not members:
+            return []
+        at_look = [self._counts.images[images.idx[i]] for i in members]
+        found = self._decided(at_look)
+        self._status.finish([image for image, yes in zip(at_look, found, strict=True) if yes])
+        return [i for i, yes in zip(members, found, strict=True) if yes]
+
+    def _advance(self, images: Images, pending: list[int]) -> set[int]:
+        """Brings every pending image to its next stop; returns those that are decided there.
+
+        While the host counts one launch, the devices work on the next.
+        """
+        waiting, finished, clock = None, set(), time.monotonic()
+        for launch in itertools.chain(self._launches(images, pending), [None]):
+            if waiting is not None:
+                clock = self._record(images, waiting, clock)
+                if self._counts.at_a_look(images.idx[waiting.members[0]]):
+                    finished.update(self._leave(images, waiting.members))
+            waiting = launch
+        return finished
+
+    def _launches(self, images: Images, pending: list[int]) -> Iterator[Launch]:
+        schedule, groups = self._counts.schedule, collections.defaultdict(list)
+        for i in pending:  # after a kill images stand at different blocks
+            groups[self._counts.done(images.idx[i])].append(i)
+        size = self._sampler.tile[0]
+        for done in sorted(groups):
+            stop_at = schedule.next_stop(done)
+            assert stop_at is not None, "an image at the last look is decided"
+            stream, begin, end = stop_at
+            for start in range(0, len(groups[done]), size):
+                members, first = groups[done][start : start + size], begin
+                batch = self._sampler.put(images.latents[members], [images.idx[i] for i in members])
+                while first < end:
+                    stop = min(first + self._blocks_per_launch, end)
+                    counts = self._sampler.launch(batch, self._keys[stream], first, stop, schedule.totals[stream])
+                    yield Launch(members, stream, first, stop, counts)
+                    first = stop
+
+    def _record(self, images: Images, launch: Launch, clock: float) -> float:
+        """Waits for a launch and counts its samples. Returns the time."""
+        members, stream, first, stop, _ = launch
+        found = self._sampler.collect(launch.counts, len(members))
+        now = time.monotonic()
+        seconds = round((now - clock) / len(members), 6)
+        if not self._begun:
+            self._begin()
+            self._begun = True
+        self._counts.append(
+            Row(images.idx[i], images.labels[i], images.slack[i], stream, first, stop, counts, seconds)
+            for i, counts in zip(members, found, strict=True)
+        )
+        self._status.count(int(found.sum()))
+        # Towards `_SECONDS_PER_LAUNCH`; counts do not depend on it.
+        if now - clock < _SECONDS_PER_LAUNCH / 2 and stop - first == self._blocks_per_launch:
+            self._blocks_per_launch *= 2
+        elif now - clock > 2 * _SECONDS_PER_LAUNCH:
+            self._blocks_per_launch = max(1, self._blocks_per_launch // 2)
+        return now

@@ -1,0 +1,185 @@
+"""Checkpoints of a training. No other file uses Orbax.
+
+A checkpoint has three items: ``model`` (parameters; enough to certify), ``train`` (optimizer state) and ``meta``
+(JSON: step, digests, what the parameters were trained on). Restoring takes a target of shapes and puts every array on
+the devices of the target, so that a checkpoint written on eight devices opens on one.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from lsrs_jax.runtime.errors import OthersLost, UserError
+from lsrs_jax.runtime.logs import quiet
+from lsrs_jax.runtime.workdir import checkpoints
+
+_ITEMS = ("model", "train", "meta")
+_REMEDY = "restore it from a copy, or move that folder away to fall back to an older one"
+
+
+def digest(params: Any) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of a tree of arrays."""
+    total = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.asarray(leaf)
+        total.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+        total.update(np.ascontiguousarray(array).tobytes())
+    return total.hexdigest()
+
+
+def _digest_if_whole(tree: Any) -> str | None:
+    """`digest`, or None for a tree that is divided over several processes, none of which holds all of it."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    whole = all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in leaves)
+    return digest(tree) if whole else None
+
+
+class Checkpoints:
+    """The checkpoints of one workdir, saved asynchronously."""
+
+    def __init__(self, workdir: Path, keep: int = 2) -> None:
+        self._folder = checkpoints(workdir)
+        if self._folder.exists() and not self._folder.is_dir():
+            raise UserError(f"{self._folder} is not a folder; move it away, or use another --workdir")
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        with _all_readable(self._folder):
+            self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=_ITEMS)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        try:
+            with self._writing():
+                self._manager.close()
+        except UserError:
+            if kind is None:  # otherwise the exception that is being raised says more
+                raise
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            with quiet():
+                yield
+        except Exception as error:  # Orbax and TensorStore raise whatever their writers raise, often in a later save
+            line = " ".join(str(error).split())[-160:]
+            of_device = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
+            if of_device and jax.process_count() > 1:
+                raise OthersLost(
+                    f"another process of this run ended while a checkpoint was written ({line}); the same command "
+                    "resumes"
+                ) from error
+            raise UserError(
+                f"cannot write a checkpoint into {self._folder} ({type(error).__name__}: ...{line}); correct that, for "
+                "example by making room on a full disk; then the same command resumes from the last checkpoint"
+            ) from error
+
+    def latest(self) -> int | None:
+        """The step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, params: Any, opt_state: Any, **trained_on: Any) -> None:
+        """Starts saving; the arrays are copied to the host before this returns. `trained_on` describes the data."""
+        meta = {"step": int(step), "digest": digest(params), "optimizer": _digest_if_whole(opt_state)} | trained_on
+        items = {"model": ocp.args.StandardSave(params), "train": ocp.args.StandardSave(opt_state)}
+        with self._writing():
+            self._manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)))
+
+    def wait(self) -> None:
+        """Blocks until everything is on disk."""
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    def restore(self, step: int, params: Any, opt_state: Any) -> tuple[Any, Any]:
+        """Parameters and optimizer state of `step`, with the shapes and shardings of the two targets.
+
+        Raises UserError for a damaged or foreign checkpoint; the digests of what was read must match.
+        """
+        restored = _restore(self._manager, self._folder, step, model=params, train=opt_state)
+        saved, read = restored["meta"].get("optimizer"), _digest_if_whole(restored["train"])
+        if None not in (saved, read) and saved != read:
+            where = self._folder / str(step)
+            raise UserError(f"checkpoint {where} is damaged, the digest of its optimizer differs; {_REMEDY}")
+        return restored["model"], restored["train"]
+
+
+def restore_model(workdir: Path, target: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+    """Parameters of a checkpoint, the newest by default, on the default device; and ``{"step", "digest", …}``.
+
+    `target` is a tree of arrays or `jax.ShapeDtypeStruct` with the expected shapes. Raises UserError for a missing,
+    truncated or foreign checkpoint; the digest of what was read must match.
+    """
+    with _opened(workdir) as (manager, folder, newest):
+        restored = _restore(manager, folder, newest if step is None else step, model=target)
+    return restored["model"], restored["meta"]
+
+
+def trained_on(workdir: Path) -> dict[str, Any]:
+    """What the newest checkpoint says about the data it was trained on, by `Checkpoints.save`; {} if nothing."""
+    with _opened(workdir) as (manager, folder, newest), _checkpoint_readable(folder / str(newest)):
+        meta = manager.restore(newest, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        return {name: value for name, value in meta.items() if name not in ("step", "digest", "optimizer")}
+
+
+@contextlib.contextmanager
+def _opened(workdir: Path) -> Iterator[tuple[ocp.CheckpointManager, epath.Path, int]]:
+    """The manager of a workdir that has a complete checkpoint, its folder, and the newest step."""
+    folder = checkpoints(workdir)
+    if not folder.is_dir():
+        raise UserError(f"no checkpoint in {workdir}: train first (python -m lsrs_jax.train --workdir={workdir} ...)")
+    with (
+        _all_readable(folder),
+        ocp.CheckpointManager(
+            folder, options=ocp.CheckpointManagerOptions(read_only=True), item_names=_ITEMS
+        ) as manager,
+    ):
+        newest = manager.latest_step()
+        if newest is None:
+            raise UserError(f"no complete checkpoint in {folder}: let the training finish or resume it")
+        yield manager, folder, newest
+
+
+def _restore(manager: ocp.CheckpointManager, folder: epath.Path, step: int, **targets: Any) -> Any:
+    """Reads ``meta`` and the items that have a target; checks step and digest of the parameters."""
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def describe(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or device)
+
+    items = {name: ocp.args.StandardRestore(jax.tree.map(describe, tree)) for name, tree in targets.items()}
+    where = folder / str(step)
+    with _checkpoint_readable(where):
+        restored = manager.restore(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore()))
+        meta = restored["meta"]
+        intact = digest(restored["model"]) == meta["digest"] and meta["step"] == step
+    if not intact:
+        raise UserError(f"checkpoint {where} is damaged, its digest or its step differs; {_REMEDY}")
+    return restored
+
+
+@contextlib.contextmanager
+def _readable(what: str, remedy: str) -> Iterator[None]:
+    """Turns every exception of the block into a UserError of one line."""
+    try:
+        with quiet():
+            yield
+    except UserError:
+        raise
+    except Exception as error:  # Orbax and TensorStore raise whatever their readers raise
+        line = " ".join(str(error).split()).partition(" See full TensorStore")[0][:160]
+        raise UserError(f"cannot read {what} ({type(error).__name__}: {line}); {remedy}") from error
+
+
+def _checkpoint_readable(where: epath.Path) -> contextlib.AbstractContextManager[None]:
+    return _readable(f"checkpoint {where}: it is damaged, or made for another network or image size", _REMEDY)
+
+
+def _all_readable(folder: epath.Path) -> contextlib.AbstractContextManager[None]:
+    return _readable(f"the checkpoints in {folder}: one is damaged", "restore it from a copy, or move its folder away")

@@ -1,0 +1,170 @@
+"""Estimates what a training and its certification will need: memory, FLOPs, and time on the chips of `CHIPS`."""
+
+import dataclasses
+import math
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lsrs_jax.models import Model, describe
+from lsrs_jax.models.flops import flops, held, traffic
+from lsrs_jax.models.heads import Latents
+from lsrs_jax.models.split import Params
+from lsrs_jax.runtime.mesh import global_mesh, replicated, split
+from lsrs_jax.runtime.processes import devices
+from lsrs_jax.runtime.rng import domain_key, pinned
+from lsrs_jax.runtime.types import Config
+from lsrs_jax.training.loop import parts
+
+USED = 0.3  # share of the peak FLOP/s; from sampling of configs/cifar10.py on an H200 (docs/results/accelerator.md)
+FREE = 0.9  # share of a chip's memory that a program can use; the rest goes to the runtime and to fragmentation
+
+
+class Chip(NamedTuple):
+    """Dense peaks without sparsity, from the data sheet of the vendor."""
+
+    memory: float  # GiB
+    bandwidth: float  # TB/s
+    bfloat16: float  # TFLOP/s of matrix products
+    float32: float  # TFLOP/s in true float32, for sampling; on a TPU six products in bfloat16 make one
+    training: float  # TFLOP/s of float32 at JAX's default precision: TF32, on a TPU bfloat16
+
+
+CHIPS = {
+    "A100 (80 GB)": Chip(80, 2.0, 312, 19.5, 156),
+    "H100": Chip(80, 3.35, 989, 67, 495),
+    "H200": Chip(141, 4.8, 989, 67, 495),
+    "TPU v4": Chip(32, 1.2, 275, 275 / 6, 275),
+    "TPU v5e": Chip(16, 0.82, 197, 197 / 6, 197),
+    "TPU v5p": Chip(95, 2.77, 459, 459 / 6, 459),
+    "TPU v6e": Chip(32, 1.64, 918, 918 / 6, 918),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """Resources of one compiled program, per device."""
+
+    memory: int  # bytes of arguments, results and temporaries
+    flops: float  # of convolutions and matrix products
+    moved: float  # bytes that these read and write
+
+    def fits(self, chip: Chip) -> bool:
+        """Whether a chip's memory is enough."""
+        return self.memory <= FREE * chip.memory * 2**30
+
+    def seconds(self, chip: Chip, dtype: str, times: float = 1) -> float:
+        """Time of `times` calls, by arithmetic or memory traffic; kernel launches and the host come on top."""
+        peak = {"float32": chip.float32, "bfloat16": chip.bfloat16, "training": chip.training}[dtype]
+        return times * max(self.flops / (USED * peak * 1e12), self.moved / (chip.bandwidth * 1e12))
+
+
+def training_need(model: Model, config: Config) -> Need:
+    """The `Need` of an optimizer step on all devices of this run, with memory as XLA allocates it for them."""
+    mesh, size = global_mesh(), config.data.batch_size
+    with pinned():
+        fresh, shardings, train_step = parts(model, config, mesh)
+        key = jax.device_put(domain_key(config.seed, "train"), replicated(mesh))
+
+        def laid_out(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        state = jax.tree.map(laid_out, jax.eval_shape(fresh, key), shardings)
+
+        def arguments(size: int) -> tuple[Any, ...]:
+            images = jax.ShapeDtypeStruct((size, *model.input_shape), jnp.float32, sharding=split(mesh))
+            labels = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split(mesh))
+            return state, images, labels, key, np.uint32(0)
+
+        found: Any = train_step.lower(*arguments(size)).compile().memory_analysis()
+        memory = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+        counts = []
+        for count in (flops, traffic):
+            one, two = (count(train_step, *arguments(times * size)) for times in (1, 2))
+            # Every device does the part that does not grow with the batch, such as the construction of kernels.
+            counts.append(2 * one - two + (two - one) / mesh.size)
+        return Need(memory - found.alias_size_in_bytes, *counts)
+
+
+def sampling_need(model: Model, config: Config) -> Need:
+    """The `Need` of one tile (images x samples) of certification on one device, counted in the jaxpr: on a CPU, XLA's
+    analysis of a program without gradients leaves out what it fuses."""
+    images, samples = config.certify.tile
+    model = dataclasses.replace(model, head_dtype=config.certify.head_dtype)
+
+    def sample(params: Params, latents: Latents, noise: Latents) -> jax.Array:
+        noisy = (latents[:, None] + noise).reshape(images * samples, *latents.shape[1:])
+        return jnp.argmax(model.classify(params, noisy), axis=-1)
+
+    with pinned():
+        params, latents = model.shapes(images)
+        shape = latents.shape[1:]
+        noise = (samples, *shape) if config.certify.noise == "shared" else (images, samples, *shape)
+        arguments = params, *(jax.ShapeDtypeStruct(size, jnp.float32) for size in ((images, *shape), noise))
+        return Need(*(count(sample, *arguments) for count in (held, flops, traffic)))
+
+
+def _memory_here() -> int | None:
+    """Bytes of memory of a device of this machine, if they are known."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.2f} GiB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1000:,.3g} ms" if seconds < 1 else f"{seconds:,.1f} s"
+
+
+def report(model: Model, config: Config) -> str:
+    """The estimate as text: sizes, memory per device, time on every chip of `CHIPS`, and warnings if it cannot fit."""
+    certify, need = config.certify, training_need(model, config)
+    # (name, unit that is timed, need of a program, calls per unit, field of `Chip`, what helps if memory is too small)
+    columns = [("training", "a step", need, 1, "training", _REMEDIES)]
+    lines = [
+        describe(model),
+        f"training on {devices()}: {config.data.batch_size:,} images a step, on each device "
+        f"{need.flops / 1e12:,.3g} TFLOP and {_gib(need.memory)}",
+    ]
+    if certify.certificate == "smoothed":
+        n, tile = certify.n0 + certify.n, sampling_need(model, config)
+        calls = n / math.prod(certify.tile)
+        columns.append(("certification", "a certificate", tile, calls, certify.head_dtype, "a smaller certify.tile"))
+        lines.append(
+            f"certification: {n:,} votes an image at most, {calls * tile.flops / 1e12:,.3g} TFLOP; on each device "
+            f"{_gib(tile.memory)} for a tile of {certify.tile[0]} images x {certify.tile[1]} votes"
+        )
+    else:
+        lines.append("certification: deterministic, without votes")
+    lines += ["", f"{'chip':<14}{'memory':>9}" + "".join(f"{name:>16}{unit:>16}" for name, unit, *_ in columns)]
+    for name, chip in CHIPS.items():
+        cells = "".join(
+            f"{'fits' if need.fits(chip) else 'does not fit':>16}{_time(need.seconds(chip, dtype, calls)):>16}"
+            for _, _, need, calls, dtype, _ in columns
+        )
+        lines.append(f"{name:<14}{chip.memory:>5.0f} GiB{cells}")
+    lines += [
+        "",
+        f"Memory as XLA allocates it for {jax.default_backend()}; other platforms fuse otherwise. Times: a step on as",
+        "many chips as there are devices here (JAX_NUM_CPU_DEVICES=8 simulates eight), a certificate on one;",
+        f"products at {USED:.0%} of the peak, or memory traffic at the full rate where that takes longer.",
+        "Communication, and the many launches of small networks, come on top.",
+    ]
+    here = _memory_here()
+    for name, _, need, _, _, remedy in columns:
+        if here and need.memory > FREE * here:
+            needed = f"needs {_gib(need.memory)} per device, this machine has {_gib(here)}"
+            lines.append(f"warning: {name} {needed}: take {remedy}")
+        if small := ", ".join(chip for chip, peaks in CHIPS.items() if not need.fits(peaks)):
+            lines.append(f"warning: {name} on {jax.device_count()} device(s) does not fit {small}: take {remedy}")
+    return "\n".join(lines)
+
+
+_REMEDIES = "more devices, a smaller data.batch_size or train.shard_parameters=true"

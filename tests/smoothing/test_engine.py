@@ -1,0 +1,173 @@
+"""The engine over images and looks, and prediction: counts that depend on nothing but the schedule."""
+
+import numpy as np
+import pytest
+from conftest import threefry
+from scipy import stats
+from test_sampler import BIAS, DIM, LATENTS, W, linear_head, network
+
+from lsrs_jax import smoothing
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.smoothing.counts import Counts
+from lsrs_jax.smoothing.derivation import Derivation
+from lsrs_jax.smoothing.engine import Engine, Images, Status
+from lsrs_jax.smoothing.prediction import leaders
+from lsrs_jax.smoothing.sampler import Sampler
+from lsrs_jax.smoothing.schedule import make_schedule
+
+N = 5_000
+MANY = np.random.default_rng(5).random((23, *DIM))
+COMMON = {"sigma": 0.5, "key": threefry(0), "n": N, "tile": (4, 16)}
+
+
+def certify(**changes):
+    return smoothing.certify(network(), MANY, **(COMMON | changes))
+
+
+@pytest.fixture(scope="module")
+def staged():
+    return certify(schedule="staged", radii=(0.1, 0.2, 0.4))
+
+
+def test_a_staged_image_has_the_first_samples_of_the_fixed_schedule(staged):
+    looks = make_schedule("staged", 100, N, 16).looks
+    assert len(set(staged.n)) > 2
+    assert staged.n.mean() < N / 2
+    for look in set(staged.n):
+        assert look in looks
+        fixed = certify(n=int(look))
+        chosen = staged.n == look
+        np.testing.assert_array_equal(staged.counts[chosen], fixed.counts[chosen])
+
+
+@pytest.mark.parametrize("changes", [{"tile": (7, 16)}, {"spmd": "pmap"}, {"tile": (23, 16)}])
+def test_staged_certificates_depend_on_no_grouping(staged, changes):
+    got = certify(schedule="staged", radii=(0.1, 0.2, 0.4), **changes)
+    np.testing.assert_array_equal(got.counts, staged.counts)
+    np.testing.assert_array_equal(got.radius, staged.radius)
+
+
+def test_independent_noise_gives_other_counts_of_the_same_distribution(staged):
+    shared, independent = certify(), certify(noise="independent")
+    assert (shared.counts != independent.counts).any(axis=1).mean() > 0.9
+    for a, b in zip(shared.counts, independent.counts, strict=True):
+        kept = (a + b) > 10
+        assert stats.chi2_contingency(np.stack([a[kept], b[kept]])).pvalue > 1e-5 or kept.sum() < 2
+
+
+class Counting(Sampler):
+    """Logs launches."""
+
+    def launch(self, batch, key, first, stop, n):
+        self.log.append((n, first, stop))
+        return super().launch(batch, key, first, stop, n)
+
+
+def sample(counts, sampler, latents, lines=None, stop_after=None):
+    derivation = Derivation(0.5, 0.001, tau=sampler.tau, radii=(0.1, 0.2, 0.4))
+    status = Status(counts.schedule, len(latents), 0, (lines if lines is not None else []).append)
+    calls = 0
+
+    def decided(found):
+        nonlocal calls
+        calls += 1
+        if stop_after is not None and calls > stop_after:
+            raise KeyboardInterrupt
+        return derivation.decided(counts.schedule, found)
+
+    slack = sampler.arithmetic.slack(latents).tolist()
+    images = Images(list(range(len(latents))), [0] * len(latents), slack, sampler.quantize(latents))
+    Engine(sampler, threefry(0), counts, decided, status).run(images)
+    status.show()
+
+
+def test_tiles_are_full_at_every_look_and_progress_is_told():
+    sampler = Counting(network(), DIM, sigma=0.5, tile=(4, 16))
+    sampler.log, lines = [], []
+    counts = Counts(make_schedule("staged", 100, N, 16), sampler.num_classes)
+    sample(counts, sampler, MANY, lines)
+    reached = np.array([len(image.looks) for image in counts.images.values()])
+    before = 0
+    for number, stop in enumerate(counts.schedule.stops["estimation"]):
+        images = int((reached > number).sum())
+        launches = [entry for entry in sampler.log if entry[0] == N and before <= entry[1] < stop]
+        tiles = sum(first == before for _, first, _ in launches)
+        assert tiles == -(-images // 4)
+        before = stop
+    assert "23 of 23 images decided" in lines[-1]
+    assert "samples per image" in lines[-1]
+    assert "samples/s" in lines[-1]
+
+
+def test_an_interrupted_engine_goes_on_to_the_same_counts(staged):
+    sampler = Sampler(network(), DIM, sigma=0.5, tile=(4, 16))
+    counts = Counts(make_schedule("staged", 100, N, 16), sampler.num_classes)
+    for calls in (1, 1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            sample(counts, sampler, MANY, stop_after=calls)
+    sample(counts, sampler, MANY)
+    assert sampler.traces == 1
+    np.testing.assert_array_equal([counts.images[i].looks[-1] for i in range(23)], staged.counts)
+
+
+# ---------------------------------------------------------------------------------------------------------- prediction
+
+
+def predict(latents=LATENTS, head=linear_head, **changes):
+    return smoothing.predict(head, latents, **({"sigma": 0.5, "key": threefry(0), "n": 500, "tile": (5, 16)} | changes))
+
+
+def test_prediction_is_the_side_of_a_linear_boundary_or_abstains_on_it():
+    margin = (LATENTS.reshape(5, -1) @ W.ravel().astype(np.float64) + BIAS) / np.linalg.norm(W)
+    np.testing.assert_array_equal(predict(n=20_000), np.where(margin > 0, 0, 1))
+    direction = W.astype(np.float64) / np.linalg.norm(W) ** 2
+    on_the_boundary = LATENTS - (margin * np.linalg.norm(W))[:, None, None, None] * direction
+    assert (predict(on_the_boundary) == -1).all()
+
+
+@pytest.mark.parametrize("tau", [0.0, 1e-9])
+def test_prediction_is_the_two_sided_binomial_test_of_the_two_leaders(tau):
+    rng = np.random.default_rng(0)
+    counts = rng.multinomial(200, [0.4, 0.3, 0.2, 0.1], 300)
+    got = leaders(counts, 0.01, tau)
+    assert 0.2 < (got == -1).mean() < 0.95
+    for row, answer in zip(counts, got, strict=True):
+        first, second = np.sort(row)[::-1][:2]
+        p = stats.binomtest(int(first), int(first + second), 0.5).pvalue
+        if not 0.0099 < p < 0.0101:
+            assert answer == (row.argmax() if p <= 0.01 else -1)
+
+
+def wrong_answers(alpha, trials, test):
+    """How often a class is returned although two classes are equally likely: each such answer is a failure."""
+    counts = np.random.default_rng(0).multinomial(500, [0.5, 0.5], trials)
+    return int((test(counts, alpha, 0.0) != -1).sum())
+
+
+@pytest.mark.parametrize("trials", [5000, pytest.param(100_000, marks=pytest.mark.soak)])
+def test_prediction_abstains_between_equals_and_a_one_sided_test_is_caught(trials):
+    def one_sided(counts, alpha, tau):
+        return leaders(counts, 2 * alpha, tau)
+
+    found = wrong_answers(0.05, trials, leaders), wrong_answers(0.05, trials, one_sided)
+    print(
+        f"\nprediction between equals, alpha .05, {trials} trials: {found[0] / trials:.4f}, "
+        f"one-sided {found[1] / trials:.4f}"
+    )
+    assert stats.binom.sf(found[0] - 1, trials, 0.05) > 1e-6
+    assert stats.binom.sf(found[1] - 1, trials, 0.05) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"n": 0}, "n must be a whole number"),
+        ({"alpha": 0.0}, "alpha"),
+        ({"sigma": 0.0}, "sigma"),
+        ({"latents": np.zeros((0, 3))}, "N >= 1"),
+        ({"arithmetic": "exact"}, "unknown arithmetic"),
+    ],
+)
+def test_bad_input_to_predict_is_refused(changes, why):
+    with pytest.raises(UserError, match=why):
+        predict(**changes)

@@ -1,0 +1,119 @@
+"""What importing the package does, and in which direction its folders import each other."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from commands import ROOT
+
+from lsrs_jax.runtime.moved import MOVED
+
+PACKAGE = ROOT / "lsrs_jax"
+HEAVY = ("orbax", "tensorstore", "tensorflow_datasets", "tensorflow", "grain", "matplotlib", "sklearn", "PIL")
+# Each folder imports only folders after it; `config` and the commands are files.
+ORDER = [
+    *("__main__", "train", "audit", "certify", "report", "cli", "margin"),
+    *("certification", "auditing", "training", "data", "models", "layers", "orthogonal"),
+    *("config", "smoothing", "runtime"),
+]
+# The commands hand their names to `cli`, which imports them when it runs them.
+LOWEST = {"config": {"smoothing", "runtime"}, "orthogonal": {"runtime"}, "layers": {"orthogonal", "runtime"}}
+
+
+def loaded(statement):
+    """Modules that a statement loads in a new process, and whether it changed handlers of signals or streams."""
+    code = f"""
+import json, signal, sys
+def state():
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    return handlers, sys.stdin, sys.stdout, sys.stderr, sys.unraisablehook
+before = state()
+{statement}
+print(json.dumps([sorted(sys.modules), before == state()]))
+"""
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not found.stderr
+    return json.loads(found.stdout)
+
+
+@pytest.mark.parametrize(
+    "name", ["lsrs_jax", "lsrs_jax.smoothing", "lsrs_jax.layers", "lsrs_jax.models", "lsrs_jax.cli"]
+)
+def test_an_import_has_no_side_effects_and_loads_nothing_heavy(name):
+    modules, unchanged = loaded(f"import {name}")
+    assert unchanged
+    assert not [module for module in modules if module.partition(".")[0] in HEAVY]
+
+
+def test_the_statistics_do_without_jax_and_the_sampler_without_flax():
+    modules, _ = loaded("import lsrs_jax.smoothing")
+    ours = {module for module in modules if module.startswith("lsrs_jax")}
+    assert not {"jax", "flax", "ml_collections", "absl"} & set(modules)
+    assert ours == {
+        "lsrs_jax",
+        "lsrs_jax.runtime",
+        *(f"lsrs_jax.runtime.{name}" for name in ("errors", "format", "moved", "validate")),
+        "lsrs_jax.smoothing",
+        *(f"lsrs_jax.smoothing.{name}" for name in ("certificates", "confidence", "counts", "partition", "radius")),
+        "lsrs_jax.smoothing.schedule",
+    }
+    modules, unchanged = loaded("from lsrs_jax.smoothing import certify")
+    assert unchanged
+    assert "jax" in modules
+    assert not {"flax", "ml_collections", "absl"} & set(modules)
+
+
+def imports(path):
+    """Folders and files of the package that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lsrs_jax":
+            parts = node.module.split(".")
+            yield from [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
+
+
+def test_imports_point_one_way():
+    arrows = {}
+    for path in PACKAGE.rglob("*.py"):
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        arrows.setdefault(room, set()).update(set(imports(path)) - {room, "__version__"})
+    arrows.pop("__init__")
+    assert set(arrows) == set(ORDER)
+    for room, found in arrows.items():
+        assert found <= set(ORDER), room
+        assert all(ORDER.index(other) > ORDER.index(room) for other in found), (room, found)
+        assert found <= LOWEST.get(room, found), room
+
+
+def test_no_alias_hides_a_collision_and_no_file_is_long():
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 350, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lsrs_jax"):
+                assert not [alias.asname for alias in node.names if alias.asname], path
+            if isinstance(node, ast.FunctionDef):
+                docstring = node.body[0].end_lineno - node.body[0].lineno + 1 if ast.get_docstring(node) else 0
+                assert node.end_lineno - node.lineno + 1 - docstring <= 60, (path, node.name)
+
+
+@pytest.mark.parametrize("name", sorted(MOVED))
+def test_an_old_import_path_works_with_a_warning(name):
+    code = f"import {name} as old, {MOVED[name]} as new; assert old is new; assert new.__spec__.name == {MOVED[name]!r}"
+    found = subprocess.run(
+        [sys.executable, "-W", "default", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert f"DeprecationWarning: {name} has moved to {MOVED[name]}" in found.stderr
+
+
+def test_public_names_stay():
+    code = """
+from lsrs_jax.layers import Encoder, MaxMin, OrthogonalConv, OrthogonalDense
+from lsrs_jax.orthogonal import ConvShape, build_kernels, family
+from lsrs_jax.smoothing import Certificates, SmoothedClassifier, certify, predict, certified_radius, from_counts
+from lsrs_jax.margin import certified_margin
+"""
+    environment = os.environ | {"PYTHONWARNINGS": "error::DeprecationWarning:__main__"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
