@@ -1,5 +1,5 @@
 # make demo   train, certify and compare on the embedded digits (a few minutes on 2 cores)
-# make test   the test suite
+# make test   ruff, the type checker, the test suite
 # make soak   full grids, long simulations, kill campaigns (an hour or two)
 # make lint   ruff
 # All of them make their own environment in .venv first; PYTHON picks the interpreter (3.11 or newer).
@@ -29,6 +29,7 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/basedpyright
 	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
 soak: .venv/ready

@@ -210,6 +210,8 @@ def check_config(config: Config) -> Config:
 
 def config_to_dict(config: Config) -> dict[str, Any]:
     """Plain types, as they come back from JSON, with the format number."""
+    if "format" in config:
+        raise UserError("unknown config field 'format': the program writes it itself")
     return {"format": FORMAT} | plain(config.to_dict())
 
 

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "lsrs_jax"
 HEAVY = ("orbax", "tensorstore", "tensorflow_datasets", "tensorflow", "grain", "matplotlib", "sklearn", "PIL")
 # Each folder imports only folders after it; `config` and the commands are files.
 ORDER = [
-    *("__main__", "train", "audit", "certify", "report", "cli", "margin"),
+    *("__main__", "train", "audit", "certify", "report", "cli"),
     *("certification", "auditing", "training", "data", "models", "layers", "orthogonal"),
     *("config", "smoothing", "runtime"),
 ]

@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import json
 import re
@@ -54,16 +55,20 @@ def test_a_damaged_certificates_json_is_refused_and_a_missing_one_noted(tmp_path
     """Beside a table that anybody may have written."""
     path = write_log(tmp_path / "a" / "certify" / "full" / "certificates.tsv", [0.1, 9.75])
     beside = path.with_name("certificates.json")
-    documents.write_sealed(
-        beside, {"derivation": {"certificates": hashlib.sha256(path.read_bytes()).hexdigest(), "alpha": 0.05}}
-    )
+    derivation = {"certificates": hashlib.sha256(path.read_bytes()).hexdigest(), "alpha": 0.05}
+    documents.write_sealed(beside, {"derivation": derivation})
     whole = beside.read_text()
     assert report.notes(report.load_runs([str(tmp_path / "a")])) == []
-    ours = json.dumps({"identity": {}, "lipschitz": {}, "dagest": "1", "derivation": None})
+    ours = json.dumps({"format": 1, "identity": {}, "lipschitz": {}, "dagest": "1", "derivation": derivation})
     for damaged in (whole[:-3], whole[:40], "", whole.replace("0.05", "0.01"), '{"digest": [1]}', "[" * 10**5, ours):
         beside.write_text(damaged)
         with pytest.raises(UserError, match=r"certificates.json is damaged \(.*\); restore it, or move it away"):
             report.load_runs([str(tmp_path / "a")])
+    for named, note in ((derivation, "- a: unsealed: an old version wrote its certificates.json"), (None, None)):
+        beside.write_text(json.dumps({"identity": {}, "lipschitz": {}, "derivation": named}))
+        with contextlib.nullcontext() if note else pytest.raises(UserError, match="is not the table that"):
+            report.run([str(tmp_path / "a"), f"--out={tmp_path / 'out'}"])
+            assert note in capsys.readouterr().out
     for foreign in ("{}", "[1]", '{"alpha": 0.05}', None):
         beside.unlink() if foreign is None else beside.write_text(foreign)
         report.run([str(tmp_path / "a"), f"--out={tmp_path / 'out'}"])

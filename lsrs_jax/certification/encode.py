@@ -4,8 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from lsrs_jax.certification import OTHER_NAME
 from lsrs_jax.certification.platform_check import check_encoder, check_noise
 from lsrs_jax.certification.target import Target
+from lsrs_jax.data import Dataset, Photos
 from lsrs_jax.layers.lipschitz import Float64Encoder, Materialized
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.progress import Progress
@@ -25,22 +27,29 @@ def make_sampler(config: Config, head: Head, latent_shape: Sequence[int]) -> Sam
     return Sampler(head, latent_shape, sigma=config.sigma, **settings)
 
 
+def encode_batches(
+    dataset: Dataset | Photos, indices: list[int] | np.ndarray, encode: Float64Encoder, batch: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Encodes images batch after batch, with progress; yields latents in float64 and the ℓ2 norms of their images."""
+    progress = Progress(len(indices))
+    for start in range(0, len(indices), batch):
+        images = dataset.pixels(indices[start : start + batch], np.float64)
+        latents, done = encode(images), start + len(images)
+        if start == 0:  # the first batch compiles
+            progress = Progress(len(indices), done)
+        progress.show(done, lambda done=done: f"{done:>6,} of {len(indices):,} images encoded")
+        yield latents, np.linalg.norm(images.reshape(len(images), -1), axis=1)
+
+
 class Pipeline:
-    """Encoder and sampler of a target, tried out on this platform.
-
-    Args:
-      encoder, head: from ``target.model.for_certification``.
-
-    Attributes:
-      sampler: of the head.
-      report: `LipschitzReport` of the encoder.
+    """Encoder and sampler of a target (from ``target.model.for_certification``), tried out on this platform.
 
     Raises:
       UserError: for a head of other classes than the data, or a platform whose errors exceed the error budget.
     """
 
     def __init__(self, target: Target, encoder: Materialized, head: Head) -> None:
-        self._target, self.report = target, encoder.report
+        self.target, self.report = target, encoder.report
         self.sampler = make_sampler(target.config, head, encoder.report.output_shape)
         if self.sampler.num_classes != target.dataset.num_classes:
             raise UserError(f"the head has {self.sampler.num_classes} classes, the data {target.dataset.num_classes}")
@@ -57,30 +66,25 @@ class Pipeline:
         Raises:
           UserError: naming an image whose known slack is smaller than that of its latent.
         """
-        batch = self._target.config.certify.tile[0]
+        batch = self.target.config.certify.tile[0]
         size = max(batch, _LATENT_BYTES // (4 * int(np.prod(self.sampler.latent_shape))))
         for first in range(0, len(indices), size):
             yield self._encoded(indices[first : first + size], batch, known_slack)
 
     def _encoded(self, indices: list[int], batch: int, known_slack: Mapping[int, float]) -> Images:
-        dataset, latents, slack, progress = self._target.dataset, [], [], Progress(len(indices))
-        for start in range(0, len(indices), batch):
-            images = dataset.pixels(indices[start : start + batch], np.float64)
-            encoded = self._encode(images)
+        dataset, latents, slack = self.target.dataset, [], []
+        farthest = _LARGEST_RADIUS * self.target.config.sigma / self.report.constant
+        for encoded, norms in encode_batches(dataset, indices, self._encode, batch):
             latents.append(self.sampler.quantize(encoded))
             # The rounding of the encoder at the image, and at any other one that a certificate can reach.
-            reach = np.linalg.norm(images.reshape(len(images), -1), axis=1)
-            reach = reach + _LARGEST_RADIUS * self._target.config.sigma / self.report.constant
-            slack += (self.sampler.arithmetic.slack(encoded) + 2 * self.report.rounding(reach)).tolist()
-            done = start + len(images)
-            progress.show(done, lambda done=done: f"{done:>6,} images encoded")
+            slack += (self.sampler.arithmetic.slack(encoded) + 2 * self.report.rounding(norms + farthest)).tolist()
         for position, idx in enumerate(indices):
             # The first row of an image fixes its slack: another machine's encoder may differ in the last digit.
             own, known = slack[position], known_slack.get(idx, slack[position])
             if known < own * (1 - _SAME):
                 raise UserError(
-                    f"{self._target.folder}: image {idx} is charged {known} in the ledger, less than the {own} of its "
-                    "latent: its radius is too large; certify again under another --config.certify.name"
+                    f"{self.target.folder}: image {idx} is charged {known} in the ledger, less than the {own} of its "
+                    f"latent: its radius is too large; {OTHER_NAME}"
                 )
             slack[position] = known
         return Images(indices, dataset.labels[indices].tolist(), slack, np.concatenate(latents))

@@ -21,43 +21,30 @@ _CONFIG_NAMES = {"arithmetic.name": "certify.arithmetic"} | {
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """What makes two certifications comparable. Fields that only sampling has are None where nothing was sampled.
+    """What makes two certifications comparable. Fields that only sampling has are None where nothing was sampled."""
 
-    Attributes:
-      certificate: ``"smoothed"`` or ``"deterministic"``.
-      classes: K; None in old files that do not say it.
-      checkpoint: ``step`` and ``digest`` of the parameters.
-      data: ``name``, ``version``, ``split`` and ``digest`` of images and labels.
-      model: the ``model`` section of the configuration, and ``input_shape``.
-      platform: back end and kind of device.
-      sigma, seed, n0, n, schedule, tile, noise, head_dtype: of the configuration.
-      stages: the looks of the schedule.
-      prng: the random generator.
-      arithmetic: its ``name``, ``sigma``, ``tau`` and, on a grid, ``spacing``.
-    """
-
-    certificate: str
-    classes: int | None
-    checkpoint: dict[str, Any]
-    data: dict[str, Any]
-    model: dict[str, Any]
-    platform: str
+    certificate: str  # "smoothed" or "deterministic"
+    classes: int | None  # None in old files that do not say it
+    checkpoint: dict[str, Any]  # step and digest of the parameters
+    data: dict[str, Any]  # name, version, split, and digest of images and labels
+    model: dict[str, Any]  # the section of the configuration, and input_shape
+    platform: str  # back end and kind of device
     sigma: float | None = None
     seed: int | None = None
     n0: int | None = None
     n: int | None = None
     schedule: str | None = None
-    stages: list[int] | None = None
+    stages: list[int] | None = None  # the looks of the schedule
     tile: list[int] | None = None
     noise: str | None = None
     head_dtype: str | None = None
     prng: str | None = None
-    arithmetic: dict[str, Any] | None = None
+    arithmetic: dict[str, Any] | None = None  # its name, sigma, tau and, on a grid, spacing
 
     def sampled(self, config: Config, arithmetic: Arithmetic, latent_shape: tuple[int, ...]) -> "Identity":
         """The same run with what its samples depend on."""
-        facts = arithmetic_facts(arithmetic, latent_shape)
-        return dataclasses.replace(self, **sampling_facts(config), prng=PRNG, arithmetic=facts)
+        facts = sampling_facts(config) | {"arithmetic": arithmetic_facts(arithmetic, latent_shape)}
+        return dataclasses.replace(self, prng=PRNG, **facts)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types for JSON; fields without a value are left out."""
@@ -66,8 +53,7 @@ class Identity:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Identity":
         """The identity in a certificates.json of any format; TypeError for a field that is missing or unknown."""
-        facts: dict[str, Any] = {"classes": None, **values, "model": upgrade_section(values["model"], "model.")}
-        return cls(**facts)
+        return cls(**{"classes": None, **values, "model": upgrade_section(values["model"], "model.")})
 
     def difference(self, new: "Identity", ignore: tuple[str, ...] = ()) -> tuple[str, Any, Any] | None:
         """The field that says most about how another run differs, with both values; None where nothing differs."""
@@ -90,23 +76,20 @@ class Identity:
         if name == "checkpoint.digest":
             return f"the checkpoint of step {new.checkpoint['step']} has other weights than it had"
         if name == "data.digest":
-            data = new.data
-            return f"images or labels of {data['name']} {data['version']}, split {data['split']}, have changed"
+            return "images or labels of {name} {version}, split {split}, have changed".format(**new.data)
         return f"{_CONFIG_NAMES.get(name, name)} was {was!r} and is now {now!r}"
 
 
 def schedule_of(config: Config) -> Schedule:
     """The sampling schedule of a configuration."""
-    certify = config.certify
-    return make_schedule(certify.schedule, certify.n0, certify.n, certify.tile[1])
+    return make_schedule(config.certify.schedule, config.certify.n0, config.certify.n, config.certify.tile[1])
 
 
 def sampling_facts(config: Config) -> dict[str, Any]:
     """Fields of an `Identity` on which samples depend, as far as the configuration says them."""
-    certify = config.certify
-    facts = {name: certify[name] for name in ("n0", "n", "schedule", "noise", "head_dtype")}
-    stages = list(schedule_of(config).looks)
-    return facts | {"sigma": config.sigma, "seed": config.seed, "stages": stages, "tile": list(certify.tile)}
+    facts = {name: config.certify[name] for name in ("n0", "n", "schedule", "noise", "head_dtype")}
+    facts |= {"tile": list(config.certify.tile), "stages": list(schedule_of(config).looks)}
+    return facts | {"sigma": config.sigma, "seed": config.seed}
 
 
 def arithmetic_facts(arithmetic: Arithmetic, latent_shape: tuple[int, ...]) -> dict[str, Any]:

@@ -11,15 +11,17 @@ import contextlib
 import hashlib
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lsrs_jax.certification import OTHER_NAME
 from lsrs_jax.runtime.errors import UserError
-from lsrs_jax.runtime.files import lock, write_all
+from lsrs_jax.runtime.files import fields_of, lock, write_all
 from lsrs_jax.runtime.format import LEDGER_COLUMNS
+from lsrs_jax.runtime.processes import ALONE, Process
 from lsrs_jax.runtime.signals import deferred
 from lsrs_jax.smoothing.counts import Counts, Row
 from lsrs_jax.smoothing.schedule import Schedule
@@ -30,8 +32,8 @@ _SECONDS_PER_WRITE = 1.0  # how much work a kill may lose
 
 def _line(row: Row) -> str:
     counts = ",".join(f"{index}:{row.counts[index]}" for index in np.flatnonzero(row.counts))
-    fields = (row.idx, row.label, repr(row.slack), row.stream, row.first, row.stop, counts)
-    content = "\t".join(map(str, fields)) + f"\t{row.seconds:.6f}"
+    fields = (row.idx, row.label, repr(row.slack), row.stream, row.first, row.stop, counts, f"{row.seconds:.6f}")
+    content = "\t".join(map(str, fields))
     return f"{content}\t{_crc(content)}\n"
 
 
@@ -94,17 +96,11 @@ def _damage(path: Path, number: int) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise UserError(
-            f"{path} line {number} is damaged ({error}); restore the file, or certify again under another "
-            "--config.certify.name"
-        ) from error
+        raise UserError(f"{path} line {number} is damaged ({error}); restore the file, or {OTHER_NAME}") from error
 
 
 def _parse(line: str, counts: Counts) -> Row:
-    fields = line.split("\t")
-    if len(fields) != len(LEDGER_COLUMNS):
-        raise ValueError(f"{len(fields)} columns instead of {len(LEDGER_COLUMNS)}")
-    idx, label, slack, stream, first, stop, pairs, seconds, crc = fields
+    idx, label, slack, stream, first, stop, pairs, seconds, crc = fields_of(line, LEDGER_COLUMNS).values()
     if crc != _crc(line.rpartition("\t")[0]):
         raise ValueError("its checksum differs")
     if stream not in counts.schedule.totals:
@@ -124,9 +120,8 @@ class Ledger(Counts):
 
     Args:
       path: the own file; made if missing.
-      processes: how many of them write into the folder. The first one locks ledgers that a run of more processes left.
-      meet: called when the own file exists and is locked, and before the others are read. Where several processes
-        write, it returns when all of them have got there.
+      process: of those that write into the folder. All wait until each of them has locked its file, and only then read
+        the others. The first one also locks ledgers that a run of more processes left.
 
     Raises:
       UserError: for a malformed row, blocks counted twice or left out, or counts that do not add up. A half-written
@@ -136,34 +131,25 @@ class Ledger(Counts):
     second after they were appended at the latest (with the next append after it), and when the ledger is closed.
     """
 
-    def __init__(
-        self,
-        path: Path | str,
-        schedule: Schedule,
-        num_classes: int,
-        processes: int = 1,
-        meet: Callable[[], object] = lambda: None,
-    ) -> None:
+    def __init__(self, path: Path | str, schedule: Schedule, num_classes: int, process: Process = ALONE) -> None:
         super().__init__(schedule, num_classes)
-        self.path, self._written = Path(path), time.monotonic()
-        self._unwritten: list[str] = []
-        self._sizes: dict[Path, int] = {}
+        self.path, self._written, self._unwritten = Path(path), time.monotonic(), list[str]()
+        self._sizes: dict[Path, int] = {}  # how much of the other files was counted
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as opened:
             self._file = opened.enter_context(self.path.open("a+b", buffering=0))
             lock(self._file, f"writing {self.path}")
             if self.path.name == name(0):
                 for other in files(self.path.parent)[1:]:
-                    if other.name not in map(name, range(processes)):
+                    if other.name not in map(name, range(process.count)):
                         lock(opened.enter_context(other.open("rb")), f"writing {other}")
             self._file.seek(0)
             content = self._file.readall()
             whole = _whole_lines(self.path, content)
-            meet()
+            process.wait("ledgers")
             _count(self, {self.path: (whole, len(_HEADER))} | self._news())
-            # Repaired last: a ledger that is refused is left as it is.
             if len(whole) < len(content):
-                self._file.truncate(len(whole))
+                self._file.truncate(len(whole))  # last: a ledger that is refused is left as it is
             self._size = len(whole)
             if not whole:
                 self._write(_HEADER)
@@ -183,7 +169,7 @@ class Ledger(Counts):
             self._open.close()
 
     def _news(self) -> dict[Path, tuple[bytes, int]]:
-        """What the other files hold that was not counted yet."""
+        """What the other files hold, and from where on it was not counted yet."""
         news = {}
         for path in files(self.path.parent):
             if path != self.path:
@@ -203,9 +189,7 @@ class Ledger(Counts):
         try:
             super().append(rows)
         except ValueError as error:
-            raise UserError(
-                f"{self.path} does not fit what was sampled ({error}); certify under another name"
-            ) from error
+            raise UserError(f"{self.path} does not fit what was sampled ({error}); {OTHER_NAME}") from error
         self._unwritten += [_line(row) for row in rows]
         if time.monotonic() - self._written > _SECONDS_PER_WRITE:
             self.flush()

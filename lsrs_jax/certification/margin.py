@@ -22,7 +22,7 @@ _SMALLEST = 1e-140  # of a distance over the largest weight: below it squares un
 def certified_margin(
     logits: Any, weights: Any = None, *, lipschitz: float = 1.0, slack: Any = 0.0
 ) -> tuple[Int[np.ndarray, " images"], Float[np.ndarray, " images"]]:
-    """Prediction and certified ℓ2 radius of a deterministic classifier.
+    """Prediction (the lowest class of equals) and certified ℓ2 radius (0 where nothing is certified) without noise.
 
     Args:
       logits: ``(N, K)``, of the clean inputs.
@@ -31,9 +31,6 @@ def certified_margin(
         last layer: the distance is then √2 for every pair.
       lipschitz: constant of whatever precedes the last layer.
       slack: ℓ2 distance in the latent that is subtracted for rounding, per image or one number.
-
-    Returns:
-      ``(predict, radius)``: int64 (the lowest of equals) and float64 ``(N,)``; radius 0 where nothing is certified.
 
     Raises:
       UserError: for shapes that do not fit, numbers beyond 1e300 or not finite, or two classes of equal weights.
@@ -100,7 +97,6 @@ def float64_slack(
     Args:
       rounding: ℓ2 bound on the rounding of the encoder at the clean and at any perturbed image, per image or one number
         (`lipschitz.LipschitzReport.rounding`).
-      weights, bias: the last layer.
       reach: how far in the latent a certificate may lead, per image or one number: the radius that `certified_margin`
         gives without a slack, times the Lipschitz constant.
 

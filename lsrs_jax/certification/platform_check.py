@@ -21,14 +21,9 @@ _REMEDY = "certify on the CPU (JAX_PLATFORMS=cpu), or without the flags that cha
 
 
 def check_encoder(materialized: Materialized, encode: Callable[[np.ndarray], np.ndarray]) -> float:
-    """Compares an encoder as it runs with its program evaluated by NumPy in float64.
+    """Compares `encode`, which will encode the images to be certified, with its program evaluated by NumPy in float64.
 
-    Args:
-      materialized: the encoder with the arrays that were proven.
-      encode: what will encode the images to be certified: images ``(N, H, W, C)`` → latents ``(N, …)``.
-
-    Returns:
-      the largest share of the error budget that was seen.
+    Returns the largest share of the error budget that was seen. `materialized` has the arrays that were proven.
 
     Raises:
       UserError: where they differ by more than the two of them may, by `LipschitzReport.rounding`.
@@ -60,8 +55,7 @@ def check_encoder(materialized: Materialized, encode: Callable[[np.ndarray], np.
 def check_noise(arithmetic: Arithmetic) -> None:
     """Compares drawing and adding noise, where the arithmetic is sound, with integers of NumPy, on every local device.
 
-    Raises:
-      UserError: for any difference.
+    Raises UserError for any difference.
     """
     if arithmetic.identity["name"] != "sound":
         return

@@ -19,9 +19,9 @@ from lsrs_jax.runtime.rng import root_key
 from lsrs_jax.smoothing.counts import Counts, ImageCounts
 from lsrs_jax.smoothing.engine import Engine, Status
 
-# Share of the samples of an image whose class may change because the head rounds otherwise on another machine. They
-# change to either side, so that counts change by about the root of their number: by `_DEVIATIONS` of it at most for an
-# image, and by `_TOGETHER` of it at most for the candidates of all images together.
+# Share of an image's samples whose class may change because the head rounds otherwise on another machine. They change
+# to either side, so that counts change by about the root of their number: by `_DEVIATIONS` of it at most for an image,
+# and by `_TOGETHER` of it at most for the candidates of all images together.
 _TURNED = {"float32": 1e-5, "bfloat16": 1e-2}
 # Share of the samples of an image that another kind of device may change to one and the same side: its kernels round
 # intermediate numbers at other points, which in bfloat16 shifts the logits of an image.
@@ -45,7 +45,7 @@ def run(target: Target, stored: Stored, count: int) -> None:
 
     Args:
       target: from `target.target_of_certificates`; the files of its folder were verified.
-      count: how many images; all of the table where it has no more.
+      count: of images; all of the table where it has no more.
 
     Raises:
       UserError: naming an image whose slack is smaller than that of its latent, or the samples that are not those of
@@ -66,14 +66,13 @@ def run(target: Target, stored: Stored, count: int) -> None:
     check_labels(folder, recorded, target.dataset)
     known = read_table(folder / "certificates.tsv").idx.tolist()
     indices = sorted(np.random.default_rng().choice(known, min(count, len(known)), replace=False).tolist())
-    missing = len(set(target.indices) - set(known))
-    if missing:
+    if missing := len(set(target.indices) - set(known)):
         print(f"note: {missing:,} of the {len(target.indices):,} images that were to be certified are not in the table")
     print(f"casting the votes of {len(indices):,} of {len(known):,} images again", flush=True)
-    here, there = target.identity("smoothed").platform, identity.platform
+    here, there, where = target.identity("smoothed").platform, identity.platform, ""
     if elsewhere := here != there:
         target = _for_another_device(target, len(indices), here, there)
-    where = f"; they were cast on {there!r}, and now on {here!r}" if elsewhere else ""
+        where = f"; they were cast on {there!r}, and now on {here!r}"
     pipeline = Pipeline(target, *target.model.for_certification(target.params, head_dtype))
     again = Counts(certification.schedule, certification.num_classes)
     found: dict[int, _Difference] = {}
@@ -97,7 +96,7 @@ def run(target: Target, stored: Stored, count: int) -> None:
             f"{folder}: in the ledger the certified classes lead their rivals by {surplus:,} votes more than are "
             f"cast now, nearly all to the same side, where rounding turns votes to either side{where}"
         )
-    _print_differences(certification, recorded, again, found)
+    _print_differences(certification, recorded, again, sum(difference.moved for difference in found.values()))
     if len(indices) == len(known):
         print("these are all images of the table")
         return
@@ -110,24 +109,21 @@ def run(target: Target, stored: Stored, count: int) -> None:
 
 def _for_another_device(target: Target, images: int, here: str, there: str) -> Target:
     """The target with a batch no larger than needed: on another kind of device the head rounds otherwise anyway."""
-    config, head_dtype = target.config.copy_and_resolve_references(), target.config.certify.head_dtype
-    most, samples = config.certify.tile
+    config = target.config.copy_and_resolve_references()
+    (most, samples), head_dtype = config.certify.tile, config.certify.head_dtype
     config.certify.tile = (min(most, max(images, 2)), samples)
-    if _SHIFTED[head_dtype]:
+    if share := _SHIFTED[head_dtype]:
         print(
-            f"note: {there!r} and {here!r} round a head in {head_dtype} in other places: {_SHIFTED[head_dtype]:.0%} of "
-            "an image's votes may differ; on the kind of device that cast them few may"
+            f"note: {there!r} and {here!r} round a head in {head_dtype} in other places: {share:.0%} of an image's "
+            "votes may differ; on the kind of device that cast them few may"
         )
     return dataclasses.replace(target, config=config)
 
 
 def allowance(samples: int, head_dtype: str, elsewhere: bool = False) -> int:
-    """By how many samples the counts of an image in one stream may differ on another machine.
+    """By how many of its samples an image's counts in one stream may differ on another machine.
 
-    Args:
-      samples: of the image in this stream.
-      head_dtype: in what the head computes.
-      elsewhere: whether it is another kind of device.
+    `elsewhere`: whether that is another kind of device.
     """
     shifted = math.ceil(_SHIFTED[head_dtype] * samples) if elsewhere else 0
     return shifted + math.ceil(_DEVIATIONS * math.sqrt(_TURNED[head_dtype] * samples))
@@ -135,11 +131,9 @@ def allowance(samples: int, head_dtype: str, elsewhere: bool = False) -> int:
 
 def _compare(recorded: ImageCounts, again: ImageCounts, head_dtype: str, elsewhere: bool = False) -> _Difference:
     """Compares the counts of an image at its newest look; raises ValueError for more than `allowance`."""
-    moved, look = 0, len(again.looks) - 1
-    pairs = {
-        "selection": (recorded.counts["selection"], again.counts["selection"]),
-        "estimation": (recorded.looks[look], again.looks[look]),
-    }
+    moved, selected, look = 0, recorded.counts["selection"], len(again.looks) - 1
+    now, then = again.looks[look], recorded.looks[look]
+    pairs = {"selection": (selected, again.counts["selection"]), "estimation": (then, now)}
     for stream, (found, drawn) in pairs.items():
         samples, change = int(drawn.sum()), int(np.abs(found - drawn).sum()) // 2
         if change > allowance(samples, head_dtype, elsewhere):
@@ -150,11 +144,9 @@ def _compare(recorded: ImageCounts, again: ImageCounts, head_dtype: str, elsewhe
                 "not of this checkpoint, sigma and seed"
             )
         moved += change
-    candidate = int(recorded.counts["selection"].argmax())
-    found, drawn = pairs["estimation"]
-    rival = int(np.where(np.arange(len(drawn)) == candidate, -1, drawn).argmax())
-    change = found - drawn
-    return _Difference(moved, int(change[candidate] - change[rival]))
+    candidate, surplus = int(selected.argmax()), then - now
+    rival = int(np.where(np.arange(len(now)) == candidate, -1, now).argmax())
+    return _Difference(moved, int(surplus[candidate] - surplus[rival]))
 
 
 def _together(differences: Collection[_Difference]) -> tuple[int, float]:
@@ -163,11 +155,8 @@ def _together(differences: Collection[_Difference]) -> tuple[int, float]:
     return int(surplus.sum()), float(np.sqrt(np.sum(surplus**2)))
 
 
-def _print_differences(
-    certification: Certification, recorded: Counts, again: Counts, found: dict[int, _Difference]
-) -> None:
+def _print_differences(certification: Certification, recorded: Counts, again: Counts, moved: int) -> None:
     images = [again.images[idx] for idx in sorted(again.images)]
-    moved = sum(difference.moved for difference in found.values())
     print(f"cast again: {sum(i.total for i in images):,} votes of {len(images):,} images; {moved:,} differ")
     if moved:
         kept = [recorded.images[image.idx] for image in images]

@@ -1,14 +1,13 @@
 """Certificates of the smoothed classifier: samples, their ledgers, and the table that is derived from them."""
 
-import functools
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lsrs_jax.certification import ledger, store
+from lsrs_jax.certification import OTHER_NAME, ledger, store
 from lsrs_jax.certification.encode import Pipeline
 from lsrs_jax.certification.identity import Identity, arithmetic_facts, sampling_facts, schedule_of
 from lsrs_jax.certification.table import format_table
@@ -28,7 +27,7 @@ from lsrs_jax.smoothing.certificates import Certificates
 from lsrs_jax.smoothing.counts import Counts, ImageCounts
 from lsrs_jax.smoothing.derivation import Derivation
 from lsrs_jax.smoothing.engine import Engine, Status
-from lsrs_jax.smoothing.schedule import make_schedule
+from lsrs_jax.smoothing.schedule import Schedule, make_schedule
 
 DERIVED = ("alpha", "bound", "radii", "epsilon")  # fields of `certify` on which no sample depends
 _SECONDS_PER_DERIVATION = 60.0
@@ -41,6 +40,10 @@ class Certification:
       identity: of the run; a resumption that differs in any of it is refused.
       lipschitz: the proof of the Lipschitz constant.
       process: the first one writes the certificates, each one its own ledger.
+
+    Attributes:
+      record: one entry per session.
+      decided_images: indices of the images that are known to be decided.
     """
 
     def __init__(
@@ -49,28 +52,31 @@ class Certification:
         certify, arithmetic = config.certify, identity.arithmetic or {}
         self.folder, self.config, self.identity, self.lipschitz = folder, config, identity, lipschitz
         self.schedule, self.num_classes = schedule_of(config), identity.classes or 0
-        self.derivation = Derivation(
-            arithmetic["sigma"],
-            certify.alpha,
-            certify.bound,
-            lipschitz.constant,
-            arithmetic["tau"],
-            tuple(certify.radii) or None,
-            certify.epsilon,
-        )
-        self.process, self.decided_images = process, set[int]()
+        settings = {name: certify[name] for name in ("alpha", "bound", "epsilon")}
+        settings |= {"sigma": arithmetic["sigma"], "tau": arithmetic["tau"], "lipschitz": lipschitz.constant}
+        self.derivation = Derivation(radii=tuple(certify.radii) or None, **settings)
+        self.process, self.record, self.decided_images = process, list[dict[str, Any]](), set[int]()
 
     def open_ledger(self) -> ledger.Ledger:
         """The open ledger of this process; its file is made if missing."""
-        path, process = self.folder / ledger.name(self.process.index), self.process
-        meet = functools.partial(process.wait, "ledgers")
-        return ledger.Ledger(path, self.schedule, self.num_classes, process.count, meet)
+        path = self.folder / ledger.name(self.process.index)
+        return ledger.Ledger(path, self.schedule, self.num_classes, self.process)
 
     def decided(self, images: list[ImageCounts]) -> np.ndarray:
         """Whether images that are at a look are decided; remembers those that are."""
         found = self.derivation.decided(self.schedule, images)
         self.decided_images |= {image.idx for image, yes in zip(images, found, strict=True) if yes}
         return found
+
+    def pending(self, indices: Iterable[int]) -> list[int]:
+        """Those of some images that are not known to be decided."""
+        return [idx for idx in indices if idx not in self.decided_images]
+
+    def catch_up(self, counts: ledger.Ledger) -> None:
+        """Decides images that an earlier session or another process has brought to a look."""
+        waiting = [counts.images[idx] for idx in self.pending(counts.images) if counts.at_a_look(idx)]
+        if waiting:
+            self.decided(waiting)
 
     def check_slack(self, images: Collection[ImageCounts]) -> None:
         """Raises UserError for an image with less slack than the rounding of any latent costs."""
@@ -80,54 +86,38 @@ class Certification:
             if image.slack < least:
                 raise UserError(
                     f"{self.folder}: image {image.idx} is charged {image.slack}, less than the rounding of its latent; "
-                    "restore the ledger, or certify under another --config.certify.name"
+                    f"restore the ledger, or {OTHER_NAME}"
                 )
-
-    def adopt(self, counts: ledger.Ledger) -> None:
-        """Decides images that other processes have brought to a look since."""
-        counts.refresh()
-        waiting = [i for idx, i in counts.images.items() if idx not in self.decided_images and counts.at_a_look(idx)]
-        if waiting:
-            self.decided(waiting)
 
     def past_sessions(self) -> list[dict[str, Any]]:
         """The record of earlier sessions; refuses samples of another run. Without samples there is nothing to mix."""
-        path = self.folder / "certificates.json"
-        if not ledger.has_rows(self.folder):
-            if (self.folder / "certificates.tsv").exists():
-                if path.exists():
-                    store.past_sessions(path, self.identity)
-                raise UserError(
-                    f"{self.folder} holds certificates but no votes; restore {ledger.name('*')}, or use another "
-                    "--config.certify.name"
-                )
+        path, has_rows = self.folder / "certificates.json", ledger.has_rows(self.folder)
+        if not has_rows and not (self.folder / "certificates.tsv").exists():
             return []
-        if not path.exists():
-            raise UserError(
-                f"{self.folder} holds votes but no {path.name}; restore it, or use another --config.certify.name"
-            )
-        return store.past_sessions(path, self.identity)
+        if has_rows and not path.exists():
+            raise UserError(f"{self.folder} holds votes but no {path.name}; restore it, or {OTHER_NAME}")
+        record = store.past_sessions(path, self.identity) if path.exists() else []
+        if not has_rows:
+            lost = ledger.name("*")
+            raise UserError(f"{self.folder} holds certificates but no votes; restore {lost}, or {OTHER_NAME}")
+        return record
 
-    def derive(
-        self, counts: ledger.Ledger, record: list[dict[str, Any]], chosen: Collection[int]
-    ) -> tuple[list[ImageCounts], Certificates | None]:
+    def derive(self, counts: ledger.Ledger, chosen: Collection[int]) -> tuple[list[ImageCounts], Certificates | None]:
         """Writes certificates.tsv and certificates.json for the images `chosen`, which have reached a look.
 
-        Returns:
-          ``(counts, certificates)`` of these images; certificates are None without any.
+        Returns ``(counts, certificates)`` of these images; certificates are None without any.
         """
         counts.flush()  # no certificate without its samples on disk
         images = [counts.images[idx] for idx in sorted(chosen)]
         self.check_slack(images)
-        if not images:
-            store.write(self.folder, self.config, self.identity, self.lipschitz, record)
-            return images, None
-        certificates = self.derivation.certificates(self.schedule, images)
-        text = format_table(images, certificates, self.lipschitz.constant)
-        derivation = {"alpha": self.derivation.alpha, "bound": self.derivation.bound, "votes": counts.digests()}
-        if self.identity.schedule == "staged":
-            derivation |= {"radii": self.derivation.radii, "epsilon": self.derivation.epsilon}
-        store.write(self.folder, self.config, self.identity, self.lipschitz, record, derivation, text)
+        certificates = derivation = table = None
+        if images:
+            certificates = self.derivation.certificates(self.schedule, images)
+            derivation = {"alpha": self.derivation.alpha, "bound": self.derivation.bound, "votes": counts.digests()}
+            if self.identity.schedule == "staged":
+                derivation |= {"radii": self.derivation.radii, "epsilon": self.derivation.epsilon}
+            table = format_table(images, certificates, self.lipschitz.constant)
+        store.write(self.folder, self.config, self.identity, self.lipschitz, self.record, derivation, table)
         return images, certificates
 
 
@@ -140,38 +130,31 @@ def run(target: Target, process: Process, workdir: Workdir, tick: Callable[[], N
     Args:
       tick: called with every line of progress.
     """
-    with process.together("the preparation of the samples"):
-        certification, record, pipeline = _prepare(target, process)
+    config = target.config
+    with process.together("the preparation of the samples"):  # what sampling needs is tried out before any is drawn
+        encoder, head = target.model.for_certification(target.params, config.certify.head_dtype)
+        arithmetic = make_arithmetic(config.certify.arithmetic, config.sigma)
+        identity = target.identity("smoothed").sampled(config, arithmetic, encoder.report.output_shape)
+        certification = Certification(target.folder, config, identity, encoder.report, process)
+        certification.record = certification.past_sessions()
+        pipeline = Pipeline(target, encoder, head)
     with certification.open_ledger() as counts:
         with process.together("the ledgers"):
             check_labels(target.folder, counts, target.dataset)
-        at_a_look = [image for idx, image in counts.images.items() if counts.at_a_look(idx)]
-        if at_a_look:
-            certification.decided(at_a_look)
-        pending = [idx for idx in target.indices if idx not in certification.decided_images]
+        certification.catch_up(counts)
+        pending = len(certification.pending(target.indices))
         print(pipeline.report)
-        print(_headline(target, certification, len(pending)), flush=True)
+        print(_headline(target, certification.schedule, pending), flush=True)
         if pending:
-            _sample(target, workdir, certification, counts, pipeline, pending, record, tick)
+            _sample(pipeline, certification, counts, workdir, tick)
         if not process.leads:
             return
-        images, certificates = certification.derive(counts, record, certification.decided_images)
-    if certificates is not None:
-        _print_summary(target.folder, certification, images, certificates, target.indices)
+        found = certification.derive(counts, certification.decided_images)
+    _print_summary(certification, *found, target.indices)
 
 
-def _prepare(target: Target, process: Process) -> tuple[Certification, list[dict[str, Any]], Pipeline]:
-    """What sampling needs, tried out before any sample is drawn: ``(certification, record, pipeline)``."""
-    config = target.config
-    encoder, head = target.model.for_certification(target.params, config.certify.head_dtype)
-    arithmetic = make_arithmetic(config.certify.arithmetic, config.sigma)
-    identity = target.identity("smoothed").sampled(config, arithmetic, encoder.report.output_shape)
-    certification = Certification(target.folder, config, identity, encoder.report, process)
-    return certification, certification.past_sessions(), Pipeline(target, encoder, head)
-
-
-def _headline(target: Target, certification: Certification, pending: int) -> str:
-    certify, schedule, dataset = target.config.certify, certification.schedule, target.dataset
+def _headline(target: Target, schedule: Schedule, pending: int) -> str:
+    certify, dataset = target.config.certify, target.dataset
     line = (
         f"{dataset.name} {dataset.split}: {len(target.indices):,} images, {len(target.indices) - pending:,} of them "
         f"done; sigma {target.config.sigma}, n0 {certify.n0}, n {certify.n:,}, alpha {certify.alpha}, "
@@ -179,11 +162,10 @@ def _headline(target: Target, certification: Certification, pending: int) -> str
     )
     if not schedule.staged:
         return line
-    until = f"is known to {certify.epsilon:g} sigma / L"
+    until = f"the radius itself is known to {certify.epsilon:g} sigma / L"
     if certify.radii:
-        until = f"{', '.join(f'{r:g}' for r in certify.radii)} are decided"
-    wanted = "radii" if certify.radii else "the radius itself"
-    return f"{line}\nstaged: {len(schedule.looks)} looks from {schedule.looks[0]:,} samples on, until {wanted} {until}"
+        until = f"radii {', '.join(f'{r:g}' for r in certify.radii)} are decided"
+    return f"{line}\nstaged: {len(schedule.looks)} looks from {schedule.looks[0]:,} samples on, until {until}"
 
 
 def check_labels(folder: Path, counts: Counts, dataset: Dataset | Photos) -> None:
@@ -194,32 +176,32 @@ def check_labels(folder: Path, counts: Counts, dataset: Dataset | Photos) -> Non
 
 
 def _sample(
-    target: Target,
-    workdir: Workdir,
-    certification: Certification,
-    counts: ledger.Ledger,
-    pipeline: Pipeline,
-    pending: list[int],
-    record: list[dict[str, Any]],
-    tick: Callable[[], None],
+    pipeline: Pipeline, certification: Certification, counts: ledger.Ledger, workdir: Workdir, tick: Callable[[], None]
 ) -> None:
-    process, start = certification.process, time.monotonic()
+    process, start, indices = certification.process, time.monotonic(), pipeline.target.indices
+    pending = certification.pending(indices)
     session, derived = store.new_session(len(pending)), start
     share = pending[process.index :: process.count]
 
+    def derive() -> None:
+        certification.derive(counts, certification.decided_images)
+
     def begin() -> None:
         """Called with the first samples, not before: a head that cannot be certified leaves nothing behind."""
-        record.append(session)
-        # Images that are decided already get the derivation of this session with the first write.
-        certification.derive(counts, record, certification.decided_images)
+        certification.record.append(session)
+        derive()  # images that are decided already get the derivation of this session with the first write
+
+    def adopt() -> None:
+        workdir.pull()
+        counts.refresh()
+        certification.catch_up(counts)
 
     def decided(images: list[ImageCounts]) -> np.ndarray:
         nonlocal derived
         found = certification.decided(images)
         if process.leads and time.monotonic() - derived > _SECONDS_PER_DERIVATION:
-            workdir.pull()
-            certification.adopt(counts)
-            certification.derive(counts, record, certification.decided_images)
+            adopt()
+            derive()
             derived = time.monotonic()
         return found
 
@@ -227,7 +209,7 @@ def _sample(
         tick()
         print(line if process.count == 1 else f"{line} (of this process's share)", flush=True)
 
-    total, before, first = len(target.indices), len(target.indices) - len(pending), begin
+    total, before, first = len(indices), len(indices) - len(pending), begin
     if process.count > 1:
         # The identity must be on disk before any process writes a sample.
         with process.together("the first samples"):
@@ -236,7 +218,7 @@ def _sample(
                 workdir.push()
         total, before, first = len(share), 0, lambda: None
     status = Status(certification.schedule, total, before, say)
-    engine = Engine(pipeline.sampler, root_key(target.config.seed), counts, decided, status, first)
+    engine = Engine(pipeline.sampler, root_key(certification.config.seed), counts, decided, status, first)
     for images in pipeline.encoded(share, {idx: image.slack for idx, image in counts.images.items()}):
         engine.run(images)
     status.show()
@@ -244,8 +226,7 @@ def _sample(
     workdir.push()
     process.wait("the samples")
     if process.leads:
-        workdir.pull()
-        certification.adopt(counts)
+        adopt()
     session["seconds"] = round(time.monotonic() - start, 3)
 
 
@@ -265,18 +246,16 @@ def from_counts(folder: Path, config: Config) -> None:
         raise UserError(f"{folder} holds no votes; restore {ledger.name('*')}")
     with certification.open_ledger() as counts:
         chosen = [idx for idx in counts.images if counts.at_a_look(idx)]
-        left_out = len(counts.images) - len(chosen)
         indices = range(certify.start, certify.stop or max(chosen, default=0) + 1, certify.step)
         if not any(idx in indices for idx in chosen):
             raise UserError(
                 f"no image of this selection in {folder} has all its samples; run certify without --from-counts first"
             )
-        images, certificates = certification.derive(counts, stored.record, chosen)
+        found = certification.derive(counts, chosen)
     print(f"alpha {certify.alpha}, {certify.bound} bound, from the samples of {len(chosen):,} images")
-    if left_out:
+    if left_out := len(counts.images) - len(chosen):
         print(f"note: {left_out:,} images whose sampling was interrupted are left out; certify resumes them")
-    if certificates is not None:
-        _print_summary(folder, certification, images, certificates, indices)
+    _print_summary(certification, *found, indices)
 
 
 def reopen(folder: Path, config: Config, stored: store.Stored) -> Certification:
@@ -286,48 +265,44 @@ def reopen(folder: Path, config: Config, stored: store.Stored) -> Certification:
       UserError: where the samples were drawn under another configuration, or where numbers from which radii follow
         contradict each other.
     """
-    path, identity, certify = folder / "certificates.json", stored.identity, config.certify
+    identity, certify = stored.identity, config.certify
     facts = identity.arithmetic or {}
     wanted = sampling_facts(config) | {"arithmetic": certify.arithmetic}
     drawn = {name: getattr(identity, name) for name in wanted} | {"arithmetic": facts.get("name")}
-    if difference := first_difference(drawn, wanted):
-        name, old, new = difference
-        raise UserError(
-            f"the votes in {folder} were cast with {name} {old!r}, not {new!r}: only alpha, bound, radii and "
-            "epsilon can be derived anew; certify under another --config.certify.name"
-        )
     own, claimed = (
         {"data": {name: one["data"][name] for name in ("name", "split", "size")}, "model": one["model"]}
         for one in (config_to_dict(stored.settings), config_to_dict(config))
     )
-    if difference := first_difference(own, claimed):
-        name, old, new = difference
-        raise UserError(f"the votes in {folder} were cast with {name} {old!r}, not {new!r}: leave that flag out")
+    derivable = f"only alpha, bound, radii and epsilon can be derived anew; {OTHER_NAME}"
+    for was, now, remedy in ((drawn, wanted, derivable), (own, claimed, "leave that flag out")):
+        if difference := first_difference(was, now):
+            name, old, new = difference
+            raise UserError(f"the votes in {folder} were cast with {name} {old!r}, not {new!r}: {remedy}")
     arithmetic = make_arithmetic(certify.arithmetic, config.sigma)
     if facts != arithmetic_facts(arithmetic, stored.lipschitz.output_shape):
         raise UserError(
-            f"{path} is damaged (its arithmetic is not that of the configuration and the latent); restore it, or use "
-            "another --config.certify.name"
+            f"{folder / 'certificates.json'} is damaged (its arithmetic is not that of the configuration and the "
+            f"latent); restore it, or {OTHER_NAME}"
         )
-    return Certification(folder, config, identity, stored.lipschitz)
+    certification = Certification(folder, config, identity, stored.lipschitz)
+    certification.record = stored.record
+    return certification
 
 
 def _print_summary(
-    folder: Path,
-    certification: Certification,
-    images: list[ImageCounts],
-    certificates: Certificates,
-    indices: Collection[int],
+    certification: Certification, images: list[ImageCounts], certificates: Certificates | None, indices: range
 ) -> None:
+    if certificates is None:
+        return
     wanted = np.array([image.idx in indices for image in images])
     correct = (certificates.predict == [image.label for image in images])[wanted]
-    radius, abstain = certificates.radius[wanted], certificates.abstain[wanted]
     seconds = np.array([image.seconds for image in images])[wanted]
     print(
         f"{wanted.sum():,} images: certified accuracy {correct.mean():.3f}, average certified radius "
-        f"{np.where(correct, radius, 0).mean():.4f}, abstained {abstain.mean():.3f}, "
-        f"{certificates.n[wanted].mean():,.0f} samples and {duration(seconds.mean())} per image\n"
-        f"{folder / 'certificates.tsv'}"
+        f"{np.where(correct, certificates.radius[wanted], 0).mean():.4f}, abstained "
+        f"{certificates.abstain[wanted].mean():.3f}, {certificates.n[wanted].mean():,.0f} samples and "
+        f"{duration(seconds.mean())} per image\n"
+        f"{certification.folder / 'certificates.tsv'}"
     )
     schedule, derivation = certification.schedule, certification.derivation
     slack = max(image.slack for image in images)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from lsrs_jax import __version__
-from lsrs_jax.certification import ledger
+from lsrs_jax.certification import OTHER_NAME, ledger
 from lsrs_jax.certification.identity import Identity
 from lsrs_jax.config import CERTIFICATES, check_config, config_from_dict, config_to_dict
 from lsrs_jax.layers.lipschitz import LipschitzReport
@@ -26,28 +26,18 @@ _MOST_CLASSES = 2**20  # and pixels in a row
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """The content of a certificates.json.
-
-    Attributes:
-      identity: of the run.
-      derivation: what the table depends on besides: ``certificates`` (digest of the table), ``bound``, and where it was
-        sampled ``alpha``, ``votes`` (size and digest of each ledger; None in old files, which do not say them) and the
-        settings of the staged schedule. None before there is a table.
-      lipschitz: the proof of the Lipschitz constant.
-      config: the whole configuration; None in old files.
-      training: digest of the config.json of the training; None where there was none.
-      record: one entry per session.
-      sealed: whether the file names its own digest. An old file that does not is read, but nothing says that it is
-        intact.
-    """
+    """The content of a certificates.json."""
 
     identity: Identity
+    # What the table depends on besides; None before there is one: ``certificates`` (digest of the table), ``bound``, and
+    # where it was sampled ``alpha``, ``votes`` (size and digest of each ledger; None in old files, which do not say
+    # them) and the settings of the staged schedule.
     derivation: dict[str, Any] | None
     lipschitz: LipschitzReport
-    config: Config | None
-    training: str | None
-    record: list[dict[str, Any]]
-    sealed: bool
+    config: Config | None  # None in old files
+    training: str | None  # digest of the config.json of the training; None where there was none
+    record: list[dict[str, Any]]  # one entry per session
+    sealed: bool  # whether the file names its own digest; nothing says that an old file that does not is intact
 
     @property
     def settings(self) -> Config:
@@ -57,13 +47,9 @@ class Stored:
 
 
 def read(path: Path) -> Stored:
-    """The content of a certificates.json of any format.
-
-    Raises:
-      UserError: for a damaged file, or one of a newer format.
-    """
+    """The content of a certificates.json of any format; raises UserError for a damaged file, or a newer format."""
     found: list[Stored] = []
-    read_sealed(path, lambda content: found.append(_parse(content)), "certify under another --config.certify.name")
+    read_sealed(path, lambda content: found.append(_parse(content)), OTHER_NAME)
     return found[0]
 
 
@@ -73,7 +59,7 @@ def read_folder(folder: Path, purpose: str) -> Stored:
     if path.exists():
         return require_sealed(path)
     if ledger.has_rows(folder) or (folder / "certificates.tsv").exists():
-        raise UserError(f"{folder} has lost its {path.name}; restore it, or use another --config.certify.name")
+        raise UserError(f"{folder} has lost its {path.name}; restore it, or {OTHER_NAME}")
     raise UserError(f"{folder} holds no certification {purpose}: run python -m lsrs_jax.certify first")
 
 
@@ -83,7 +69,7 @@ def require_sealed(path: Path) -> Stored:
     if not stored.sealed:
         raise UserError(
             f"{path} is unsealed: an old version wrote it without a digest of its own, so nothing says whether it was "
-            "changed. report reads it; to certify, use another --config.certify.name"
+            f"changed. report reads it; to certify, {OTHER_NAME}"
         )
     return stored
 
@@ -93,11 +79,11 @@ def _parse(content: dict[str, Any]) -> Stored:
     unknown = content.keys() - {"identity", "derivation", "lipschitz", "config", "training", "record", "digest"}
     if unknown:
         raise ValueError(f"unknown field {min(unknown)!r}")
-    sealed, derivation = content["digest"] is not None, content["derivation"]
+    sealed = content["digest"] is not None
     config = check_config(config_from_dict(content["config"])) if sealed or "config" in content else None
-    _check_types(content, {"identity": dict, "lipschitz": dict, "record": list}, "")
     wanted = {"certificate": str, "checkpoint": {"step": int, "digest": str}, "data": dict, "platform": str}
-    _check_types(content["identity"], wanted | {"model": {"input_shape": list}}, "identity.")
+    wanted |= {"model": {"input_shape": list}}
+    _check_types(content, {"identity": wanted, "lipschitz": dict, "record": list})
     identity = Identity.from_dict(content["identity"])
     if identity.certificate not in CERTIFICATES or (config and config.certify.certificate != identity.certificate):
         raise ValueError("identity and config are of different kinds")
@@ -108,24 +94,33 @@ def _parse(content: dict[str, Any]) -> Stored:
         raise ValueError("input_shape is that of no image")
     smoothed = identity.certificate == "smoothed"
     if smoothed:
-        _check_types(content["identity"], {"arithmetic": {"name": str}}, "identity.")
-    if derivation is not None:
-        votes = {"alpha": float, "votes": dict} if smoothed and sealed else {}
-        _check_types(derivation, {"certificates": str, "bound": str} | votes, "derivation.")
-        derivation = derivation if sealed or not smoothed else {"votes": None} | derivation
-        if votes and "sha256" in derivation["votes"]:  # before several processes could write, there was one ledger
-            derivation = derivation | {"votes": {ledger.name(0): derivation["votes"]}}
-        if votes and not derivation["votes"]:
-            raise ValueError("its certificates name no ledger")
-        for name in derivation["votes"] if votes else ():
-            if not re.fullmatch(r"votes\.\d{1,9}\.tsv", name):
-                raise ValueError(f"{name[:40]!r} is no ledger")
-            _check_types(derivation["votes"][name], {"bytes": int, "sha256": str}, f"derivation.votes.{name}.")
+        _check_types(content, {"identity": {"arithmetic": {"name": str}}})
+    derivation = None if content["derivation"] is None else _parse_derivation(content, smoothed, sealed)
     lipschitz = LipschitzReport.from_dict(content["lipschitz"])
     return Stored(identity, derivation, lipschitz, config, content.get("training"), content["record"], sealed)
 
 
-def _check_types(values: Any, wanted: dict[str, Any], prefix: str) -> None:
+def _parse_derivation(content: dict[str, Any], smoothed: bool, sealed: bool) -> dict[str, Any]:
+    _check_types(content, {"derivation": {"certificates": str, "bound": str}})
+    derivation = content["derivation"]
+    if not smoothed:
+        return derivation
+    if not sealed:
+        return {"votes": None} | derivation
+    _check_types(content, {"derivation": {"alpha": float, "votes": dict}})
+    votes = derivation["votes"]
+    if "sha256" in votes:  # before several processes could write, there was one ledger
+        votes = {ledger.name(0): votes}
+    if not votes:
+        raise ValueError("its certificates name no ledger")
+    for name, digest in votes.items():
+        if not re.fullmatch(r"votes\.\d{1,9}\.tsv", name):
+            raise ValueError(f"{name[:40]!r} is no ledger")
+        _check_types(digest, {"bytes": int, "sha256": str}, f"derivation.votes.{name}.")
+    return derivation | {"votes": votes}
+
+
+def _check_types(values: Any, wanted: dict[str, Any], prefix: str = "") -> None:
     """Raises TypeError unless a dict has these fields of these types."""
     for name, kind in wanted.items():
         value = values.get(name) if isinstance(values, dict) else None
@@ -144,11 +139,9 @@ def training_digest(folder: Path) -> str | None:
 def past_sessions(path: Path, identity: Identity) -> list[dict[str, Any]]:
     """The record of earlier sessions in a certificates.json; raises UserError for one of another identity."""
     stored = require_sealed(path)
-    difference = stored.identity.how_it_differs(identity)
-    if difference:
+    if difference := stored.identity.how_it_differs(identity):
         raise UserError(
-            f"{path.parent} holds certificates of another run: {difference}; use another --config.certify.name, or the "
-            "old value to resume"
+            f"{path.parent} holds certificates of another run: {difference}; {OTHER_NAME}, or the old value to resume"
         )
     return list(stored.record)
 
@@ -182,14 +175,8 @@ def write(
       derivation: what the table depends on besides the identity; None before there is one.
       table: the text of certificates.tsv.
     """
-    content = {
-        "identity": identity.to_dict(),
-        "derivation": None,
-        "lipschitz": lipschitz.to_dict(),
-        "config": config_to_dict(config),
-        "training": training_digest(folder),
-        "record": record,
-    }
+    content = {"identity": identity.to_dict(), "derivation": None, "lipschitz": lipschitz.to_dict()}
+    content |= {"config": config_to_dict(config), "training": training_digest(folder), "record": record}
     document, path = folder / "certificates.json", folder / "certificates.tsv"
     if table is not None and derivation is not None:
         if not (path.exists() and path.read_bytes() == table.encode()):

@@ -22,35 +22,23 @@ def format_table(images: Sequence[ImageCounts], certificates: Certificates, lips
 
     The six columns of Cohen et al. 2019 come first. Radii are printed with full precision, never rounded up.
     """
-    return format_columns(
-        {
-            "idx": [image.idx for image in images],
-            "label": [image.label for image in images],
-            "predict": certificates.predict,
-            "radius": certificates.radius,
-            "time": [image.seconds for image in images],
-            "n": certificates.n,
-            "p_a_lower": certificates.p_a_lower,
-            "p_b_upper": certificates.p_b_upper,
-            "lipschitz": np.full(len(images), lipschitz),
-            "slack": [image.slack for image in images],
-            "abstain": certificates.abstain,
-        }
-    )
+    idx, label, seconds, slack = zip(*((i.idx, i.label, i.seconds, i.slack) for i in images), strict=True)
+    proven = {name: getattr(certificates, name) for name in ("predict", "radius", "n", "p_a_lower", "p_b_upper")}
+    columns = {"idx": idx, "label": label, "time": seconds} | proven
+    return format_columns(columns | {"lipschitz": lipschitz, "slack": slack, "abstain": certificates.abstain})
 
 
 def format_columns(columns: Mapping[str, Any]) -> str:
-    """The text of a table in the field's format: name → array over images, in the order of the rows.
+    """The text of a table in the field's format: name → array over images in the order of the rows, or one number.
 
     The names include `FIELD_COLUMNS` but for ``correct``, which follows from label and predict.
     """
-    arrays = {name: np.asarray(values) for name, values in columns.items()}
+    arrays = {name: np.broadcast_to(values, len(columns["idx"])) for name, values in columns.items()}
     arrays["correct"] = arrays["predict"] == arrays["label"]
     names = [*FIELD_COLUMNS, *(name for name in arrays if name not in FIELD_COLUMNS)]
-    lines = ["\t".join(names)]
-    for row in range(len(arrays["idx"])):
-        lines.append("\t".join(_print(name, arrays[name][row]) for name in names))
-    return "\n".join(lines) + "\n"
+    rows = zip(*(arrays[name] for name in names), strict=True)
+    lines = [names, *(list(map(_print, names, row)) for row in rows)]
+    return "".join("\t".join(cells) + "\n" for cells in lines)
 
 
 def _print(name: str, value: Any) -> str:
@@ -61,12 +49,7 @@ def _print(name: str, value: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table of certificates, ours or another program's; arrays over images, in the order of the file.
-
-    Attributes:
-      samples: column ``n``; None where the file has none.
-      truncated: whether the last line was cut off.
-    """
+    """A table of certificates, ours or another program's; arrays over images, in the order of the file."""
 
     idx: np.ndarray
     label: np.ndarray
@@ -74,8 +57,8 @@ class Table:
     radius: np.ndarray
     correct: np.ndarray
     seconds: np.ndarray
-    samples: np.ndarray | None
-    truncated: bool
+    samples: np.ndarray | None  # column ``n``, where the file has it
+    truncated: bool  # whether the last line was cut off
 
     def __len__(self) -> int:
         return len(self.idx)
@@ -96,28 +79,23 @@ class Table:
 
 
 def read_table(path: Path | str) -> Table:
-    """Reads certificates in the field's TSV format, this project's columns included.
+    """Reads certificates in the field's TSV format; raises UserError naming the line that cannot be read.
 
     Both time formats (``h:mm:ss.ffffff`` and seconds) are read. A cut-off last line is left out and reported.
-
-    Raises:
-      UserError: naming the line that cannot be read.
     """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not a text file") from error
-    lines = text.split("\n")
-    ended = lines[-1] == ""
-    lines = [line.rstrip("\r") for line in (lines[:-1] if ended else lines)]
+    ended = text.endswith("\n")
+    lines = [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
     while len(lines) > 1 and not lines[-1]:
         lines.pop()
-    header = lines[0].split("\t") if lines else []
+    header = lines[0].split("\t")
     if len(set(header)) < len(header):
         raise UserError(f"{path}: its first line names a column twice")
-    missing = [name for name in FIELD_COLUMNS if name not in header]
-    if missing:
+    if missing := [name for name in FIELD_COLUMNS if name not in header]:
         raise UserError(f"{path} is not a table of certificates: its first line has no column {missing[0]!r}")
     rows, truncated = [], False
     for number, line in enumerate(lines[1:], start=2):

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from lsrs_jax import models
+from lsrs_jax.certification import OTHER_NAME
 from lsrs_jax.certification.identity import Identity
 from lsrs_jax.certification.store import Stored
 from lsrs_jax.data import Dataset, Photos, load_split
@@ -20,23 +21,15 @@ from lsrs_jax.training.checkpoint import restore_model, trained_on
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A classifier and images to certify, and the folder of the results.
-
-    Attributes:
-      config: the whole configuration.
-      folder: ``<workdir>/certify/<name>``.
-      dataset: the split, whole.
-      indices: of the images to certify.
-      model, params, meta: the trained classifier and its checkpoint's ``{"step", "digest"}``.
-    """
+    """A classifier and images to certify, and the folder of the results."""
 
     config: Config
-    folder: Path
-    dataset: Dataset | Photos
-    indices: range
+    folder: Path  # <workdir>/certify/<name>
+    dataset: Dataset | Photos  # the whole split
+    indices: range  # of the images to certify
     model: models.Model
     params: Any
-    meta: dict[str, Any]
+    meta: dict[str, Any]  # step and digest of the checkpoint
 
     def identity(self, certificate: str) -> Identity:
         """The `Identity` of this run, without what sampling adds to it."""
@@ -44,7 +37,7 @@ class Target:
         return Identity(
             certificate=certificate,
             classes=dataset.num_classes,
-            checkpoint={"step": self.meta["step"], "digest": self.meta["digest"]},
+            checkpoint={name: self.meta[name] for name in ("step", "digest")},
             data={name: getattr(dataset, name) for name in ("name", "version", "split")} | {"digest": dataset.digest()},
             model=plain(self.config.model.to_dict()) | {"input_shape": list(self.model.input_shape)},
             platform=f"{jax.default_backend()} {jax.local_devices()[0].device_kind}",
@@ -60,8 +53,7 @@ def restore(workdir: Path, model: models.Model, step: int | None = None) -> tupl
 
 def _check_data(workdir: Path, dataset: Dataset | Photos) -> None:
     """Raises UserError for images of another shape than the training's, which convolutions would take, or classes."""
-    trained = trained_on(workdir)
-    found = {"input_shape": list(dataset.shape), "classes": dataset.num_classes}
+    trained, found = trained_on(workdir), {"input_shape": list(dataset.shape), "classes": dataset.num_classes}
     if trained and trained != found:
         raise UserError(
             f"the network in {workdir} was trained on images of shape {trained.get('input_shape')} in "
@@ -86,31 +78,23 @@ def load_target(workdir: Path, config: Config, step: int | None = None) -> Targe
 
 
 def target_of_certificates(folder: Path, stored: Stored, data_dir: str) -> Target:
-    """The `Target` that certificates are of: its network and its images must be those that were certified.
+    """The `Target` of the certificates in a folder; raises UserError where network or images are missing or changed.
 
-    Args:
-      folder: of the certificates, whatever name it had when they were made.
-      data_dir: where the data is now.
-
-    Raises:
-      UserError: for a network or images that are missing, or have changed.
+    The folder may have had another name when they were made; the data is in `data_dir` now.
     """
     workdir, config, identity = folder.parents[1], stored.settings.copy_and_resolve_references(), stored.identity
     config.data.dir, config.certify.name = data_dir, folder.name
     step = identity.checkpoint["step"]
     if not (checkpoints(workdir) / str(step)).is_dir():
         raise UserError(
-            f"the checkpoint of step {step}, which was certified, is not in {workdir}: restore it from a copy, or "
-            "certify again under another --config.certify.name"
+            f"the checkpoint of step {step}, which was certified, is not in {workdir}: restore it, or {OTHER_NAME}"
         )
     target = load_target(workdir, config, step)
     if target.meta["digest"] != identity.checkpoint["digest"]:
         raise UserError(f"the checkpoint of step {step} in {workdir} has other weights than those that were certified")
     found = target.identity(identity.certificate)
     if found.data["digest"] != identity.data.get("digest"):
-        raise UserError(
-            f"images or labels of {target.dataset.name}, split {target.dataset.split}, are not those certified"
-        )
+        raise UserError("images or labels of {name}, split {split}, are not those certified".format(**found.data))
     names = [field.name for field in dataclasses.fields(found) if getattr(found, field.name) is not None]
     claims = dataclasses.replace(found, **{name: getattr(identity, name) for name in names})
     if difference := claims.difference(found, ("platform",)):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lsrs_jax import models
 from lsrs_jax.auditing.table import read_finished
-from lsrs_jax.certification import ledger, store
+from lsrs_jax.certification import OTHER_NAME, ledger, store
 from lsrs_jax.certification.smoothed import Certification, reopen
 from lsrs_jax.certification.table import format_table
 from lsrs_jax.certification.target import restore
@@ -21,28 +21,22 @@ _SAME = 1e-9  # relative: singular values of one encoder on two machines
 def run(folder: Path) -> store.Stored:
     """Derives every certificate in a folder again and compares digests, that of an audit as well; changes nothing.
 
-    Prints what holds. The configuration and the checkpoint of the workdir are compared where they are still there.
-
-    Args:
-      folder: ``<workdir>/certify/<name>``.
-
-    Returns:
-      the content of certificates.json.
+    Prints what holds, and returns the content of certificates.json. The configuration and the checkpoint of the workdir
+    are compared where they are still there.
 
     Raises:
       UserError: naming the first file, and in a table the first line and column, that differs.
     """
-    path = folder / "certificates.json"
-    stored = store.read_folder(folder, "to verify")
+    path, stored = folder / "certificates.json", store.read_folder(folder, "to verify")
     identity, derivation, config = stored.identity, stored.derivation, stored.settings
     if not derivation:
         raise UserError(f"{folder} holds votes but no certificates yet; run certify without --verify to finish")
     text = _read(folder / "certificates.tsv")
     _check_training(folder, stored)
-    counts = None
+    counts, certify = None, config.certify
     if identity.certificate == "smoothed":
         certification = reopen(folder, config, stored)
-        if (derivation["alpha"], derivation["bound"]) != (config.certify.alpha, config.certify.bound):
+        if (derivation["alpha"], derivation["bound"]) != (certify.alpha, certify.bound):
             raise UserError(f"{path} contradicts itself: its derivation and its configuration differ in alpha or bound")
         counts = _check_ledgers(certification, derivation["votes"])
         _compare(text, certification, counts)
@@ -58,32 +52,30 @@ def run(folder: Path) -> store.Stored:
 
 def _report(folder: Path, stored: store.Stored, counts: Counts | None, rows: int, verdict: str) -> None:
     """Prints what holds."""
-    config, data = stored.settings, stored.identity.data
+    config, data, settings = stored.settings, stored.identity.data, ""
     certify = config.certify
     if counts is not None:
         samples = sum(image.total for image in counts.images.values())
         others = sum(counts.at_a_look(idx) for idx in counts.images) - rows
         left = f"; {others:,} other images have their samples there and no certificate" if others else ""
         print(f"verified: {rows:,} certificates follow from the {samples:,} samples in {folder}{left}")
+        settings = (
+            f"; sigma {config.sigma}, n0 {certify.n0:,}, n {certify.n:,} ({certify.schedule}), alpha {certify.alpha}, "
+            f"{certify.bound} bound, {certify.arithmetic} arithmetic, head in {certify.head_dtype}"
+        )
     else:
         print(
             f"verified: the table of {rows:,} deterministic certificates in {folder} is unchanged. It was not computed "
-            "again: for that, certify under another --config.certify.name and compare"
+            f"again: for that, {OTHER_NAME} and compare"
         )
-    print(f"of {data.get('name')!r}, split {data.get('split')!r}, digest {str(data.get('digest'))[:12]!r}", end="")
-    if counts is not None:
-        print(
-            f"; sigma {config.sigma}, n0 {certify.n0:,}, n {certify.n:,} ({certify.schedule}), alpha {certify.alpha}, "
-            f"{certify.bound} bound, {certify.arithmetic} arithmetic, head in {certify.head_dtype}",
-            end="",
-        )
-    print(f"\nLipschitz constant {stored.lipschitz.constant:.15g}, configuration and {verdict}")
+    digest = str(data.get("digest"))[:12]
+    print(f"of {data.get('name')!r}, split {data.get('split')!r}, digest {digest!r}{settings}")
+    print(f"Lipschitz constant {stored.lipschitz.constant:.15g}, configuration and {verdict}")
     trained = folder.parents[1] / "config.json"
-    if trained.exists():
-        own = load_config(trained)
-        for name, used, kept in (("sigma", config.sigma, own.sigma), ("seed", config.seed, own.seed)):
-            if used != kept:
-                print(f"note: certified with {name} {used}, trained with {kept}")
+    for name in ("sigma", "seed") if trained.exists() else ():
+        used, kept = config[name], load_config(trained)[name]
+        if used != kept:
+            print(f"note: certified with {name} {used}, trained with {kept}")
 
 
 def _read(path: Path) -> str:
@@ -106,10 +98,8 @@ def _check_training(folder: Path, stored: store.Stored) -> None:
     if difference := other_training(old, new):
         name, old, new = difference
         raise UserError(f"{path} has changed: {name} was {old!r} when these certificates were made and is {new!r}")
-    raise UserError(
-        f"{path} has changed: its digest is not the one in certificates.json; if the change was meant, certify again, "
-        "which draws no sample twice"
-    )
+    remedy = "if the change was meant, certify again, which draws no sample twice"
+    raise UserError(f"{path} has changed: its digest is not the one in certificates.json; {remedy}")
 
 
 def _check_ledgers(certification: Certification, digests: dict[str, dict]) -> Counts:
@@ -148,14 +138,11 @@ def _compare(text: str, certification: Certification, counts: Counts) -> None:
     for number, (found, derived) in enumerate(zip(lines, expected, strict=True), start=1):
         if found == derived:
             continue
-        cells = found.split("\t"), derived.split("\t")
-        column = next((i for i, pair in enumerate(zip(*cells, strict=False)) if pair[0] != pair[1]), None)
-        if column is None or len(cells[0]) != len(cells[1]) or number == 1:
+        was, gives = found.split("\t"), derived.split("\t")
+        if len(was) != len(gives) or number == 1:
             raise UserError(f"{path} line {number} is {found[:80]!r}, the ledger gives {derived[:80]!r}")
-        was, gives = (cell[column] for cell in cells)
-        raise UserError(
-            f"{path} line {number} (image {cells[1][0]}): {names[column]} is {was[:40]!r}, the ledger gives {gives!r}"
-        )
+        name, old, new = next(cells for cells in zip(names, was, gives, strict=True) if cells[1] != cells[2])
+        raise UserError(f"{path} line {number} (image {gives[0]}): {name} is {old[:40]!r}, the ledger gives {new!r}")
 
 
 def _check_audit(path: Path, digest: str) -> str:
@@ -163,10 +150,9 @@ def _check_audit(path: Path, digest: str) -> str:
     if not path.exists():
         facts = path.with_suffix(".json")
         return f"; note: {facts.name} has no {path.name} beside it" if facts.exists() else ""
-    found = read_finished(path)
-    if found is None:
+    attacked, audit = read_finished(path) or ("", None)
+    if audit is None:
         return "; the audit beside them is unfinished"
-    attacked, audit = found
     if attacked != digest:
         return f"; note: {path.name} is the audit of another table"
     return f"; the audit of {len(audit.idx):,} of them, with {audit.flips.sum():,} flips, is unchanged"
@@ -182,14 +168,11 @@ def _check_checkpoint(workdir: Path, stored: store.Stored) -> str:
     if meta["digest"] != identity.checkpoint["digest"]:
         raise UserError(f"the checkpoint of step {step} in {workdir} is not the one that was certified: digests differ")
     report = model.for_certification(params, config.certify.head_dtype)[0].report
-    if not math.isclose(report.constant, stored.lipschitz.constant, rel_tol=_SAME):
-        raise UserError(
-            f"the encoder of step {step} in {workdir} has the Lipschitz constant {report.constant!r}, the certificates "
-            f"claim {stored.lipschitz.constant!r}"
-        )
-    own, claimed = tuple(report.output_shape), stored.lipschitz.output_shape
+    name, claims = f"the encoder of step {step} in {workdir}", stored.lipschitz
+    if not math.isclose(report.constant, claims.constant, rel_tol=_SAME):
+        constants = f"{report.constant!r}, the certificates claim {claims.constant!r}"
+        raise UserError(f"{name} has the Lipschitz constant {constants}")
+    own, claimed = tuple(report.output_shape), claims.output_shape
     if identity.certificate == "smoothed" and own != claimed:  # the encoder of a margin ends before the linear head
-        raise UserError(
-            f"the encoder of step {step} in {workdir} has latents of shape {own}, the certificates claim {claimed}"
-        )
+        raise UserError(f"{name} has latents of shape {own}, the certificates claim {claimed}")
     return f"checkpoint of step {step} are those of the certificates"

@@ -3,12 +3,15 @@
 import contextlib
 import logging
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 from absl import logging as absl_logging
 
-_state = {"debug": False}
+_state: dict[str, Any] = {"debug": False, "depth": 0, "restore": None}
+_lock = threading.Lock()
 
 
 def show_everything() -> None:
@@ -22,21 +25,38 @@ def quiet() -> Iterator[None]:
     """Inside, absl, asyncio and warnings say nothing, and exceptions in finalizers are not printed.
 
     Orbax warns about read-only managers, and leaves half-finished tasks behind where a checkpoint is damaged: its own
-    exception is the message. tensorflow-datasets recommends OpenCV.
+    exception is the message. tensorflow-datasets recommends OpenCV. Blocks of several threads may overlap: the settings
+    are global, and restored at the end of the last one.
     """
     if _state["debug"]:
         yield
         return
+    with _lock:
+        _state["depth"] += 1
+        if _state["depth"] == 1:
+            _state["restore"] = contextlib.ExitStack()
+            _state["restore"].enter_context(_silenced())
+    try:
+        yield
+    finally:
+        with _lock:
+            _state["depth"] -= 1
+            if not _state["depth"]:
+                _state["restore"].close()
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
     asyncio_logger, hook, verbosity = logging.getLogger("asyncio"), sys.unraisablehook, absl_logging.get_verbosity()
     level = asyncio_logger.level
-    absl_logging.set_verbosity(absl_logging.FATAL)
     asyncio_logger.setLevel(logging.CRITICAL)
+    absl_logging.set_verbosity(absl_logging.FATAL)
     sys.unraisablehook = lambda _: None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        absl_logging.set_verbosity(verbosity)
         asyncio_logger.setLevel(level)
+        absl_logging.set_verbosity(verbosity)
         sys.unraisablehook = hook

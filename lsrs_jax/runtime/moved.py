@@ -1,4 +1,4 @@
-"""Old import paths of public modules keep working, with a DeprecationWarning."""
+"""Import paths of public modules that are elsewhere now: old ones keep working, with a DeprecationWarning."""
 
 import importlib
 import importlib.abc
@@ -18,20 +18,23 @@ MOVED = {
     "lsrs_jax.materialize": "lsrs_jax.layers.lipschitz",
     "lsrs_jax.span": "lsrs_jax.models.linear_head",
 }
+PUBLIC = {"lsrs_jax.margin": "lsrs_jax.certification.margin"}  # short names that stay
 
 
 class _Redirect(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        return importlib.machinery.ModuleSpec(fullname, self) if fullname in MOVED else None
+        return importlib.machinery.ModuleSpec(fullname, self) if fullname in MOVED | PUBLIC else None
 
     def exec_module(self, module: types.ModuleType) -> None:
-        name, new = module.__name__, MOVED[module.__name__]
-        warnings.warn(f"{name} has moved to {new}", DeprecationWarning, stacklevel=2)
+        name = module.__name__
+        new = (MOVED | PUBLIC)[name]
+        if name in MOVED:
+            warnings.warn(f"{name} has moved to {new}", DeprecationWarning, stacklevel=2)
         sys.modules[name] = importlib.import_module(new)
 
 
 def redirect_imports() -> None:
-    """Lets Python find the modules of `MOVED` under their old names."""
+    """Lets Python find the modules of `MOVED` and `PUBLIC` under these names."""
     sys.meta_path.append(_Redirect())

@@ -133,6 +133,8 @@ class SmoothedClassifier:
             counts.origin = origin
         elif (counts.schedule, counts.num_classes, counts.origin) != (plan, sampler.num_classes, origin):
             raise UserError("counts are of other latents, slack, key, noise, n0, n or schedule; leave them out")
+        else:
+            counts = counts.copy()
         derivation = dataclasses.replace(derivation, sigma=sampler.arithmetic.sigma, tau=sampler.tau)
         status = Status(plan, len(latents), 0, progress or (lambda line: None))
         engine = Engine(sampler, key, counts, lambda images: derivation.decided(plan, images), status)

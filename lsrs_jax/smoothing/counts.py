@@ -69,6 +69,12 @@ class Counts:
         self.images: dict[int, ImageCounts] = {}
         self.origin: str | None = None  # digest of what the samples were drawn from; set by `SmoothedClassifier`
 
+    def copy(self) -> "Counts":
+        """Counts to which more rows can be added, while these stay as they are."""
+        other = Counts(self.schedule, self.num_classes)
+        other.images, other.origin = dict(self.images), self.origin
+        return other
+
     def done(self, idx: int) -> tuple[int, ...]:
         """The next block of each stream for an image."""
         return self.images[idx].done if idx in self.images else (0,) * len(self.schedule.totals)

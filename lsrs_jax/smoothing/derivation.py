@@ -4,18 +4,43 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.validate import choice, real
 from lsrs_jax.smoothing import confidence
-from lsrs_jax.smoothing.certificates import Certificates, check_tau, derive
-from lsrs_jax.smoothing.counts import ImageCounts
-from lsrs_jax.smoothing.partition import BOUNDS
+from lsrs_jax.smoothing.counts import Counts, ImageCounts
+from lsrs_jax.smoothing.partition import BOUNDS, partition, share_of_alpha
 from lsrs_jax.smoothing.radius import check_lipschitz, check_sigma, trusted_radius
 from lsrs_jax.smoothing.schedule import Schedule
 
 _FUTILITY = 0.01  # level of the optimistic limits; giving up early costs radius, never the guarantee
+
+
+@dataclasses.dataclass(frozen=True)
+class Certificates:
+    """Arrays over images.
+
+    Attributes:
+      predict: int64, the class, or −1 on abstention.
+      radius: ℓ2, in units of the array that noise was added to, divided by the Lipschitz constant; 0 on abstention.
+      counts: estimation samples per class.
+      n: estimation samples per image.
+      p_a_lower, p_b_upper: the bounds behind the radius, τ included.
+      samples: all counts behind the certificates, where `SmoothedClassifier.certify` drew them; to go on from.
+    """
+
+    predict: Int[np.ndarray, " images"]
+    radius: Float[np.ndarray, " images"]
+    counts: Int[np.ndarray, "images classes"]
+    n: Int[np.ndarray, " images"]
+    p_a_lower: Float[np.ndarray, " images"]
+    p_b_upper: Float[np.ndarray, " images"]
+    abstain: Bool[np.ndarray, " images"]
+    samples: Counts | None = dataclasses.field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.predict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +69,8 @@ class Derivation:
         confidence.check_alpha(self.alpha)
         choice("bound", self.bound, BOUNDS)
         check_lipschitz(self.lipschitz)
-        check_tau(self.tau)
+        if not 0 <= real(self.tau) < 1:
+            raise UserError(f"tau must lie in [0, 1), got {self.tau!r}")
         wanted = () if self.radii is None else self.radii
         if not isinstance(wanted, tuple) or not all(0 <= real(radius) <= 1e300 for radius in wanted):
             raise UserError(f"radii must be finite numbers >= 0, got {self.radii!r}")
@@ -58,18 +84,42 @@ class Derivation:
 
         **Guarantee**: that of `certificates.from_counts`, whatever rule decided at which look an image stopped.
         """
-        return derive(
+        return self.derive(
             np.stack([image.counts["selection"] for image in images]),
             np.concatenate([image.looks for image in images]),
             np.array([len(image.looks) for image in images]),
             np.full(len(images), schedule.n),
-            self.alpha / len(schedule.looks),
-            bound=self.bound,
-            sigma=self.sigma,
-            lipschitz=self.lipschitz,
-            slack=np.array([image.slack for image in images]),
-            tau=self.tau,
+            np.array([image.slack for image in images]),
+            len(schedule.looks),
         )
+
+    def derive(
+        self,
+        selection: Int[np.ndarray, "images classes"],
+        rows: Int[np.ndarray, "rows classes"],
+        lengths: Int[np.ndarray, " images"],
+        horizon: Int[np.ndarray, " images"],
+        slack: np.ndarray,
+        looks: int,
+    ) -> Certificates:
+        """`certificates.from_counts` of arrays that were checked.
+
+        Args:
+          rows: cumulative estimation counts of all images, `lengths` of them in a row per image.
+          horizon: estimation samples at the last look.
+          looks: the number of looks that share alpha.
+        """
+        owner, starts = np.repeat(np.arange(len(lengths)), lengths), np.cumsum(lengths) - lengths
+        share, tau = self.alpha / looks, self.tau * (1 + 1e-9)  # a factor above 1: τ must not vanish in a rounding
+        bucket, count = partition(selection, horizon, share, self.bound)
+        p_a, p_b = _bounds(rows, bucket[owner], count[owner], share)
+        p_a = np.maximum(np.maximum.reduceat(p_a, starts) - tau, 0.0)
+        p_b = np.minimum(np.minimum.reduceat(p_b, starts) + tau, 1 - p_a)
+        p_b = np.minimum(p_b + 1e-15, 1.0)
+        radius = trusted_radius(p_a, p_b, self.sigma, self.lipschitz, slack)
+        abstain, last = ~(radius > 0), rows[starts + lengths - 1]
+        predict = np.where(abstain, -1, selection.argmax(axis=1))
+        return Certificates(predict, np.where(abstain, 0.0, radius), last, last.sum(axis=1), p_a, p_b, abstain)
 
     def decided(self, schedule: Schedule, images: Sequence[ImageCounts]) -> Bool[np.ndarray, " images"]:
         """Whether more samples could change nothing that is wanted, for images that are at a look.
@@ -121,3 +171,18 @@ class Derivation:
         n, share = schedule.n, self.alpha / len(schedule.looks)
         p_a = np.maximum(confidence.trusted_lower(n, n, share) - self.tau, 0.0)
         return float(trusted_radius(p_a, 1 - p_a, self.sigma, self.lipschitz, np.array(slack)))
+
+
+def _bounds(counts: np.ndarray, bucket: np.ndarray, count: np.ndarray, alpha: float) -> tuple[np.ndarray, np.ndarray]:
+    """Lower bound of the candidate and upper bound of its strongest rival, per row of counts, together at level α."""
+    n, each = counts.sum(axis=1), share_of_alpha(alpha, count)
+    p_a = confidence.trusted_lower(np.where(bucket == 0, counts, 0).sum(axis=1), n, each)
+    p_b = 1 - p_a
+    several = np.flatnonzero(count > 1)
+    largest = np.zeros(len(counts))
+    for number in range(1, int(count[several].max(initial=0)) + 1):
+        rows = several[count[several] >= number]
+        samples = np.where(bucket[rows] == number, counts[rows], 0).sum(axis=1)
+        largest[rows] = np.maximum(largest[rows], confidence.trusted_upper(samples, n[rows], each[rows]))
+    p_b[several] = np.minimum(p_b[several], largest[several])
+    return p_a, p_b
