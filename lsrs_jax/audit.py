@@ -27,7 +27,7 @@ from lsrs_jax import cli
 from lsrs_jax.auditing.auditor import Auditor
 from lsrs_jax.auditing.table import Attacked, Journal, Settings, read_audit
 from lsrs_jax.certification.encode import make_sampler
-from lsrs_jax.certification.store import Stored, read_folder
+from lsrs_jax.certification.store import read_folder
 from lsrs_jax.certification.table import read_table
 from lsrs_jax.certification.target import Target, target_of_certificates
 from lsrs_jax.runtime.errors import UserError
@@ -37,35 +37,28 @@ from lsrs_jax.runtime.progress import Progress
 from lsrs_jax.runtime.workdir import opened
 from lsrs_jax.smoothing.confidence import MAX_SAMPLES
 
-
-def _fractions(text: str) -> tuple[float, ...]:
-    try:
-        found = tuple(sorted({float(part) for part in text.split(",")}))
-    except ValueError:
-        found = (-1.0,)
-    if not all(0 < fraction <= 1 for fraction in found):
-        raise UserError(f"--fractions takes numbers in (0, 1] with commas between, got {text!r}")
-    return found
+_NUMBERS = {  # of flags: default, least value, meaning
+    "images": (0, 0, "so many of the certificates, evenly; 0: all of them"),
+    "restarts": (2, 1, "random starts of PGD per radius"),
+    "steps": (20, 1, "of each attack"),
+    "samples": (16, 1, "noise vectors per step or question"),
+    "votes": (1000, 1, "samples of a prediction that judges an attack"),
+}
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, Settings, list[str]]:
     parser = cli.parser("audit", __doc__)
-    parser.add_argument(
-        "--workdir", required=True, type=cli.workdir, help="folder of a training, certified; or gs://..."
-    )
-    parser.add_argument("--images", type=int, default=0, help="so many of the certificates, evenly; 0: all of them")
+    parser.add_argument("--workdir", required=True, type=cli.workdir, help="folder of a training, or gs://...")
     parser.add_argument("--fractions", default="0.25,0.5,0.75,0.9,1", help="of each radius, where PGD looks inside it")
-    parser.add_argument("--restarts", type=int, default=2, help="random starts of PGD per radius")
-    parser.add_argument("--steps", type=int, default=20, help="of each attack")
-    parser.add_argument("--samples", type=int, default=16, help="noise vectors per step or question")
-    parser.add_argument("--votes", type=int, default=1000, help="samples of a prediction that judges an attack")
+    for name, (default, _, meaning) in _NUMBERS.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=meaning)
     options, rest = parser.parse_known_args(arguments)
-    limits = {"images": 0, "restarts": 1, "steps": 1, "samples": 1, "votes": 1}
-    for name, least in limits.items():
-        if not least <= getattr(options, name) <= MAX_SAMPLES:
-            raise UserError(f"--{name} must be a whole number from {least} to 2**27, got {getattr(options, name)}")
-    fields = {name: getattr(options, name) for name in limits}
-    return options, Settings(fractions=_fractions(options.fractions), **fields), rest
+    given = {name: getattr(options, name) for name in _NUMBERS}
+    for name, (_, least, _) in _NUMBERS.items():
+        if not least <= given[name] <= MAX_SAMPLES:
+            raise UserError(f"--{name} must be a whole number from {least} to 2**27, got {given[name]}")
+    fractions = cli.numbers("fractions", options.fractions, "in (0, 1]", lambda fraction: 0 < fraction <= 1)
+    return options, Settings(fractions=fractions, **given), rest
 
 
 def run(arguments: list[str]) -> None:
@@ -95,17 +88,19 @@ def _run(workdir: Path, settings: Settings, rest: list[str]) -> None:
     cache_compilations()
     target = target_of_certificates(folder, stored, asked.data.dir)
     with locked(folder / ".audit.lock", f"auditing {folder}"):
-        _audit(target, settings, stored, stored.derivation["certificates"])
+        journal = Journal(folder, settings, stored.derivation["certificates"])
+        _attack(target, settings, stored.lipschitz.constant, journal)
+        journal.finish()
+        _conclude(journal.path)
 
 
-def _audit(target: Target, settings: Settings, stored: Stored, digest: str) -> None:
+def _attack(target: Target, settings: Settings, lipschitz: float, journal: Journal) -> None:
     table, config = read_table(target.folder / "certificates.tsv"), target.config
     size = min(settings.images or len(table), len(table))
     rows = np.unique(np.linspace(0, len(table) - 1, size).astype(int))
-    journal = Journal(target.folder, settings, digest)
     encoder, head = target.model.for_certification(target.params, config.certify.head_dtype)
     sampler = make_sampler(config, head, encoder.report.output_shape)
-    levels = {"lipschitz": stored.lipschitz.constant, "alpha": config.certify.alpha}
+    levels = {"lipschitz": lipschitz, "alpha": config.certify.alpha}
     auditor = Auditor(encoder, head, sampler, settings=settings, seed=config.seed, **levels)
     left = len(rows) - len(journal.done)
     print(
@@ -125,26 +120,19 @@ def _audit(target: Target, settings: Settings, stored: Stored, digest: str) -> N
         finished += new
         progress = progress or Progress(left, finished)  # the first batch compiles
         progress.show(finished, lambda done=finished: f"{done:>6,} of {left:,} images")
-    journal.finish()
-    _conclude(journal.path)
 
 
 def _conclude(path: Path) -> None:
     audit = read_audit(path)
     certified, broken, right = audit.predict >= 0, np.flatnonzero(audit.flips > 0), audit.correct
-    print(
-        f"{audit.pairs.sum():,} points inside {certified.sum():,} certified balls: {audit.flips.sum():,} flips, "
-        f"{audit.undecided.sum():,} undecided (`predict` abstained)"
-    )
+    found = f"{audit.flips.sum():,} flips, {audit.undecided.sum():,} undecided (`predict` abstained)"
+    print(f"{audit.pairs.sum():,} points inside {certified.sum():,} certified balls: {found}")
     if right.any():
-        flip = np.median(audit.distance[right])
-        nearest = (
-            f"lies at {flip:.4f} in the median" if np.isfinite(flip) else "was found for no more than half of them"
-        )
-        print(
-            f"of {right.sum():,} images that are right without an attack, the nearest flip {nearest}; their certified "
-            f"radius is {np.median(audit.radius[right]):.4f}"
-        )
+        flip, nearest = np.median(audit.distance[right]), "was found for no more than half of them"
+        if np.isfinite(flip):
+            nearest = f"lies at {flip:.4f} in the median"
+        radius = f"their certified radius is {np.median(audit.radius[right]):.4f}"
+        print(f"of {right.sum():,} images that are right without an attack, the nearest flip {nearest}; {radius}")
     print(path)
     if len(broken):
         first = broken[0]

@@ -65,12 +65,11 @@ def _run(workdir: Workdir, process: Process, options: argparse.Namespace, rest: 
     config = cli.config_of_training(workdir.path, rest)
     folder = workdir.path / "certify" / config.certify.name
     if (options.verify or options.recast or options.from_counts) and process.count > 1:
-        raise UserError(
-            "--from-counts, --verify and --recast are for one process; start it alone, or with JAX_DISTRIBUTED=off"
-        )
+        remedy = "start it alone, or with JAX_DISTRIBUTED=off"
+        raise UserError(f"--from-counts, --verify and --recast are for one process; {remedy}")
     if options.verify or options.recast:
-        fields = ("certify.name", "data.dir") if options.recast else ("certify.name",)
-        cli.only(workdir.path, config, fields, "--recast" if options.recast else "--verify")
+        flag, fields = ("--recast", ("certify.name", "data.dir")) if options.recast else ("--verify", ("certify.name",))
+        cli.only(workdir.path, config, fields, flag)
         with reading():
             stored = verify.run(folder)
             if options.recast:
@@ -93,7 +92,7 @@ def _run(workdir: Workdir, process: Process, options: argparse.Namespace, rest: 
         profile = options.profile if process.leads else None
         with profiling.captured(profile, workdir.path / "profile") as tick:
             smoothed.run(target, process, workdir, tick)
-    else:
-        if process.leads:
-            deterministic.run(target)
-        process.wait("the certificates")
+        return
+    if process.leads:
+        deterministic.run(target)
+    process.wait("the certificates")

@@ -38,9 +38,9 @@ _FIELD = re.compile(r"--?config\.([^=]*)")
 
 
 def main(name: str | None = None) -> None:
-    """Runs a command of `COMMANDS` and ends the process; where `name` is None, the first argument is its name.
+    """Runs a command of `COMMANDS`, by default that of the first argument, and ends the process.
 
-    The process ends without waiting for the threads of what was broken off, which could also crash.
+    It ends without waiting for the threads of what was broken off, which could also crash.
     """
     signals.starting()
     try:
@@ -58,10 +58,9 @@ def main(name: str | None = None) -> None:
 
 def _chosen(arguments: list[str]) -> str:
     """The command in the arguments; ends with a list of the commands where there is none."""
-    lines = [f"  {name:<9}{what}" for name, what in COMMANDS.items()]
-    usage = "\n".join(["usage: lsrs COMMAND ...; lsrs COMMAND --help says more", *lines])
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage)
+        lines = [f"  {name:<9}{what}" for name, what in COMMANDS.items()]
+        print("\n".join(["usage: lsrs COMMAND ...; lsrs COMMAND --help says more", *lines]))
         sys.exit(0)
     if arguments[0] not in COMMANDS:
         _fail(f"unknown command {arguments[0]!r}: choose one of {', '.join(COMMANDS)}")
@@ -122,31 +121,24 @@ class _Parser(argparse.ArgumentParser):
 
 def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
     """An argument parser for ``python -m lsrs_jax.<name>``; `doc` is the module's docstring."""
-    made = _Parser(
-        f"lsrs_jax.{name}",
-        description=doc,
-        epilog="Every --config field, its default and its meaning: lsrs_jax/config.py.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    epilog = "Every --config field, its default and its meaning: lsrs_jax/config.py."
+    style = argparse.RawDescriptionHelpFormatter
+    made = _Parser(f"lsrs_jax.{name}", description=doc, epilog=epilog, formatter_class=style, allow_abbrev=False)
     made.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
     return made
 
 
 def config_from_flags(rest: list[str], stored: Config | None = None) -> Config:
-    """The configuration of ``--config=FILE[:variant] --config.field=value …`` flags.
+    """The configuration of ``--config=FILE[:variant] --config.field=value …``, the arguments that argparse left over.
 
-    Args:
-      rest: the arguments that argparse left over.
-      stored: a configuration that takes the place of ``--config=``; flags then only override it.
+    A `stored` configuration takes the place of ``--config=``; flags then only override it.
     """
     from absl import flags
     from ml_collections import config_flags
 
     from lsrs_jax.config import check_config, check_field, config_from_dict, config_to_dict
 
-    values: Any = flags.FlagValues()
-    arguments = ["lsrs_jax", *rest]
+    values, arguments = flags.FlagValues(), ["lsrs_jax", *rest]
     stray = [a for a in rest if not a.startswith("--config")]
     if stray and not any(a.startswith("--config") and "=" not in a for a in rest):
         raise UserError(f"unknown argument {stray[0]!r}; see --help")
@@ -160,8 +152,7 @@ def config_from_flags(rest: list[str], stored: Config | None = None) -> Config:
             config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
         else:
             config_flags.DEFINE_config_dict("config", stored, flag_values=values, sys_argv=arguments)
-        left = values(arguments)[1:]
-        config = values["config"].value
+        left, config = values(arguments)[1:], values["config"].value
         # A file that failed to load says so only when it is used; a value may be none that JSON has.
         plain = None if config is None else config_to_dict(config)
     except (Exception, SystemExit) as error:  # a configuration file is code, and may fail in any way
@@ -177,18 +168,12 @@ def config_from_flags(rest: list[str], stored: Config | None = None) -> Config:
 def no_config_file(name: str, arguments: list[str]) -> None:
     """Raises UserError for ``--config=FILE`` given to a command that takes its configuration from the workdir."""
     if any(argument.partition("=")[0] == "--config" for argument in arguments):
-        raise UserError(
-            f"{name} takes no --config=FILE: its configuration is that of the training in --workdir=DIR, and what is "
-            "to differ is given as --config.field=value"
-        )
+        own = "its configuration is that of the training in --workdir=DIR"
+        raise UserError(f"{name} takes no --config=FILE: {own}, and what is to differ is given as --config.field=value")
 
 
 def config_of_training(workdir: Path, rest: list[str]) -> Config:
-    """The configuration of a training, under ``--config.field=value`` flags that leave its network and training alone.
-
-    Args:
-      rest: the arguments that argparse left over.
-    """
+    """The configuration of a training, with ``--config.field=value`` flags that leave network and training alone."""
     from lsrs_jax.config import config_to_dict, load_config
     from lsrs_jax.runtime.documents import first_difference
 
@@ -197,14 +182,11 @@ def config_of_training(workdir: Path, rest: list[str]) -> Config:
         if (workdir / "checkpoints").is_dir():
             raise UserError(f"{workdir} holds checkpoints but no config.json: restore it from a copy")
         raise UserError(f"{workdir} holds no training: run python -m lsrs_jax.train --workdir={workdir} ...")
-    trained = load_config(stored)
-    before = config_to_dict(trained)
-    config = config_from_flags(rest, trained)
-    after = config_to_dict(config)
-    for section, ignored in (("model", ("noise",)), ("train", ())):
-        if difference := first_difference(before[section], after[section], ignored):
-            name, old, new = difference
-            raise UserError(f"the network was trained with {section}.{name}={old!r}, not {new!r}; train that one first")
+    trained, config = load_config(stored), config_from_flags(rest, load_config(stored))
+    before, after = ({name: config_to_dict(one)[name] for name in ("model", "train")} for one in (trained, config))
+    if difference := first_difference(before, after, ("model.noise",)):
+        name, old, new = difference
+        raise UserError(f"the network was trained with {name}={old!r}, not {new!r}; train that one first")
     return config
 
 
@@ -241,6 +223,17 @@ def _reason(error: BaseException) -> str:
         lines = lines[-1:]
     text = " ".join(lines).replace("Flags parsing error: ", "").replace("flag --config=None: ", "")
     return text.removeprefix("ValueError: ").strip() or type(error).__name__
+
+
+def numbers(flag: str, text: str, words: str, allowed: Callable[[float], bool]) -> tuple[float, ...]:
+    """The numbers of a flag, in order; `words` says in its error which are `allowed`."""
+    try:
+        found = tuple(sorted({float(part) for part in text.split(",")}))
+    except ValueError:
+        found = (float("nan"),)
+    if not all(map(allowed, found)):
+        raise UserError(f"--{flag} takes numbers {words} with commas between, got {text!r}")
+    return found
 
 
 def folder(text: str) -> Path:

@@ -13,10 +13,11 @@ if __name__ == "__main__":
 
     main("report")
 
+import collections
 import dataclasses
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,27 +33,23 @@ from lsrs_jax.runtime.progress import duration
 from lsrs_jax.runtime.validate import real
 
 _SPECIAL = set("|$\\`")
+_LEGEND = (
+    "Certified accuracy at r: share of images classified correctly with a certified ℓ2 radius of at least r, in units "
+    "of pixels in [0, 1]; abstentions count as wrong. ACR: average certified radius, wrong counted as 0."
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A table of certificates, and what the files beside it say.
-
-    Attributes:
-      radii: those that a staged certification decided; other radii of the table are lower bounds.
-      audit: what attacks found on these certificates.
-      unfinished: whether an audit of them was begun.
-      unnamed: whether it lies in a workdir without a certificates.json that names it.
-      unsealed: whether its certificates.json is of an old version, which did not name its own digest.
-    """
+    """A table of certificates, and what the files beside it say."""
 
     label: str
     table: Table
-    radii: tuple[float, ...] | None = None
-    audit: Audit | None = None
-    unfinished: bool = False
-    unnamed: bool = False
-    unsealed: bool = False
+    radii: tuple[float, ...] | None = None  # those that a staged certification decided; at others it is a lower bound
+    audit: Audit | None = None  # what attacks found on these certificates
+    unfinished: bool = False  # whether an audit of them was begun
+    unnamed: bool = False  # whether it lies in a workdir without a certificates.json that names it
+    unsealed: bool = False  # whether its certificates.json is of an old version, which did not name its own digest
 
 
 def load_runs(arguments: Sequence[str]) -> list[Run]:
@@ -67,10 +64,9 @@ def load_runs(arguments: Sequence[str]) -> list[Run]:
             # The files beside it are about the table of this name.
             beside = _derivation(table) | _audit(table) if table.name == "certificates.tsv" else {}
             runs.append(Run(_plain(name + suffix), read_table(table), **beside))
-    labels = [run.label for run in runs]
-    for label in labels:
-        if labels.count(label) > 1:
-            raise UserError(f"two runs are called {label!r}; name them: NAME=PATH")
+    label, times = collections.Counter(run.label for run in runs).most_common(1)[0]
+    if times > 1:
+        raise UserError(f"two runs are called {label!r}; name them: NAME=PATH")
     return runs
 
 
@@ -82,8 +78,7 @@ def _plain(name: str) -> str:
 def _derivation(table: Path) -> dict[str, Any]:
     """Fields of a `Run` from the certificates.json beside a table, which may be that of another program.
 
-    Raises:
-      UserError: for a damaged file, or that of another table.
+    Raises UserError for a damaged file, or that of another table.
     """
     path, in_workdir = table.with_name("certificates.json"), table.parent.parent.name == "certify"
     try:
@@ -93,28 +88,19 @@ def _derivation(table: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); restore it, or move it away") from error
     content = content if isinstance(content, dict) else {}
-    ours, sealed = "digest" in content or {"identity", "lipschitz"} <= content.keys(), True
+    ours = "digest" in content or {"identity", "lipschitz"} <= content.keys()
     if ours:
         content = read_sealed(path, lambda content: content["derivation"], "move it away")
-        sealed = content["digest"] is not None
     derivation = content["derivation"] if isinstance(content.get("derivation"), dict) else {}
     named = derivation.get("certificates")
     if (ours or isinstance(named, str)) and named != digest_of(table):
         counts = " --from-counts" if "votes" in derivation else ""
-        raise UserError(
-            f"{table} is not the table that certificates.json beside it names; restore it, or derive it again: "
-            f"{_command('certify', table)}{counts}"
-        )
-    unnamed = in_workdir and "certificates" not in derivation
-    return {"radii": _decided(derivation), "unnamed": unnamed, "unsealed": not sealed}
-
-
-def _decided(derivation: dict[str, Any]) -> tuple[float, ...] | None:
-    try:
-        radii = derivation["radii"]
-        return tuple(radii) if radii and all(0 <= real(radius) <= 1e300 for radius in radii) else None
-    except (KeyError, TypeError):
-        return None  # of another program
+        remedy = f"restore it, or derive it again: {_command('certify', table)}{counts}"
+        raise UserError(f"{table} is not the table that certificates.json beside it names; {remedy}")
+    radii = derivation.get("radii")  # those of another program may be anything
+    decided = isinstance(radii, list) and all(0 <= real(radius) <= 1e300 for radius in radii)
+    unnamed, unsealed = in_workdir and "certificates" not in derivation, ours and content["digest"] is None
+    return {"radii": tuple(radii) if radii and decided else None, "unnamed": unnamed, "unsealed": unsealed}
 
 
 def _audit(table: Path) -> dict[str, Any]:
@@ -122,15 +108,12 @@ def _audit(table: Path) -> dict[str, Any]:
     path = table.with_name("audit.tsv")
     if not path.exists():
         return {}
-    found = read_finished(path)
-    if found is None:
+    attacked, audit = read_finished(path) or ("", None)
+    if audit is None:
         return {"unfinished": True}
-    attacked, audit = found
     if attacked != digest_of(table):
-        raise UserError(
-            f"{path} is the audit of another table than {table.name} beside it; move it and audit.json away, "
-            f"and audit this one: {_command('audit', table)}"
-        )
+        remedy = f"move it and audit.json away, and audit this one: {_command('audit', table)}"
+        raise UserError(f"{path} is the audit of another table than {table.name} beside it; {remedy}")
     return {"audit": audit}
 
 
@@ -142,11 +125,11 @@ def _command(name: str, table: Path) -> str:
 
 def _split(argument: str) -> tuple[str | None, Path]:
     label, equals, path = argument.partition("=")
-    if equals and not Path(argument).exists():
-        if not label or _plain(label) != label:
-            raise UserError(f"bad name {label!r} for a run: plain text without | $ \\ and backticks, please")
-        return label, Path(path)
-    return None, Path(argument)
+    if not equals or Path(argument).exists():
+        return None, Path(argument)
+    if not label or _plain(label) != label:
+        raise UserError(f"bad name {label!r} for a run: plain text without | $ \\ and backticks, please")
+    return label, Path(path)
 
 
 def _tables(path: Path) -> list[Path]:
@@ -175,43 +158,22 @@ def radius_grid(runs: Sequence[Run]) -> list[float]:
 
 def markdown(runs: Sequence[Run], radii: Sequence[float]) -> str:
     """The table: certified accuracy per radius, ACR, abstention, cost."""
-    columns = [f"r={radius:g}" for radius in radii]
-    header = ["run", "images", *columns, "ACR", "abstain", "votes/image", "time/image"]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for run in runs:
-        table = run.table
-        cells = [run.label, f"{len(table):,}"]
-        cells += [f"{table.certified_accuracy(radius):.3f}" for radius in radii]
-        cells += [f"{table.average_certified_radius:.3f}", f"{table.abstention:.3f}"]
-        cells.append("-" if table.samples is None else f"{table.samples.mean():,.0f}")
-        lines.append("| " + " | ".join([*cells, duration(table.seconds.mean())]) + " |")
-    return "\n".join(lines)
+    header = ["run", "images", *(f"r={radius:g}" for radius in radii), "ACR", "abstain", "votes/image", "time/image"]
+    rows = [header]
+    for label, table in ((run.label, run.table) for run in runs):
+        numbers = [*map(table.certified_accuracy, radii), table.average_certified_radius, table.abstention]
+        samples = "-" if table.samples is None else f"{table.samples.mean():,.0f}"
+        cells = [f"{number:.3f}" for number in numbers]
+        rows.append([label, f"{len(table):,}", *cells, samples, duration(table.seconds.mean())])
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
 def notes(runs: Sequence[Run]) -> list[str]:
     """What a reader must know before comparing rows."""
     found, first = [], runs[0]
     for run in runs:
-        table, audit = run.table, run.audit
-        said = {
-            "its last line was cut off and is left out.": table.truncated,
-            "no certificates.json beside it names this table; nothing says that certify wrote it.": run.unnamed,
-            "unsealed: an old version wrote its certificates.json, and nothing says whether it was changed.": (
-                run.unsealed
-            ),
-            f"staged to decide the radii {', '.join(f'{r:g}' for r in run.radii or ())}; at other radii, and in its "
-            "ACR, it is a lower bound.": run.radii,
-            "its audit is not finished and left out; the same audit command goes on with it.": run.unfinished,
-        }
-        if audit:
-            verdict = " (THESE CERTIFICATES DO NOT HOLD)" if audit.flips.any() else ""
-            line = (
-                f"attacked at {audit.pairs.sum():,} points inside {(audit.predict >= 0).sum():,} of its certificates, "
-                f"{audit.flips.sum():,} flips{verdict}, {audit.undecided.sum():,} undecided (`predict` abstained); "
-                f"dashed: what the attacks left of its accuracy on {len(audit.idx):,} of its {len(table):,} images."
-            )
-            said[line] = True
-        found += [f"{run.label}: {line}" for line, holds in said.items() if holds]
+        found += [f"{run.label}: {line}" for line in _notes_of(run)]
     for run in runs[1:]:
         order, other = np.argsort(run.table.idx), np.argsort(first.table.idx)
         if not np.array_equal(run.table.idx[order], first.table.idx[other]):
@@ -219,6 +181,28 @@ def notes(runs: Sequence[Run]) -> list[str]:
         elif not np.array_equal(run.table.label[order], first.table.label[other]):
             found.append(f"{run.label} and {first.label} have different labels: they come from different data.")
     return found
+
+
+def _notes_of(run: Run) -> Iterator[str]:
+    audit = run.audit
+    if run.table.truncated:
+        yield "its last line was cut off and is left out."
+    if run.unnamed:
+        yield "no certificates.json beside it names this table; nothing says that certify wrote it."
+    if run.unsealed:
+        yield "unsealed: an old version wrote its certificates.json, and nothing says whether it was changed."
+    if run.radii:
+        radii = ", ".join(f"{radius:g}" for radius in run.radii)
+        yield f"staged to decide the radii {radii}; at other radii, and in its ACR, it is a lower bound."
+    if run.unfinished:
+        yield "its audit is not finished and left out; the same audit command goes on with it."
+    if audit:
+        verdict = " (THESE CERTIFICATES DO NOT HOLD)" if audit.flips.any() else ""
+        yield (
+            f"attacked at {audit.pairs.sum():,} points inside {(audit.predict >= 0).sum():,} of its certificates, "
+            f"{audit.flips.sum():,} flips{verdict}, {audit.undecided.sum():,} undecided (`predict` abstained); "
+            f"dashed: what the attacks left of its accuracy on {len(audit.idx):,} of its {len(run.table):,} images."
+        )
 
 
 def draw(runs: Sequence[Run], paths: Sequence[Path]) -> bool:
@@ -238,7 +222,7 @@ def draw(runs: Sequence[Run], paths: Sequence[Path]) -> bool:
         radius = np.sort(np.where(run.table.correct, run.table.radius, -1.0))
         # Certified accuracy is a step function that falls just after each radius.
         steps = np.concatenate([[0.0], radius[radius >= 0], [max(largest * 1.02, 1e-3)]])
-        share = [run.table.certified_accuracy(0), *(run.table.certified_accuracy(r) for r in steps[1:])]
+        share = [run.table.certified_accuracy(r) for r in steps]
         label = f"{run.label} (ACR {run.table.average_certified_radius:.3f})"
         (line,) = axes.step(steps, share, where="pre", label=label)
         if run.audit:
@@ -260,16 +244,6 @@ def draw(runs: Sequence[Run], paths: Sequence[Path]) -> bool:
     return True
 
 
-def _radii(text: str) -> list[float]:
-    try:
-        radii = sorted({float(part) for part in text.split(",")})
-    except ValueError:
-        radii = [-1.0]
-    if radii[0] < 0 or not np.isfinite(radii).all():
-        raise UserError(f"--radii takes numbers >= 0 with commas between, got {text!r}")
-    return radii
-
-
 def run(arguments: list[str]) -> None:
     """The command; see the module's docstring."""
     parser = cli.parser("report", __doc__)
@@ -278,21 +252,18 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--radii", help="radii of the table, e.g. 0,0.25,0.5")
     options = parser.parse_args(arguments)
     runs = load_runs(options.runs)
-    table = markdown(runs, _radii(options.radii) if options.radii else radius_grid(runs))
+    radii = (
+        cli.numbers("radii", options.radii, ">= 0", lambda radius: 0 <= radius < math.inf) if options.radii else None
+    )
+    table = markdown(runs, radii or radius_grid(runs))
     options.out.mkdir(parents=True, exist_ok=True)
     drawn = draw(runs, [options.out / name for name in ("curve.png", "curve.svg")])
     below = [f"- {note}" for note in notes(runs)]
-    parts = ["# Certified accuracy", table, *(["\n".join(below)] if below else [])]
-    parts += ["![certified accuracy over the radius](curve.svg)"] if drawn else []
-    parts.append(
-        "Certified accuracy at r: share of images classified correctly with a certified ℓ2 radius of at least r, in "
-        "units of pixels in [0, 1]; abstentions count as wrong. ACR: average certified radius, wrong counted as 0."
-    )
-    write_atomic(options.out / "report.md", "\n\n".join(parts) + "\n")
-    print("\n".join([table, *below]))
-    print(f"table: {options.out / 'report.md'}")
-    print(
-        f"curve: {options.out / 'curve.png'}"
-        if drawn
-        else "no curve: Matplotlib is not installed (pip install matplotlib)"
-    )
+    picture = "![certified accuracy over the radius](curve.svg)" if drawn else ""
+    parts = ["# Certified accuracy", table, "\n".join(below), picture, _LEGEND]
+    write_atomic(options.out / "report.md", "\n\n".join(filter(None, parts)) + "\n")
+    print("\n".join([table, *below, f"table: {options.out / 'report.md'}"]))
+    if drawn:
+        print(f"curve: {options.out / 'curve.png'}")
+    else:
+        print("no curve: Matplotlib is not installed (pip install matplotlib)")

@@ -31,6 +31,9 @@ from lsrs_jax.training import loop, plan
 from lsrs_jax.training.checkpoint import Checkpoints
 from lsrs_jax.training.metrics import Metrics
 
+_Call = Callable[[], None]
+_Work = tuple[models.Model, Dataset | Photos, Dataset | Photos]  # images of training and of test
+
 
 def run(arguments: list[str]) -> None:
     """The command; see the module's docstring."""
@@ -46,39 +49,38 @@ def run(arguments: list[str]) -> None:
     with started() as process, contextlib.ExitStack() as stack:
         cache_compilations()
         if options.plan:
-            train_set = load_split(config.data, config.data.train_split)
-            loop.check_batch(config, train_set)
-            print(plan.report(models.build(config.model, train_set.shape, train_set.num_classes), config))
+            print(plan.report(_network(config)[0], config))
             return
         workdir = stack.enter_context(opened(options.workdir))
         check = None
         with process.together("the start"):
-            train_set = load_split(config.data, config.data.train_split)
-            test_set = load_split(config.data, config.data.split)
-            model = models.build(config.model, train_set.shape, train_set.num_classes)
-            loop.check_batch(config, train_set)
+            network, test_set = _network(config), load_split(config.data, config.data.split)
             if process.leads:
-                lock = locked(workdir.path / ".train.lock", f"training in {options.workdir}")
-                check = stack.enter_context(lock)
+                check = stack.enter_context(locked(workdir.path / ".train.lock", f"training in {options.workdir}"))
         tick = stack.enter_context(profiling.captured(options.profile, workdir.path / "profile"))
-        _train(workdir, process, check, config, model, train_set, test_set, tick)
-    margin = config.train.loss == "margin" and config.certify.certificate == "smoothed"
-    print(
-        f"next: python -m lsrs_jax.certify --workdir={options.workdir}"
-        + (" --config.certify.certificate=deterministic --config.certify.name=margin" if margin else "")
-    )
+        _train(workdir, process, config, (*network, test_set), check, tick)
+    flags = ""
+    if config.train.loss == "margin" and config.certify.certificate == "smoothed":
+        flags = " --config.certify.certificate=deterministic --config.certify.name=margin"
+    print(f"next: python -m lsrs_jax.certify --workdir={options.workdir}{flags}")
+
+
+def _network(config: Config) -> tuple[models.Model, Dataset | Photos]:
+    """The network of a configuration, and the images that it is trained on."""
+    train_set = load_split(config.data, config.data.train_split)
+    loop.check_batch(config, train_set)
+    return models.build(config.model, train_set.shape, train_set.num_classes), train_set
 
 
 def _check_same_training(workdir: Workdir, config: Config) -> None:
     """A workdir with a checkpoint belongs to the configuration that made it."""
-    path = workdir.path / "config.json"
+    path, another = workdir.path / "config.json", "use another --workdir"
     if not path.exists():
-        raise UserError(f"{workdir.name} holds checkpoints but no config.json: restore it, or use another --workdir")
+        raise UserError(f"{workdir.name} holds checkpoints but no config.json: restore it, or {another}")
     if difference := other_training(config_to_dict(load_config(path)), config_to_dict(config)):
-        raise UserError(
-            f"{workdir.name} was trained with {difference[0]}={difference[1]!r}, not {difference[2]!r}: "
-            "use another --workdir, or the old value to resume"
-        )
+        name, old, new = difference
+        remedy = f"{another}, or the old value to resume"
+        raise UserError(f"{workdir.name} was trained with {name}={old!r}, not {new!r}: {remedy}")
 
 
 def _print_trained(workdir: Workdir, config: Config, model: models.Model, step: int) -> None:
@@ -91,17 +93,9 @@ def _print_trained(workdir: Workdir, config: Config, model: models.Model, step: 
         print(f"config.json there keeps {name} {old!r}, not {new!r}: give certify what is to differ")
 
 
-def _train(
-    workdir: Workdir,
-    process: Process,
-    check: Callable[[], None] | None,
-    config: Config,
-    model: models.Model,
-    train_set: Dataset | Photos,
-    test_set: Dataset | Photos,
-    tick: Callable[[], None],
-) -> None:
+def _train(workdir: Workdir, process: Process, config: Config, work: _Work, check: _Call | None, tick: _Call) -> None:
     """Trains; `check`, in the first process, raises where the workdir is gone."""
+    model, train_set, test_set = work
     with Checkpoints(workdir.path, config.train.keep_checkpoints) as checkpoints:
         first = checkpoints.latest() or 0
         with process.together("the configuration"):
@@ -113,12 +107,9 @@ def _train(
             if process.leads:
                 save_config(config, workdir.path / "config.json")
                 workdir.push()
-        print(
-            f"{config.data.name}: {len(train_set):,} training and {len(test_set):,} test images {train_set.shape}; "
-            f"{devices()}\n"
-            f"{models.describe(model)}" + (f"\nresuming after step {first}" if first else ""),
-            flush=True,
-        )
+        images = f"{len(train_set):,} training and {len(test_set):,} test images {train_set.shape}"
+        resuming = f"\nresuming after step {first}" if first else ""
+        print(f"{config.data.name}: {images}; {devices()}\n{models.describe(model)}{resuming}", flush=True)
         if check is None:
             loop.train(model, config, train_set, test_set, checkpoints, lambda *_: None)
             return

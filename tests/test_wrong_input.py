@@ -66,7 +66,7 @@ BAD_CERTIFY = {
     "no provenance": ([lambda w: (w / "certify/base/certificates.json").unlink()], "", "holds votes but no"),
     "damaged provenance": ([lambda w: (w / "certify/base/certificates.json").write_text("{")], "", "is damaged"),
     "damaged config": ([lambda w: (w / "config.json").write_text("{")], "", "not a stored configuration"),
-    "foreign config": ([lambda w: (w / "config.json").write_text('{"sgima": 1}')], "", "is missing"),
+    "foreign config": ([lambda w: (w / "config.json").write_text('{"sgima": 1}')], "", "did you mean sigma?"),
     "tile of halves": ([], "--config.certify.tile=(8,8.5)", "certify.tile has the wrong type"),
     "tile of words": ([], "--config.certify.tile=('a',3)", "certify.tile has the wrong type"),
     "huge tile": ([], "--config.certify.tile=(4096,65536)", "tile was"),
@@ -108,10 +108,15 @@ BAD_CERTIFY = {
         ["--from-counts", "--config.model.noise=input"],
         "were cast with model.noise 'latent', not 'input': leave that flag out",
     ),
-    "counts of another version": (
+    "counts without a digest": (
         [lambda w: edit_json(w / "certify/base/certificates.json", "digest", None)],
         "--from-counts",
-        "was written by another version",
+        "is damaged",
+    ),
+    "counts of an old version": (
+        [lambda w, f=field: edit_json(w / "certify/base/certificates.json", f, None) for field in ("digest", "format")],
+        "--from-counts",
+        "is unsealed: an old version wrote it",
     ),
     "margins from counts": (
         [],

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 Images = Float[Array, "images *image"]
 Classes = Int[Array, " images"]
 PerImage = Float[Array, " images"]
+_HALVINGS = 12  # of the way from an image to a point
 
 
 class Smoothed(NamedTuple):
@@ -66,24 +67,12 @@ def _like(numbers: PerImage, images: Images) -> jax.Array:
 
 
 def pgd(
-    target: Smoothed,
-    images: Images,
-    classes: Classes,
-    radius: PerImage,
-    key: jax.Array,
-    *,
-    steps: int,
-    samples: int,
+    target: Smoothed, images: Images, classes: Classes, radius: PerImage, key: jax.Array, *, steps: int, samples: int
 ) -> Images:
     """Projected gradient descent on the smoothed classifier (Salman et al. 2019), from a random start.
 
-    Args:
-      classes: those that the attack tries to leave.
-      radius: of the ℓ2 balls.
-      steps, samples: gradient steps, and noise vectors per step.
-
-    Returns:
-      images of ``‖x′ − x‖ ≤ radius``, up to float32 rounding.
+    Tries to leave the `classes` in gradient steps with so many noise `samples` each. Returns images of
+    ``‖x′ − x‖ ≤ radius``, up to float32 rounding.
     """
     radius, (start_key, key) = _like(radius, images), jax.random.split(key)
     gradient = jax.grad(lambda x, step_key: target.log_probability(x, classes, step_key, samples).sum())
@@ -98,15 +87,7 @@ def pgd(
 
 
 def shorten(
-    target: Smoothed,
-    images: Images,
-    points: Images,
-    classes: Classes,
-    key: jax.Array,
-    *,
-    samples: int,
-    rounds: int = 1,
-    halvings: int = 12,
+    target: Smoothed, images: Images, points: Images, classes: Classes, key: jax.Array, *, samples: int, rounds: int = 1
 ) -> Images:
     """Bisects between each point and its image for the nearest point where the class still loses.
 
@@ -122,7 +103,7 @@ def shorten(
         return jnp.where(wins > 0, middle, inside), jnp.where(wins > 0, outside, middle)
 
     bounds = jnp.zeros(len(images)), jnp.ones(len(images))
-    return images + _like(jax.lax.fori_loop(0, halvings, halve, bounds)[1], images) * direction
+    return images + _like(jax.lax.fori_loop(0, _HALVINGS, halve, bounds)[1], images) * direction
 
 
 def decision(
@@ -139,22 +120,14 @@ def decision(
     """A decision-based attack: predictions, no gradients (HopSkipJump; Chen, Jordan and Wainwright 2020).
 
     Starts at points where the class loses, such as images of other classes, and goes to the boundary on the way to the
-    image. Each iteration estimates the normal of the boundary from predictions at random neighbours, takes a step along
-    it, and returns to the boundary.
+    image. Each iteration estimates the normal of the boundary from predictions at random neighbours (`directions`),
+    takes a step along it, and returns to the boundary. Where the class wins at its start, nothing will be found.
 
-    Args:
-      starts: where the class should lose; where it wins, nothing will be found.
-      iterations, directions, samples: steps along the boundary, neighbours per step, samples per prediction.
-
-    Returns:
-      the nearest points found; the caller checks whether the class really loses there.
+    Returns the nearest points found; the caller checks whether the class really loses there.
     """
 
     def loses(points: jax.Array, share_key: jax.Array) -> jax.Array:
         return target.share(points, classes, share_key, samples) <= 0
-
-    def to_boundary(points: jax.Array, bisect_key: jax.Array) -> jax.Array:
-        return shorten(target, images, points, classes, bisect_key, samples=samples)
 
     def step(i: jax.Array, points: jax.Array) -> jax.Array:
         normal_key, share_key, walk_key, bisect_key = jax.random.split(jax.random.fold_in(key, i), 4)
@@ -178,9 +151,8 @@ def decision(
             return taken | found, jnp.where(_like(found & ~taken, images), further, reached)
 
         _, walked = jax.lax.fori_loop(0, 6, walk, (jnp.zeros(len(images), bool), points))
-        back = to_boundary(walked, bisect_key)
-        nearer = _norm(back - images) < distance
-        return jnp.where(nearer, back, points)
+        back = shorten(target, images, walked, classes, bisect_key, samples=samples)
+        return jnp.where(_norm(back - images) < distance, back, points)
 
-    first = to_boundary(starts, jax.random.fold_in(key, iterations))
+    first = shorten(target, images, starts, classes, jax.random.fold_in(key, iterations), samples=samples)
     return jax.lax.fori_loop(0, iterations, step, first)

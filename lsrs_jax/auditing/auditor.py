@@ -1,5 +1,6 @@
 """All attacks on a batch of certified images, and the predictions that judge them."""
 
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -22,15 +23,16 @@ _LADDER = (1.0, 2.0, 4.0)  # radii of PGD beyond the certified one, in σ/L
 _DIRECTIONS = 24  # neighbours at which a decision-based step predicts
 
 
+_Images = Float[np.ndarray, "images *image"]
+_Classes = Int[np.ndarray, " images"]
+_PerImage = Float[np.ndarray, " images"]
+
+
 class _Batch:
     """A batch of images under attack, and what was found so far."""
 
     def __init__(
-        self,
-        predict: Callable[[np.ndarray], np.ndarray],
-        images: Float[np.ndarray, "images *image"],
-        certified: Int[np.ndarray, " images"],
-        radius: Float[np.ndarray, " images"],
+        self, predict: Callable[[_Images], _Classes], images: _Images, certified: _Classes, radius: _PerImage
     ) -> None:
         count, unperturbed = len(images), predict(images)
         self.images, self.radius, self._predict, self._certified = images, radius, predict, certified
@@ -40,11 +42,11 @@ class _Batch:
         self.found = Found(unperturbed, pairs, flips, undecided, np.full(count, np.inf), none)
         self.judge("none", images, unperturbed)
 
-    def norms(self, points: np.ndarray) -> Float[np.ndarray, " images"]:
+    def norms(self, points: _Images) -> _PerImage:
         """ℓ2 distances from the images."""
         return np.linalg.norm((points - self.images).reshape(len(points), -1), axis=1)
 
-    def judge(self, name: str, points: np.ndarray, predicted: np.ndarray | None = None) -> None:
+    def judge(self, name: str, points: _Images, predicted: _Classes | None = None) -> None:
         """Predicts at points that an attack found, and counts flips."""
         distance, found = self.norms(points), self.found
         predicted = self._predict(points) if predicted is None else predicted
@@ -56,21 +58,17 @@ class _Batch:
         nearer = flipped & (distance < found.distance)
         found.distance[nearer], found.attack[nearer] = distance[nearer], name
 
-    def scaled(self, points: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    def scaled(self, points: _Images, lengths: _PerImage) -> _Images:
         """Points in the same directions from the images, at these distances; never farther."""
         scale = lengths / np.maximum(self.norms(points), 1e-300) * (1 - 1e-9)
         return self.images + scale.reshape(-1, *[1] * (self.images.ndim - 1)) * (points - self.images)
 
 
 class Auditor:
-    """Attacks on one classifier, compiled once for a batch of images.
+    """Attacks on one classifier (from `models.Model.for_certification`), compiled once for a batch of images.
 
-    Args:
-      encoder, head: from `models.Model.for_certification`.
-      sampler: that of the certification; its predictions judge the attacks.
-      lipschitz: constant of the encoder, as the certificates claim it.
-      alpha: level of `predict`.
-      seed: of the certification; attacks draw noise of their own under it.
+    `sampler` is that of the certification: its predictions at level `alpha` judge the attacks. `lipschitz` is the
+    constant that the certificates claim. Attacks draw noise of their own under the `seed` of the certification.
     """
 
     def __init__(
@@ -85,15 +83,13 @@ class Auditor:
         seed: int,
     ) -> None:
         self._settings, self._sampler, self._alpha = settings, sampler, alpha
-        self._unit = sampler.arithmetic.sigma / lipschitz
-        self._batch = sampler.tile[0]
+        self._unit, self._batch = sampler.arithmetic.sigma / lipschitz, sampler.tile[0]
         self._encode = Float64Encoder(encoder, self._batch)
         self._key, self._predict_key = domain_key(seed, "audit"), root_key(seed)
         params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), encoder.params)
         target = attacks.Smoothed(lambda x: encoder.apply(params, x), head, sampler.arithmetic.sigma)
         steps, samples = settings.steps, settings.samples
 
-        @jax.jit
         def descend(images: jax.Array, classes: jax.Array, radius: jax.Array, key: jax.Array) -> jax.Array:
             """The best of several restarts, by predictions."""
 
@@ -105,39 +101,23 @@ class Auditor:
             points, shares = jax.lax.map(attempt, jnp.arange(settings.restarts))
             return points[jnp.argmin(shares, axis=0), jnp.arange(len(images))]
 
-        @jax.jit
-        def shorten(images: jax.Array, points: jax.Array, classes: jax.Array, key: jax.Array) -> jax.Array:
-            return attacks.shorten(target, images, points, classes, key, samples=samples, rounds=16)
-
-        @jax.jit
-        def decide(images: jax.Array, classes: jax.Array, starts: jax.Array, key: jax.Array) -> jax.Array:
-            size = {"iterations": steps, "directions": _DIRECTIONS, "samples": samples}
-            return attacks.decision(target, images, classes, starts, key, **size)
-
-        self._descend, self._shorten, self._decide = descend, shorten, decide
+        self._descend = jax.jit(descend)
+        self._shorten = jax.jit(functools.partial(attacks.shorten, target, samples=samples, rounds=16))
+        sizes = {"iterations": steps, "directions": _DIRECTIONS, "samples": samples}
+        self._decide = jax.jit(functools.partial(attacks.decision, target, **sizes))
 
     def _predict(self, images: np.ndarray) -> np.ndarray:
-        latents = self._encode(images)
-        return predict_classes(self._sampler, self._predict_key, latents, self._settings.votes, self._alpha)
+        votes = self._settings.votes
+        return predict_classes(self._sampler, self._predict_key, self._encode(images), votes, self._alpha)
 
     def _fill(self, values: np.ndarray) -> np.ndarray:
         """Fills a whole batch with repetitions of the last image."""
         return np.pad(values, ((0, self._batch - len(values)), *[(0, 0)] * (values.ndim - 1)), mode="edge")
 
-    def __call__(
-        self,
-        images: Float[np.ndarray, "images height width channels"],
-        certified: Int[np.ndarray, " images"],
-        radius: Float[np.ndarray, " images"],
-        number: int,
-    ) -> Found:
-        """Attacks up to a batch of images.
+    def __call__(self, images: _Images, certified: _Classes, radius: _PerImage, number: int) -> Found:
+        """Attacks up to a batch of float64 images and their certificates: class (−1 without one) and ℓ2 radius.
 
-        Args:
-          images: float64.
-          certified: class of each certificate, −1 without one.
-          radius: ℓ2 radius of each certificate.
-          number: of the batch; its noise follows from it.
+        The noise follows from the `number` of the batch.
         """
         count, batch_key = len(images), jax.random.fold_in(self._key, number)
         keys = (jax.random.fold_in(batch_key, use) for use in itertools.count())

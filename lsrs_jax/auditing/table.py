@@ -19,35 +19,14 @@ _WHOLE = ("idx", "label", "predict", "unperturbed", "pairs", "flips", "undecided
 
 
 class Settings(NamedTuple):
-    """How hard the attacks try; part of the identity of an audit. `votes` are the samples of a prediction."""
+    """How hard the attacks try; part of the identity of an audit."""
 
     images: int
     fractions: tuple[float, ...]
     restarts: int
     steps: int
     samples: int
-    votes: int
-
-
-class Found(NamedTuple):
-    """What attacks found on a batch of images; arrays ``(B,)``.
-
-    Attributes:
-      unperturbed: class that `predict` gives the image itself, or −1.
-      pairs: points inside the certified radius that were tried.
-      flips: those among them where `predict` returned another class than the certificate.
-      undecided: those where it abstained: neither a flip nor the class of the certificate.
-      distance: ℓ2 norm of the nearest flip of all, inf without one; away from the certified class where there is a
-        certificate, else from `unperturbed`.
-      attack: the name of the attack that found it.
-    """
-
-    unperturbed: np.ndarray
-    pairs: np.ndarray
-    flips: np.ndarray
-    undecided: np.ndarray
-    distance: np.ndarray
-    attack: np.ndarray
+    votes: int  # samples of a prediction
 
 
 class Attacked(NamedTuple):
@@ -59,19 +38,26 @@ class Attacked(NamedTuple):
     radius: np.ndarray
 
 
-class Audit(NamedTuple):
-    """An audit.tsv; arrays over images.
+class Found(NamedTuple):
+    """What attacks found on a batch of images; arrays over images. After `Attacked`, the columns of an audit.tsv."""
 
-    Attributes:
-      idx, predict, radius: of the certificates.
-      correct: whether the image is right without an attack: by its certificate, or where there is none by `predict`.
-      pairs, flips, undecided, distance: as in `auditor.Found`.
-    """
+    unperturbed: np.ndarray  # class that `predict` gives the image itself, or −1
+    pairs: np.ndarray  # points inside the certified radius that were tried
+    flips: np.ndarray  # those among them where `predict` returned another class than the certificate
+    undecided: np.ndarray  # those where it abstained: neither a flip nor the class of the certificate
+    # ℓ2 norm of the nearest flip of all, inf without one; away from the certified class where there is a certificate,
+    # else from `unperturbed`.
+    distance: np.ndarray
+    attack: np.ndarray  # the name of the attack that found the nearest flip
+
+
+class Audit(NamedTuple):
+    """An audit.tsv; arrays over images, as in `Attacked` and `Found`."""
 
     idx: np.ndarray
     predict: np.ndarray
     radius: np.ndarray
-    correct: np.ndarray
+    correct: np.ndarray  # whether the image is right without an attack: by its certificate, else by `unperturbed`
     pairs: np.ndarray
     flips: np.ndarray
     undecided: np.ndarray
@@ -118,28 +104,21 @@ def _facts(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} has no {facts.name} beside it; restore it, or move the audit away")
     stored = read_sealed(facts, _check_facts, f"move it and {path.name} away to audit again")
     if stored["audit"] not in (None, digest_of(path)):
-        raise UserError(
-            f"{path} has changed: its digest is not the one in {facts.name}; restore it, or move both away to audit "
-            "again"
-        )
+        remedy = "restore it, or move both away to audit again"
+        raise UserError(f"{path} has changed: its digest is not the one in {facts.name}; {remedy}")
     return stored
 
 
 def _check_facts(stored: dict[str, Any]) -> None:
     if stored["digest"] is None:
         raise ValueError("it names no digest of its own")
-    if not isinstance(stored["certificates"], str) or not isinstance(stored["settings"], dict):
-        raise TypeError("certificates or settings are missing")
-    if not isinstance(stored["audit"], str | None):
-        raise TypeError("audit is no digest")
+    for name, kind in (("certificates", str), ("settings", dict), ("audit", str | None)):
+        if not isinstance(stored[name], kind):
+            raise TypeError(f"{name} is missing")
 
 
 def read_finished(path: Path) -> tuple[str, Audit] | None:
-    """``(digest of the table that was attacked, `Audit`)`` of a finished audit, else None.
-
-    Raises:
-      UserError: for one that has changed since, or cannot be read.
-    """
+    """``(digest of the attacked table, `Audit`)`` of a finished audit, else None; UserError where it has changed."""
     facts = _facts(path)
     return (facts["certificates"], read_audit(path)) if facts["audit"] else None
 
@@ -147,13 +126,8 @@ def read_finished(path: Path) -> tuple[str, Audit] | None:
 class Journal:
     """The audit of one folder of certificates, row by row; what an earlier session has written stays.
 
-    Args:
-      folder: of the certificates.
-      settings: those of another audit are refused.
-      certificates: digest of the table that is attacked.
-
-    Attributes:
-      done: indices of the images that are in it.
+    Settings of another audit, or another digest of the attacked table (`certificates`), are refused. `done` are the
+    indices of the images that are in it.
     """
 
     def __init__(self, folder: Path, settings: Settings, certificates: str) -> None:
@@ -164,21 +138,18 @@ class Journal:
     def _resume(self) -> set[int]:
         """Images that an earlier session of the same audit has done; begins a new audit where there is none."""
         path = self.path
-        if path.exists() and (path.with_suffix(".json").exists() or path.read_bytes().count(b"\n") > 1):
-            stored = _facts(path)
-            identity = {name: stored[name] for name in self._identity}
-            difference = first_difference(identity, self._identity)
-            if difference:
-                raise UserError(
-                    f"{path} is the audit of other certificates or settings ({difference[0]} was {difference[1]!r} and "
-                    f"is now {difference[2]!r}); move it away, or give the old settings to resume"
-                )
-            lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-            write_atomic(path, "\n".join(lines[:-1]) + "\n")  # without what a kill may have left of a line
-            return set(read_audit(path).idx.tolist()) if len(lines) > 2 else set()
-        self._seal(None)
-        write_atomic(path, "\t".join(AUDIT_COLUMNS) + "\n")
-        return set()
+        if not path.exists() or not (path.with_suffix(".json").exists() or path.read_bytes().count(b"\n") > 1):
+            self._seal(None)
+            write_atomic(path, "\t".join(AUDIT_COLUMNS) + "\n")
+            return set()
+        stored = _facts(path)
+        if difference := first_difference({name: stored[name] for name in self._identity}, self._identity):
+            name, old, new = difference
+            what = f"other certificates or settings ({name} was {old!r} and is now {new!r})"
+            raise UserError(f"{path} is the audit of {what}; move it away, or give the old settings to resume")
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        write_atomic(path, "\n".join(lines[:-1]) + "\n")  # without what a kill may have left of a line
+        return set(read_audit(path).idx.tolist()) if len(lines) > 2 else set()
 
     def _seal(self, audit: str | None) -> None:
         write_sealed(self.path.with_suffix(".json"), self._identity | {"audit": audit})
@@ -189,20 +160,8 @@ class Journal:
 
     def append(self, rows: Attacked, found: Found) -> None:
         """Writes what attacks found on some rows, but for images that are in the audit already."""
-        columns = (
-            rows.idx,
-            rows.label,
-            rows.predict,
-            [repr(float(radius)) for radius in rows.radius],
-            found.unperturbed,
-            found.pairs,
-            found.flips,
-            found.undecided,
-            [repr(float(distance)) for distance in found.distance],
-            found.attack,
-        )
-        new = [values for values in zip(*columns, strict=True) if int(values[0]) not in self.done]
-        text = "".join("\t".join(map(str, values)) + "\n" for values in new)
+        new = [row for row in zip(*rows, *found, strict=True) if int(row[0]) not in self.done]
+        cells = [[repr(float(cell)) if isinstance(cell, float) else str(cell) for cell in row] for row in new]
         with deferred():
-            append(self.path, text)
+            append(self.path, "".join("\t".join(row) + "\n" for row in cells))
             self.done |= set(rows.idx.tolist())

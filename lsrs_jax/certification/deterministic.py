@@ -42,11 +42,10 @@ def run(target: Target) -> None:
     text = format_columns(columns | {"lipschitz": lipschitz, "slack": slack})
     store.write(target.folder, target.config, identity, encoder.report, [*record, session], {"bound": "margin"}, text)
     correct = predict == labels
+    certified, acr = np.mean(correct & (radius >= 36 / 255)), np.where(correct, radius, 0).mean()
     print(
-        f"{len(indices):,} images: clean accuracy {correct.mean():.3f}, certified at 36/255 "
-        f"{np.mean(correct & (radius >= 36 / 255)):.3f}, average certified radius "
-        f"{np.where(correct, radius, 0).mean():.4f}, {duration(seconds)} per image\n"
-        f"{target.folder / 'certificates.tsv'}"
+        f"{len(indices):,} images: clean accuracy {correct.mean():.3f}, certified at 36/255 {certified:.3f}, average "
+        f"certified radius {acr:.4f}, {duration(seconds)} per image\n{target.folder / 'certificates.tsv'}"
     )
 
 
@@ -58,8 +57,6 @@ def _past_sessions(target: Target, identity: Identity) -> list[dict]:
         raise UserError(f"{target.folder} holds another certification; {OTHER_NAME}")
     left_out = set(read_table(table).idx) - set(target.indices) if table.exists() else ()
     if left_out:
-        raise UserError(
-            f"{table} holds {len(left_out):,} images outside certify.start, stop and step; choose a selection that "
-            f"includes them, or {OTHER_NAME}"
-        )
+        outside = f"{len(left_out):,} images outside certify.start, stop and step"
+        raise UserError(f"{table} holds {outside}; choose a selection that includes them, or {OTHER_NAME}")
     return record

@@ -44,8 +44,7 @@ def encode_batches(
 class Pipeline:
     """Encoder and sampler of a target (from ``target.model.for_certification``), tried out on this platform.
 
-    Raises:
-      UserError: for a head of other classes than the data, or a platform whose errors exceed the error budget.
+    Raises UserError for a head of other classes than the data, or a platform whose errors exceed the error budget.
     """
 
     def __init__(self, target: Target, encoder: Materialized, head: Head) -> None:
@@ -60,11 +59,8 @@ class Pipeline:
     def encoded(self, indices: list[int], known_slack: Mapping[int, float]) -> Iterator[Images]:
         """Encodes images, as many at a time as memory should hold.
 
-        Args:
-          known_slack: idx → the slack that the rows of an image have already.
-
-        Raises:
-          UserError: naming an image whose known slack is smaller than that of its latent.
+        `known_slack` maps idx to the slack that the rows of an image have already. Raises UserError naming an image
+        where it is smaller than that of its latent.
         """
         batch = self.target.config.certify.tile[0]
         size = max(batch, _LATENT_BYTES // (4 * int(np.prod(self.sampler.latent_shape))))

@@ -57,18 +57,14 @@ class Identity:
 
     def difference(self, new: "Identity", ignore: tuple[str, ...] = ()) -> tuple[str, Any, Any] | None:
         """The field that says most about how another run differs, with both values; None where nothing differs."""
+        if self.certificate != new.certificate:  # everything else follows from it
+            return "certificate", self.certificate, new.certificate
         old, now = self.to_dict(), new.to_dict()
-        # The kind of certificate first, for everything else follows from it.
-        return (
-            first_difference({"certificate": self.certificate}, {"certificate": new.certificate})
-            or first_difference(old, now, (*_FOLLOWING, *ignore))
-            or first_difference(old, now, ignore)
-        )
+        return first_difference(old, now, (*_FOLLOWING, *ignore)) or first_difference(old, now, ignore)
 
     def how_it_differs(self, new: "Identity") -> str | None:
         """In one clause, how another run differs from this one; None where they agree."""
-        found = self.difference(new)
-        if not found:
+        if not (found := self.difference(new)):
             return None
         name, was, now = found
         if name == "checkpoint.step":

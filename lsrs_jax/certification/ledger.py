@@ -9,6 +9,7 @@ for these blocks, ``crc`` the CRC-32 of the row before it. Each process of a run
 
 import contextlib
 import hashlib
+import re
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,6 +28,7 @@ from lsrs_jax.smoothing.counts import Counts, Row
 from lsrs_jax.smoothing.schedule import Schedule
 
 _HEADER = "\t".join(LEDGER_COLUMNS) + "\n"
+_NAME = re.compile(r"votes\.(0|[1-9][0-9]{0,17})\.tsv")
 _SECONDS_PER_WRITE = 1.0  # how much work a kill may lose
 
 
@@ -44,8 +46,8 @@ def name(process: int | str) -> str:
 
 def files(folder: Path) -> list[Path]:
     """The ledgers in a folder, in the order of their processes."""
-    numbers = filter(_is_natural, (path.name.split(".")[1] for path in folder.glob(name("*"))))
-    return [folder / name(number) for number in sorted(int(text) for text in numbers if text == str(int(text)))]
+    named = filter(None, (_NAME.fullmatch(path.name) for path in folder.glob(name("*"))))
+    return [folder / found[0] for found in sorted(named, key=lambda found: int(found[1]))]
 
 
 def has_rows(folder: Path) -> bool:
@@ -118,14 +120,11 @@ def _parse(line: str, counts: Counts) -> Row:
 class Ledger(Counts):
     """The ledgers of a folder, of which one is this process's to write, locked against a second process.
 
-    Args:
-      path: the own file; made if missing.
-      process: of those that write into the folder. All wait until each of them has locked its file, and only then read
-        the others. The first one also locks ledgers that a run of more processes left.
+    The file at `path` is made if missing. The processes of a run wait until each has locked its file, and only then
+    read the others; the first one also locks ledgers that a run of more processes left.
 
-    Raises:
-      UserError: for a malformed row, blocks counted twice or left out, or counts that do not add up. A half-written
-        last line (a kill during a write) is cut off instead; its blocks are sampled again.
+    Raises UserError for a malformed row, blocks counted twice or left out, or counts that do not add up. A half-written
+    last line (a kill during a write) is cut off instead; its blocks are sampled again.
 
     **Guarantee**: that of `counts.Counts`, for rows that are read as for rows that are written. Rows reach the disk a
     second after they were appended at the latest (with the next append after it), and when the ledger is closed.
@@ -215,11 +214,7 @@ def _crc(content: str) -> str:
     return f"{zlib.crc32(content.encode()):08x}"
 
 
-def _is_natural(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) <= 18
-
-
 def _natural(text: str) -> int:
-    if not _is_natural(text):
+    if not (text.isascii() and text.isdigit() and len(text) <= 18):
         raise ValueError(f"{text!r} is not a natural number")
     return int(text)

@@ -32,8 +32,7 @@ def certified_margin(
       lipschitz: constant of whatever precedes the last layer.
       slack: ℓ2 distance in the latent that is subtracted for rounding, per image or one number.
 
-    Raises:
-      UserError: for shapes that do not fit, numbers beyond 1e300 or not finite, or two classes of equal weights.
+    Raises UserError for shapes that do not fit, numbers beyond 1e300 or not finite, or two classes of equal weights.
 
     **Guarantee**: if the encoder is ``lipschitz``-Lipschitz in ℓ2 and `slack` covers the rounding of the logits, the
     classifier returns ``predict`` everywhere within ``radius`` of the input. Radii are rounded down.

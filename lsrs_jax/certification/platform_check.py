@@ -23,10 +23,8 @@ _REMEDY = "certify on the CPU (JAX_PLATFORMS=cpu), or without the flags that cha
 def check_encoder(materialized: Materialized, encode: Callable[[np.ndarray], np.ndarray]) -> float:
     """Compares `encode`, which will encode the images to be certified, with its program evaluated by NumPy in float64.
 
-    Returns the largest share of the error budget that was seen. `materialized` has the arrays that were proven.
-
-    Raises:
-      UserError: where they differ by more than the two of them may, by `LipschitzReport.rounding`.
+    Returns the largest share of the error budget that was seen. `materialized` has the arrays that were proven. Raises
+    UserError where they differ by more than the two of them may, by `LipschitzReport.rounding`.
 
     **Guarantee**: on the images tried (one random, one of large pixels) the rounding is within the error budget. A
     platform whose products run in reduced precision (TF32, bfloat16) exceeds it by orders of magnitude on any image.

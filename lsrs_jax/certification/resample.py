@@ -41,15 +41,11 @@ class _Difference(NamedTuple):
 def run(target: Target, stored: Stored, count: int) -> None:
     """Re-samples some images of a table and compares; changes nothing. Prints what was seen.
 
-    The images are chosen at random in every call, so that whoever wrote the ledger could not know them.
+    The images are chosen at random in every call, so that whoever wrote the ledger could not know them; `count` or all
+    of the table. The `target` is from `target.target_of_certificates`, and the files of its folder were verified.
 
-    Args:
-      target: from `target.target_of_certificates`; the files of its folder were verified.
-      count: of images; all of the table where it has no more.
-
-    Raises:
-      UserError: naming an image whose slack is smaller than that of its latent, or the samples that are not those of
-        the network.
+    Raises UserError naming an image whose slack is smaller than that of its latent, or the samples that are not those
+    of the network.
 
     **Guarantee**: the counts of the chosen images are those of the checkpoint on the image, under the noise of σ and
     seed, but for what the head's rounding on another machine may change: no more than `allowance` for an image and a
@@ -156,11 +152,11 @@ def _together(differences: Collection[_Difference]) -> tuple[int, float]:
 
 
 def _print_differences(certification: Certification, recorded: Counts, again: Counts, moved: int) -> None:
-    images = [again.images[idx] for idx in sorted(again.images)]
-    print(f"cast again: {sum(i.total for i in images):,} votes of {len(images):,} images; {moved:,} differ")
+    total = sum(image.total for image in again.images.values())
+    print(f"cast again: {total:,} votes of {len(again.images):,} images; {moved:,} differ")
     if moved:
-        kept = [recorded.images[image.idx] for image in images]
-        old, new = (certification.derivation.certificates(certification.schedule, each) for each in (kept, images))
+        pairs = ([counts.images[idx] for idx in sorted(again.images)] for counts in (recorded, again))
+        old, new = (certification.derivation.certificates(certification.schedule, images) for images in pairs)
         print(
             "by rounding, as it may on another machine; with the votes cast now "
             f"{(old.predict != new.predict).sum():,} predictions are others, and radii {new.radius.mean():.6f} in the "

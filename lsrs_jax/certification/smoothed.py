@@ -36,14 +36,8 @@ _SECONDS_PER_DERIVATION = 60.0
 class Certification:
     """One folder: its identity, its ledgers, and the certificates derived from them.
 
-    Args:
-      identity: of the run; a resumption that differs in any of it is refused.
-      lipschitz: the proof of the Lipschitz constant.
-      process: the first one writes the certificates, each one its own ledger.
-
-    Attributes:
-      record: one entry per session.
-      decided_images: indices of the images that are known to be decided.
+    A resumption whose identity differs in anything is refused. Each process writes its own ledger, the first one also
+    the certificates. `record` has one entry per session, `decided_images` the indices of those known to be decided.
     """
 
     def __init__(
@@ -59,8 +53,8 @@ class Certification:
 
     def open_ledger(self) -> ledger.Ledger:
         """The open ledger of this process; its file is made if missing."""
-        path = self.folder / ledger.name(self.process.index)
-        return ledger.Ledger(path, self.schedule, self.num_classes, self.process)
+        own = self.folder / ledger.name(self.process.index)
+        return ledger.Ledger(own, self.schedule, self.num_classes, self.process)
 
     def decided(self, images: list[ImageCounts]) -> np.ndarray:
         """Whether images that are at a look are decided; remembers those that are."""
@@ -125,10 +119,8 @@ def run(target: Target, process: Process, workdir: Workdir, tick: Callable[[], N
     """Draws the samples that are missing in the ledgers, derives the certificates and prints a summary.
 
     Every process of the run calls this with the same target. Each takes its share of the undecided images, on its own
-    devices: the noise of an image does not depend on the process that draws it.
-
-    Args:
-      tick: called with every line of progress.
+    devices: the noise of an image does not depend on the process that draws it. `tick` is called with every line of
+    progress.
     """
     config = target.config
     with process.together("the preparation of the samples"):  # what sampling needs is tried out before any is drawn
@@ -233,8 +225,7 @@ def _sample(
 def from_counts(folder: Path, config: Config) -> None:
     """Derives certificates anew from the ledgers in a folder: no model, no data, no forward pass.
 
-    Raises:
-      UserError: where the ledgers cannot support what the configuration asks for.
+    Raises UserError where the ledgers cannot support what the configuration asks for.
     """
     certify, stored = config.certify, store.read_folder(folder, "to derive from")
     held = stored.identity.certificate
@@ -248,9 +239,8 @@ def from_counts(folder: Path, config: Config) -> None:
         chosen = [idx for idx in counts.images if counts.at_a_look(idx)]
         indices = range(certify.start, certify.stop or max(chosen, default=0) + 1, certify.step)
         if not any(idx in indices for idx in chosen):
-            raise UserError(
-                f"no image of this selection in {folder} has all its samples; run certify without --from-counts first"
-            )
+            remedy = "run certify without --from-counts first"
+            raise UserError(f"no image of this selection in {folder} has all its samples; {remedy}")
         found = certification.derive(counts, chosen)
     print(f"alpha {certify.alpha}, {certify.bound} bound, from the samples of {len(chosen):,} images")
     if left_out := len(counts.images) - len(chosen):
@@ -261,9 +251,8 @@ def from_counts(folder: Path, config: Config) -> None:
 def reopen(folder: Path, config: Config, stored: store.Stored) -> Certification:
     """The `Certification` of the ledgers in a folder, from its certificates.json.
 
-    Raises:
-      UserError: where the samples were drawn under another configuration, or where numbers from which radii follow
-        contradict each other.
+    Raises UserError where the samples were drawn under another configuration, or where numbers from which radii follow
+    contradict each other.
     """
     identity, certify = stored.identity, config.certify
     facts = identity.arithmetic or {}
@@ -280,10 +269,8 @@ def reopen(folder: Path, config: Config, stored: store.Stored) -> Certification:
             raise UserError(f"the votes in {folder} were cast with {name} {old!r}, not {new!r}: {remedy}")
     arithmetic = make_arithmetic(certify.arithmetic, config.sigma)
     if facts != arithmetic_facts(arithmetic, stored.lipschitz.output_shape):
-        raise UserError(
-            f"{folder / 'certificates.json'} is damaged (its arithmetic is not that of the configuration and the "
-            f"latent); restore it, or {OTHER_NAME}"
-        )
+        why = "its arithmetic is not that of the configuration and the latent"
+        raise UserError(f"{folder / 'certificates.json'} is damaged ({why}); restore it, or {OTHER_NAME}")
     certification = Certification(folder, config, identity, stored.lipschitz)
     certification.record = stored.record
     return certification
@@ -297,21 +284,18 @@ def _print_summary(
     wanted = np.array([image.idx in indices for image in images])
     correct = (certificates.predict == [image.label for image in images])[wanted]
     seconds = np.array([image.seconds for image in images])[wanted]
+    acr, abstained = np.where(correct, certificates.radius[wanted], 0).mean(), certificates.abstain[wanted].mean()
     print(
-        f"{wanted.sum():,} images: certified accuracy {correct.mean():.3f}, average certified radius "
-        f"{np.where(correct, certificates.radius[wanted], 0).mean():.4f}, abstained "
-        f"{certificates.abstain[wanted].mean():.3f}, {certificates.n[wanted].mean():,.0f} samples and "
-        f"{duration(seconds.mean())} per image\n"
-        f"{certification.folder / 'certificates.tsv'}"
+        f"{wanted.sum():,} images: certified accuracy {correct.mean():.3f}, average certified radius {acr:.4f}, "
+        f"abstained {abstained:.3f}, {certificates.n[wanted].mean():,.0f} samples and {duration(seconds.mean())} per "
+        f"image\n{certification.folder / 'certificates.tsv'}"
     )
     schedule, derivation = certification.schedule, certification.derivation
     slack = max(image.slack for image in images)
     largest = derivation.largest_radius(schedule, slack)
     if largest <= 0:
-        print(
-            f"note: with n={schedule.n} and alpha={derivation.alpha} nothing is certified even where all samples "
-            "agree; raise certify.n"
-        )
+        settings = f"n={schedule.n} and alpha={derivation.alpha}"
+        print(f"note: with {settings} nothing is certified even where all samples agree; raise certify.n")
     elif schedule.staged:
         fixed = derivation.largest_radius(make_schedule("fixed", schedule.n0, schedule.n, schedule.samples), slack)
         between = "; between the radii asked for, a radius says only which of them it reaches"

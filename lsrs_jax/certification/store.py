@@ -29,9 +29,9 @@ class Stored:
     """The content of a certificates.json."""
 
     identity: Identity
-    # What the table depends on besides; None before there is one: ``certificates`` (digest of the table), ``bound``, and
-    # where it was sampled ``alpha``, ``votes`` (size and digest of each ledger; None in old files, which do not say
-    # them) and the settings of the staged schedule.
+    # What the table depends on besides, None before there is one: its digest ``certificates``, ``bound``, and where it
+    # was sampled ``alpha``, ``votes`` (size and digest of each ledger; None in old files, which do not say them), and
+    # the settings of the staged schedule.
     derivation: dict[str, Any] | None
     lipschitz: LipschitzReport
     config: Config | None  # None in old files
@@ -67,10 +67,8 @@ def require_sealed(path: Path) -> Stored:
     """`read` of a file that names its own digest."""
     stored = read(path)
     if not stored.sealed:
-        raise UserError(
-            f"{path} is unsealed: an old version wrote it without a digest of its own, so nothing says whether it was "
-            f"changed. report reads it; to certify, {OTHER_NAME}"
-        )
+        why = "an old version wrote it without a digest of its own, so nothing says whether it was changed"
+        raise UserError(f"{path} is unsealed: {why}. report reads it; to certify, {OTHER_NAME}")
     return stored
 
 
@@ -85,11 +83,11 @@ def _parse(content: dict[str, Any]) -> Stored:
     wanted |= {"model": {"input_shape": list}}
     _check_types(content, {"identity": wanted, "lipschitz": dict, "record": list})
     identity = Identity.from_dict(content["identity"])
-    if identity.certificate not in CERTIFICATES or (config and config.certify.certificate != identity.certificate):
-        raise ValueError("identity and config are of different kinds")
-    classes = 2 if identity.classes is None and not sealed else identity.classes or 0
-    if not 2 <= classes <= _MOST_CLASSES:
+    classes = 2 if identity.classes is None and not sealed else identity.classes
+    if identity.certificate not in CERTIFICATES or type(classes) is not int or not 2 <= classes <= _MOST_CLASSES:
         raise ValueError("identity is that of no certificate")
+    if config and config.certify.certificate != identity.certificate:
+        raise ValueError("identity and config are of different kinds")
     if not all(type(size) is int and 1 <= size <= _MOST_CLASSES for size in identity.model["input_shape"]):
         raise ValueError("input_shape is that of no image")
     smoothed = identity.certificate == "smoothed"
@@ -114,7 +112,7 @@ def _parse_derivation(content: dict[str, Any], smoothed: bool, sealed: bool) -> 
     if not votes:
         raise ValueError("its certificates name no ledger")
     for name, digest in votes.items():
-        if not re.fullmatch(r"votes\.\d{1,9}\.tsv", name):
+        if not re.fullmatch(r"votes\.(0|[1-9][0-9]{0,8})\.tsv", name):
             raise ValueError(f"{name[:40]!r} is no ledger")
         _check_types(digest, {"bytes": int, "sha256": str}, f"derivation.votes.{name}.")
     return derivation | {"votes": votes}
@@ -140,9 +138,8 @@ def past_sessions(path: Path, identity: Identity) -> list[dict[str, Any]]:
     """The record of earlier sessions in a certificates.json; raises UserError for one of another identity."""
     stored = require_sealed(path)
     if difference := stored.identity.how_it_differs(identity):
-        raise UserError(
-            f"{path.parent} holds certificates of another run: {difference}; {OTHER_NAME}, or the old value to resume"
-        )
+        remedy = f"{OTHER_NAME}, or the old value to resume"
+        raise UserError(f"{path.parent} holds certificates of another run: {difference}; {remedy}")
     return list(stored.record)
 
 
@@ -169,11 +166,9 @@ def write(
     derivation: dict[str, Any] | None = None,
     table: str | None = None,
 ) -> None:
-    """Writes certificates.json and, where it changed, certificates.tsv.
+    """Writes certificates.json and, where it changed, certificates.tsv (`table` is its text).
 
-    Args:
-      derivation: what the table depends on besides the identity; None before there is one.
-      table: the text of certificates.tsv.
+    `derivation`, None before there is a table, is what the table depends on besides the identity.
     """
     content = {"identity": identity.to_dict(), "derivation": None, "lipschitz": lipschitz.to_dict()}
     content |= {"config": config_to_dict(config), "training": training_digest(folder), "record": record}

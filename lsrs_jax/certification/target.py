@@ -86,17 +86,15 @@ def target_of_certificates(folder: Path, stored: Stored, data_dir: str) -> Targe
     config.data.dir, config.certify.name = data_dir, folder.name
     step = identity.checkpoint["step"]
     if not (checkpoints(workdir) / str(step)).is_dir():
-        raise UserError(
-            f"the checkpoint of step {step}, which was certified, is not in {workdir}: restore it, or {OTHER_NAME}"
-        )
+        lost = f"the checkpoint of step {step}, which was certified,"
+        raise UserError(f"{lost} is not in {workdir}: restore it, or {OTHER_NAME}")
     target = load_target(workdir, config, step)
     if target.meta["digest"] != identity.checkpoint["digest"]:
         raise UserError(f"the checkpoint of step {step} in {workdir} has other weights than those that were certified")
     found = target.identity(identity.certificate)
     if found.data["digest"] != identity.data.get("digest"):
         raise UserError("images or labels of {name}, split {split}, are not those certified".format(**found.data))
-    names = [field.name for field in dataclasses.fields(found) if getattr(found, field.name) is not None]
-    claims = dataclasses.replace(found, **{name: getattr(identity, name) for name in names})
+    claims = dataclasses.replace(found, **{name: getattr(identity, name) for name in found.to_dict()})
     if difference := claims.difference(found, ("platform",)):
         name, claimed, own = difference
         raise UserError(f"{folder} contradicts itself: its {name} is {claimed!r}, that of its configuration {own!r}")

@@ -1,6 +1,5 @@
 """Compares the files of a certification with their digests, and derives its certificates anew from its ledgers."""
 
-import hashlib
 import math
 from pathlib import Path
 
@@ -12,8 +11,9 @@ from lsrs_jax.certification.table import format_table
 from lsrs_jax.certification.target import restore
 from lsrs_jax.config import config_to_dict, load_config, other_training
 from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.files import digest_of
 from lsrs_jax.runtime.workdir import checkpoints
-from lsrs_jax.smoothing.counts import Counts
+from lsrs_jax.smoothing.counts import Counts, ImageCounts
 
 _SAME = 1e-9  # relative: singular values of one encoder on two machines
 
@@ -22,16 +22,20 @@ def run(folder: Path) -> store.Stored:
     """Derives every certificate in a folder again and compares digests, that of an audit as well; changes nothing.
 
     Prints what holds, and returns the content of certificates.json. The configuration and the checkpoint of the workdir
-    are compared where they are still there.
-
-    Raises:
-      UserError: naming the first file, and in a table the first line and column, that differs.
+    are compared where they are still there. Raises UserError naming the first file, and in a table the first line and
+    column, that differs.
     """
     path, stored = folder / "certificates.json", store.read_folder(folder, "to verify")
     identity, derivation, config = stored.identity, stored.derivation, stored.settings
     if not derivation:
         raise UserError(f"{folder} holds votes but no certificates yet; run certify without --verify to finish")
-    text = _read(folder / "certificates.tsv")
+    table = folder / "certificates.tsv"
+    try:
+        text = table.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"{table} is missing; certify, or certify --from-counts, writes it anew") from error
+    except ValueError as error:
+        raise UserError(f"{table} has changed: it is not a text file any more") from error
     _check_training(folder, stored)
     counts, certify = None, config.certify
     if identity.certificate == "smoothed":
@@ -42,9 +46,9 @@ def run(folder: Path) -> store.Stored:
         _compare(text, certification, counts)
     elif derivation["bound"] != "margin" or ledger.files(folder):
         raise UserError(f"{path} contradicts itself: deterministic certificates have the bound margin, and no votes")
-    digest = hashlib.sha256(text.encode()).hexdigest()
+    digest = digest_of(table)
     if derivation["certificates"] != digest:
-        raise UserError(f"{folder / 'certificates.tsv'} has changed: its digest is not the one in {path.name}")
+        raise UserError(f"{table} has changed: its digest is not the one in {path.name}")
     weights = _check_checkpoint(folder.parents[1], stored)
     _report(folder, stored, counts, text.count("\n") - 1, weights + _check_audit(folder / "audit.tsv", digest))
     return stored
@@ -64,10 +68,8 @@ def _report(folder: Path, stored: store.Stored, counts: Counts | None, rows: int
             f"{certify.bound} bound, {certify.arithmetic} arithmetic, head in {certify.head_dtype}"
         )
     else:
-        print(
-            f"verified: the table of {rows:,} deterministic certificates in {folder} is unchanged. It was not computed "
-            f"again: for that, {OTHER_NAME} and compare"
-        )
+        table = f"the table of {rows:,} deterministic certificates in {folder}"
+        print(f"verified: {table} is unchanged. It was not computed again: for that, {OTHER_NAME} and compare")
     digest = str(data.get("digest"))[:12]
     print(f"of {data.get('name')!r}, split {data.get('split')!r}, digest {digest!r}{settings}")
     print(f"Lipschitz constant {stored.lipschitz.constant:.15g}, configuration and {verdict}")
@@ -78,21 +80,12 @@ def _report(folder: Path, stored: store.Stored, counts: Counts | None, rows: int
             print(f"note: certified with {name} {used}, trained with {kept}")
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing; certify, or certify --from-counts, writes it anew") from error
-    except ValueError as error:
-        raise UserError(f"{path} has changed: it is not a text file any more") from error
-
-
 def _check_training(folder: Path, stored: store.Stored) -> None:
     """Raises UserError unless the workdir's configuration is still that of the training that was certified."""
     path = folder.parents[1] / "config.json"
     if store.training_digest(folder) in (None, stored.training):
         return
-    certified, trained = config_to_dict(stored.settings), config_to_dict(load_config(path))
+    certified, trained = (config_to_dict(one) for one in (stored.settings, load_config(path)))
     trained["model"]["noise"] = certified["model"]["noise"]  # may be chosen when certifying
     old, new = ({name: values[name] for name in ("model", "train")} for values in (certified, trained))
     if difference := other_training(old, new):
@@ -120,20 +113,20 @@ def _check_ledgers(certification: Certification, digests: dict[str, dict]) -> Co
 def _compare(text: str, certification: Certification, counts: Counts) -> None:
     """Compares every line of the table with what the ledgers give."""
     path, lines = certification.folder / "certificates.tsv", text.split("\n")
-    chosen, seen = [], set()
+    derivable = {str(idx): image for idx, image in counts.images.items() if counts.at_a_look(idx)}
+    chosen: dict[str, ImageCounts] = {}
     for number, line in enumerate(lines[1:-1], start=2):
         idx = line.partition("\t")[0]
-        known = counts.images.get(int(idx)) if idx.isascii() and idx.isdigit() and len(idx) < 18 else None
-        if known is None or not counts.at_a_look(known.idx):
+        if idx not in derivable:
             raise UserError(f"{path} line {number}: the ledger has no certificate for an image {idx[:40]!r}")
-        if known.idx in seen:
-            raise UserError(f"{path} line {number}: image {known.idx} is there twice")
-        seen.add(known.idx)
-        chosen.append(known)
+        if idx in chosen:
+            raise UserError(f"{path} line {number}: image {idx} is there twice")
+        chosen[idx] = derivable[idx]
     if not chosen:
         raise UserError(f"{path} holds no certificates")
-    certificates = certification.derivation.certificates(certification.schedule, chosen)
-    expected = format_table(chosen, certificates, certification.lipschitz.constant).split("\n")
+    images = list(chosen.values())
+    certificates = certification.derivation.certificates(certification.schedule, images)
+    expected = format_table(images, certificates, certification.lipschitz.constant).split("\n")
     names = expected[0].split("\t")
     for number, (found, derived) in enumerate(zip(lines, expected, strict=True), start=1):
         if found == derived:

@@ -10,7 +10,7 @@ from lsrs_jax.runtime.errors import UserError
 
 def is_whole(value: object) -> bool:
     """Whether a value is one integer of Python or NumPy; a bool is not."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool | np.timedelta64)
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def real(value: Any) -> float:
