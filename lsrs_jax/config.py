@@ -1,6 +1,7 @@
 """The fields of a configuration: default, meaning and limit of each, and what a stored file without it means."""
 
 import difflib
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,18 +38,14 @@ class Limit(NamedTuple):
 class Field(NamedTuple):
     """One field of a configuration.
 
-    Attributes:
-      default: the value for new runs.
-      absent: the value that a stored file without the field means: what the program did before the field existed.
-        `REQUIRED` where every version has written the field, so that a file without it is damaged.
-      meaning: one sentence.
-      limit: None where the part of the program that reads the field checks it.
+    `absent` is the value that a stored file without the field means: what the program did before the field existed.
+    It is `REQUIRED` where every version has written the field, so that a file without it is damaged.
     """
 
-    default: Any
+    default: Any  # for new runs
     absent: Any
     meaning: str
-    limit: Limit | None = None
+    limit: Limit | None = None  # None where the part of the program that reads the field checks it
 
 
 REQUIRED = object()
@@ -191,17 +188,10 @@ def choose(config: Config, variant: str, variants: Mapping[str, Mapping[str, Any
     return config
 
 
-def value_of(config: Any, name: str) -> Any:
-    """The value of a field, dotted."""
-    for part in name.split("."):
-        config = config[part]
-    return config
-
-
 def check_config(config: Config) -> Config:
     """Raises UserError, naming the field, for a value outside its limit; returns the config."""
     for name, field in FIELDS.items():
-        value = value_of(config, name)
+        value = functools.reduce(lambda section, part: section[part], name.split("."), config)
         if field.limit and not field.limit.holds(value, config):
             words = field.limit.words.format(**config)
             raise UserError(f"config field {name} must be {words}, got {value!r}")

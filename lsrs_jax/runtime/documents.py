@@ -26,14 +26,11 @@ def read_json(path: Path) -> Any:
         raise ValueError("its content is nested too deeply") from error
     level = [content]
     for _ in range(_DEEPEST):
-        level = [inner for value in level for inner in _inside(value)]
+        level = [list(value.values()) if isinstance(value, dict) else value for value in level]
+        level = [inner for value in level if isinstance(value, list) for inner in value]
     if level:
         raise ValueError("its content is nested too deeply")
     return content
-
-
-def _inside(value: Any) -> Collection[Any]:
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def plain(content: Any) -> Any:

@@ -84,11 +84,8 @@ def started() -> Iterator[Process]:
     Processes are found by ``JAX_COORDINATOR_ADDRESS`` (host:port of process 0), ``JAX_NUM_PROCESSES`` and
     ``JAX_PROCESS_ID``; else by what ``srun`` or ``mpirun`` tell each of them; else, with ``JAX_DISTRIBUTED=auto`` or
     several names in ``TPU_WORKER_HOSTNAMES``, by what JAX finds (Cloud TPU pods). ``JAX_DISTRIBUTED=off`` keeps a
-    process alone. All processes but the first print errors only.
-
-    Raises:
-      UserError: where the environment contradicts itself, or JAX finds no device.
-      OthersLost: where they do not find each other.
+    process alone. All processes but the first print errors only. Raises UserError where the environment contradicts
+    itself or JAX finds no device, and OthersLost where the processes do not find each other.
     """
     arguments = _arguments(os.environ)
     if arguments is None:

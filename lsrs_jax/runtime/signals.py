@@ -16,17 +16,12 @@ _state: dict[str, Any] = {"depth": 0, "pending": None, "first": None}
 
 
 class Interrupted(BaseException):
-    """A signal asked the process to end.
-
-    Attributes:
-      code: exit code by convention, 128 + the number of the signal.
-      agreed: whether all processes of the run end at the same point.
-      left: what the process leaves behind, for the message.
-    """
+    """A signal asked the process to end; `agreed` where all processes of the run end at the same point."""
 
     def __init__(self, number: int, agreed: bool = False) -> None:
         super().__init__(signal.Signals(number).name)
-        self.code, self.agreed, self.left = 128 + number, agreed, "the same command resumes"
+        self.code, self.agreed = 128 + number, agreed  # the exit code by convention
+        self.left = "the same command resumes"  # what the process leaves behind, for the message
 
 
 def _exit_now(number: int, message: bytes) -> None:

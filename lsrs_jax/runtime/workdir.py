@@ -35,12 +35,7 @@ def _remote(url: str) -> epath.Path:
 
 
 class Workdir:
-    """A folder on a disk of this machine, or shared by all machines of a run.
-
-    Attributes:
-      path: the folder.
-      name: as the user knows it.
-    """
+    """A folder on a disk of this machine, or shared by all machines of a run; `name` is what the user calls it."""
 
     def __init__(self, path: Path | str) -> None:
         self.path, self.name = Path(path), str(path)
@@ -53,12 +48,7 @@ class Workdir:
 
 
 class Bucket(Workdir):
-    """A local copy of a folder in a bucket.
-
-    Args:
-      url: ``gs://bucket/folder``, or ``file:///folder``.
-      copy: an empty local folder.
-    """
+    """The local folder `copy`, empty at first, as a copy of ``gs://bucket/folder`` or ``file:///folder``."""
 
     def __init__(self, url: str, copy: str) -> None:
         super().__init__(copy)

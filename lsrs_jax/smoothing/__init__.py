@@ -15,15 +15,9 @@ if TYPE_CHECKING:
     from lsrs_jax.smoothing.sampler import Sampler
 
 __all__ = [
-    "Certificates",
-    "Sampler",
-    "SmoothedClassifier",
-    "certified_radius",
-    "certify",
-    "confidence",
-    "from_counts",
+    "Certificates", "Sampler", "SmoothedClassifier", "certified_radius", "certify", "confidence", "from_counts",
     "predict",
-]
+]  # fmt: skip
 
 _LAZY = {"certify": "api", "predict": "api", "SmoothedClassifier": "api", "Sampler": "sampler"}
 

@@ -13,22 +13,16 @@ from lsrs_jax.smoothing.schedule import Schedule
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Counts of one image in the sample blocks [first, stop) of a stream.
-
-    Attributes:
-      slack: ℓ2 distance in the latent that the certificate of the image loses to rounding.
-      counts: int64, over all classes.
-      seconds: time spent on this image in these blocks.
-    """
+    """Counts of one image in the sample blocks [first, stop) of a stream."""
 
     idx: int
     label: int
-    slack: float
+    slack: float  # ℓ2 distance in the latent that the certificate of the image loses to rounding
     stream: str
     first: int
     stop: int
-    counts: Int[np.ndarray, " classes"]
-    seconds: float
+    counts: Int[np.ndarray, " classes"]  # int64
+    seconds: float  # time spent on this image in these blocks
 
 
 class ImageCounts:

@@ -19,22 +19,13 @@ _FUTILITY = 0.01  # level of the optimistic limits; giving up early costs radius
 
 @dataclasses.dataclass(frozen=True)
 class Certificates:
-    """Arrays over images.
+    """Arrays over images. `samples` holds all counts behind them, where `SmoothedClassifier.certify` drew them."""
 
-    Attributes:
-      predict: int64, the class, or −1 on abstention.
-      radius: ℓ2, in units of the array that noise was added to, divided by the Lipschitz constant; 0 on abstention.
-      counts: estimation samples per class.
-      n: estimation samples per image.
-      p_a_lower, p_b_upper: the bounds behind the radius, τ included.
-      samples: all counts behind the certificates, where `SmoothedClassifier.certify` drew them; to go on from.
-    """
-
-    predict: Int[np.ndarray, " images"]
-    radius: Float[np.ndarray, " images"]
-    counts: Int[np.ndarray, "images classes"]
-    n: Int[np.ndarray, " images"]
-    p_a_lower: Float[np.ndarray, " images"]
+    predict: Int[np.ndarray, " images"]  # the class, or −1 on abstention
+    radius: Float[np.ndarray, " images"]  # ℓ2, in units of the noisy array over the Lipschitz constant; 0 on abstention
+    counts: Int[np.ndarray, "images classes"]  # estimation samples
+    n: Int[np.ndarray, " images"]  # estimation samples
+    p_a_lower: Float[np.ndarray, " images"]  # the bounds behind the radius, τ included
     p_b_upper: Float[np.ndarray, " images"]
     abstain: Bool[np.ndarray, " images"]
     samples: Counts | None = dataclasses.field(default=None, repr=False)
@@ -45,19 +36,14 @@ class Certificates:
 
 @dataclasses.dataclass(frozen=True)
 class Derivation:
-    """The settings that turn counts into certificates.
+    """The settings that turn counts into certificates; `sigma`, `lipschitz` and `tau` as in `certificates.from_counts`.
 
-    Attributes:
-      sigma, lipschitz, tau: as in `certificates.from_counts`.
-      alpha: failure probability per image, divided evenly over the looks of the schedule.
-      bound: ``"binary"`` or ``"multiclass"``.
-      radii: the radii to decide, in units of the certificate; whether the image is certified at all is decided as well.
-        None: the radius itself, to within `epsilon`.
-      epsilon: in units of σ/L; read where `radii` is None.
+    `radii` are those to decide, in units of the certificate; whether the image is certified at all is decided as well.
+    None: the radius itself is wanted, to within `epsilon` units of σ/L.
     """
 
     sigma: float
-    alpha: float
+    alpha: float  # per image, divided evenly over the looks of the schedule
     bound: str = "binary"
     lipschitz: float = 1.0
     tau: float = 0.0

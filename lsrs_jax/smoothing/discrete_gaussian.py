@@ -25,12 +25,10 @@ TAU = 2.0**-44
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """A grid spacing, and the alias table of |noise| for it.
+    """A grid spacing q, a power of two with σ/q in [2¹⁴, 2¹⁵), and the alias table of |noise| for it.
 
-    Attributes:
-      spacing: q, a power of two; σ/q lies in [2¹⁴, 2¹⁵).
-      table: uint32 ``(2, 2**COLUMN_BITS)``: the high bits of each column's threshold above its alias, and the low 32
-        bits of the threshold.
+    The table is uint32 ``(2, 2**COLUMN_BITS)``: the high bits of each column's threshold above its alias, and the low
+    32 bits of the threshold.
 
     **Guarantee**: with a uniform column c and a uniform threshold t, the magnitude (c where t is below the column's
     threshold, else its alias) under a uniform sign has the distribution of round(δ/q), δ ~ N(0, σ²), up to a total

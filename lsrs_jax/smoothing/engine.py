@@ -52,12 +52,9 @@ class BlockSampler(Protocol):
 
 
 class Status:
-    """What has been done and what is left at most, for a line of progress.
+    """What has been done and what is left at most, of `total` images, for a line of progress that `say` gets.
 
-    Args:
-      total: images of the whole run.
-      decided: images that an earlier session decided.
-      say: function of a line.
+    An earlier session has `decided` so many of them.
     """
 
     def __init__(self, schedule: Schedule, total: int, decided: int, say: Callable[[str], object]) -> None:

@@ -67,12 +67,8 @@ class Sampler:
       head: any function latents ``(B, *latent_shape)`` float32 → logits ``(B, K)`` whose rows are independent and
         deterministic.
       latent_shape: without the batch axis.
-      sigma: standard deviation of the noise.
-      arithmetic: ``"sound"`` (exact grid arithmetic) or ``"float32"``, see `arithmetic`.
-      noise: ``"shared"`` or ``"independent"``.
       tile: ``(images, samples)``, the constant batch of the compiled program.
-      spmd: ``"shard_map"`` or ``"pmap"``; both run the same per-device function.
-      devices: the local devices to use; all of them by default.
+      sigma, arithmetic, noise, spmd, devices: as in `api.SmoothedClassifier`.
 
     Attributes:
       num_classes: K.

@@ -21,11 +21,8 @@ def block_count(n: int, samples: int) -> int:
 class Schedule:
     """The samples of an image: `n0` for the selection, then estimation samples with interim looks.
 
-    Attributes:
-      n0: selection samples.
-      looks: growing numbers of estimation samples at which certificates may be derived; all but the last are multiples
-        of `samples`. One look is the fixed schedule.
-      samples: noise vectors per sample block.
+    Certificates may be derived at the looks, growing numbers of estimation samples. All but the last are multiples of
+    `samples`, the noise vectors per sample block. One look is the fixed schedule.
     """
 
     n0: int
