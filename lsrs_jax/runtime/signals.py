@@ -74,15 +74,19 @@ def reading() -> Iterator[None]:
 def handled() -> Iterator[None]:
     """Inside, SIGTERM and SIGINT raise `Interrupted` in the main thread, but not within `deferred` blocks.
 
-    After the block signals have their default effect. A signal that was dropped by a finalizer is raised at the end.
+    After the block signals have their default effect. A signal that a finalizer dropped is raised at the end, and Python
+    does not print it.
     """
     _state.update(pending=None, first=None)
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda dropped: None if isinstance(dropped.exc_value, Interrupted) else hook(dropped)
     for number in _NUMBERS:
         signal.signal(number, _handle)
     try:
         yield
         _raise_pending()
     finally:
+        sys.unraisablehook = hook
         for number in _NUMBERS:
             signal.signal(number, signal.SIG_DFL)
 
