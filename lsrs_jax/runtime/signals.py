@@ -74,8 +74,8 @@ def reading() -> Iterator[None]:
 def handled() -> Iterator[None]:
     """Inside, SIGTERM and SIGINT raise `Interrupted` in the main thread, but not within `deferred` blocks.
 
-    After the block signals have their default effect. A signal that a finalizer dropped is raised at the end, and Python
-    does not print it.
+    After the block signals have their default effect. Python does not print a signal that a finalizer dropped; it is
+    raised at the end.
     """
     _state.update(pending=None, first=None)
     hook = sys.unraisablehook
