@@ -7,8 +7,8 @@ Rosenfeld and Kolter 2019).
 
 Folders, each importing only those after it: the commands (`train`, `certify`, `audit`, `report`; `cli` runs them),
 `certification` (folders of certificates), `auditing` (attacks), `training`, `data`, `models` (encoder, head and both),
-`layers` (Flax layers; `layers.lipschitz` proves their constant), `orthogonal` (pure functions), `smoothing` (sampling
-and statistics for any JAX function), `runtime` (files, errors, processes).
+`layers` (Flax layers; `layers.lipschitz` proves their constant), `orthogonal` (pure functions), `config` (fields and
+their meaning), `smoothing` (sampling and statistics for any JAX function), `runtime` (files, errors, processes).
 """
 
 from lsrs_jax.runtime import moved

@@ -25,6 +25,12 @@ COMMANDS = {
     "audit": "attack the certificates of a workdir",
     "report": "compare certified classifiers: a table and a curve",
 }
+_USAGE = "\n".join(
+    [
+        "usage: lsrs COMMAND ...; lsrs COMMAND --help says more",
+        *(f"  {name:<9}{what}" for name, what in COMMANDS.items()),
+    ]
+)
 
 # Of errors of the operating system.
 _REMEDIES = {
@@ -45,26 +51,20 @@ def main(name: str | None = None) -> None:
     signals.starting()
     try:
         if name is None:
-            name = _chosen(sys.argv[1:])
-            del sys.argv[1]
-        execute(importlib.import_module(f"lsrs_jax.{name}").run)
+            name = next(iter(sys.argv[1:]), "--help")
+            del sys.argv[1:2]
+        if name in COMMANDS:
+            execute(importlib.import_module(f"lsrs_jax.{name}").run)
+        elif name in ("-h", "--help"):
+            execute(lambda _: print(_USAGE))
+        else:
+            _fail(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}")
         sys.exit(0)
     except SystemExit as end:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 stream.flush()
         os._exit(end.code if isinstance(end.code, int) else 1 if end.code else 0)
-
-
-def _chosen(arguments: list[str]) -> str:
-    """The command in the arguments; ends with a list of the commands where there is none."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        lines = [f"  {name:<9}{what}" for name, what in COMMANDS.items()]
-        print("\n".join(["usage: lsrs COMMAND ...; lsrs COMMAND --help says more", *lines]))
-        sys.exit(0)
-    if arguments[0] not in COMMANDS:
-        _fail(f"unknown command {arguments[0]!r}: choose one of {', '.join(COMMANDS)}")
-    return arguments[0]
 
 
 def execute(run: Callable[[list[str]], None]) -> None:
@@ -107,7 +107,7 @@ def execute(run: Callable[[list[str]], None]) -> None:
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:
-    if "--debug" in sys.argv:
+    if "--debug" in sys.argv and sys.exc_info()[0]:
         traceback.print_exc()
     with contextlib.suppress(OSError):  # where stderr is closed, the exit code must do
         print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)

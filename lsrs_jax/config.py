@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from lsrs_jax.runtime.documents import first_difference, format_of, plain, read_json
+from lsrs_jax.runtime.documents import first_difference, format_of, in_file, plain, read_json
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.files import write_atomic
 from lsrs_jax.runtime.format import FORMAT
@@ -130,18 +130,20 @@ FIELDS: dict[str, Field] = {
     "train.smoothadv.steps": Field(2, 2, "Gradient steps of the attack.", _at_least(1)),
     "train.ema": Field(0.0, 0.0, "Decay of the parameters' average, which is then certified; 0: none.", _DECAY),
     "train.shard_parameters": Field(False, False, "Divide parameters and optimizer state over the devices."),
-    "train.head_dtype": Field("float32", "float32", "In what the head computes while it is trained.", _one_of(*DTYPES)),
-    "train.optimizer": Field("adam", REQUIRED, "Or SGD with Nesterov momentum 0.9.", _one_of("adam", "sgd")),
+    "train.head_dtype": Field("float32", "float32", "Dtype in which the head is trained.", _one_of(*DTYPES)),
+    "train.optimizer": Field("adam", REQUIRED, "Adam, or SGD with Nesterov momentum 0.9.", _one_of("adam", "sgd")),
     "train.learning_rate": Field(1e-3, REQUIRED, "The highest learning rate.", _POSITIVE),
-    "train.schedule": Field("cosine", REQUIRED, "Of the learning rate.", _one_of("cosine", "constant")),
+    "train.schedule": Field(
+        "cosine", REQUIRED, "Course of the learning rate after the warm-up.", _one_of("cosine", "constant")
+    ),
     "train.warmup_steps": Field(0, REQUIRED, "Steps in which the learning rate grows linearly.", _WARMUP),
-    "train.weight_decay": Field(0.0, REQUIRED, "Decoupled, on the head's kernels only.", _at_least(0)),
+    "train.weight_decay": Field(0.0, REQUIRED, "Decoupled weight decay of the head's kernels.", _at_least(0)),
     "train.log_every": Field(50, REQUIRED, "Steps between two lines of metrics.", _at_least(1)),
     "train.evaluate_every": Field(1000, REQUIRED, "Steps between two evaluations.", _at_least(1)),
     "train.checkpoint_every": Field(1000, REQUIRED, "Steps between two checkpoints.", _at_least(1)),
     "train.keep_checkpoints": Field(2, REQUIRED, "How many checkpoints are kept.", _at_least(1)),
     "certify.name": Field("default", REQUIRED, "Results go to <workdir>/certify/<name>.", _FOLDER),
-    "certify.certificate": Field("smoothed", "smoothed", "Or the margin of a linear head.", _one_of(*CERTIFICATES)),
+    "certify.certificate": Field("smoothed", "smoothed", "Samples, or a linear head's margin.", _one_of(*CERTIFICATES)),
     "certify.n0": Field(100, REQUIRED, "Samples that select the class.", _SAMPLES),
     "certify.n": Field(100_000, REQUIRED, "Samples that certify it; at most, where staged.", _SAMPLES),
     "certify.alpha": Field(0.001, REQUIRED, "Failure probability per image.", _SHARE),
@@ -149,14 +151,14 @@ FIELDS: dict[str, Field] = {
     "certify.schedule": Field("fixed", "fixed", '"staged": until the answer is decided.', _one_of(*SCHEDULES)),
     "certify.radii": Field((), (), "Staged: the radii to decide; none: the radius itself.", _RADII),
     "certify.epsilon": Field(0.05, 0.05, "Staged without radii: precision, in multiples of sigma / L.", _POSITIVE),
-    "certify.start": Field(0, REQUIRED, "The images start, start + step, ... below stop.", _at_least(0)),
-    "certify.stop": Field(0, REQUIRED, "An index of the split; 0: to the end.", _STOP),
-    "certify.step": Field(1, REQUIRED, "See certify.start.", _at_least(1)),
-    "certify.arithmetic": Field("sound", "float32", "Exact on a grid, or as published.", _one_of("sound", "float32")),
-    "certify.noise": Field("shared", "shared", "By all images of a batch, or not.", _one_of("shared", "independent")),
-    "certify.head_dtype": Field("float32", "float32", "In what the head computes.", _one_of(*DTYPES)),
+    "certify.start": Field(0, REQUIRED, "Index of the first image to certify.", _at_least(0)),
+    "certify.stop": Field(0, REQUIRED, "Index behind the last image to certify; 0: to the end.", _STOP),
+    "certify.step": Field(1, REQUIRED, "Every how many images one is certified.", _at_least(1)),
+    "certify.arithmetic": Field("sound", "float32", "Exact on a grid, or classic floats.", _one_of("sound", "float32")),
+    "certify.noise": Field("shared", "shared", "Whether images share their noise.", _one_of("shared", "independent")),
+    "certify.head_dtype": Field("float32", "float32", "Dtype in which the head is sampled.", _one_of(*DTYPES)),
     "certify.tile": Field((32, 8), REQUIRED, "Images and noise samples of one compiled batch.", _TILE),
-    "certify.spmd": Field("shard_map", REQUIRED, "Division over devices.", _one_of("shard_map", "pmap")),
+    "certify.spmd": Field("shard_map", REQUIRED, "How devices divide the work.", _one_of("shard_map", "pmap")),
 }
 
 # Variant → fields, dotted: what every experiment with an orthogonal encoder can be compared with.
@@ -296,7 +298,7 @@ def load_config(path: Path) -> Config:
         return config_from_dict(read_json(path))
     except ValueError as error:
         if isinstance(error, UserError):
-            raise UserError(f"{path}: {error}") from error
+            raise in_file(path, error) from error
         raise UserError(f"{path} is not a stored configuration ({error}); train again into a new workdir") from error
 
 

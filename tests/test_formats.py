@@ -134,7 +134,7 @@ def test_without_its_digest_a_file_is_never_called_intact(certification, tmp_pat
     copy = shutil.copytree(folder, tmp_path / "certify" / "default")
     path = copy / "certificates.json"
     rewrite(path, lambda content: content.pop("digest"))
-    with pytest.raises(UserError, match="does not have the digest it names"):  # of a format that is always sealed
+    with pytest.raises(UserError, match="its digest is missing"):  # of a format that is always sealed
         store.read(path)
     rewrite(path, lambda content: content.pop("format"))
     assert not store.read(path).sealed

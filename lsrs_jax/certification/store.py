@@ -76,7 +76,7 @@ def _parse(content: dict[str, Any]) -> Stored:
     """Raises UserError, ValueError, KeyError or TypeError for what no version has written."""
     unknown = content.keys() - {"identity", "derivation", "lipschitz", "config", "training", "record", "digest"}
     if unknown:
-        raise ValueError(f"unknown field {min(unknown)!r}")
+        raise UserError(f"unknown field {min(unknown)!r}")
     sealed = content["digest"] is not None
     config = check_config(config_from_dict(content["config"])) if sealed or "config" in content else None
     wanted = {"certificate": str, "checkpoint": {"step": int, "digest": str}, "data": dict, "platform": str}

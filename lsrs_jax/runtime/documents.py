@@ -76,15 +76,23 @@ def read_sealed(path: Path, check_content: Callable[[dict], Any], remedy: str) -
         if not isinstance(stored, dict):
             raise ValueError("it holds no fields")
         number = format_of(stored)
-        if ("digest" in stored or number) and stored.get("digest") != digest(stored):
+        if number and "digest" not in stored:
+            raise ValueError("its digest is missing")
+        if stored.get("digest", None) != digest(stored) and "digest" in stored:
             raise ValueError("its content does not have the digest it names")
         stored = {name: value for name, value in stored.items() if name != "format"} | {"digest": stored.get("digest")}
         check_content(stored)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise in_file(path, error) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); restore it, or {remedy}") from error
     return stored
+
+
+def in_file(path: Path, error: UserError) -> UserError:
+    """An error about the content of a file, with its path; for an unknown field also what may be the cause."""
+    newer = "; if a newer version wrote it, upgrade lsrs_jax" if "unknown" in str(error) else ""
+    return UserError(f"{path}: {error}{newer}")
 
 
 def first_difference(old: dict, new: dict, ignore: Collection[str] = ()) -> tuple[str, Any, Any] | None:

@@ -131,8 +131,12 @@ class SmoothedClassifier:
         if counts is None:
             counts = Counts(plan, sampler.num_classes)
             counts.origin = origin
+        elif not isinstance(counts, Counts):
+            raise UserError(f"counts are `samples` of earlier certificates, got {type(counts).__name__}")
         elif (counts.schedule, counts.num_classes, counts.origin) != (plan, sampler.num_classes, origin):
-            raise UserError("counts are of other latents, slack, key, noise, n0, n or schedule; leave them out")
+            raise UserError(
+                "counts are of other latents, sigma, slack, key, noise, tile, n0, n or schedule; leave them out"
+            )
         else:
             counts = counts.copy()
         derivation = dataclasses.replace(derivation, sigma=sampler.arithmetic.sigma, tau=sampler.tau)
