@@ -78,7 +78,9 @@ def _run(workdir: Path, settings: Settings, rest: list[str]) -> None:
     if stored.identity.certificate != "smoothed":
         raise UserError(f"{folder} holds {stored.identity.certificate} certificates; audit attacks smoothed ones")
     if not stored.derivation:
-        raise UserError(f"{folder} holds votes but no certificates yet; let certify finish, or give its command again")
+        raise UserError(
+            f"{folder} holds samples but no certificates yet; let certify finish, or give its command again"
+        )
     if not table.exists() or stored.derivation["certificates"] != digest_of(table):
         raise UserError(f"the table in {folder} is not the one its certificates.json names; see certify --verify")
     alpha = stored.settings.certify.alpha

@@ -53,12 +53,12 @@ def main(name: str | None = None) -> None:
         if name is None:
             name = next(iter(sys.argv[1:]), "--help")
             del sys.argv[1:2]
-        if name in COMMANDS:
-            execute(importlib.import_module(f"lsrs_jax.{name}").run)
-        elif name in ("-h", "--help"):
+            if name not in ("-h", "--help", *COMMANDS):
+                _fail(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}")
+        if name in ("-h", "--help"):
             execute(lambda _: print(_USAGE))
         else:
-            _fail(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}")
+            execute(importlib.import_module(f"lsrs_jax.{name}").run)
         sys.exit(0)
     except SystemExit as end:
         for stream in (sys.stdout, sys.stderr):

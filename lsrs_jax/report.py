@@ -88,7 +88,7 @@ def _derivation(table: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); restore it, or move it away") from error
     content = content if isinstance(content, dict) else {}
-    ours = "digest" in content or {"identity", "lipschitz"} <= content.keys()
+    ours = bool({"digest", "format", "identity", "lipschitz"} & content.keys())
     if ours:
         content = read_sealed(path, lambda content: content["derivation"], "move it away")
     derivation = content["derivation"] if isinstance(content.get("derivation"), dict) else {}

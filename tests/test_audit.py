@@ -171,7 +171,7 @@ def test_a_table_that_changed_has_no_audit(audited, tmp_path):
         audit.run([f"--workdir={copy}", *FLAGS])
     stored = json.loads(path.with_name("certificates.json").read_text())
     documents.write_sealed(path.with_name("certificates.json"), stored | {"derivation": None})
-    with pytest.raises(UserError, match="holds votes but no certificates yet; let certify finish"):
+    with pytest.raises(UserError, match="holds samples but no certificates yet; let certify finish"):
         audit.run([f"--workdir={copy}", *FLAGS])
 
 

@@ -177,7 +177,7 @@ def test_a_resume_refuses_an_image_that_was_charged_too_little(copy):
             rewrite(ledger, number, lambda fields: [*fields[:2], repr(share * charge), *fields[3:]])
 
     recharge(1 - 1e-9)
-    with pytest.raises(UserError, match=f"image 7 is charged .* less than the {charge} of its latent"):
+    with pytest.raises(UserError, match=f"image 7 has the slack .* less than the {charge} of its latent"):
         certify.run(arguments)
     recharge(1 - 1e-14)  # another machine's
     certify.run(arguments)
@@ -185,7 +185,7 @@ def test_a_resume_refuses_an_image_that_was_charged_too_little(copy):
     own = [number for number, row in enumerate(ledger.read_text().splitlines(), 1) if row.startswith("7\t")]
     recharge(0.0)
     for derived in ([], ["--from-counts"]):
-        with pytest.raises(UserError, match=r"image 7 is charged 0\.0, less than the rounding of its latent"):
+        with pytest.raises(UserError, match=r"image 7 has the slack 0\.0, less than the rounding of its latent"):
             certify.run([*arguments, *derived])
 
 

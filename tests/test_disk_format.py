@@ -4,9 +4,11 @@ import hashlib
 
 import jax
 import numpy as np
+import pytest
 from conftest import threefry
 
 from lsrs_jax.runtime import format as constants
+from lsrs_jax.smoothing import from_counts
 from lsrs_jax.smoothing.discrete_gaussian import grid
 from lsrs_jax.smoothing.sampler import Sampler
 from lsrs_jax.smoothing.schedule import make_schedule
@@ -54,3 +56,21 @@ def test_blocks_of_noise_are_the_same_bits_as_ever():
                 drawn = sampler._block_noise(keys[stream], ids, block, sampler._tables)
                 total.update(np.asarray(drawn).tobytes())
         assert total.hexdigest()[:16] == expected, noise
+
+
+# Radii of tables are compared digit by digit, by --verify and between machines: the margins and the rule of the buckets
+# behind them are part of the format as well. Computed by the code before the format had a number.
+SELECTION, ESTIMATION = [[60, 30, 10], [34, 33, 33]], [[7000, 2500, 500], [3600, 3300, 3100]]
+AT_LOOKS = [[[800, 150, 50], [2100, 390, 110]], [[400, 350, 250]]]
+RADII = [
+    ({}, "0x1.ef2f45b417f2ap-3"),
+    ({"bound": "multiclass"}, "0x1.1b86fe8627092p-2"),
+    ({"slack": 1e-4, "lipschitz": 1.00000000005, "tau": 1e-10}, "0x1.eefad7e900443p-3"),
+    ({"estimation": AT_LOOKS, "looks": (1000, 2600, 5000), "bound": "multiclass"}, "0x1.b0d09bc25c243p-2"),
+]
+
+
+@pytest.mark.parametrize(("change", "radius"), RADII, ids=["binary", "multiclass", "charges", "looks"])
+def test_radii_are_the_same_digits_as_ever(change, radius):
+    arguments = {"selection": SELECTION, "estimation": ESTIMATION, "sigma": 0.5, "alpha": 0.001}
+    assert [found.hex() for found in from_counts(**arguments | change).radius.tolist()] == [radius, "0x0.0p+0"]

@@ -115,7 +115,11 @@ def test_a_newer_format_and_an_unknown_field_say_so(certification, tmp_path):
         (lambda content: content.update(format="1"), "its format is '1'"),
         (lambda content: content.update(format=-1), "its format is -1"),
         (lambda content: content.update(signature="x"), "unknown field 'signature'"),
-        (lambda content: content["identity"].update(planet="x"), "planet"),
+        (lambda content: content["identity"].update(planet="x"), "unknown field 'identity.planet'; if a newer version"),
+        (lambda content: content["identity"]["data"].update(licence="x"), "unknown field 'identity.data.licence'"),
+        (lambda content: content["identity"]["model"].update(heda="x"), "unknown field 'identity.model.heda'"),
+        (lambda content: content["derivation"].update(beta="x"), "unknown field 'derivation.beta'"),
+        (lambda content: content["lipschitz"].update(beta="x"), "unknown field 'lipschitz.beta'"),
         (lambda content: content["config"].update(format=FORMAT + 1), "upgrade lsrs_jax"),
         (lambda content: content["config"]["model"].update(heda="x"), "unknown config field 'model.heda'.*model.head"),
     ):

@@ -57,8 +57,8 @@ def rederive(workdir, stored=None):
 def test_honest_votes_are_the_same_again_and_nothing_is_written(copy, original, capsys):
     out = run("certify", f"--workdir={copy}", "--recast=7", devices=3)
     assert "verified: 40 certificates" in out
-    assert "cast again: 7,700 votes of 7 images; 0 differ" in out
-    assert "had more than 34.9% of the table votes of another origin, these" in out
+    assert "drawn again: 7,700 samples of 7 images; 0 differ" in out
+    assert "if more than 34.9% of the table had samples of another origin, these" in out
     cast(copy, 1000, "staged")
     assert "of 40 images; 0 differ\nthese are all images of the table" in capsys.readouterr().out
     assert fingerprint(copy) == fingerprint(original)
@@ -81,7 +81,7 @@ def test_forged_votes_are_found_wherever_they_are_drawn(copy):
         if row[0] == image:
             rewrite(path, number, forged)
     rederive(copy)
-    with pytest.raises(UserError, match=rf"votes for image {image} \d+ are not those of the network: class"):
+    with pytest.raises(UserError, match=rf"samples for image {image} \d+ are not those of the network: class"):
         cast(copy)
     forge_everything(copy / "certify" / "default")
     rederive(copy)
@@ -132,7 +132,7 @@ def test_a_vote_more_for_every_candidate_is_found(copy):
     for number in first.values():
         rewrite(folder / "votes.0.tsv", number, one_more)
     rederive(copy)
-    with pytest.raises(UserError, match=r"lead their rivals by .* votes more than are cast now, nearly all to"):
+    with pytest.raises(UserError, match=r"lead their rivals by .* samples more than now, nearly all to"):
         cast(copy)
 
 
@@ -146,7 +146,7 @@ def test_images_that_were_left_out_are_counted(copy, capsys):
 
 
 def test_a_latent_of_fewer_numbers_than_the_encoders_is_found(copy):
-    """Less is charged for the law of the noise and the rounding of fewer numbers."""
+    """Less has the slack for the law of the noise and the rounding of fewer numbers."""
     folder = copy / "certify" / "default"
     stored = json.loads((folder / "certificates.json").read_text())
     stored["lipschitz"]["output_shape"] = [1]
@@ -197,7 +197,7 @@ def test_a_charge_below_that_of_the_latent_is_found(copy):
     for line in range(2, path.read_text().count("\n") + 1):
         rewrite(path, line, lambda fields: [*fields[:2], repr(least), *fields[3:]])
     rederive(copy)
-    with pytest.raises(UserError, match=f"is charged {least} in the ledger, less than the {honest}"):
+    with pytest.raises(UserError, match=f"has the slack {least} in the ledger, less than the {honest}"):
         cast(copy)
 
 
@@ -223,7 +223,7 @@ def test_a_few_votes_may_move_by_rounding_and_no_more(allowed, votes, dtype):
     with pytest.raises(ValueError, match=f"image 5 {allowed + 1} are not those of the network: class 0 has {votes:,}"):
         resample._compare(image(votes, 0), image(votes, allowed + 1), dtype)
     # Few selection votes have an allowance of their own, however many there are for estimation.
-    with pytest.raises(ValueError, match="of the 100 selection votes for image 5 100 are not"):
+    with pytest.raises(ValueError, match="of the 100 selection samples for image 5 100 are not"):
         resample._compare(image(votes, 0, (0, 100, 0)), image(votes, 0), dtype)
 
 
@@ -253,7 +253,7 @@ def test_on_another_kind_of_device_no_rows_are_cast_for_images_that_were_not_dra
     for platform, tile in ((stored.identity.platform, (32, 32)), ("gpu NVIDIA H200", (3, 32))):
         stored = dataclasses.replace(stored, identity=dataclasses.replace(stored.identity, platform=platform))
         resample.run(target.target_of_certificates(folder, stored, ""), stored, 3)
-        assert "cast again: 3,300 votes of 3 images; 0 differ" in capsys.readouterr().out
+        assert "drawn again: 3,300 samples of 3 images; 0 differ" in capsys.readouterr().out
         assert tiles.pop() == tile
 
 
@@ -295,7 +295,7 @@ def test_what_cannot_be_cast_again_is_refused(copy):
     stored = store.read(folder / "certificates.json")
     honest = target.target_of_certificates(folder, stored, "")
     stored = dataclasses.replace(stored, identity=dataclasses.replace(stored.identity, certificate="deterministic"))
-    with pytest.raises(UserError, match="they come from no votes"):
+    with pytest.raises(UserError, match="they come from no samples"):
         resample.run(honest, stored, 3)
     for flags, why in (
         (["--recast=0"], "at least 1, got 0"),

@@ -140,7 +140,7 @@ def test_too_small_a_charge_is_found_even_under_new_digests(copy):
     for line in range(2, count + 1):
         rewrite(folder / "votes.0.tsv", line, lambda fields: [*fields[:2], "0.0001", *fields[3:]])
     reseal(folder)
-    with pytest.raises(UserError, match=r"is charged 0.0001, less than the rounding of its latent"):
+    with pytest.raises(UserError, match=r"has the slack 0.0001, less than the rounding of its latent"):
         check(copy)
 
 
@@ -171,7 +171,7 @@ def test_another_kind_is_found_even_under_new_digests(copy, kind, why):
         stored["config"]["certify"]["certificate"] = kind
         (folder / "certificates.json").write_text(json.dumps(stored))
         reseal(folder)
-        with pytest.raises(UserError, match="deterministic certificates have the bound margin, and no votes"):
+        with pytest.raises(UserError, match="deterministic certificates have the bound margin, and no ledger"):
             check(copy)
 
 
@@ -189,7 +189,7 @@ def test_a_dropped_line_of_votes_is_found_even_under_new_digests(copy):
     ("section", "field", "value", "why"),
     [
         ("lipschitz", "constant", 0.5, "the Lipschitz constant is not that of the layers"),
-        ("identity", "sigma", 1.0, "were cast with sigma 1.0, not 0.5"),
+        ("identity", "sigma", 1.0, "were drawn with sigma 1.0, not 0.5"),
         ("derivation", "alpha", 0.05, "contradicts itself"),
     ],
 )

@@ -63,7 +63,7 @@ BAD_CERTIFY = {
     "other seed": ([], "--config.seed=1", "seed was 0 and is now 1"),
     "truncated checkpoint": ([truncate_checkpoint], "", "cannot read checkpoint"),
     "damaged ledger": ([damage_ledger], "", "is damaged"),
-    "no provenance": ([lambda w: (w / "certify/base/certificates.json").unlink()], "", "holds votes but no"),
+    "no provenance": ([lambda w: (w / "certify/base/certificates.json").unlink()], "", "holds samples but no"),
     "damaged provenance": ([lambda w: (w / "certify/base/certificates.json").write_text("{")], "", "is damaged"),
     "damaged config": ([lambda w: (w / "config.json").write_text("{")], "", "not a stored configuration"),
     "foreign config": ([lambda w: (w / "config.json").write_text('{"sgima": 1}')], "", "did you mean sigma?"),
@@ -82,31 +82,31 @@ BAD_CERTIFY = {
     "unknown schedule": ([], "--config.certify.schedule=quick", "certify.schedule must be 'fixed' or 'staged'"),
     "negative radii": ([], "--config.certify.radii=(-1.0,)", "certify.radii must be numbers >= 0"),
     "words as radii": ([], "--config.certify.radii=('a',)", "certify.radii has the wrong type"),
-    "n from counts": ([], ["--from-counts", "--config.certify.n=2000"], "were cast with n 1000, not 2000"),
+    "n from counts": ([], ["--from-counts", "--config.certify.n=2000"], "were drawn with n 1000, not 2000"),
     "staged from fixed counts": (
         [],
         ["--from-counts", "--config.certify.schedule=staged"],
-        "were cast with schedule 'fixed', not 'staged'",
+        "were drawn with schedule 'fixed', not 'staged'",
     ),
     "arithmetic from counts": (
         [],
         ["--from-counts", "--config.certify.arithmetic=float32"],
-        "were cast with arithmetic 'sound', not 'float32'",
+        "were drawn with arithmetic 'sound', not 'float32'",
     ),
     "data from counts": (
         [],
         ["--from-counts", "--config.data.split=train"],
-        "were cast with data.split 'test', not 'train': leave that flag out",
+        "were drawn with data.split 'test', not 'train': leave that flag out",
     ),
     "size from counts": (
         [],
         ["--from-counts", "--config.data.size=16"],
-        "were cast with data.size 0, not 16: leave that flag out",
+        "were drawn with data.size 0, not 16: leave that flag out",
     ),
     "model from counts": (
         [],
         ["--from-counts", "--config.model.noise=input"],
-        "were cast with model.noise 'latent', not 'input': leave that flag out",
+        "were drawn with model.noise 'latent', not 'input': leave that flag out",
     ),
     "counts without a digest": (
         [lambda w: edit_json(w / "certify/base/certificates.json", "digest", None)],
@@ -132,9 +132,9 @@ BAD_CERTIFY = {
     "counts without a ledger": (
         [lambda w: (w / "certify/base/votes.0.tsv").unlink()],
         "--from-counts",
-        "holds no votes; restore votes.*.tsv",
+        "holds no samples; restore votes.*.tsv",
     ),
-    "no ledger": ([lambda w: (w / "certify/base/votes.0.tsv").unlink()], "", "holds certificates but no votes"),
+    "no ledger": ([lambda w: (w / "certify/base/votes.0.tsv").unlink()], "", "holds certificates but no samples"),
     "config without sigma": (
         [lambda w: edit_json(w / "config.json", "sigma", None)],
         "",

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lsrs_jax.runtime.documents import first_difference, plain, read_sealed, write_sealed
+from lsrs_jax.runtime.documents import first_difference, plain, read_sealed, refuse_unknown, write_sealed
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.files import append, digest_of, fields_of, write_atomic
 from lsrs_jax.runtime.format import AUDIT_COLUMNS
@@ -112,6 +112,7 @@ def _facts(path: Path) -> dict[str, Any]:
 def _check_facts(stored: dict[str, Any]) -> None:
     if stored["digest"] is None:
         raise ValueError("it names no digest of its own")
+    refuse_unknown(stored, {"certificates": None, "settings": Settings._fields, "audit": None, "digest": None})
     for name, kind in (("certificates", str), ("settings", dict), ("audit", str | None)):
         if not isinstance(stored[name], kind):
             raise TypeError(f"{name} is missing")

@@ -79,8 +79,8 @@ class Pipeline:
             own, known = slack[position], known_slack.get(idx, slack[position])
             if known < own * (1 - _SAME):
                 raise UserError(
-                    f"{self.target.folder}: image {idx} is charged {known} in the ledger, less than the {own} of its "
-                    f"latent: its radius is too large; {OTHER_NAME}"
+                    f"{self.target.folder}: image {idx} has the slack {known} in the ledger, less than the {own} of "
+                    f"its latent: its radius is too large; {OTHER_NAME}"
                 )
             slack[position] = known
         return Images(indices, dataset.labels[indices].tolist(), slack, np.concatenate(latents))

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from lsrs_jax.config import upgrade_section
-from lsrs_jax.runtime.documents import first_difference, plain
+from lsrs_jax.config import FIELDS, upgrade_section
+from lsrs_jax.runtime.documents import first_difference, plain, refuse_unknown
 from lsrs_jax.runtime.format import PRNG
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.smoothing.arithmetic import Arithmetic
@@ -52,7 +52,12 @@ class Identity:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Identity":
-        """The identity in a certificates.json of any format; TypeError for a field that is missing or unknown."""
+        """The identity in a certificates.json of any format; raises for a field that is missing or unknown."""
+        known: dict[str, Any] = {field.name: None for field in dataclasses.fields(cls)}
+        known |= {"checkpoint": ("step", "digest"), "data": ("name", "version", "split", "digest")}
+        known |= {"arithmetic": ("name", "spacing", "sigma", "tau")}
+        known["model"] = ("input_shape", *(name.removeprefix("model.") for name in FIELDS if name.startswith("model.")))
+        refuse_unknown(values, known, "identity.")
         return cls(**{"classes": None, **values, "model": upgrade_section(values["model"], "model.")})
 
     def difference(self, new: "Identity", ignore: tuple[str, ...] = ()) -> tuple[str, Any, Any] | None:

@@ -54,21 +54,21 @@ def run(target: Target, stored: Stored, count: int) -> None:
     """
     folder, identity, head_dtype = target.folder, stored.identity, target.config.certify.head_dtype
     if identity.certificate != "smoothed":
-        raise UserError(f"{folder} holds {identity.certificate} certificates; they come from no votes")
+        raise UserError(f"{folder} holds {identity.certificate} certificates; they come from no samples")
     certification = reopen(folder, target.config, stored)
     if identity.prng != PRNG:
-        raise UserError(f"{folder} holds votes of another generator: prng {identity.prng!r}")
+        raise UserError(f"{folder} holds samples of another generator: prng {identity.prng!r}")
     recorded = ledger.read(folder, certification.schedule, certification.num_classes)
     check_labels(folder, recorded, target.dataset)
     known = read_table(folder / "certificates.tsv").idx.tolist()
     indices = sorted(np.random.default_rng().choice(known, min(count, len(known)), replace=False).tolist())
     if missing := len(set(target.indices) - set(known)):
         print(f"note: {missing:,} of the {len(target.indices):,} images that were to be certified are not in the table")
-    print(f"casting the votes of {len(indices):,} of {len(known):,} images again", flush=True)
+    print(f"sampling {len(indices):,} of {len(known):,} images again", flush=True)
     here, there, where = target.identity("smoothed").platform, identity.platform, ""
     if elsewhere := here != there:
         target = _for_another_device(target, len(indices), here, there)
-        where = f"; they were cast on {there!r}, and now on {here!r}"
+        where = f"; they were drawn on {there!r}, and now on {here!r}"
     pipeline = Pipeline(target, *target.model.for_certification(target.params, head_dtype))
     again = Counts(certification.schedule, certification.num_classes)
     found: dict[int, _Difference] = {}
@@ -89,8 +89,8 @@ def run(target: Target, stored: Stored, count: int) -> None:
     surplus, spread = _together(found.values())
     if surplus > _TOGETHER * spread:
         raise UserError(
-            f"{folder}: in the ledger the certified classes lead their rivals by {surplus:,} votes more than are "
-            f"cast now, nearly all to the same side, where rounding turns votes to either side{where}"
+            f"{folder}: in the ledger the certified classes lead their rivals by {surplus:,} samples more than "
+            f"now, nearly all to the same side, where rounding changes samples to either side{where}"
         )
     _print_differences(certification, recorded, again, sum(difference.moved for difference in found.values()))
     if len(indices) == len(known):
@@ -98,8 +98,8 @@ def run(target: Target, stored: Stored, count: int) -> None:
         return
     share, differences = 1 - _LEVEL ** (1 / len(indices)), " beyond such differences" * any(map(any, found.values()))
     print(
-        f"had more than {math.ceil(1000 * share) / 10:g}% of the table votes of another origin{differences}, these "
-        f"images would have shown it with {1 - _LEVEL:.0%} probability"
+        f"if more than {math.ceil(1000 * share) / 10:g}% of the table had samples of another origin{differences}, "
+        f"these images would have shown it with {1 - _LEVEL:.0%} probability"
     )
 
 
@@ -111,7 +111,7 @@ def _for_another_device(target: Target, images: int, here: str, there: str) -> T
     if share := _SHIFTED[head_dtype]:
         print(
             f"note: {there!r} and {here!r} round a head in {head_dtype} in other places: {share:.0%} of an image's "
-            "votes may differ; on the kind of device that cast them few may"
+            "samples may differ; few may on the kind of device that drew them"
         )
     return dataclasses.replace(target, config=config)
 
@@ -135,8 +135,8 @@ def _compare(recorded: ImageCounts, again: ImageCounts, head_dtype: str, elsewhe
         if change > allowance(samples, head_dtype, elsewhere):
             worst = int(np.abs(found - drawn).argmax())
             raise ValueError(
-                f"of the {samples:,} {stream} votes for image {again.idx} {change:,} are not those of the network: "
-                f"class {worst} has {found[worst]:,} in the ledger, {drawn[worst]:,} cast again; the certificates are "
+                f"of the {samples:,} {stream} samples for image {again.idx} {change:,} are not those of the network: "
+                f"class {worst} has {found[worst]:,} in the ledger, {drawn[worst]:,} now; the certificates are "
                 "not of this checkpoint, sigma and seed"
             )
         moved += change
@@ -153,12 +153,12 @@ def _together(differences: Collection[_Difference]) -> tuple[int, float]:
 
 def _print_differences(certification: Certification, recorded: Counts, again: Counts, moved: int) -> None:
     total = sum(image.total for image in again.images.values())
-    print(f"cast again: {total:,} votes of {len(again.images):,} images; {moved:,} differ")
+    print(f"drawn again: {total:,} samples of {len(again.images):,} images; {moved:,} differ")
     if moved:
         pairs = ([counts.images[idx] for idx in sorted(again.images)] for counts in (recorded, again))
         old, new = (certification.derivation.certificates(certification.schedule, images) for images in pairs)
         print(
-            "by rounding, as it may on another machine; with the votes cast now "
+            "by rounding, as it may on another machine; with the samples drawn now "
             f"{(old.predict != new.predict).sum():,} predictions are others, and radii {new.radius.mean():.6f} in the "
             f"mean instead of {old.radius.mean():.6f}, {max(0.0, (old.radius - new.radius).max()):.6f} smaller at most"
         )

@@ -79,8 +79,8 @@ class Certification:
         for image in images:
             if image.slack < least:
                 raise UserError(
-                    f"{self.folder}: image {image.idx} is charged {image.slack}, less than the rounding of its latent; "
-                    f"restore the ledger, or {OTHER_NAME}"
+                    f"{self.folder}: image {image.idx} has the slack {image.slack}, less than the rounding of its "
+                    f"latent; restore the ledger, or {OTHER_NAME}"
                 )
 
     def past_sessions(self) -> list[dict[str, Any]]:
@@ -89,11 +89,11 @@ class Certification:
         if not has_rows and not (self.folder / "certificates.tsv").exists():
             return []
         if has_rows and not path.exists():
-            raise UserError(f"{self.folder} holds votes but no {path.name}; restore it, or {OTHER_NAME}")
+            raise UserError(f"{self.folder} holds samples but no {path.name}; restore it, or {OTHER_NAME}")
         record = store.past_sessions(path, self.identity) if path.exists() else []
         if not has_rows:
             lost = ledger.name("*")
-            raise UserError(f"{self.folder} holds certificates but no votes; restore {lost}, or {OTHER_NAME}")
+            raise UserError(f"{self.folder} holds certificates but no samples; restore {lost}, or {OTHER_NAME}")
         return record
 
     def derive(self, counts: ledger.Ledger, chosen: Collection[int]) -> tuple[list[ImageCounts], Certificates | None]:
@@ -164,7 +164,7 @@ def check_labels(folder: Path, counts: Counts, dataset: Dataset | Photos) -> Non
     """Raises UserError unless the rows in a folder are of images with the labels of a data set."""
     for image in counts.images.values():
         if image.idx >= len(dataset) or image.label != dataset.labels[image.idx]:
-            raise UserError(f"{folder} does not fit the data: image {image.idx} has another label in its votes")
+            raise UserError(f"{folder} does not fit the data: image {image.idx} has another label in its ledger")
 
 
 def _sample(
@@ -234,7 +234,7 @@ def from_counts(folder: Path, config: Config) -> None:
         raise UserError(f"--from-counts is for smoothed certificates: {wrong}")
     certification = reopen(folder, config, stored)
     if not ledger.has_rows(folder):
-        raise UserError(f"{folder} holds no votes; restore {ledger.name('*')}")
+        raise UserError(f"{folder} holds no samples; restore {ledger.name('*')}")
     with certification.open_ledger() as counts:
         chosen = [idx for idx in counts.images if counts.at_a_look(idx)]
         indices = range(certify.start, certify.stop or max(chosen, default=0) + 1, certify.step)
@@ -266,7 +266,7 @@ def reopen(folder: Path, config: Config, stored: store.Stored) -> Certification:
     for was, now, remedy in ((drawn, wanted, derivable), (own, claimed, "leave that flag out")):
         if difference := first_difference(was, now):
             name, old, new = difference
-            raise UserError(f"the votes in {folder} were cast with {name} {old!r}, not {new!r}: {remedy}")
+            raise UserError(f"the samples in {folder} were drawn with {name} {old!r}, not {new!r}: {remedy}")
     arithmetic = make_arithmetic(certify.arithmetic, config.sigma)
     if facts != arithmetic_facts(arithmetic, stored.lipschitz.output_shape):
         why = "its arithmetic is not that of the configuration and the latent"

@@ -16,7 +16,7 @@ from lsrs_jax.certification import OTHER_NAME, ledger
 from lsrs_jax.certification.identity import Identity
 from lsrs_jax.config import CERTIFICATES, check_config, config_from_dict, config_to_dict
 from lsrs_jax.layers.lipschitz import LipschitzReport
-from lsrs_jax.runtime.documents import read_sealed, write_sealed
+from lsrs_jax.runtime.documents import read_sealed, refuse_unknown, write_sealed
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.files import digest_of, write_atomic
 from lsrs_jax.runtime.types import Config
@@ -53,14 +53,14 @@ def read(path: Path) -> Stored:
     return found[0]
 
 
-def read_folder(folder: Path, purpose: str) -> Stored:
-    """`read` of the certificates.json in a folder, which must be sealed. Errors name the `purpose`."""
+def read_folder(folder: Path, use: str) -> Stored:
+    """`read` of the certificates.json in a folder, which must be sealed. Errors name the `use`."""
     path = folder / "certificates.json"
     if path.exists():
         return require_sealed(path)
     if ledger.has_rows(folder) or (folder / "certificates.tsv").exists():
         raise UserError(f"{folder} has lost its {path.name}; restore it, or {OTHER_NAME}")
-    raise UserError(f"{folder} holds no certification {purpose}: run python -m lsrs_jax.certify first")
+    raise UserError(f"{folder} holds no certification {use}: run python -m lsrs_jax.certify first")
 
 
 def require_sealed(path: Path) -> Stored:
@@ -74,9 +74,10 @@ def require_sealed(path: Path) -> Stored:
 
 def _parse(content: dict[str, Any]) -> Stored:
     """Raises UserError, ValueError, KeyError or TypeError for what no version has written."""
-    unknown = content.keys() - {"identity", "derivation", "lipschitz", "config", "training", "record", "digest"}
-    if unknown:
-        raise UserError(f"unknown field {min(unknown)!r}")
+    known: dict[str, Any] = dict.fromkeys(("identity", "config", "training", "record", "digest"))
+    known["derivation"] = ("alpha", "bound", "radii", "epsilon", "certificates", "votes")
+    known["lipschitz"] = ("layers", "input_shape", "output_shape", "constant")
+    refuse_unknown(content, known)
     sealed = content["digest"] is not None
     config = check_config(config_from_dict(content["config"])) if sealed or "config" in content else None
     wanted = {"certificate": str, "checkpoint": {"step": int, "digest": str}, "data": dict, "platform": str}

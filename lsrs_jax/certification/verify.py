@@ -28,7 +28,7 @@ def run(folder: Path) -> store.Stored:
     path, stored = folder / "certificates.json", store.read_folder(folder, "to verify")
     identity, derivation, config = stored.identity, stored.derivation, stored.settings
     if not derivation:
-        raise UserError(f"{folder} holds votes but no certificates yet; run certify without --verify to finish")
+        raise UserError(f"{folder} holds samples but no certificates yet; run certify without --verify to finish")
     table = folder / "certificates.tsv"
     try:
         text = table.read_text(encoding="utf-8")
@@ -45,7 +45,7 @@ def run(folder: Path) -> store.Stored:
         counts = _check_ledgers(certification, derivation["votes"])
         _compare(text, certification, counts)
     elif derivation["bound"] != "margin" or ledger.files(folder):
-        raise UserError(f"{path} contradicts itself: deterministic certificates have the bound margin, and no votes")
+        raise UserError(f"{path} contradicts itself: deterministic certificates have the bound margin, and no ledger")
     digest = digest_of(table)
     if derivation["certificates"] != digest:
         raise UserError(f"{table} has changed: its digest is not the one in {path.name}")

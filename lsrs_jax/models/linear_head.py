@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,3 +49,13 @@ def project_linear_head(weights: Float[np.ndarray, "d K"], bias: Float[np.ndarra
     basis, triangle = np.linalg.qr(weights)
     head = functools.partial(_affine, jnp.asarray(triangle, jnp.float32), jnp.asarray(bias, jnp.float32))
     return SubspaceProjection(basis, head, upper_bound(dense_singular_values(basis).max()))
+
+
+_RENAMED = {"Span": SubspaceProjection, "span_of": project_linear_head}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{name} is now {_RENAMED[name].__name__}", DeprecationWarning, stacklevel=2)
+    return _RENAMED[name]

@@ -89,6 +89,16 @@ def read_sealed(path: Path, check_content: Callable[[dict], Any], remedy: str) -
     return stored
 
 
+def refuse_unknown(values: dict, known: dict[str, Collection[str] | None], prefix: str = "") -> None:
+    """Raises UserError for a field that is not known: field → the fields inside it, None where they are not checked."""
+    for name, value in values.items():
+        if name not in known:
+            raise UserError(f"unknown field '{prefix}{name}'")
+        inner = known[name]
+        if inner is not None and isinstance(value, dict):
+            refuse_unknown(value, dict.fromkeys(inner), f"{prefix}{name}.")
+
+
 def in_file(path: Path, error: UserError) -> UserError:
     """An error about the content of a file, with its path; for an unknown field also what may be the cause."""
     newer = "; if a newer version wrote it, upgrade lsrs_jax" if "unknown" in str(error) else ""

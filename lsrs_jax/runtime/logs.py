@@ -60,3 +60,13 @@ def _silenced() -> Iterator[None]:
         asyncio_logger.setLevel(level)
         absl_logging.set_verbosity(verbosity)
         sys.unraisablehook = hook
+
+
+def ignore_leftovers() -> None:
+    """For the rest of the process exceptions in finalizers and messages of asyncio are not shown.
+
+    Where a checkpoint is damaged, Orbax leaves tasks behind that end in finalizers, at any later time.
+    """
+    if not _state["debug"]:
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        sys.unraisablehook = lambda _: None

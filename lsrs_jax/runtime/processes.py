@@ -1,4 +1,7 @@
-"""The processes of one run: how they find each other, and how they wait for each other."""
+"""The processes of one run: how they find each other, and how they wait for each other.
+
+Functions that need JAX import it themselves: ledgers are read where JAX is not installed.
+"""
 
 import contextlib
 import dataclasses
@@ -9,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from lsrs_jax.runtime.errors import OthersLost, UserError, first_line
@@ -87,6 +89,8 @@ def started() -> Iterator[Process]:
     process alone. All processes but the first print errors only. Raises UserError where the environment contradicts
     itself or JAX finds no device, and OthersLost where the processes do not find each other.
     """
+    import jax
+
     arguments = _arguments(os.environ)
     if arguments is None:
         check_platform()
@@ -119,6 +123,8 @@ def started() -> Iterator[Process]:
 
 def check_platform() -> None:
     """Raises UserError where JAX finds no device to work on."""
+    import jax
+
     try:
         jax.local_devices()
     except (RuntimeError, AssertionError) as error:  # an AssertionError where a plugin is half installed
@@ -164,6 +170,8 @@ def cache_compilations() -> None:
 
     A resumed run then executes the very program of its first half, whatever an autotuner would choose today.
     """
+    import jax
+
     if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(home / "lsrs_jax"))
@@ -172,5 +180,7 @@ def cache_compilations() -> None:
 
 def devices() -> str:
     """``4 x cpu in 2 processes``, for the log."""
+    import jax
+
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return f"{jax.device_count()} x {jax.default_backend()}{processes}"

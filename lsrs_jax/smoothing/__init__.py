@@ -4,6 +4,7 @@
 """
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from lsrs_jax.smoothing import confidence
@@ -23,6 +24,9 @@ _LAZY = {"certify": "api", "predict": "api", "SmoothedClassifier": "api", "Sampl
 
 
 def __getattr__(name: str) -> Any:
+    if name == "Votes":
+        warnings.warn("smoothing.Votes is now Sampler, whose `keys` takes the key", DeprecationWarning, stacklevel=2)
+        name = "Sampler"
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,19 +55,23 @@ class SmoothedClassifier:
         spmd: str = "shard_map",
         devices: Sequence[Any] | None = None,
     ) -> None:
-        check_settings(sigma, noise, tile, spmd)
+        check_settings(sigma, arithmetic, noise, tile, spmd)
         check_lipschitz(lipschitz)
         self.sigma, self.lipschitz = sigma, lipschitz
-        self._tile = tuple(tile)
-        self._settings = {"arithmetic": arithmetic, "noise": noise, "tile": tile, "spmd": spmd, "devices": devices}
-        self._head, self._samplers = head, dict[tuple[int, ...], Sampler]()
+        self._tile = (tile[0], tile[1])
+        self._settings: dict[str, Any] = {"arithmetic": arithmetic, "noise": noise, "tile": self._tile, "spmd": spmd}
+        self._head, self._devices, self._lock = head, devices, threading.Lock()
+        self._samplers: dict[tuple[int, ...], Sampler] = {}
 
     def sampler(self, latent_shape: Sequence[int]) -> Sampler:
         """The compiled `Sampler` for latents of this shape, without the batch axis."""
         shape = tuple(latent_shape)
-        if shape not in self._samplers:
-            self._samplers[shape] = Sampler(self._head, shape, sigma=self.sigma, **self._settings)
-        return self._samplers[shape]
+        with self._lock:
+            if shape not in self._samplers:
+                self._samplers[shape] = Sampler(
+                    self._head, shape, sigma=self.sigma, devices=self._devices, **self._settings
+                )
+            return self._samplers[shape]
 
     def certify(
         self,
@@ -101,7 +106,8 @@ class SmoothedClassifier:
           epsilon: staged without radii: how far the radius may stay below that of n samples, in multiples of
             sigma/lipschitz.
           slack: ℓ2 error of the latents to subtract besides, in their units: one number, or one per latent.
-          counts: ``samples`` of earlier certificates of the same latents, key and schedule: sampling goes on from them.
+          counts: ``samples`` of earlier certificates of the same head, latents, key and schedule: sampling goes on from
+            them.
           progress: function of a line of text, such as ``print``; called every few seconds.
 
         Returns:
@@ -112,7 +118,8 @@ class SmoothedClassifier:
 
         **Guarantee**: that of `certificates.from_counts`; the grid and the total variation of the drawn noise are
         subtracted (`arithmetic.GridArithmetic`). With shared noise each certificate holds with probability 1 − alpha,
-        but failures of different latents are correlated. With `counts` it assumes that they are counts of this head.
+        but failures of different latents are correlated. Counts of another head are refused, if its logits differ at
+        some random latents.
         """
         latents = _check_latents(x)
         slack = numbers("slack", slack)
@@ -122,33 +129,38 @@ class SmoothedClassifier:
         if progress is not None and not callable(progress):
             raise UserError(f"progress must be a function of a line of text, got {progress!r}")
         derivation = Derivation(self.sigma, alpha, bound, self.lipschitz, radii=radii, epsilon=epsilon)
-        plan = make_schedule(schedule, n0, n, self._tile[1])
+        looks = make_schedule(schedule, n0, n, self._tile[1])
         check_key(key)
         sampler = self.sampler(latents.shape[1:])
         quantized, indices = sampler.quantize(latents), range(len(latents))
         slacks = (sampler.arithmetic.slack(latents) + slack).tolist()
         origin = self._origin(sampler, key, quantized, slacks)
         if counts is None:
-            counts = Counts(plan, sampler.num_classes)
+            counts = Counts(looks, sampler.num_classes)
             counts.origin = origin
         elif not isinstance(counts, Counts):
             raise UserError(f"counts are `samples` of earlier certificates, got {type(counts).__name__}")
-        elif (counts.schedule, counts.num_classes, counts.origin) != (plan, sampler.num_classes, origin):
-            raise UserError(
-                "counts are of other latents, sigma, slack, key, noise, tile, n0, n or schedule; leave them out"
-            )
+        elif (counts.schedule, counts.num_classes, counts.origin) != (looks, sampler.num_classes, origin):
+            raise UserError("counts are of another head, latents, slack, key, noise or schedule; leave them out")
         else:
             counts = counts.copy()
         derivation = dataclasses.replace(derivation, sigma=sampler.arithmetic.sigma, tau=sampler.tau)
-        status = Status(plan, len(latents), 0, progress or (lambda line: None))
-        engine = Engine(sampler, key, counts, lambda images: derivation.decided(plan, images), status)
+        status = Status(looks, len(latents), 0, progress or (lambda line: None))
+        engine = Engine(sampler, key, counts, lambda images: derivation.decided(looks, images), status)
         engine.run(Images(indices, [0] * len(latents), slacks, quantized))
-        found = derivation.certificates(plan, [counts.images[i] for i in indices])
+        found = derivation.certificates(looks, [counts.images[i] for i in indices])
         return dataclasses.replace(found, samples=counts)
 
     def _origin(self, sampler: Sampler, key: jax.Array, quantized: np.ndarray, slacks: list[float]) -> str:
-        """Digest of what samples are drawn from, but for the head."""
-        facts = (sampler.arithmetic.identity, self._settings["noise"], float(self.sigma), quantized.shape, slacks)
+        """Digest of what samples are drawn from: head, latents, noise."""
+        facts = (
+            sampler.head_digest,
+            sampler.arithmetic.identity,
+            self._settings["noise"],
+            float(self.sigma),
+            quantized.shape,
+            slacks,
+        )
         total = hashlib.sha256(repr((facts, jax.random.key_data(key).tolist())).encode())
         total.update(np.ascontiguousarray(quantized).tobytes())
         return total.hexdigest()

@@ -69,6 +69,8 @@ def _check_looks(looks: Any) -> Int[np.ndarray, " looks"]:
     found = array("looks", looks)
     if found.ndim != 1 or not found.size or found.dtype.kind not in "iu" or not (found[1:] > found[:-1]).all():
         raise UserError(f"from_counts takes looks that grow, whole numbers of samples, got {looks!r}")
+    if found[-1] > MAX_SAMPLES:
+        raise UserError(f"looks must not be above 2**27 samples, got {found[-1]}")
     return found
 
 
@@ -107,6 +109,9 @@ def _integers(name: str, counts: Any) -> Int[np.ndarray, "images classes"]:
 
 def _counts(name: str, counts: Any) -> Int[np.ndarray, "images classes"]:
     counts = _integers(name, counts)
-    if np.any(counts < 0) or np.any(counts > MAX_SAMPLES) or np.any(counts.sum(axis=1) < 1):
-        raise UserError(f"{name} counts must not be negative, nor above 2**27, and every image needs at least one")
+    # Each entry too: the sum of huge counts may wrap around.
+    if np.any(counts < 0) or np.any(counts > MAX_SAMPLES) or np.any(counts.sum(axis=1) > MAX_SAMPLES):
+        raise UserError(f"{name} counts must not be negative, nor above 2**27 for an image")
+    if np.any(counts.sum(axis=1) < 1):
+        raise UserError(f"{name} counts: every image needs at least one")
     return counts

@@ -96,7 +96,8 @@ class Derivation:
           looks: the number of looks that share alpha.
         """
         owner, starts = np.repeat(np.arange(len(lengths)), lengths), np.cumsum(lengths) - lengths
-        share, tau = self.alpha / looks, self.tau * (1 + 1e-9)  # a factor above 1: τ must not vanish in a rounding
+        # On-disk format: tables are compared digit by digit. The factor: τ must not vanish in a rounding.
+        share, tau = self.alpha / looks, self.tau * (1 + 1e-9)
         bucket, count = partition(selection, horizon, share, self.bound)
         p_a, p_b = _bounds(rows, bucket[owner], count[owner], share)
         p_a = np.maximum(np.maximum.reduceat(p_a, starts) - tau, 0.0)

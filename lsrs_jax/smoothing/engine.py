@@ -37,7 +37,7 @@ class Launch(NamedTuple):
     stream: str
     first: int
     stop: int
-    counts: Future
+    pending: Future
 
 
 class BlockSampler(Protocol):
@@ -160,14 +160,14 @@ class Engine:
                 batch = self._sampler.put(images.latents[members], [images.idx[i] for i in members])
                 while first < end:
                     stop = min(first + self._blocks_per_launch, end)
-                    counts = self._sampler.launch(batch, self._keys[stream], first, stop, schedule.totals[stream])
-                    yield Launch(members, stream, first, stop, counts)
+                    launched = self._sampler.launch(batch, self._keys[stream], first, stop, schedule.totals[stream])
+                    yield Launch(members, stream, first, stop, launched)
                     first = stop
 
     def _record(self, images: Images, launch: Launch, clock: float) -> float:
         """Waits for a launch and counts its samples. Returns the time."""
         members, stream, first, stop, _ = launch
-        found = self._sampler.collect(launch.counts, len(members))
+        found = self._sampler.collect(launch.pending, len(members))
         now = time.monotonic()
         seconds = round((now - clock) / len(members), 6)
         if not self._begun:

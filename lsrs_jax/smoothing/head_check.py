@@ -1,6 +1,7 @@
 """Tries a head before it is sampled: the shape of its logits, NaN, and rows that depend on each other."""
 
 import functools
+import hashlib
 from typing import Protocol
 
 import jax
@@ -32,8 +33,8 @@ def _around(row: jax.Array, position: int, key: jax.Array, scale: float, shape: 
     return (scale * jax.random.normal(key, shape, jnp.float32)).at[position].set(row)
 
 
-def check_head(head: Head, shape: tuple[int, ...]) -> int:
-    """Runs a head on random latents ``(rows, *latent)``; returns the number of classes.
+def check_head(head: Head, shape: tuple[int, ...]) -> tuple[int, str]:
+    """Runs a head on random latents ``(rows, *latent)``; returns the number of classes, and a digest of the logits.
 
     Raises:
       UserError: for a head that returns anything but ``(rows, K ≥ 2)`` logits, NaN logits, or logits of a row that
@@ -66,7 +67,7 @@ def check_head(head: Head, shape: tuple[int, ...]) -> int:
                 "the head's rows depend on each other (batch statistics?): each row must be a function of its own "
                 "latent alone; evaluate normalisation with stored statistics"
             )
-    return out.shape[1]
+    return out.shape[1], hashlib.sha256(found.tobytes()).hexdigest()
 
 
 def _output(head: Head, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:

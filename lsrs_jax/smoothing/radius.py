@@ -10,7 +10,7 @@ from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.validate import numbers, real
 
 # Relative; covers the rounding of the quantile function and of the arithmetic here.
-_MARGIN = 1e-12
+_MARGIN = 1e-12  # on-disk format: tables are compared digit by digit
 
 
 def check_sigma(sigma: Any) -> None:

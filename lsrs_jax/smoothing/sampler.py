@@ -18,7 +18,7 @@ from lsrs_jax.runtime.format import KEY_DOMAINS, NOISE_OFFSETS, STREAMS
 from lsrs_jax.runtime.mesh import AXIS, local_mesh, replicated
 from lsrs_jax.runtime.rng import check_key, domain_key, pinned
 from lsrs_jax.runtime.validate import choice
-from lsrs_jax.smoothing.arithmetic import make_arithmetic
+from lsrs_jax.smoothing.arithmetic import ARITHMETICS, make_arithmetic
 from lsrs_jax.smoothing.confidence import MAX_SAMPLES
 from lsrs_jax.smoothing.head_check import Head, check_head, check_logits
 from lsrs_jax.smoothing.radius import check_sigma
@@ -44,9 +44,10 @@ def pinned_flags() -> Iterator[None]:
         yield
 
 
-def check_settings(sigma: Any, noise: Any, tile: Any, spmd: Any) -> None:
+def check_settings(sigma: Any, arithmetic: Any, noise: Any, tile: Any, spmd: Any) -> None:
     """Raises UserError for settings of a `Sampler` that are wrong whatever the latents are."""
     check_sigma(sigma)
+    choice("arithmetic", arithmetic, ARITHMETICS)
     whole = isinstance(tile, tuple | list) and all(type(size) is int and size >= 1 for size in tile)
     if not whole or len(tile) != 2 or tile[0] * tile[1] < 2:
         raise UserError(f"tile must be two whole numbers (images, samples) that hold at least 2 rows, got {tile!r}")
@@ -72,6 +73,7 @@ class Sampler:
 
     Attributes:
       num_classes: K.
+      head_digest: of the logits at some random latents, which tells heads apart.
       traces: how often the loop was traced; tests hold it at one.
 
     Raises:
@@ -94,7 +96,7 @@ class Sampler:
         spmd: str = "shard_map",
         devices: Sequence[Any] | None = None,
     ) -> None:
-        check_settings(sigma, noise, tile, spmd)
+        check_settings(sigma, arithmetic, noise, tile, spmd)
         self.tile, self.latent_shape = (int(tile[0]), int(tile[1])), tuple(latent_shape)
         if np.prod(latent_shape) < 1:
             raise UserError(f"latents of shape {self.latent_shape} are empty")
@@ -108,7 +110,7 @@ class Sampler:
         self._mesh = local_mesh(devices)
         self._launcher = concurrent.futures.ThreadPoolExecutor(1, "launch")
         with pinned_flags():
-            self.num_classes = check_head(head, (math.prod(self.tile), *self.latent_shape))
+            self.num_classes, self.head_digest = check_head(head, (math.prod(self.tile), *self.latent_shape))
             self._tables = jax.device_put(self.arithmetic.tables, replicated(self._mesh))
             self._call = self._compile(spmd)
 
@@ -210,14 +212,14 @@ class Sampler:
         Args:
           ids: indices of the images, each different, where their noise is independent.
         """
-        images = self.tile[0]
-        if not 1 <= len(quantized) <= images or quantized.dtype != self.arithmetic.dtype:
-            raise UserError(f"this sampler takes 1 to {images} latents as `quantize` returned them")
+        size = self.tile[0]
+        if not 1 <= len(quantized) <= size or quantized.dtype != self.arithmetic.dtype:
+            raise UserError(f"this sampler takes 1 to {size} latents as `quantize` returned them")
         ids = np.zeros(len(quantized)) if ids is None else np.asarray(ids)
         distinct = len(np.unique(ids)) == len(quantized)
         if self._noise == "independent" and (not distinct or ids.min() < 0 or ids.max() >= 2**31):
             raise UserError("independent noise needs a different id, a whole number below 2**31, for every image")
-        padding = ((0, images - len(quantized)), *[(0, 0)] * len(self.latent_shape))
+        padding = ((0, size - len(quantized)), *[(0, 0)] * len(self.latent_shape))
         arrays = (np.pad(quantized, padding), np.pad(ids.astype(np.int32), padding[0]))
         return jax.device_put(arrays, replicated(self._mesh))
 

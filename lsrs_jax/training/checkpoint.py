@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from lsrs_jax.runtime.errors import OthersLost, UserError
-from lsrs_jax.runtime.logs import quiet
+from lsrs_jax.runtime.logs import ignore_leftovers, quiet
 from lsrs_jax.runtime.workdir import checkpoints
 
 _ITEMS = ("model", "train", "meta")
@@ -160,7 +160,7 @@ def _restore(manager: ocp.CheckpointManager, folder: epath.Path, step: int, **ta
         meta = restored["meta"]
         intact = digest(restored["model"]) == meta["digest"] and meta["step"] == step
     if not intact:
-        raise UserError(f"checkpoint {where} is damaged, its digest or its step differs; {_REMEDY}")
+        raise UserError(f"checkpoint {where} is damaged: its digest or step is not the one it names; {_REMEDY}")
     return restored
 
 
@@ -173,6 +173,7 @@ def _readable(what: str, remedy: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # Orbax and TensorStore raise whatever their readers raise
+        ignore_leftovers()
         line = " ".join(str(error).split()).partition(" See full TensorStore")[0][:160]
         raise UserError(f"cannot read {what} ({type(error).__name__}: {line}); {remedy}") from error
 

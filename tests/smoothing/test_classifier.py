@@ -1,5 +1,7 @@
 """SmoothedClassifier: compiled once per shape, and counts that can be handed back."""
 
+from concurrent import futures
+
 import chex
 import numpy as np
 import pytest
@@ -71,14 +73,43 @@ def test_counts_of_another_run_are_refused(change):
     classifier = SmoothedClassifier(linear_head, **SETTINGS)
     arguments = {"x": LATENTS, "key": threefry(0), "n": 500}
     counts = classifier.certify(**arguments).samples
-    with pytest.raises(UserError, match="counts are of other latents"):
+    with pytest.raises(UserError, match="counts are of another head, latents"):
         classifier.certify(**arguments | change, counts=counts)
     for other in ({"sigma": 0.25}, {"noise": "independent"}, {"arithmetic": "float32"}, {"tile": (2, 8)}):
-        with pytest.raises(UserError, match="counts are of other latents"):
+        with pytest.raises(UserError, match="counts are of another head, latents"):
             SmoothedClassifier(linear_head, **SETTINGS | other).certify(**arguments, counts=counts)
 
 
+def test_counts_of_another_head_or_of_no_run_are_refused():
+    arguments = {"key": threefry(0), "n": 300}
+    counts = SmoothedClassifier(linear_head, **SETTINGS).certify(LATENTS, **arguments).samples
+    for head in (lambda z: -linear_head(z), lambda z: linear_head(z) + 1e-3):
+        with pytest.raises(UserError, match="counts are of another head"):
+            SmoothedClassifier(head, **SETTINGS).certify(LATENTS, **arguments, counts=counts)
+    again = SmoothedClassifier(lambda z: linear_head(z), **SETTINGS).certify(LATENTS, **arguments, counts=counts)
+    assert again.n.tolist() == [300] * 5
+    for wrong in ("counts", 3, again, counts.images):
+        with pytest.raises(UserError, match="counts are `samples` of earlier certificates, got"):
+            SmoothedClassifier(linear_head, **SETTINGS).certify(LATENTS, **arguments, counts=wrong)
+
+
+def test_threads_that_share_a_classifier_compile_once():
+    traced = chex.assert_max_traces(n=3)
+    classifier = SmoothedClassifier(traced(network()), **SETTINGS)
+    with futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda seed: classifier.certify(LATENTS, key=threefry(seed), n=200), [0, 0, 1, 1]))
+    np.testing.assert_array_equal(found[0].counts, found[1].counts)
+    np.testing.assert_array_equal(found[2].counts, found[3].counts)
+
+
 def test_wrong_settings_are_refused_before_anything_is_compiled():
-    for wrong in ({"sigma": 0}, {"tile": (1, 1)}, {"noise": "pink"}, {"spmd": "xmap"}, {"lipschitz": 0.0}):
+    for wrong in (
+        {"sigma": 0},
+        {"tile": (1, 1)},
+        {"noise": "pink"},
+        {"arithmetic": "exact"},
+        {"spmd": "xmap"},
+        {"lipschitz": 0.0},
+    ):
         with pytest.raises(UserError):
             SmoothedClassifier(None, **SETTINGS | wrong)
