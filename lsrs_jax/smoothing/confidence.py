@@ -43,7 +43,8 @@ def check_alpha(alpha: Any) -> None:
         raise UserError(f"alpha must be at least 1e-100, got {alpha!r}")
 
 
-# On-disk format, for tables are compared digit by digit. Far above the error of SciPy's inverse beta function, and far below what changes a printed radius.
+# On-disk format: tables are compared digit by digit. The margins are far above the error of SciPy's inverse beta
+# function, and far below what changes a printed radius.
 _MARGIN = 1e-10
 _LOOSE = 1e-8  # no bound is farther than this from the best possible one
 _TINY = 1e-12  # bounds below it are computed without SciPy

@@ -14,7 +14,7 @@ from scipy import special
 from lsrs_jax.smoothing import confidence
 
 BOUNDS = ("binary", "multiclass")
-_MOST_GROUPS = 4  # buckets that the other rivals share; on-disk format, as are the options below
+_MOST_GROUPS = 4  # buckets that the other rivals share; on-disk format
 _MOST_SINGLES = 16  # rivals in a bucket of their own; each costs a part of α, and a seventeenth would gain nothing
 
 
