@@ -99,8 +99,9 @@ def float64_slack(
       reach: how far in the latent a certificate may lead, per image or one number: the radius that `certified_margin`
         gives without a slack, times the Lipschitz constant.
 
-    **Guarantee**: for certificates within `reach`, covers the encoder twice, at the clean and at the perturbed image,
-    and the two logits that are compared, at both, with the bound of a sum of d + 1 terms, twice over.
+    **Guarantee**: holds for certificates within `reach`. It covers four roundings: those of the encoder at the clean
+    and at the perturbed image, and those of the two logits that are compared at either of them. Each logit is charged
+    with twice the bound of a sum of d + 1 terms.
     """
     farthest = np.linalg.norm(latents, axis=1) + reach
     scale, scaled = _scaled(weights)

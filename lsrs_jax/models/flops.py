@@ -62,6 +62,7 @@ def _sizes(variables: Iterable[Any]) -> int:
 
 
 def _peak(jaxpr: Jaxpr) -> int:
+    """Most bytes of variables alive at once, where each is freed after its last use and arguments are kept."""
     last = {variable: len(jaxpr.eqns) for variable in jaxpr.outvars if not isinstance(variable, Literal)}
     for index, equation in reversed(list(enumerate(jaxpr.eqns))):
         for variable in equation.invars:

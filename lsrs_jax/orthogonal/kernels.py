@@ -17,11 +17,11 @@ _STORED_NUMBERS = 2**18
 
 
 def build_kernels(convolutions: Sequence[tuple[str, ConvShape, PyTree]]) -> list[PyTree]:
-    """Builds the plain forms of many convolutions ``(method, shape, raw)``, differentiable.
+    """Builds the kernels of many convolutions ``(method, shape, raw)`` from their raw parameters, differentiable.
 
     Returns what ``build(raw, shape)`` of each family returns. Convolutions of one method and shape are stacked and
-    built by one ``vmap``, together with those whose kernels are parts of one widened kernel: on an accelerator one
-    small matrix product takes as long as a stack of them.
+    built by one ``vmap``: on an accelerator one small matrix product takes as long as a stack of them. A family may
+    build convolutions of different shapes as parts of one larger kernel (its ``widened``); they are stacked too.
     """
     widened = [family(method).widened(raw, shape) for method, shape, raw in convolutions]
     groups = collections.defaultdict(list)

@@ -45,7 +45,7 @@ class ConvShape(NamedTuple):
 
 
 def check_divisible(size: Sequence[int], strides: Sequence[int], what: str = "strides") -> None:
-    """Raises where a stride or window does not divide the image: on a torus such a layer is not 1-Lipschitz."""
+    """Raises where a stride or window does not divide the image: such a circular layer is not 1-Lipschitz."""
     if size[0] % strides[0] or size[1] % strides[1]:
         raise UserError(
             f"{what} {tuple(strides)} do not divide the input size {size[0]}x{size[1]}, and the layer would lose its "
@@ -60,7 +60,7 @@ def check_float(x: Shaped[Array, "..."], what: str) -> None:
 
 
 def check_padding(padding: str) -> None:
-    """Raises for every padding that repeats pixels outside the torus: such a layer can stretch by up to 2."""
+    """Raises for every padding but circular and zero: with repeated pixels a layer can stretch by up to 2."""
     if padding not in PADDINGS:
         raise UserError(
             f"unknown padding {padding!r}: choose 'circular' or 'zero' (reflect and edge padding repeat pixels, and "

@@ -74,7 +74,7 @@ class Schedule:
 
 
 def make_schedule(kind: str, n0: int, n: int, samples: int) -> Schedule:
-    """The `Schedule` ``"fixed"`` (one look, at n samples) or ``"staged"`` (looks that grow by about 1.3 up to n)."""
+    """The `Schedule` ``"fixed"`` (one look, at n samples) or ``"staged"`` (looks growing by `LOOK_GROWTH` up to n)."""
     choice("schedule", kind, SCHEDULES)
     fixed = Schedule(n0, (n,), samples)
     if kind == "fixed":
