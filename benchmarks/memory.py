@@ -17,7 +17,7 @@ import numpy as np
 
 from lsrs_jax import models
 from lsrs_jax.cli import config_from_flags
-from lsrs_jax.runtime.mesh import global_mesh, joined
+from lsrs_jax.runtime.mesh import from_own_rows, global_mesh
 from lsrs_jax.runtime.rng import domain_key, pinned
 from lsrs_jax.training import loop, plan
 
@@ -45,7 +45,7 @@ def measure(config, shape, classes, batch):
         fresh, shardings, train_step = loop.parts(model, config, mesh)
         start = jax.jit(fresh, out_shardings=shardings)
         shapes = jax.eval_shape(fresh, domain_key(0, "init"))
-        key, data = domain_key(0, "train"), joined(mesh, (images, labels))
+        key, data = domain_key(0, "train"), from_own_rows(mesh, (images, labels))
         step = train_step.lower(shapes, *data, key, np.uint32(0)).compile()
         before = resident()
         if jax.default_backend() == "cpu":

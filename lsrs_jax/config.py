@@ -14,7 +14,7 @@ from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.files import write_atomic
 from lsrs_jax.runtime.format import FORMAT
 from lsrs_jax.runtime.types import Config
-from lsrs_jax.smoothing.partition import BOUNDS
+from lsrs_jax.smoothing.confidence import BOUNDS
 from lsrs_jax.smoothing.schedule import SCHEDULES
 
 LOSSES = ("gaussian", "consistency", "macer", "smoothadv", "smoothadv_consistency", "margin")

@@ -10,7 +10,8 @@ from lsrs_jax import report
 from lsrs_jax.certification import smoothed, store, verify
 from lsrs_jax.certification.identity import Identity
 from lsrs_jax.certification.ledger import Ledger
-from lsrs_jax.certification.table import format_table, read_table
+from lsrs_jax.certification.store import format_table
+from lsrs_jax.certification.table import read_table
 from lsrs_jax.config import check_config, config_from_dict, config_to_dict, default, load_config
 from lsrs_jax.layers.lipschitz import LayerBound, LipschitzReport
 from lsrs_jax.runtime.documents import plain

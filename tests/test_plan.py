@@ -11,7 +11,7 @@ from commands import QUICK, ROOT, refused, run
 
 from lsrs_jax import models
 from lsrs_jax.config import default
-from lsrs_jax.models.flops import flops, held, traffic
+from lsrs_jax.models.flops import flops, peak_memory, traffic
 from lsrs_jax.training import plan
 
 
@@ -88,17 +88,17 @@ def test_independent_noise_needs_more_memory_than_shared():
 
 def test_bytes_alive_are_counted_as_they_come_and_go():
     x = jax.ShapeDtypeStruct((1000,), np.float32)
-    assert held(lambda x: x + 1, x) == 8000
-    assert held(lambda x: ((x + 1) * 2) - 3, x) == 12_000  # the argument stays, the sum goes
-    assert held(jax.jit(lambda x: jax.jit(lambda y: (y + 1) * 2)(x) - 3), x) == 12_000
-    assert held(lambda x: (x + 1, x * 2), x) == 12_000
+    assert peak_memory(lambda x: x + 1, x) == 8000
+    assert peak_memory(lambda x: ((x + 1) * 2) - 3, x) == 12_000  # the argument stays, the sum goes
+    assert peak_memory(jax.jit(lambda x: jax.jit(lambda y: (y + 1) * 2)(x) - 3), x) == 12_000
+    assert peak_memory(lambda x: (x + 1, x * 2), x) == 12_000
 
     def dot(x):
         return x @ x
 
     rows = jax.ShapeDtypeStruct((20, 1000), np.float32)
     # The rows, their sum, and within a step the double of a row.
-    total = held(lambda rows: jax.lax.scan(lambda c, row: (c + (row * 2).sum(), None), 0.0, rows)[0], rows)
+    total = peak_memory(lambda rows: jax.lax.scan(lambda c, row: (c + (row * 2).sum(), None), 0.0, rows)[0], rows)
     assert total == 80_000 + 4 + 4_000
     matrix = jax.ShapeDtypeStruct((10, 10), np.float32)
     assert traffic(dot, matrix) == 1200

@@ -9,7 +9,7 @@ from lsrs_jax.certification.encode import encode_batches
 from lsrs_jax.certification.identity import Identity
 from lsrs_jax.certification.margin import certified_margin, float64_slack
 from lsrs_jax.certification.platform_check import check_encoder
-from lsrs_jax.certification.table import format_columns, read_table
+from lsrs_jax.certification.table import read_table
 from lsrs_jax.certification.target import Target
 from lsrs_jax.layers.lipschitz import Float64Encoder
 from lsrs_jax.runtime.errors import UserError
@@ -39,7 +39,7 @@ def run(target: Target) -> None:
     session["seconds"] = round(time.monotonic() - start, 3)
     labels, seconds = dataset.labels[indices], session["seconds"] / len(indices)
     columns = {"idx": indices, "label": labels, "predict": predict, "radius": radius, "time": seconds, "n": 0}
-    text = format_columns(columns | {"lipschitz": lipschitz, "slack": slack})
+    text = store.format_columns(columns | {"lipschitz": lipschitz, "slack": slack})
     store.write(target.folder, target.config, identity, encoder.report, [*record, session], {"bound": "margin"}, text)
     correct = predict == labels
     certified, acr = np.mean(correct & (radius >= 36 / 255)), np.where(correct, radius, 0).mean()

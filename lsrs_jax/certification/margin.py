@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.validate import numbers
-from lsrs_jax.smoothing.radius import check_lipschitz
+from lsrs_jax.smoothing.derivation import check_lipschitz
 
 # Covers the rounding of norms, differences and the division.
 _MARGIN = 1e-12

@@ -10,7 +10,6 @@ import numpy as np
 from lsrs_jax.certification import OTHER_NAME, ledger, store
 from lsrs_jax.certification.encode import Pipeline
 from lsrs_jax.certification.identity import Identity, arithmetic_facts, sampling_facts, schedule_of
-from lsrs_jax.certification.table import format_table
 from lsrs_jax.certification.target import Target
 from lsrs_jax.config import config_to_dict
 from lsrs_jax.data import Dataset, Photos
@@ -110,7 +109,7 @@ class Certification:
             derivation = {"alpha": self.derivation.alpha, "bound": self.derivation.bound, "votes": counts.digests()}
             if self.identity.schedule == "staged":
                 derivation |= {"radii": self.derivation.radii, "epsilon": self.derivation.epsilon}
-            table = format_table(images, certificates, self.lipschitz.constant)
+            table = store.format_table(images, certificates, self.lipschitz.constant)
         store.write(self.folder, self.config, self.identity, self.lipschitz, self.record, derivation, table)
         return images, certificates
 

@@ -1,10 +1,14 @@
-"""certificates.json: what a table of certificates was made from. Written and read here, in every format there was."""
+"""certificates.tsv and certificates.json, which says what the table was made from: writes both together.
+
+The document is read here in every format there was; `table.read_table` reads tables.
+"""
 
 import dataclasses
 import datetime
 import hashlib
 import platform
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,10 @@ from lsrs_jax.layers.lipschitz import LipschitzReport
 from lsrs_jax.runtime.documents import read_sealed, refuse_unknown, write_sealed
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.files import digest_of, write_atomic
+from lsrs_jax.runtime.format import FIELD_COLUMNS
 from lsrs_jax.runtime.types import Config
+from lsrs_jax.smoothing.counts import ImageCounts
+from lsrs_jax.smoothing.derivation import Certificates
 
 _MOST_CLASSES = 2**20  # and pixels in a row
 
@@ -156,6 +163,36 @@ def new_session(images: int) -> dict[str, Any]:
         "host": platform.machine(),
         "versions": versions | {"python": platform.python_version()},
     }
+
+
+def format_table(images: Sequence[ImageCounts], certificates: Certificates, lipschitz: float) -> str:
+    """The text of certificates.tsv for counts of images and their certificates, in parallel.
+
+    The six columns of Cohen et al. 2019 come first. Radii are printed with full precision, never rounded up.
+    """
+    idx, label, seconds, slack = zip(*((i.idx, i.label, i.seconds, i.slack) for i in images), strict=True)
+    proven = {name: getattr(certificates, name) for name in ("predict", "radius", "n", "p_a_lower", "p_b_upper")}
+    columns = {"idx": idx, "label": label, "time": seconds} | proven
+    return format_columns(columns | {"lipschitz": lipschitz, "slack": slack, "abstain": certificates.abstain})
+
+
+def format_columns(columns: Mapping[str, Any]) -> str:
+    """The text of a table in the field's format: name → array over images in the order of the rows, or one number.
+
+    The names include `FIELD_COLUMNS` but for ``correct``, which follows from label and predict.
+    """
+    arrays = {name: np.broadcast_to(values, len(columns["idx"])) for name, values in columns.items()}
+    arrays["correct"] = arrays["predict"] == arrays["label"]
+    names = [*FIELD_COLUMNS, *(name for name in arrays if name not in FIELD_COLUMNS)]
+    rows = zip(*(arrays[name] for name in names), strict=True)
+    lines = [names, *(list(map(_print, names, row)) for row in rows)]
+    return "".join("\t".join(cells) + "\n" for cells in lines)
+
+
+def _print(name: str, value: Any) -> str:
+    if name == "time":
+        return f"{value:.6f}"
+    return repr(float(value)) if isinstance(value, np.floating) else str(int(value))
 
 
 def write(

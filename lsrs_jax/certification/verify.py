@@ -7,7 +7,6 @@ from lsrs_jax import models
 from lsrs_jax.auditing.table import read_finished
 from lsrs_jax.certification import OTHER_NAME, ledger, store
 from lsrs_jax.certification.smoothed import Certification, reopen
-from lsrs_jax.certification.table import format_table
 from lsrs_jax.certification.target import restore
 from lsrs_jax.config import config_to_dict, load_config, other_training
 from lsrs_jax.runtime.errors import UserError
@@ -126,7 +125,7 @@ def _compare(text: str, certification: Certification, counts: Counts) -> None:
         raise UserError(f"{path} holds no certificates")
     images = list(chosen.values())
     certificates = certification.derivation.certificates(certification.schedule, images)
-    expected = format_table(images, certificates, certification.lipschitz.constant).split("\n")
+    expected = store.format_table(images, certificates, certification.lipschitz.constant).split("\n")
     names = expected[0].split("\t")
     for number, (found, derived) in enumerate(zip(lines, expected, strict=True), start=1):
         if found == derived:

@@ -11,8 +11,8 @@ from lsrs_jax.runtime.errors import UserError
 Chain = tuple[nn.Module, ...]
 
 
-class Kit(NamedTuple):
-    """What an encoder is made of."""
+class Constructors(NamedTuple):
+    """Makes the layers of which an encoder consists."""
 
     conv: Callable[..., nn.Module]  # (features, kernel_size, strides) -> an orthogonal convolution
     activation: Callable[[], nn.Module]  # follows every convolution
@@ -33,7 +33,10 @@ BLOCKS: dict[str, Callable[[int], Chain]] = {"blocks": _space_to_depth, "blocks_
 
 
 def blocks(
-    kit: Kit, widths: Sequence[int], strides: Sequence[int], downsample: Callable[[int], Chain] = _space_to_depth
+    make: Constructors,
+    widths: Sequence[int],
+    strides: Sequence[int],
+    downsample: Callable[[int], Chain] = _space_to_depth,
 ) -> Chain:
     """Blocks of a network: each downsamples by its stride, then has a 3x3 orthogonal convolution and an activation.
 
@@ -45,35 +48,35 @@ def blocks(
     for width, stride in zip(widths, strides, strict=True):
         chain += downsample(stride)
         if width:
-            chain += [kit.conv(width, (3, 3)), kit.activation()]
+            chain += [make.conv(width, (3, 3)), make.activation()]
     return tuple(chain)
 
 
-def _stages(kit: Kit, channels: int, *stages: tuple[int, int | None]) -> Chain:
+def _stages(make: Constructors, channels: int, *stages: tuple[int, int | None]) -> Chain:
     """Stages ``(count, width)``: space-to-depth by 2, then `count` convolutions; width None keeps all channels."""
     widths, strides = [], []
     for count, width in stages:
         channels = width or 4 * channels
         widths += [channels] * count or [0]
         strides += [2] + [1] * (count - 1)
-    return blocks(kit, widths, strides)
+    return blocks(make, widths, strides)
 
 
-def _convolutions(kit: Kit, *specs: tuple[int, int, int]) -> Chain:
+def _convolutions(make: Constructors, *specs: tuple[int, int, int]) -> Chain:
     """Convolutions ``(channels, kernel, stride)``, each followed by an activation."""
-    pairs = [(kit.conv(width, (size, size), (stride, stride)), kit.activation()) for width, size, stride in specs]
+    pairs = [(make.conv(width, (size, size), (stride, stride)), make.activation()) for width, size, stride in specs]
     return tuple(layer for pair in pairs for layer in pair)
 
 
-# (kit, channels of the image) -> layers. `partial`, `latent` and `preprocessor` are the splits of the public code that
+# (make, channels of the image) -> layers. `partial`, `latent` and `preprocessor` are the splits of the public code that
 # preceded LSRS (SC-Fac convolutions, Su, Byeon and Huang 2022).
-ENCODERS: dict[str, Callable[[Kit, int], Chain]] = {
-    "identity": lambda kit, channels: (),
-    "space_to_depth": lambda kit, channels: _stages(kit, channels, (0, None)),
-    "shallow": lambda kit, channels: _stages(kit, channels, (2, None)),
-    "deep": lambda kit, channels: _stages(kit, channels, (4, None), (4, None)),
-    "pyramid": lambda kit, channels: _stages(kit, channels, (3, 32), (3, 64), (3, 64)),
-    "partial": lambda kit, _: _convolutions(kit, (64, 3, 1), (64, 3, 1), (128, 6, 2)),
-    "latent": lambda kit, _: _convolutions(kit, (64, 6, 2), (64, 6, 2), (128, 6, 2), (256, 2, 2), (512, 2, 2)),
-    "preprocessor": lambda kit, _: _convolutions(kit, (6, 3, 1), (16, 3, 1), (32, 3, 1), (64, 3, 1)),
+ENCODERS: dict[str, Callable[[Constructors, int], Chain]] = {
+    "identity": lambda make, channels: (),
+    "space_to_depth": lambda make, channels: _stages(make, channels, (0, None)),
+    "shallow": lambda make, channels: _stages(make, channels, (2, None)),
+    "deep": lambda make, channels: _stages(make, channels, (4, None), (4, None)),
+    "pyramid": lambda make, channels: _stages(make, channels, (3, 32), (3, 64), (3, 64)),
+    "partial": lambda make, _: _convolutions(make, (64, 3, 1), (64, 3, 1), (128, 6, 2)),
+    "latent": lambda make, _: _convolutions(make, (64, 6, 2), (64, 6, 2), (128, 6, 2), (256, 2, 2), (512, 2, 2)),
+    "preprocessor": lambda make, _: _convolutions(make, (6, 3, 1), (16, 3, 1), (32, 3, 1), (64, 3, 1)),
 }

@@ -24,10 +24,10 @@ def traffic(function: Callable[..., Any], *arguments: Any) -> int:
     return _total(jax.make_jaxpr(function)(*arguments).jaxpr, lambda eqn: _sizes((*eqn.invars, *eqn.outvars)))
 
 
-def held(function: Callable[..., Any], *arguments: Any) -> int:
+def peak_memory(function: Callable[..., Any], *arguments: Any) -> int:
     """Peak of the bytes alive during ``function(*arguments)``, arguments included, if operations run in program order
     and each into its own memory. A compiler that fuses operations needs less."""
-    return _peak(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return _peak_bytes(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 def _total(jaxpr: Jaxpr, count: Callable[[JaxprEqn], int]) -> int:
@@ -61,7 +61,7 @@ def _sizes(variables: Iterable[Any]) -> int:
     return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in arrays)
 
 
-def _peak(jaxpr: Jaxpr) -> int:
+def _peak_bytes(jaxpr: Jaxpr) -> int:
     """Most bytes of variables alive at once, where each is freed after its last use and arguments are kept."""
     last = {variable: len(jaxpr.eqns) for variable in jaxpr.outvars if not isinstance(variable, Literal)}
     for index, equation in reversed(list(enumerate(jaxpr.eqns))):
@@ -72,7 +72,8 @@ def _peak(jaxpr: Jaxpr) -> int:
     for index, equation in enumerate(jaxpr.eqns):
         live += _sizes(equation.outvars)
         # The arguments and results of an inner jaxpr are counted here already.
-        inner = [_peak(part) - _sizes((*part.invars, *part.outvars)) for part in jaxprs_in_params(equation.params)]
+        parts = jaxprs_in_params(equation.params)
+        inner = [_peak_bytes(part) - _sizes((*part.invars, *part.outvars)) for part in parts]
         peak = max(peak, live + max([0, *inner]))
         used = {variable for variable in equation.invars if not isinstance(variable, Literal)}
         live -= _sizes(variable for variable in used if last[variable] == index and variable not in jaxpr.invars)

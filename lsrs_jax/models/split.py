@@ -18,7 +18,7 @@ import numpy as np
 
 from lsrs_jax import layers
 from lsrs_jax.layers.lipschitz import Materialized, materialize, project
-from lsrs_jax.models.encoders import BLOCKS, ENCODERS, Kit, blocks
+from lsrs_jax.models.encoders import BLOCKS, ENCODERS, Constructors, blocks
 from lsrs_jax.models.flops import flops
 from lsrs_jax.models.heads import HEADS, BlocksHead, Head, Images, Latents, Logits
 from lsrs_jax.models.linear_head import project_linear_head
@@ -145,12 +145,12 @@ def build(config: Config, input_shape: tuple[int, ...], num_classes: int) -> Mod
     choice("model.head", config.head, sorted(heads))
     _check_blocks(config)
     family = {"method": config.method, "initializer": config.initializer, "padding": config.padding}
-    kit = Kit(functools.partial(layers.OrthogonalConv, **family), ACTIVATIONS[config.activation])
+    make = Constructors(functools.partial(layers.OrthogonalConv, **family), ACTIVATIONS[config.activation])
     widths, strides, split = tuple(config.widths), tuple(config.strides), config.split
     if config.encoder in BLOCKS:
-        encoder = blocks(kit, widths[:split], strides[:split], BLOCKS[config.encoder])
+        encoder = blocks(make, widths[:split], strides[:split], BLOCKS[config.encoder])
     else:
-        encoder = ENCODERS[config.encoder](kit, input_shape[2])
+        encoder = ENCODERS[config.encoder](make, input_shape[2])
     tail = (widths[split:], strides[split:]) if config.head == "blocks" else ()
     head = heads[config.head](num_classes, *tail)
     choice("model.noise", config.noise, ("latent", "input"))

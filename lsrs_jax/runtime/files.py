@@ -26,7 +26,7 @@ def write_atomic(path: Path | str, content: str | bytes) -> None:
         raise UserError(f"cannot write {path}: it is a folder")
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with naming(path), os.fdopen(handle, "wb") as file:
+        with with_filename(path), os.fdopen(handle, "wb") as file:
             file.write(content if isinstance(content, bytes) else content.encode())
             file.flush()
             os.fsync(file.fileno())
@@ -38,7 +38,7 @@ def write_atomic(path: Path | str, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def with_filename(path: Path) -> Iterator[None]:
     """Adds the name of a file to an error of the operating system that names none, such as a full disk."""
     try:
         yield
@@ -59,7 +59,7 @@ def write_all(file: io.FileIO, path: Path, text: str, size: int) -> int:
     rest = memoryview(text.encode())
     grown = size + len(rest)
     try:
-        with naming(path):
+        with with_filename(path):
             while rest:
                 rest = rest[file.write(rest) :]
             os.fsync(file.fileno())

@@ -48,7 +48,7 @@ def sharded(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(sharding, tree)
 
 
-def laid_out(tree: Any, shardings: Any) -> Any:
+def reshard(tree: Any, shardings: Any) -> Any:
     """Arrays moved to shardings (one for all, or a tree of them); every process must give the same arrays."""
     return jax.jit(lambda tree: tree, out_shardings=shardings)(tree)
 
@@ -60,6 +60,6 @@ def own_rows(mesh: Mesh, size: int) -> slice:
     return slice(own[0] * each, (own[-1] + 1) * each)
 
 
-def joined(mesh: Mesh, tree: Any) -> Any:
+def from_own_rows(mesh: Mesh, tree: Any) -> Any:
     """Arrays divided over the mesh by their first axis, made of the rows that each process holds (`own_rows`)."""
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(split(mesh), rows), tree)

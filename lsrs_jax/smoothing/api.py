@@ -17,11 +17,10 @@ from lsrs_jax.runtime.validate import array, numbers
 from lsrs_jax.smoothing import confidence
 from lsrs_jax.smoothing.certificates import Certificates
 from lsrs_jax.smoothing.counts import Counts
-from lsrs_jax.smoothing.derivation import Derivation
+from lsrs_jax.smoothing.derivation import Derivation, check_lipschitz
 from lsrs_jax.smoothing.engine import Engine, Images, Status
 from lsrs_jax.smoothing.head_check import Head
 from lsrs_jax.smoothing.prediction import predict_classes
-from lsrs_jax.smoothing.radius import check_lipschitz
 from lsrs_jax.smoothing.sampler import Sampler, check_settings
 from lsrs_jax.smoothing.schedule import make_schedule
 

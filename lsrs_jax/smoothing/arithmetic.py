@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int, Num
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.format import COLUMN_BITS, THRESHOLD_BITS
 from lsrs_jax.runtime.validate import choice
+from lsrs_jax.smoothing.derivation import check_sigma
 from lsrs_jax.smoothing.discrete_gaussian import LIMIT, MAX_LATENT, grid, rounding_slack, total_variation
-from lsrs_jax.smoothing.radius import float32_slack, sampled_sigma
 
 _LARGEST = 2.0**120  # of float32 latents
 
@@ -103,14 +103,17 @@ class GridArithmetic:
 class Float32Arithmetic:
     """Float32 latents plus σ times float32 normals, as in every published implementation.
 
-    The theorem is about real-valued noise, which this approximates (`radius.float32_slack` says what is covered). For
-    comparison with the literature. `tau` is 0: what float32 normals do to the probabilities is not bounded.
+    The theorem is about real-valued noise, which this approximates (`slack` says what is covered). For comparison with
+    the literature. `tau` is 0: what float32 normals do to the probabilities is not bounded. `sigma` is the smaller of σ
+    and its float32 neighbour, because noise is scaled in float32.
     """
 
     dtype = np.float32
 
     def __init__(self, sigma: float) -> None:
-        self.sigma, self.tables, self.identity = sampled_sigma(sigma), np.float32(sigma), {"name": "float32"}
+        check_sigma(sigma)
+        self.tables, self.identity = np.float32(sigma), {"name": "float32"}
+        self.sigma = min(float(sigma), float(self.tables))
 
     def quantize(self, latents: Float[np.ndarray, "images *latent"]) -> Float[np.ndarray, "images *latent"]:
         if np.abs(latents).max(initial=0) > _LARGEST:  # where float32 or a norm might overflow
@@ -118,7 +121,16 @@ class Float32Arithmetic:
         return latents.astype(np.float32)
 
     def slack(self, latents: Float[np.ndarray, "images *latent"]) -> Float[np.ndarray, " images"]:
-        return float32_slack(latents, self.sigma)
+        """How far rounding to float32 may move latents, in ℓ2.
+
+        **Guarantee**: covers the rounding of the certified latent and of any other latent within the certified ball
+        (each at most 2⁻²⁴ of its norm; no radius in the latent exceeds 10σ), twice over, which leaves room for the
+        float64 encoder's own rounding (about 1e-10). It does not cover the rounding of latent + noise inside the
+        sampling loop, nor the 23-bit distribution of float32 normals: with float32 arithmetic the theorem holds for
+        real-valued noise, and the program approximates it.
+        """
+        norms = np.linalg.norm(np.asarray(latents, np.float64).reshape(len(latents), -1), axis=1)
+        return 2.0**-22 * (norms + 10 * self.sigma) + 2.0**-140
 
     def tau(self, dimensions: int) -> float:
         return 0.0

@@ -33,7 +33,7 @@ def from_counts(
         ``"multiclass"`` the buckets, and nothing else.
       estimation: integers ``(images, classes)`` from fresh noise; each row sums to at least 1 and at most 2**27. With
         `looks`: for each image the cumulative counts ``(looks reached, classes)``.
-      sigma, lipschitz, slack: as in `radius.certified_radius`.
+      sigma, lipschitz, slack: as in `derivation.certified_radius`.
       alpha: failure probability per image.
       bound: ``"binary"`` (p_B = 1 − p_A) or ``"multiclass"`` (class partitioning; Delattre et al. 2025): each bucket of
         rivals has an upper bound of its own.

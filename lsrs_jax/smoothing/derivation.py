@@ -2,19 +2,77 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from scipy import special
 
 from lsrs_jax.runtime.errors import UserError
-from lsrs_jax.runtime.validate import choice, real
+from lsrs_jax.runtime.validate import choice, numbers, real
 from lsrs_jax.smoothing import confidence
 from lsrs_jax.smoothing.counts import Counts, ImageCounts
-from lsrs_jax.smoothing.partition import BOUNDS, partition, share_of_alpha
-from lsrs_jax.smoothing.radius import check_lipschitz, check_sigma, trusted_radius
 from lsrs_jax.smoothing.schedule import Schedule
 
+# Relative; covers the rounding of the quantile function and of the arithmetic here.
+_MARGIN = 1e-12  # on-disk format: tables are compared digit by digit
 _FUTILITY = 0.01  # level of the optimistic limits; giving up early costs radius, never the guarantee
+
+
+def check_sigma(sigma: Any) -> None:
+    """Raises UserError unless sigma is a positive number that float32 holds with full precision."""
+    if not 2.0**-60 <= real(sigma) <= 2.0**60:
+        raise UserError(f"sigma must be a positive number (between 1e-18 and 1e18), got {sigma!r}")
+
+
+def check_lipschitz(lipschitz: Any) -> None:
+    """Raises UserError unless the Lipschitz constant is a positive number by which a radius can be divided."""
+    if not 2.0**-200 <= real(lipschitz) <= 2.0**200:
+        raise UserError(f"the Lipschitz constant must be a positive number (between 1e-60 and 1e60), got {lipschitz!r}")
+
+
+def certified_radius(
+    p_a_lower: Any, p_b_upper: Any, sigma: float, lipschitz: float = 1.0, slack: Any = 0.0
+) -> Float[np.ndarray, "..."]:
+    """R = max(0, (σ/2 (Φ⁻¹(p_A) − Φ⁻¹(p_B)) − slack) / L)  (Cohen et al. 2019, Theorem 1, carried through an encoder).
+
+    Args:
+      p_a_lower: lower bound on the probability of the class.
+      p_b_upper: upper bound on the probability of every other class; 1 − p_a_lower gives the binary bound σΦ⁻¹(p_A).
+      sigma: standard deviation of the noise that was sampled, in units of the latent (`sigma` of the arithmetic).
+      lipschitz: constant of the encoder from images to latents.
+      slack: ℓ2 distance in the latent that is subtracted for rounding, per image or one number.
+
+    Returns:
+      float64, 0 wherever nothing is certified.
+
+    **Guarantee**: if both bounds hold and ``encoder`` is ``lipschitz``-Lipschitz, the smoothed classifier keeps its
+    class within this ℓ2 distance of the image. Numerical error is rounded towards 0. NaN bounds raise.
+    """
+    check_sigma(sigma)
+    check_lipschitz(lipschitz)
+    p_a, p_b = numbers("probabilities", p_a_lower), numbers("probabilities", p_b_upper)
+    slack = numbers("slack", slack)
+    try:
+        np.broadcast_shapes(p_a.shape, p_b.shape, slack.shape)
+    except ValueError as error:
+        shapes = f"{p_a.shape}, {p_b.shape}, {slack.shape}"
+        raise UserError(f"probabilities and slack do not fit: their shapes are {shapes}") from error
+    if np.any(~((p_a >= 0) & (p_a <= 1) & (p_b >= 0) & (p_b <= 1))) or np.any(~((slack >= 0) & np.isfinite(slack))):
+        raise UserError("probabilities must lie in [0, 1] and slack must be finite and not negative")
+    # A lower bound of exactly 1 or an upper bound of exactly 0 would be an infinite radius: no count proves it.
+    if np.any(p_a == 1) or np.any(p_b == 0):
+        raise UserError("a bound of exactly 1 (or 0) certifies everything and cannot come from counts")
+    return trusted_radius(p_a, p_b, float(sigma), float(lipschitz), slack)
+
+
+def trusted_radius(
+    p_a: np.ndarray, p_b: np.ndarray, sigma: float, lipschitz: float, slack: np.ndarray
+) -> Float[np.ndarray, "..."]:
+    """`certified_radius` of float64 arguments that were checked."""
+    both_sides = np.where(p_b < p_a, special.ndtri(p_a) - special.ndtri(p_b), -np.inf)
+    latent = sigma / 2 * both_sides * (1 - _MARGIN) - slack
+    return np.maximum(latent, 0.0) / lipschitz * (1 - _MARGIN)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +111,7 @@ class Derivation:
     def __post_init__(self) -> None:
         check_sigma(self.sigma)
         confidence.check_alpha(self.alpha)
-        choice("bound", self.bound, BOUNDS)
+        choice("bound", self.bound, confidence.BOUNDS)
         check_lipschitz(self.lipschitz)
         if not 0 <= real(self.tau) < 1:
             raise UserError(f"tau must lie in [0, 1), got {self.tau!r}")
@@ -98,8 +156,8 @@ class Derivation:
         owner, starts = np.repeat(np.arange(len(lengths)), lengths), np.cumsum(lengths) - lengths
         # On-disk format: tables are compared digit by digit. The factor: τ must not vanish in a rounding.
         share, tau = self.alpha / looks, self.tau * (1 + 1e-9)
-        bucket, count = partition(selection, horizon, share, self.bound)
-        p_a, p_b = _bounds(rows, bucket[owner], count[owner], share)
+        bucket, count = confidence.partition(selection, horizon, share, self.bound)
+        p_a, p_b = confidence.bounds(rows, bucket[owner], count[owner], share)
         p_a = np.maximum(np.maximum.reduceat(p_a, starts) - tau, 0.0)
         p_b = np.minimum(np.minimum.reduceat(p_b, starts) + tau, 1 - p_a)
         p_b = np.minimum(p_b + 1e-15, 1.0)
@@ -158,18 +216,3 @@ class Derivation:
         n, share = schedule.n, self.alpha / len(schedule.looks)
         p_a = np.maximum(confidence.trusted_lower(n, n, share) - self.tau, 0.0)
         return float(trusted_radius(p_a, 1 - p_a, self.sigma, self.lipschitz, np.array(slack)))
-
-
-def _bounds(counts: np.ndarray, bucket: np.ndarray, count: np.ndarray, alpha: float) -> tuple[np.ndarray, np.ndarray]:
-    """Lower bound of the candidate and upper bound of its strongest rival, per row of counts, together at level α."""
-    n, each = counts.sum(axis=1), share_of_alpha(alpha, count)
-    p_a = confidence.trusted_lower(np.where(bucket == 0, counts, 0).sum(axis=1), n, each)
-    p_b = 1 - p_a
-    several = np.flatnonzero(count > 1)
-    largest = np.zeros(len(counts))
-    for number in range(1, int(count[several].max(initial=0)) + 1):
-        rows = several[count[several] >= number]
-        samples = np.where(bucket[rows] == number, counts[rows], 0).sum(axis=1)
-        largest[rows] = np.maximum(largest[rows], confidence.trusted_upper(samples, n[rows], each[rows]))
-    p_b[several] = np.minimum(p_b[several], largest[several])
-    return p_a, p_b

@@ -20,8 +20,8 @@ from lsrs_jax.runtime.rng import check_key, domain_key, pinned
 from lsrs_jax.runtime.validate import choice
 from lsrs_jax.smoothing.arithmetic import ARITHMETICS, make_arithmetic
 from lsrs_jax.smoothing.confidence import MAX_SAMPLES
+from lsrs_jax.smoothing.derivation import check_sigma
 from lsrs_jax.smoothing.head_check import Head, check_head, check_logits
-from lsrs_jax.smoothing.radius import check_sigma
 from lsrs_jax.smoothing.schedule import block_count
 
 SPMD = ("shard_map", "pmap")

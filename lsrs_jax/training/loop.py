@@ -18,7 +18,7 @@ from lsrs_jax.data import ImageSet, batch_indices, training_batches
 from lsrs_jax.models.heads import Images
 from lsrs_jax.models.split import Model, Params
 from lsrs_jax.runtime.errors import UserError
-from lsrs_jax.runtime.mesh import global_mesh, joined, laid_out, own_rows, replicated, sharded
+from lsrs_jax.runtime.mesh import from_own_rows, global_mesh, own_rows, replicated, reshard, sharded
 from lsrs_jax.runtime.progress import Progress
 from lsrs_jax.runtime.rng import domain_key, pinned
 from lsrs_jax.runtime.signals import agreed, deferred
@@ -132,7 +132,7 @@ class Evaluator:
         for index, start in enumerate(range(0, size, self._batch)):
             numbers = np.arange(start, start + self._batch)[self._own]
             rows = np.minimum(numbers, size - 1)
-            arrays = joined(self._mesh, (*self._dataset.read(rows, np.float32), numbers < size))
+            arrays = from_own_rows(self._mesh, (*self._dataset.read(rows, np.float32), numbers < size))
             totals += [int(hits) for hits in self._correct(params, *arrays, jax.random.fold_in(key, index))]
         return totals / size
 
@@ -168,7 +168,7 @@ class _Stop:
         """Whether the step that was just launched is the last one."""
         if self._mesh.is_multi_process:
             flags = np.full(len(self._mesh.local_devices), self._signalled(), np.int32)
-            self._flags.append(self._any(joined(self._mesh, flags)))
+            self._flags.append(self._any(from_own_rows(self._mesh, flags)))
             return len(self._flags) > _UNDER_WAY and bool(self._flags.popleft())
         return self._signalled()
 
@@ -187,8 +187,8 @@ class _Training:
         self._first = checkpoints.latest() or 0
         if self._first:
             # A checkpoint holds the result whole, for certification.
-            result, rest = checkpoints.restore(self._first, laid_out(self._state.result, self._whole), self._state.rest)
-            self._state = self._state.resumed(laid_out(result, shardings.result), rest)
+            result, rest = checkpoints.restore(self._first, reshard(self._state.result, self._whole), self._state.rest)
+            self._state = self._state.resumed(reshard(result, shardings.result), rest)
         self._evaluate = Evaluator(model, config.sigma, test_set, self._mesh)
         self._rate, self._window = schedule(config.train), []
         self._since = 0, 0.0  # number of steps and time at which the speed of the next report begins
@@ -206,7 +206,9 @@ class _Training:
                 done = step + 1
                 if not self._window:
                     self._since = step, time.monotonic()
-                self._state, metrics = self._train_step(self._state, *joined(self._mesh, batch), key, np.uint32(step))
+                self._state, metrics = self._train_step(
+                    self._state, *from_own_rows(self._mesh, batch), key, np.uint32(step)
+                )
                 if step == first:  # this step compiles, so its time says nothing about the rate
                     jax.block_until_ready(metrics)
                     self._progress, self._since = Progress(settings.steps, done), (done, time.monotonic())
@@ -226,7 +228,7 @@ class _Training:
                     self._checkpoints.wait()
                     raise agreed()
             self._checkpoints.wait()
-        return laid_out(self._state.result, self._whole)
+        return reshard(self._state.result, self._whole)
 
     def _report(self, done: int) -> None:
         """Logs means over the steps since the last report, which waits for the device, and the speed of these steps."""
@@ -260,7 +262,7 @@ class _Training:
 
     def _save(self, done: int) -> None:
         data = {"input_shape": list(self._train_set.shape), "classes": self._train_set.num_classes}
-        self._checkpoints.save(done, laid_out(self._state.result, self._whole), self._state.rest, **data)
+        self._checkpoints.save(done, reshard(self._state.result, self._whole), self._state.rest, **data)
         # Seconds since the last checkpoint. Over all sessions they add up to the time behind what was kept.
         self._log({"step": done, "train_seconds": round(time.monotonic() - self._saved, 2)})
         self._saved = time.monotonic()

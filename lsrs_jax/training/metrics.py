@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lsrs_jax.runtime.files import naming, write_atomic
+from lsrs_jax.runtime.files import with_filename, write_atomic
 
 
 class Metrics:
@@ -28,7 +28,7 @@ class Metrics:
 
     def __call__(self, metrics: Mapping[str, Any], left: str | None = None) -> None:
         metrics = {key: value if key == "step" else float(value) for key, value in metrics.items()}
-        with naming(self._path):
+        with with_filename(self._path):
             self._file.write(json.dumps(metrics) + "\n")
             self._file.flush()
         if self._board:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsrs_jax.models import Model, describe
-from lsrs_jax.models.flops import flops, held, traffic
+from lsrs_jax.models.flops import flops, peak_memory, traffic
 from lsrs_jax.models.heads import Latents
 from lsrs_jax.models.split import Params
 from lsrs_jax.runtime.mesh import global_mesh, replicated, split
@@ -69,10 +69,10 @@ def training_need(model: Model, config: Config) -> Need:
         fresh, shardings, train_step = parts(model, config, mesh)
         key = jax.device_put(domain_key(config.seed, "train"), replicated(mesh))
 
-        def laid_out(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+        def with_sharding(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-        state = jax.tree.map(laid_out, jax.eval_shape(fresh, key), shardings)
+        state = jax.tree.map(with_sharding, jax.eval_shape(fresh, key), shardings)
 
         def arguments(size: int) -> tuple[Any, ...]:
             images = jax.ShapeDtypeStruct((size, *model.input_shape), jnp.float32, sharding=split(mesh))
@@ -104,7 +104,7 @@ def sampling_need(model: Model, config: Config) -> Need:
         shape = latents.shape[1:]
         noise = (samples, *shape) if config.certify.noise == "shared" else (images, samples, *shape)
         arguments = params, *(jax.ShapeDtypeStruct(size, jnp.float32) for size in ((images, *shape), noise))
-        return Need(*(count(sample, *arguments) for count in (held, flops, traffic)))
+        return Need(*(count(sample, *arguments) for count in (peak_memory, flops, traffic)))
 
 
 def _memory_here() -> int | None:

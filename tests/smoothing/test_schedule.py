@@ -7,9 +7,9 @@ from scipy import special, stats
 from lsrs_jax.certification.table import read_table
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.smoothing import certified_radius, confidence, from_counts
+from lsrs_jax.smoothing.confidence import partition
 from lsrs_jax.smoothing.counts import Counts, Row
 from lsrs_jax.smoothing.derivation import Derivation
-from lsrs_jax.smoothing.partition import partition
 from lsrs_jax.smoothing.schedule import Schedule, make_schedule
 
 GRID = tuple(np.arange(0.25, 4.25, 0.25))

@@ -10,8 +10,8 @@ from scipy import special, stats
 from lsrs_jax.certification.table import read_table
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.smoothing import certified_radius, confidence, from_counts
-from lsrs_jax.smoothing.partition import BOUNDS
-from lsrs_jax.smoothing.radius import float32_slack, sampled_sigma
+from lsrs_jax.smoothing.arithmetic import Float32Arithmetic
+from lsrs_jax.smoothing.confidence import BOUNDS
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 100, 1000, 100_000])
@@ -131,18 +131,19 @@ def test_float32_rounding_stays_within_its_charge():
     z = np.random.default_rng(0).standard_normal((20, 3072)) * np.logspace(-3, 3, 20)[:, None]
     moved = np.linalg.norm(z.astype(np.float32).astype(np.float64) - z, axis=1)
     assert (moved > 0).all()
-    assert (2 * moved <= float32_slack(z, 0.25)).all()
+    assert (2 * moved <= Float32Arithmetic(0.25).slack(z)).all()
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.25, 0.7, 1 / 3])
 def test_no_more_sigma_is_claimed_than_float32_samples(sigma):
-    assert sampled_sigma(sigma) <= min(sigma, np.float64(np.float32(sigma)))
-    assert sampled_sigma(sigma) == pytest.approx(sigma, rel=1e-7)
+    claimed = Float32Arithmetic(sigma).sigma
+    assert claimed <= min(sigma, np.float64(np.float32(sigma)))
+    assert claimed == pytest.approx(sigma, rel=1e-7)
 
 
 def test_statistics_do_without_jax():
     """The guarantee's arithmetic can be audited, and reports written, where JAX is not installed."""
-    modules = ["smoothing.confidence", "smoothing.radius", "smoothing.certificates"]
+    modules = ["smoothing.confidence", "smoothing.derivation", "smoothing.certificates"]
     modules += ["certification.ledger", "certification.table"]
     imports = "; ".join(f"import lsrs_jax.{name}" for name in modules)
     code = f"import sys; {imports}; import lsrs_jax.report; sys.exit('jax' in sys.modules)"
