@@ -1,6 +1,6 @@
 """Cost of orthogonal convolutions over zero-padded plain ones, for nets of several layers: one table from one run.
 
-  python benchmarks/orthogonal.py [--pairs=64x32,128x16,256x8 --batch=256 --layers=4 --families=adaptive,cayley]
+  python -m benchmarks.orthogonal [--pairs=64x32,128x16,256x8 --batch=256 --layers=4 --families=adaptive,cayley]
 
 Per pair of channels x image size all nets of a framework take turns in every round, so that drift of the machine hits
 all alike; times are medians, ratios are medians of the ratios within a round. "weights" is a step that only builds the
@@ -15,7 +15,6 @@ need idle cores: its OpenMP threads wait for each other, and one busy core slows
 import argparse
 import importlib
 import os
-import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -27,7 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lsrs_jax import orthogonal
+from benchmarks.measuring import load_torch, say
+from lsrs_jax import cli, orthogonal
 from lsrs_jax.layers import Encoder, MaxMin, OrthogonalConv
 from lsrs_jax.layers.lipschitz import materialize
 from lsrs_jax.orthogonal.spectrum import kernel_spectrum
@@ -37,7 +37,7 @@ from lsrs_jax.training.loop import compiler_options
 
 COLUMNS = "net|c x n|train step, ms|over plain|weights, ms|of the step|peak, MiB|over plain|inference, ms|over plain"
 COLUMNS = [*COLUMNS.split("|"), "residual", "residual, float32"]
-KERNEL, RATE, START = (3, 3), 1e-3, time.perf_counter()
+KERNEL, RATE = (3, 3), 1e-3
 
 
 class Case(NamedTuple):
@@ -48,10 +48,6 @@ class Case(NamedTuple):
     peak: float | None = None  # bytes
     residual: float | None = None
     residual_float32: float | None = None
-
-
-def say(text):
-    print(f"{time.perf_counter() - START:6.0f} s  {text}", file=sys.stderr, flush=True)
 
 
 def deviation(spectra, padding):
@@ -87,8 +83,7 @@ def print_rows(cases, pair, repeats):
         return f"{1e3 * np.median(times[own]):.1f}", form.format(np.median(times[own] / times[other]))
 
     for case in cases:
-        row = [case.name, label]
-        row += cells((case.name, "train"), (plain.name, "train"), "{:.2f}x")
+        row = [case.name, label, *cells((case.name, "train"), (plain.name, "train"), "{:.2f}x")]
         row += cells((case.name, "weights"), (case.name, "train"), "{:.1%}")
         row += (f"{case.peak / 2**20:.1f}", f"{case.peak / plain.peak:.2f}x") if case.peak else ("-", "-")
         row += cells((case.name, "inference"), (plain.name, "inference"), "{:.2f}x")
@@ -124,8 +119,8 @@ def jax_train(net, variables, x):
     return work, memory and memory.temp_size_in_bytes + moved
 
 
-def alternate(convolutions):
-    return tuple(part for layer in convolutions for part in (layer, MaxMin()))
+def alternate(layers):
+    return tuple(part for layer in layers for part in (layer, MaxMin()))
 
 
 def plain_case(x, layers):
@@ -153,17 +148,10 @@ def family_case(method, x, layers, padding):
     say(f"{channels} x {x.shape[1]}: materialising {method}")
     frozen = materialize(net, variables, x.shape[1:])
     values = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), frozen.params)
-    spectra = [
-        family.spectrum(jax.tree.map(np.asarray, plain), shape)
-        for plain in jax.jit(build, compiler_options=compiler_options())(raws)
-    ]
-    return Case(
-        method,
-        {"train": train, "weights": weights, "inference": jax_call(frozen.apply, values, x)},
-        peak,
-        deviation(frozen.report.layers, padding),
-        deviation(spectra, padding),
-    )
+    built = jax.jit(build, compiler_options=compiler_options())(raws)
+    spectra = [family.spectrum(jax.tree.map(np.asarray, kernel), shape) for kernel in built]
+    works = {"train": train, "weights": weights, "inference": jax_call(frozen.apply, values, x)}
+    return Case(method, works, peak, deviation(frozen.report.layers, padding), deviation(spectra, padding))
 
 
 def jax_cases(pair, options, notes):
@@ -210,8 +198,8 @@ def torch_case(torch, name, convolutions, x, padding):
         wait()
 
     works = {"train": lambda: descend(lambda: net(x).square().mean(), optimizer.step), "inference": infer}
+    forward = net
     if not torch.nn.utils.parametrize.is_parametrized(convolutions[0]):
-        forward = net
         return Case(name, works)
     works["weights"] = lambda: descend(lambda: sum(conv.weight.square().sum() for conv in convolutions))
     forward = chain(torch_frozen(torch, conv) for conv in convolutions)
@@ -231,16 +219,11 @@ def torch_frozen(torch, conv):
 
 def torch_cases(pair, options, notes):
     """Cases of PyTorch, or a note why there are none."""
-    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
     try:
-        torch, _ = importlib.import_module("torch"), importlib.import_module("orthogonium")
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ImportError("it has no CUDA")
-    except ImportError as error:
-        notes.append(f"No rows of PyTorch ({error}): pip install torch orthogonium einops")
+        (torch, device), _ = load_torch(), importlib.import_module("orthogonium")
+    except (UserError, ImportError) as error:
+        notes.append(str(error))
         return []
-    torch.set_num_threads(os.cpu_count())
-    torch.manual_seed(0)
     channels, size = pair
     x = torch.randn(options.batch, channels, size, size, device=device)
     version = f"(PyTorch {torch.__version__})"
@@ -269,7 +252,8 @@ def torch_cases(pair, options, notes):
     return cases
 
 
-def parse():
+def main(arguments):
+    """The command; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", default="64x32,128x16,256x8", help="channels x image size, ...")
     parser.add_argument("--batch", type=int, default=256)
@@ -278,14 +262,9 @@ def parse():
     parser.add_argument("--families", default=",".join(families))
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--padding", choices=("circular", "zero"), default="circular", help="of the orthogonal nets")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.pairs = [tuple(int(part) for part in pair.split("x")) for pair in options.pairs.split(",")]
-    options.families = options.families.split(",")
-    return options
-
-
-def main():
-    options, notes = parse(), []
+    options.families, notes = options.families.split(","), []
     print(
         f"jax {jax.__version__}, {jax.local_devices()[0].device_kind}, {os.cpu_count()} cores; {options.layers} layers "
         f"of 3x3 + MaxMin, {options.padding} padding, batch {options.batch}, float32, {options.repeats} rounds\n"
@@ -300,4 +279,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli.execute(main)

@@ -1,4 +1,4 @@
-"""Section precision of benchmarks/accelerator.py: what of the certificates' arithmetic this platform keeps."""
+"""Section precision of `benchmarks.accelerator`: how exactly this platform computes what certificates rely on."""
 
 import functools
 
@@ -18,36 +18,26 @@ from lsrs_jax.smoothing import discrete_gaussian
 from lsrs_jax.smoothing.arithmetic import make_arithmetic
 
 FLAGS = ("default", "bfloat16", "highest")
-WIDE, SMALL = (32, 8), (8, 8)  # channels, pixels across: kernels as they are used; a layer small enough for its matrix
+WIDE = orthogonal.ConvShape((3, 3), (1, 1), 32, 32, (8, 8), "circular")
+CHANNELS, PIXELS = 8, 8  # of a layer that is small enough for its matrix
 BINS = 200
 
 
-def _convolution(size):
-    channels, pixels = size
-    return orthogonal.ConvShape((3, 3), (1, 1), channels, channels, (pixels, pixels), "circular")
-
-
-def _raw(method, shape, count):
-    family = orthogonal.family(method)
-    return [family.init(key, shape, "random") for key in jax.random.split(domain_key(0, "probe"), count)]
-
-
 def kernels(flag):
-    """``[σ_max − 1, 1 − σ_min]`` per family: of float32 kernels as built under a flag, of a layer's matrix as it runs.
+    """``[σ_max − 1, 1 − σ_min]`` per family: of float32 kernels built under a flag, and of the matrix of a layer.
 
-    ``trained`` layers run in float32 with the user's flag, as in training; ``certified`` ones as `certify` runs them,
-    in float64 from float64 kernels: their matrix is what the device makes of the unit vectors.
+    The matrix is the image of the unit vectors on the device. ``trained`` layers run in float32 under the flag, as in
+    training; ``certified`` layers run in float64 from float64 kernels, as `certify` runs them.
     """
     found = {}
     for method in orthogonal.FAMILIES:
-        shape = _convolution(WIDE)
-        raws = _raw(method, shape, 2)
+        family = orthogonal.family(method)
+        raws = [family.init(key, WIDE, "random") for key in jax.random.split(domain_key(0, "probe"), 2)]
         with jax.default_matmul_precision(flag):
-            built = jax.jit(lambda raws, m=method, s=shape: build_kernels([(m, s, raw) for raw in raws]))(raws)
-        spectra = [orthogonal.family(method).spectrum(jax.tree.map(np.asarray, kernel), shape) for kernel in built]
-        channels, pixels = SMALL
-        net = Encoder((OrthogonalConv(channels, (3, 3), method=method, initializer="random"),))
-        units = np.eye(channels * pixels**2).reshape(-1, pixels, pixels, channels)
+            built = jax.jit(lambda raws, m=method: build_kernels([(m, WIDE, raw) for raw in raws]))(raws)
+        spectra = [family.spectrum(jax.tree.map(np.asarray, kernel), WIDE) for kernel in built]
+        net = Encoder((OrthogonalConv(CHANNELS, (3, 3), method=method, initializer="random"),))
+        units = np.eye(CHANNELS * PIXELS**2).reshape(-1, PIXELS, PIXELS, CHANNELS)
         variables = net.init(domain_key(0, "init"), jnp.zeros((1, *units.shape[1:])))
         with jax.default_matmul_precision(flag):
             trained = np.asarray(jax.jit(net.apply)(variables, jnp.asarray(units, jnp.float32)))
@@ -68,7 +58,7 @@ def _deviation(outputs):
 
 
 def encoder(flag):
-    """Of the float64 encoder's charged rounding, the share that this platform uses; and what of float32 is refused."""
+    """The share of the encoder's rounding budget that this platform uses; whether a float32 encoder is refused."""
     found = {}
     shape = (16, 16, 3)
     for method in orthogonal.FAMILIES:
@@ -90,9 +80,9 @@ def encoder(flag):
 
 
 def noise(draws):
-    """The grid noise of the device: equal to NumPy's where it is checked; a χ² test of its distribution.
+    """Compares the grid noise of the device with NumPy's, and tests its distribution with χ².
 
-    ``wrong_p_value`` is that of the same draws against σ · 1.001: the test would see it.
+    ``wrong_p_value`` tests the same draws against σ · 1.001, to show that the test would notice a wrong σ.
     """
     sigma, size = 0.25, 2**20
     arithmetic = make_arithmetic("sound", sigma)

@@ -1,9 +1,7 @@
-"""Section throughput of benchmarks/accelerator.py: sampling loop and encoder against the ceilings of the device."""
+"""Section throughput of `benchmarks.accelerator`: sampling loop, encoder and training beside the device's ceilings."""
 
 import collections
 import functools
-import gzip
-import json
 import math
 import tempfile
 import time
@@ -11,9 +9,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import measure
 import numpy as np
 
+from benchmarks import measuring
 from lsrs_jax import data, models
 from lsrs_jax.certification.ledger import Ledger
 from lsrs_jax.cli import config_from_flags
@@ -31,8 +29,7 @@ HEADS = {
     "resnet18_tail on 8x8x48": ("resnet18_tail", (8, 8, 48)),
     "linear on 512": ("linear", (512,)),
 }
-TILE = (64, 512)  # where no configuration has one
-DEFAULT = "configs/cifar10.py"
+TILE, DEFAULT = (64, 512), "configs/cifar10.py"  # the tile of heads that no configuration names
 VARIANTS = ("lsrs", "isometric_resnet", "free", "isrs_resnet")  # the last two smooth the image itself
 DTYPES = ("float32", "bfloat16")  # the last is the smallest
 
@@ -40,7 +37,7 @@ DTYPES = ("float32", "bfloat16")  # the last is the smallest
 def ceilings(size, seconds):
     """FLOP/s of square matrix products by precision, and bytes/s of a copy (read and written)."""
     products = {"float32": ("float32", "highest"), "tf32": ("float32", "tensorfloat32"), "bfloat16": ("bfloat16",) * 2}
-    works = {name: measure.matmul(dtype, size, flag) for name, (dtype, flag) in products.items()}
+    works = {name: measuring.matmul(dtype, size, flag) for name, (dtype, flag) in products.items()}
     block = jnp.zeros((16, size, size), jnp.float32)
 
     @jax.jit
@@ -48,12 +45,12 @@ def ceilings(size, seconds):
         return jax.lax.fori_loop(0, k, lambda i, x: x + 1.0, block)
 
     works["copy"] = lambda k: copies(block, k).block_until_ready()
-    rates = measure.rates(works, seconds, "ceilings")
+    rates = measuring.rates(works, seconds, "ceilings")
     return {name: rates[name] * 2 * size**3 for name in products} | {"copy": rates["copy"] * 2 * block.nbytes}
 
 
 def heads():
-    """Name → ``(function of a dtype, shape, tile)`` of every head that is measured."""
+    """Name → ``(function of a dtype, latent shape, tile)`` of every head that is measured."""
     found = {}
     for variant in VARIANTS:
         config, model = _default(variant)
@@ -62,14 +59,13 @@ def heads():
         name = f"{DEFAULT}:{variant} on {'x'.join(map(str, shape))}"
         found[name] = functools.partial(_certified, variant), shape, config.certify.tile
     return found | {
-        name: (functools.partial(measure.head_function, head, shape, CLASSES), shape, TILE)
+        name: (functools.partial(measuring.head_function, head, shape, CLASSES), shape, TILE)
         for name, (head, shape) in HEADS.items()
     }
 
 
 def _certified(variant, dtype):
-    model = _default(variant)[1]
-    return model.for_certification(_params(variant), dtype)[1]
+    return _default(variant)[1].for_certification(_params(variant), dtype)[1]
 
 
 @functools.cache
@@ -84,18 +80,13 @@ def _params(variant):
 
 
 def sampling(name, dtype, tile, size, seconds):
-    """Samples/s of a head in the loop and FLOP/s of square matrix products, in turns.
-
-    Args:
-      tile: None for the head's own.
-      size: of the matrices.
-    """
+    """Samples/s of a head in the loop, and FLOP/s of square matrix products of this size, in turns."""
     function, shape, own = heads()[name]
-    loop = measure.make_sampler(function(dtype), shape, tile or own)
-    works = {"samples": measure.sampling(loop), "product": measure.matmul(dtype, size)}
-    rates = measure.rates(works, seconds, f"{name}, {dtype}")
+    loop = measuring.make_sampler(function(dtype), shape, tile or own)
+    works = {"samples": measuring.sampling(loop), "product": measuring.matmul(dtype, size)}
+    rates = measuring.rates(works, seconds, f"{name}, {dtype}")
     return {
-        "flops": measure.flops(function("float32"), shape),
+        "flops": measuring.row_flops(function("float32"), shape),
         "votes": rates["samples"] * math.prod(loop.tile),
         "tile": loop.tile,
         "ceiling": rates["product"] * 2 * size**3,
@@ -103,37 +94,34 @@ def sampling(name, dtype, tile, size, seconds):
 
 
 def noise(dtype, tile, seconds):
-    """What drawing costs in the loop of the default head: alone, as a share; for every image its own, as a slowdown."""
+    """Speed of the default head's loop: share of the noise, independent over shared noise, exact over float32."""
     name, (function, shape, own) = next(iter(heads().items()))
     head, tile = function(dtype), tile or own
-    loop = measure.make_sampler(head, shape, tile)
-    works = {"shared": measure.sampling(loop), "drawn": measure.drawing(loop)}
-    works["independent"] = measure.sampling(measure.make_sampler(head, shape, tile, noise="independent"))
-    rates = measure.rates(works, seconds, f"noise of {name}, {dtype}")
+    loop = measuring.make_sampler(head, shape, tile)
+    works = {"shared": measuring.sampling(loop), "drawn": measuring.drawing(loop)}
+    for kind, fields in (("independent", {"noise": "independent"}), ("float32", {"arithmetic": "float32"})):
+        works[kind] = measuring.sampling(measuring.make_sampler(head, shape, tile, **fields))
+    rates = measuring.rates(works, seconds, f"noise of {name}, {dtype}")
     return {
         "noise_share": rates["shared"] / rates["drawn"],
         "independent_over_shared": rates["independent"] / rates["shared"],
+        "exact_over_float32": rates["shared"] / rates["float32"],
     }
 
 
 def layers(dtype, rows, seconds):
-    """What every layer of the default head does alone: FLOPs for a row, FLOP/s in batches of `rows`."""
+    """Every layer of the default head alone: FLOPs for a row, and FLOP/s in batches of `rows`."""
     name, (function, shape, _) = next(iter(heads().items()))
-    found = measure.layers(function(dtype), shape, [rows])
-    rates = measure.rates(measure.layer_works(found), seconds, f"layers of {name}, {dtype}")
+    found = measuring.layers(function(dtype), shape, rows)
+    rates = measuring.rates({layer.name: layer.work for layer in found}, seconds, f"layers of {name}, {dtype}")
     return [
-        {
-            "layer": layer.name,
-            "count": layer.count,
-            "flops": layer.flops,
-            "rate": rates[layer.name, rows] * rows * layer.flops,
-        }
-        for layer in found
+        {"layer": one.name, "count": one.count, "flops": one.flops, "rate": rates[one.name] * rows * one.flops}
+        for one in found
     ]
 
 
 def encoder(batch, seconds):
-    """Images/s of the default encoder in float64, as certified, and in float32, and what it must compute."""
+    """Images/s of the default encoder in float64, as it is certified, and in float32; and its FLOPs."""
     model = _default("lsrs")[1]
     frozen, _ = model.for_certification(_params("lsrs"))
     images = np.random.default_rng(0).random((batch, *IMAGE))
@@ -150,12 +138,12 @@ def encoder(batch, seconds):
         return work
 
     works = {"float64": repeated(lambda: double(images)), "float32": repeated(lambda: plain(weights, single))}
-    rates = measure.rates(works, seconds, "encoder")
+    rates = measuring.rates(works, seconds, "encoder")
     return {"flops": models.cost(model).encoder} | {name: rate * batch for name, rate in rates.items()}
 
 
 class _Drawn:
-    """A sampler that costs no device: multinomial, every image with probabilities of its own."""
+    """A sampler of the engine that draws on the host: multinomial, with different probabilities for each image."""
 
     tile = (64, 512)
 
@@ -179,23 +167,20 @@ class _Drawn:
 
 
 def bookkeeping(images):
-    """Seconds of the host for a staged certification: counts into the ledger, decisions at the looks."""
+    """Seconds that the host takes for a staged certification: it writes counts to a ledger and decides at the looks."""
     schedule = make_schedule("staged", 100, 100_000, _Drawn.tile[1])
     decided = functools.partial(Derivation(0.25, 0.001).decided, schedule)
     some = Images(range(images), [0] * images, [0.0] * images, np.zeros((images, 1)))
     with tempfile.TemporaryDirectory() as folder, Ledger(Path(folder) / "votes.0.tsv", schedule, CLASSES) as ledger:
         start = time.perf_counter()
-        Engine(_Drawn(images), None, ledger, decided, Status(schedule, images, 0, measure.say)).run(some)
+        Engine(_Drawn(images), None, ledger, decided, Status(schedule, images, 0, measuring.say)).run(some)
         seconds = time.perf_counter() - start
-        return {
-            "images": images,
-            "looks": sum(len(image.looks) for image in ledger.images.values()),
-            "seconds": seconds,
-        }
+        looks = sum(len(image.looks) for image in ledger.images.values())
+        return {"images": images, "looks": looks, "seconds": seconds}
 
 
 def _seconds_of_a_batch(count):
-    """To cut, shift and mirror, on one core, as `data.training_batches` does."""
+    """Seconds in which `data.training_batches` makes one batch on the host."""
     config, size = _default("lsrs")[0], 50_000
     rng = np.random.default_rng(0)
     images, labels = rng.integers(256, size=(size, *IMAGE), dtype=np.uint8), rng.integers(CLASSES, size=size)
@@ -208,7 +193,7 @@ def _seconds_of_a_batch(count):
 
 
 def _training(variant, flags):
-    """A function of a number of training steps of a variant, which takes them and waits; compiled."""
+    """A compiled function of k that takes k training steps of a variant and waits."""
     config = config_from_flags([f"--config={DEFAULT}:{variant}", *flags])
     model = models.build(config.model, IMAGE, CLASSES)
     transformation = optimizer.make_optimizer(config.train)
@@ -225,15 +210,15 @@ def _training(variant, flags):
             state, metrics = step(state, images, labels, domain_key(0, "probe"), np.uint32(index))
         jax.block_until_ready(metrics)
 
-    measure.say(f"training step of {variant}")
+    measuring.say(f"training step of {variant}")
     steps(1)
     return steps
 
 
 def train_steps(variants, count):
-    """Seconds of a training step of the default configuration's variants, noise included; and of a batch on the host.
+    """Seconds of a training step of some variants of the default configuration, and of a batch on the host.
 
-    The host makes the next batches while the device works: the slower one sets the pace.
+    The host makes the next batches while the device works, so the slower of the two decides the speed of a training.
     """
     found = {"a batch on the host": _seconds_of_a_batch(count)}
     for variant, flags in variants.items():
@@ -242,55 +227,3 @@ def train_steps(variants, count):
         steps(count)
         found[variant] = (time.perf_counter() - start) / count
     return found
-
-
-def profile(variants, count):
-    """What the device does in a training step of the variants: kernels, seconds they take, and the longest ones.
-
-    Read from a trace, which takes time of its own; nothing where the platform traces no device.
-    """
-    found = {}
-    for variant, flags in variants.items():
-        steps = _training(variant, flags)
-        with tempfile.TemporaryDirectory() as folder:
-            with jax.profiler.trace(folder, create_perfetto_trace=True):
-                steps(count)
-            kernels = _kernels(next(Path(folder).rglob("perfetto_trace.json.gz")))
-        if not kernels:
-            continue
-        total = collections.Counter()
-        for name, _, seconds in kernels:
-            total[name] += seconds / count
-        span = max(start + seconds for _, start, seconds in kernels) - min(start for _, start, _ in kernels)
-        busy = total.total()
-        found[variant] = {
-            "kernels": len(kernels) / count,
-            "busy": busy,
-            "span": span / count,
-            "top": total.most_common(12),
-        }
-    return found
-
-
-def _kernels(path):
-    """``(name, start, seconds)`` of what ran on the device, from a trace."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        events = json.load(file)
-    events = events["traceEvents"] if isinstance(events, dict) else events
-
-    def names(kind):
-        """(process, thread) → name."""
-        named = [event for event in events if event.get("ph") == "M" and event["name"] == kind]
-        return {(event["pid"], event.get("tid")): event["args"]["name"] for event in named}
-
-    processes = {pid: name for (pid, _), name in names("process_name").items()}
-    streams = {
-        place
-        for place, name in names("thread_name").items()
-        if "Stream" in name and "GPU" in processes.get(place[0], "")
-    }
-    return [
-        (event["name"], event["ts"] / 1e6, event["dur"] / 1e6)
-        for event in events
-        if event.get("ph") == "X" and (event["pid"], event.get("tid")) in streams
-    ]

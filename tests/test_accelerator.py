@@ -14,21 +14,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from benchmarks import accelerator, precision, throughput
 from lsrs_jax.runtime.errors import UserError
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import accelerator
-import precision
-import throughput
-
-RESULTS = ROOT / "docs" / "results" / "accelerator"
-
-
-def test_the_page_shows_what_was_measured(capsys):
-    accelerator.main(["render", f"--out={RESULTS}"])
-    printed = capsys.readouterr().out
-    assert printed.count("|---") >= 3
-    assert printed.strip() in RESULTS.with_suffix(".md").read_text()
 
 
 def test_pieces_are_made_once_and_a_failing_one_is_named(tmp_path, monkeypatch, capsys):
@@ -51,7 +38,7 @@ def test_pieces_are_made_once_and_a_failing_one_is_named(tmp_path, monkeypatch, 
     assert calls == ["first", "bad", "last", "bad"]
     assert json.loads((tmp_path / "precision.bad.json").read_text())["result"] == {"name": "bad"}
     (tmp_path / "precision.last.json").unlink()
-    with pytest.raises(UserError, match="the minutes are over; the same command goes on"):
+    with pytest.raises(UserError, match="the minutes are over; the same command resumes"):
         accelerator.main([*arguments, "--minutes=-1"])
     assert not (tmp_path / "precision.last.json").exists()
 
@@ -104,15 +91,17 @@ def test_an_interrupted_script_ends_its_command(tmp_path):
     """A training must not outlive it: the next call would start a second one in the same workdir."""
     script = """
 import sys
-import accelerator, script
+from benchmarks import accelerator
+from lsrs_jax import cli
 work = accelerator.Work(accelerator.parse(["run", "--out=" + sys.argv[1]]))
 saves = "import os, pathlib, signal, sys, time\\n"
 saves += "signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path('saved').write_text('whole'), sys.exit(143)))\\n"
 saves += "pathlib.Path('started').write_text(''); time.sleep(60)"
 accelerator.ROOT = sys.argv[1]
-script.ended(work.command, "-c", saves)
+sys.argv = sys.argv[:1]
+cli.execute(lambda _: work.command("-c", saves))
 """
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         place = tmp_path / str(code)
         place.mkdir()
@@ -122,7 +111,7 @@ script.ended(work.command, "-c", saves)
             time.sleep(0.05)
         process.send_signal(number)
         lines = process.communicate(timeout=60)[1].splitlines()
-        assert (process.returncode, lines[-1]) == (code, "interrupted; the same command goes on")
+        assert (process.returncode, lines[-1]) == (code, "interrupted; the same command resumes")
         assert not any("Traceback" in line for line in lines)
         assert (place / "saved").read_text() == "whole"
 
@@ -156,25 +145,6 @@ def test_an_unfinished_training_is_finished_before_the_whole_set(tmp_path, rando
 def test_a_piece_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UserError, match="section whole has no piece 'quick': radii-bfloat16, "):
         accelerator.main(["run", f"--out={tmp_path}", "--tiny", "--sections=whole.quick"])
-
-
-def test_kernels_are_read_from_a_trace(tmp_path):
-    """Those of the device: not what the host does meanwhile, nor the lines of a trace that name things."""
-    events = [
-        {"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "/device:GPU:0"}},
-        {"ph": "M", "name": "process_name", "pid": 2, "args": {"name": "/host:CPU"}},
-        {"ph": "M", "name": "thread_name", "pid": 1, "tid": 7, "args": {"name": "Stream #14(Compute)"}},
-        {"ph": "M", "name": "thread_name", "pid": 1, "tid": 8, "args": {"name": "XLA Modules"}},
-        {"ph": "M", "name": "process_sort_index", "pid": 1, "args": {"sort_index": 1}},
-        *(
-            {"ph": "X", "name": f"{pid} {tid}", "pid": pid, "tid": tid, "ts": 3e6, "dur": 2e6}
-            for pid, tid in ((1, 7), (1, 8), (2, 7))
-        ),
-        {},
-    ]
-    path = tmp_path / "perfetto_trace.json.gz"
-    path.write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
-    assert throughput._kernels(path) == [("1 7", 3.0, 2.0)]
 
 
 def test_the_host_books_every_look_of_every_image():
@@ -226,17 +196,17 @@ def test_the_whole_set_is_certified_and_packed(tmp_path, random_cifar10, capsys,
     assert "| radii-bfloat16 | 1 | " in printed
     assert "| fixed-float32 | 1 | " in printed
     assert "staged" not in printed
-    with pytest.raises(UserError, match=r"holds results of .*, at tiny size: take another --out"):
+    with pytest.raises(UserError, match=r"holds results of .*, at tiny size: choose another --out"):
         accelerator.main(["run", *arguments])
     with pytest.raises(UserError, match="holds no results to be kept"):
         accelerator.main(["pack", *arguments])
     for device, refused in (
-        ("abacus", "holds results of .*: move them before those of another device come"),
+        ("abacus", "holds results of .*: move them away before you add others"),
         (None, ""),
     ):
         for path in (tmp_path / "out").glob("*.*.json"):
             facts = json.loads(path.read_text())
-            facts["machine"] = {"device": device} if device else accelerator.load(RESULTS)[1][0]
+            facts["machine"] = {"device": device} if device else accelerator.load(accelerator.RESULTS)[1][0]
             path.write_text(json.dumps(facts))
         if refused:
             with pytest.raises(UserError, match=refused):
@@ -256,5 +226,5 @@ def test_the_whole_set_is_certified_and_packed(tmp_path, random_cifar10, capsys,
 def test_results_of_two_devices_are_not_mixed(tmp_path):
     facts = {"machine": {"device": "abacus"}, "seconds": 1, "result": {}}
     (tmp_path / "throughput.ceilings.json").write_text(json.dumps(facts))
-    with pytest.raises(UserError, match="holds results of abacus: take another --out"):
+    with pytest.raises(UserError, match="holds results of abacus: choose another --out"):
         accelerator.main(["run", f"--out={tmp_path}"])

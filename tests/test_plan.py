@@ -135,7 +135,7 @@ def test_the_command_prints_a_plan_and_starts_nothing(tmp_path):
 @pytest.mark.soak
 def test_the_memory_of_a_plan_is_what_training_takes():
     out = subprocess.run(
-        [sys.executable, "benchmarks/memory.py"], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "benchmarks.memory"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     print(out)
     ratios = [float(line.split("|")[-2]) for line in out.splitlines()[2:]]

@@ -2,31 +2,27 @@
 
 import hashlib
 import json
-import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
 from lsrs_jax import models
 from lsrs_jax.config import config_from_dict
 from lsrs_jax.runtime.errors import UserError
+from studies import __main__ as studies
+from studies import accelerator, render, results
+from studies.runs import STUDIES, Run, Study
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import kept
-import studies
-from study_runs import STUDIES, Run, Study
-
-FOLDERS = sorted(path.parent for path in studies.RESULTS.glob("*/*/run.json"))
+FOLDERS = sorted(path.parent for path in render.RESULTS.glob("*/*/run.json"))
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_a_published_run_is_complete_and_belongs_together(folder):
-    run = kept.load(folder)
+    run = results.load(folder)
     text = (folder / "certificates.tsv").read_bytes()
     assert hashlib.sha256(text).hexdigest() == run.certificates["derivation"]["certificates"]
-    assert (folder / "card.md").read_text() == kept.card(run)
-    runs = {studies.folder(name) / run.name: run for name, study in STUDIES.items() for run in study.rows.values()}
+    assert (folder / "card.md").read_text() == results.card(run)
+    runs = {render.folder(name) / run.name: run for name, study in STUDIES.items() for run in study.rows.values()}
     assert studies.made(runs[folder], folder)
     identity, config = run.certificates["identity"], config_from_dict(run.facts["config"])
     assert identity["checkpoint"]["step"] == config.train.steps
@@ -36,16 +32,24 @@ def test_a_published_run_is_complete_and_belongs_together(folder):
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_page_shows_what_the_certificates_say(name):
-    found = studies.tables(name)
+    found = render.kept_runs(name)
     if not found:
         pytest.skip("no run of this study is published")
-    first, last = studies.markers(name)
-    text = studies.page(name).read_text()
-    assert text.split(first)[1].split(last)[0].strip() == studies.section(name, found)
-    assert (studies.folder(name) / f"{name}.png").exists()
+    first, last = render.markers(name)
+    text = render.page(name).read_text()
+    assert text.split(first)[1].split(last)[0].strip() == render.section(name, found)
+    assert (render.folder(name) / f"{name}.png").exists()
     images = next(iter(found.values())).table.idx
     for label, run in found.items():
         assert np.array_equal(run.table.idx, images[::2] if "every second image" in label else images)
+
+
+def test_the_page_of_the_accelerator_shows_what_was_measured():
+    first, last = render.markers(render.ACCELERATOR)
+    text = render.page(render.ACCELERATOR).read_text()
+    found = text.split(first)[1].split(last)[0].strip()
+    assert found.count("|---") >= 3
+    assert found == accelerator.markdown(render.folder(render.ACCELERATOR))
 
 
 def test_runs_need_a_folder(tmp_path, capsys):
@@ -69,9 +73,9 @@ def test_a_study_from_training_to_page(tmp_path, monkeypatch, figure):
         "latent": Run("latent", "configs/digits.py", (*quick, "sigma=0.3"), "test"),
     }
     monkeypatch.setitem(STUDIES, "split", Study(figure, rows, page="page"))
-    monkeypatch.setattr(studies, "RESULTS", tmp_path)
+    monkeypatch.setattr(render, "RESULTS", tmp_path)
     page = tmp_path / "page.md"
-    page.write_text("before\n" + "\n".join(studies.markers("split")) + "\nafter\n")
+    page.write_text("before\n" + "\n".join(render.markers("split")) + "\nafter\n")
     arguments = ["run", "--study=split", f"--runs={tmp_path / 'runs'}"]
     studies.main([*arguments, "--jobs=2"])
     text = page.read_text()
@@ -79,11 +83,11 @@ def test_a_study_from_training_to_page(tmp_path, monkeypatch, figure):
     assert text.endswith("\nafter\n")
     assert text.count("| [") == 2
     assert (tmp_path / "page" / "split.png").stat().st_size > 5000
-    run = kept.load(tmp_path / "page" / "latent")
+    run = results.load(tmp_path / "page" / "latent")
     assert len(run.table) == 40
     assert run.facts["config"]["sigma"] == 0.3
     assert 0.1 < run.facts["distances"]["other_class"] < 1
-    assert kept.load(tmp_path / "page" / "head").facts["distances"] == {"same_class": 1.0, "other_class": 1.0}
+    assert results.load(tmp_path / "page" / "head").facts["distances"] == {"same_class": 1.0, "other_class": 1.0}
     assert "sigma=0.3" in run.facts["commands"][0]
     assert str(tmp_path) not in (tmp_path / "page" / "latent" / "card.md").read_text()
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""What is kept of a run under docs/results/: its certificates, run.json and a model card. No weights."""
+"""The files that are kept of a run under docs/results: its certificates, run.json and a model card, but no weights."""
 
 import dataclasses
 import json
@@ -23,51 +23,42 @@ RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
-    """One run.
+class Result:
+    """What is kept of one run."""
 
-    Attributes:
-      name: of its folder.
-      facts: run.json; ``commands``, ``config``, ``cost``, ``distances``, ``training``.
-      certificates: certificates.json.
-      table: certificates.tsv.
-    """
-
-    name: str
-    facts: dict
-    certificates: dict
-    table: Table
+    name: str  # of its folder
+    facts: dict  # run.json: commands, config, cost, distances, training
+    certificates: dict  # certificates.json
+    table: Table  # certificates.tsv
 
     @property
     def smoothed(self):
-        """False for a deterministic certificate."""
         return self.certificates["identity"]["certificate"] == "smoothed"
 
     @property
     def cost(self):
-        """`models.Cost`."""
         return models.Cost(self.facts["cost"]["encoder_flops"], self.facts["cost"]["head_flops"])
 
     @property
     def latent(self):
-        """Shape of what the noise is added to, as text."""
+        """The shape of the arrays to which the noise is added."""
         return "x".join(map(str, self.certificates["lipschitz"]["output_shape"]))
 
 
 def load(folder):
-    """The `Kept` run in a folder; raises UserError where it is incomplete."""
+    """The `Result` in a folder; raises UserError where a file is missing or damaged."""
     try:
         facts, certificates = (json.loads((folder / name).read_text()) for name in ("run.json", "certificates.json"))
-        return Kept(folder.name, facts, certificates, read_table(folder / "certificates.tsv"))
+        return Result(folder.name, facts, certificates, read_table(folder / "certificates.tsv"))
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} holds no complete run ({error}): make it with benchmarks/studies.py run") from error
+        raise UserError(f"{folder} holds no complete run ({error}): make it with python -m studies run") from error
 
 
 def keep(workdir, folder, commands):
-    """Copies from a workdir what is kept of it, and writes run.json and, last, card.md: with it the run is complete."""
+    """Copies the certificates of a workdir, and writes run.json and, last, card.md, which marks the run as complete."""
     source = workdir / "certify" / "default"
     config = load_config(workdir / "config.json")
-    dataset = load_split(config.data, config.data.split)
+    dataset, config.data.dir = load_split(config.data, config.data.split), ""
     model = models.build(config.model, dataset.shape, dataset.num_classes)
     cost = models.cost(model)
     facts = {
@@ -77,7 +68,6 @@ def keep(workdir, folder, commands):
         "distances": _distances(model, workdir, dataset),
         "training": _training(workdir / "metrics.jsonl"),
     }
-    facts["config"]["data"]["dir"] = ""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("certificates.tsv", "certificates.json"):
         shutil.copyfile(source / name, folder / name)
@@ -86,10 +76,7 @@ def keep(workdir, folder, commands):
 
 
 def _distances(model, workdir, dataset):
-    """Median ratio of distances after and before the encoder, over pairs of images of one class and of different ones.
-
-    The certificate counts on the distances before; where they shrink, the noise weighs more.
-    """
+    """Median ratio of the distances between two images after and before the encoder, within and across classes."""
     some = np.linspace(0, len(dataset) - 1, min(PAIRED, len(dataset))).astype(int)
     images, labels = dataset.pixels(some, np.float32), dataset.labels[some]
     latents = np.asarray(jax.jit(model.encode)(restore(workdir, model)[0], images), np.float64)
@@ -102,58 +89,69 @@ def _distances(model, workdir, dataset):
 def _training(path):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
 
-    def last(field):
-        found = [row[field] for row in rows if field in row]
-        return found[-1] if found else None
+    last = {name: value for row in rows for name, value in row.items()}
+    metrics = {name: last.get(name) for name in ("loss", "test_noisy_accuracy", "test_clean_accuracy")}
+    return {"seconds": sum(row.get("train_seconds", 0.0) for row in rows)} | metrics
 
+
+def cells(run):
+    """Name of a column → text, for the row of a run in a table."""
+    cost, table, distances, training = run.cost, run.table, run.facts["distances"], run.facts["training"]
     return {
-        "seconds": sum(row.get("train_seconds", 0.0) for row in rows),
-        "loss": last("loss"),
-        "test_noisy_accuracy": last("test_noisy_accuracy"),
-        "test_clean_accuracy": last("test_clean_accuracy"),
+        "noise on": run.latent if run.smoothed else "no noise",
+        "MFLOP once": f"{cost.encoder / 1e6:.2f}",
+        "MFLOP/vote": f"{cost.head / 1e6:.2f}",
+        "speed-up": f"{cost.speedup:.1f}x" if run.smoothed else "-",
+        "distances kept": f"{distances['other_class']:.2f}, {distances['same_class']:.2f}",
+        "training, s": f"{training['seconds']:.0f}",
+        "without noise": f"{training['test_clean_accuracy']:.3f}",
+        **{f"r={radius:g}": f"{table.certified_accuracy(radius):.3f}" for radius in RADII},
+        "ACR": f"{table.average_certified_radius:.3f}",
+        "abstain": f"{table.abstention:.3f}",
+        "time/image": duration(float(table.seconds.mean())),
+        "on": run.certificates["record"][-1]["devices"].partition(" x ")[2].upper(),
     }
-
-
-def columns(run):
-    """The cells of a run in a table: cost, training, certified accuracy."""
-    cost, table = run.cost, run.table
-    return [
-        run.latent if run.smoothed else "no noise",
-        f"{cost.encoder / 1e6:.2f}",
-        f"{cost.head / 1e6:.2f}",
-        f"{cost.speedup:.1f}x" if run.smoothed else "-",
-        f"{run.facts['distances']['other_class']:.2f}, {run.facts['distances']['same_class']:.2f}",
-        f"{run.facts['training']['seconds']:.0f}",
-        f"{run.facts['training']['test_clean_accuracy']:.3f}",
-        *(f"{table.certified_accuracy(radius):.3f}" for radius in RADII),
-        f"{table.average_certified_radius:.3f}",
-        f"{table.abstention:.3f}",
-        duration(float(table.seconds.mean())),
-        _machine(run),
-    ]
-
-
-def _machine(run):
-    """The kind of device that certified, without its number."""
-    return run.certificates["record"][-1]["devices"].partition(" x ")[2].upper()
-
-
-def header():
-    """The names of `columns`."""
-    accuracy = [f"r={radius:g}" for radius in RADII]
-    cost = ["noise on", "MFLOP once", "MFLOP/vote", "speed-up", "distances kept", "training, s"]
-    return [*cost, "without noise", *accuracy, "ACR", "abstain", "time/image", "on"]
 
 
 def card(run):
     """The model card of a run, Markdown."""
-    rows = "\n".join(f"| {name} | {text} |" for name, text in _card_rows(run).items())
+    config, stored, table = run.facts["config"], run.certificates, run.table
+    model, train, data, session = config["model"], config["train"], config["data"], stored["record"][-1]
+    training, split, versions = run.facts["training"], stored["identity"]["data"]["split"], session["versions"]
+    accuracy = ", ".join(f"{table.certified_accuracy(radius):.3f} at {radius:g}" for radius in RADII)
+    network = f"encoder `{model['encoder']}` ({model['method']}, {model['activation']}), head `{model['head']}`"
+    if model["encoder"] in BLOCKS or model["head"] == "blocks":
+        widths = ", ".join(map(str, model["widths"]))
+        network += f"; blocks of {widths} channels, the first {model['split']} in the encoder"
+    identity, derivation = stored["identity"], stored["derivation"]
+    method = "the margin of a linear head behind a 1-Lipschitz encoder, without noise"
+    if run.smoothed:
+        method = (
+            f"smoothed, σ {identity['sigma']} on {run.latent}; n0 {identity['n0']:,}, n {identity['n']:,}, "
+            f"{identity['schedule']} schedule, α {derivation['alpha']} per image, {derivation['bound']} bound, "
+            f"{identity['arithmetic']['name']} arithmetic"
+        )
+    loss = f"{train['loss']}" + (f", {train['noises']} samples per image" if train["noises"] > 1 else "")
+    rows = {
+        "data": f"{stored['identity']['data']['name']} {stored['identity']['data']['version']}, pixels in [0, 1]",
+        "network": network,
+        "cost": f"{run.cost.encoder / 1e6:.2f} MFLOP once per image, {run.cost.head / 1e6:.2f} MFLOP per vote",
+        "training": f"loss {loss}; {train['steps']:,} steps of {data['batch_size']} images, seed {config['seed']}; "
+        f"{duration(training['seconds'])}",
+        "certificate": method,
+        "Lipschitz constant": repr(stored["lipschitz"]["constant"]),
+        "certified accuracy": f"{accuracy}; ACR {table.average_certified_radius:.4f}",
+        "images": f"{len(table):,} of `{split}`, abstains on {table.abstention:.3f} of them",
+        "accuracy without noise": f"{training['test_clean_accuracy']:.3f}, on all images of `{split}`",
+        "machine": f"{session['devices']}, {session['host']}; jax {versions['jax']}; {session['started'][:10]}",
+    }
+    lines = "\n".join(f"| {name} | {text} |" for name, text in rows.items())
     commands = "\n".join(run.facts["commands"])
     return f"""# {run.name}
 
 | | |
 |---|---|
-{rows}
+{lines}
 
 ```
 {commands}
@@ -163,41 +161,3 @@ What the certificates say, and what they do not: [docs/guarantee.md](../../../gu
 about other norms, corruptions or other kinds of images. Made to be compared, trained for minutes: not for deployment.
 The weights are not kept; the commands make them again.
 """
-
-
-def _card_rows(run):
-    """Name → text."""
-    config, stored, table = run.facts["config"], run.certificates, run.table
-    model, train, data, session = config["model"], config["train"], config["data"], stored["record"][-1]
-    jax_version, day = session["versions"]["jax"], session["started"][:10]
-    training, split = run.facts["training"], stored["identity"]["data"]["split"]
-    accuracy = ", ".join(f"{table.certified_accuracy(radius):.3f} at {radius:g}" for radius in RADII)
-    network = f"encoder `{model['encoder']}` ({model['method']}, {model['activation']}), head `{model['head']}`"
-    if model["encoder"] in BLOCKS or model["head"] == "blocks":
-        widths = ", ".join(map(str, model["widths"]))
-        network += f"; blocks of {widths} channels, the first {model['split']} in the encoder"
-    loss = f"{train['loss']}" + (f", {train['noises']} samples per image" if train["noises"] > 1 else "")
-    return {
-        "data": f"{stored['identity']['data']['name']} {stored['identity']['data']['version']}, pixels in [0, 1]",
-        "network": network,
-        "cost": f"{run.cost.encoder / 1e6:.2f} MFLOP once per image, {run.cost.head / 1e6:.2f} MFLOP per vote",
-        "training": f"loss {loss}; {train['steps']:,} steps of {data['batch_size']} images, seed {config['seed']}; "
-        f"{duration(training['seconds'])}",
-        "certificate": _method(run),
-        "Lipschitz constant": repr(stored["lipschitz"]["constant"]),
-        "certified accuracy": f"{accuracy}; ACR {table.average_certified_radius:.4f}",
-        "images": f"{len(table):,} of `{split}`, abstains on {table.abstention:.3f} of them",
-        "accuracy without noise": f"{training['test_clean_accuracy']:.3f}, on all images of `{split}`",
-        "machine": f"{session['devices']}, {session['host']}; jax {jax_version}; {day}",
-    }
-
-
-def _method(run):
-    identity, derivation = run.certificates["identity"], run.certificates["derivation"]
-    if not run.smoothed:
-        return "the margin of a linear head behind a 1-Lipschitz encoder, without noise"
-    return (
-        f"smoothed, σ {identity['sigma']} on {run.latent}; n0 {identity['n0']:,}, n {identity['n']:,}, "
-        f"{identity['schedule']} schedule, α {derivation['alpha']} per image, {derivation['bound']} bound, "
-        f"{identity['arithmetic']['name']} arithmetic"
-    )

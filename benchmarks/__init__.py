@@ -1,0 +1,1 @@
+"""Measurements of speed and precision; README.md says which question each one answers."""

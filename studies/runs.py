@@ -1,0 +1,168 @@
+"""The runs of the studies on CIFAR-10 and MNIST, and the tables to which they belong."""
+
+import dataclasses
+import itertools
+import shlex
+
+LAST = 6  # blocks of the network of the studies
+SPLIT = 4  # where it is cut in the studies that vary something else
+ATTACK = "train.smoothadv.radius=0.5"
+ATTACK_LOSS = "SmoothAdv and consistency"  # in labels
+ATTACKED = ("train.loss=smoothadv_consistency", ATTACK)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training and its certification."""
+
+    name: str  # of its folder
+    config: str  # configs/FILE.py:variant
+    flags: tuple[str, ...] = ()  # field=value
+    split: str = "test_exact"  # of the data; it is evaluated and certified
+
+    def commands(self, workdir):
+        """The modules and arguments of the two commands, training first."""
+        flags = [f"--config.{flag}" for flag in (f"data.split={self.split}", *self.flags)]
+        place = f"--workdir={workdir}"
+        return ["lsrs_jax.train", f"--config={self.config}", place, *flags], ["lsrs_jax.certify", place]
+
+    def shown(self):
+        """The two commands as a reader types them."""
+        return [f"python -m {shlex.join(words)}" for words in self.commands(f"runs/{self.name}")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """The rows of one table. Labels that differ only in ``, seed <n>`` are repetitions of one run."""
+
+    figure: str  # "pareto" or "curves"
+    rows: dict[str, Run]  # by label
+    references: tuple[
+        str, ...
+    ] = ()  # labels without seed: a second table compares the means of repetitions with theirs
+    page: str = "cifar10"  # docs/results/<page>.md has the table, docs/results/<page>/ keeps the runs
+
+
+def _run(variant, *flags):
+    """A run of the study's network, named after its variant and the values of its flags."""
+    name = "-".join([variant, *(flag.rpartition("=")[2] for flag in flags)])
+    return Run(name, f"configs/cifar10_study.py:{variant}", ("certify.step=2", *flags))
+
+
+def _splits():
+    rows = {"free network, ISRS (split 0)": _run("split0")}
+    rows |= {f"LSRS, split {k}": _run(f"split{k}") for k in range(1, LAST)}
+    rows[f"LSRS, split {LAST}: linear head"] = _run(f"split{LAST}")
+    rows[f"LSRS, split {LAST}, multi-class bound"] = _run(f"split{LAST}", "certify.bound=multiclass")
+    rows |= {f"LSRS, Haar strides, split {k}": _run(f"split{k}_haar") for k in range(2, LAST + 1)}
+    rows[f"split {LAST}, margin, no noise"] = _run("margin")
+    rows |= {f"ISRS of the network of split {k}": _run(f"split{k}_input") for k in range(2, LAST + 1, 2)}
+    return rows
+
+
+def _families():
+    rows = {}
+    for method, start in itertools.product(
+        ("adaptive", "paraunitary", "exponential", "cayley"), ("identity", "random")
+    ):
+        flags = [f"model.method={method}"] * (method != "adaptive") + ["model.initializer=random"] * (start == "random")
+        rows[f"{method}, {start} start"] = _run(f"split{SPLIT}", *flags)
+    return rows
+
+
+def _losses():
+    rows = {}
+    for kind, variant in (("LSRS", f"split{SPLIT}"), ("ISRS, same network", f"split{SPLIT}_input")):
+        rows[f"{kind}: Gaussian augmentation"] = _run(variant, "train.loss=gaussian")
+        rows[f"{kind}: consistency"] = _run(variant)
+        rows[f"{kind}: MACER"] = _run(variant, "train.loss=macer", "train.noises=4")
+        rows[f"{kind}: SmoothAdv"] = _run(variant, "train.loss=smoothadv")
+        rows[f"{kind}: SmoothAdv, ε 0.5"] = _run(variant, "train.loss=smoothadv", ATTACK)
+        rows[f"{kind}: SmoothAdv, ε 0.5, and consistency"] = _run(variant, *ATTACKED)
+    return rows
+
+
+def _sigmas():
+    kinds = {"LSRS": f"split{SPLIT}", "ISRS, same network": f"split{SPLIT}_input", "ISRS, free network": "split0"}
+    return {
+        f"{kind}, σ {sigma:g}": _run(variant, *[f"sigma={sigma}"] * (sigma != 0.25))
+        for sigma in (0.12, 0.25, 0.5, 1.0)
+        for kind, variant in kinds.items()
+    }
+
+
+def _seeds(kinds, config, split="test_exact"):
+    """Label and seed → run, for kinds label → (name, variant, seeds, flags)."""
+    return {
+        f"{label}, seed {seed}": Run(f"{name}-seed{seed}", f"{config}:{variant}", (f"seed={seed}", *flags), split)
+        for label, (name, variant, seeds, *flags) in kinds.items()
+        for seed in range(seeds)
+    }
+
+
+def _headline():
+    """One pass of the encoder serves two noise samples, so 6,700 steps of LSRS take the FLOPs of 4,000 steps of ISRS.
+
+    4,000 steps of LSRS with an attack on the latent take 83 % of these FLOPs, because the attack runs in the head only.
+    """
+    kinds = {
+        "LSRS": ("lsrs", "lsrs", 3),
+        "LSRS, 6,700 steps": ("lsrs-6700", "lsrs", 3, "train.steps=6700"),
+        f"LSRS, {ATTACK_LOSS}": ("lsrs-attacked", "lsrs", 3, *ATTACKED),
+        "LSRS, isometric encoder": ("isometric", "isometric", 1),
+        f"LSRS, isometric encoder, {ATTACK_LOSS}": ("isometric-attacked", "isometric", 1, *ATTACKED),
+        "ISRS, same network": ("isrs_split", "isrs_split", 3),
+        f"ISRS, same network, {ATTACK_LOSS}": ("isrs_split-attacked", "isrs_split", 2, *ATTACKED),
+        "ISRS, free network": ("free", "free", 3),
+        f"LSRS, {ATTACK_LOSS}, 12,000 steps": ("lsrs-attacked-12000", "lsrs", 1, *ATTACKED, "train.steps=12000"),
+    }
+    return _seeds(kinds, "configs/cifar10_small.py")
+
+
+def _full():
+    """Runs for an accelerator, the most valuable first; base classifiers are certified in bfloat16."""
+    flags = ("certify.step=1", "certify.head_dtype=bfloat16")
+    gaussian = ("train.loss=gaussian", "train.noises=1")
+    augmented, isometric = "Gaussian augmentation", "LSRS, isometric encoder"
+    first = {
+        f"ISRS, free network: {augmented}": ("free-gaussian", "free", *gaussian),
+        f"LSRS: {augmented}": ("gaussian", "gaussian"),
+        f"LSRS: {ATTACK_LOSS}": ("smoothadv", "smoothadv"),
+    }
+    every_second = (*gaussian, "certify.step=2")
+    kinds = first | {
+        f"ISRS, ResNet: {augmented} (every second image)": ("isrs_resnet-gaussian", "isrs_resnet", *every_second),
+        f"{isometric}, ResNet: consistency": ("isometric_resnet", "isometric_resnet"),
+        f"LSRS, ResNet: {ATTACK_LOSS}": ("lsrs_resnet", "lsrs_resnet", *ATTACKED, "train.steps=10000"),
+        f"{isometric}, ResNet: {ATTACK_LOSS}": ("isometric_resnet-attacked", "isometric_resnet", *ATTACKED),
+        f"{isometric}, ResNet: {augmented}": ("isometric_resnet-gaussian", "isometric_resnet", *gaussian),
+        f"{isometric}: {ATTACK_LOSS}": ("isometric", "isometric"),
+        f"{isometric}: {augmented}": ("isometric-gaussian", "isometric", *gaussian),
+        "LSRS: consistency": ("lsrs", "lsrs"),
+        "ISRS, free network: consistency": ("free", "free"),
+        "ISRS, same network: consistency": ("isrs_split", "isrs_split"),
+    }
+    changes = {"σ 0.5": "sigma=0.5", "σ 1": "sigma=1.0", "seed 1": "seed=1", "seed 2": "seed=2"}
+    for words, flag in changes.items():
+        for label, (name, *rest) in first.items():
+            kinds[f"{label}, {words}"] = (f"{name}-{flag.replace('=', '')}", *rest, flag)
+    return {
+        label: Run(f"full-{name}", f"configs/cifar10.py:{variant}", (*flags, *own))
+        for label, (name, variant, *own) in kinds.items()
+    }
+
+
+MNIST = {
+    "LSRS": ("mnist-lsrs", "lsrs", 3),
+    "ISRS, same network": ("mnist-isrs_split", "isrs_split", 3),
+    "ISRS, head on the image": ("mnist-isrs", "isrs", 3),
+}
+STUDIES = {
+    "split": Study("pareto", _splits()),
+    "family": Study("curves", _families()),
+    "loss": Study("curves", _losses()),
+    "sigma": Study("curves", _sigmas()),
+    "headline": Study("curves", _headline(), ("ISRS, same network", f"ISRS, same network, {ATTACK_LOSS}", "LSRS")),
+    "full": Study("curves", _full()),
+    "mnist": Study("curves", _seeds(MNIST, "configs/mnist.py", "test"), ("ISRS, same network",), "mnist"),
+}
