@@ -1,24 +1,32 @@
 """Eight simulated CPU devices for every test; helpers for real data that may be absent."""
 
+import gc
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
 import jax
-import prepared
 import pytest
-from commands import QUICK, run
 
 from lsrs_jax.runtime.processes import cache_compilations
+from support import ROOT, prepared, threefry
+from support.commands import QUICK, run
 
 jax.config.update("jax_num_cpu_devices", 8)
 # Compiled programs are kept between tests and runs of the suite, but not in the user's cache.
 os.environ["XDG_CACHE_HOME"] = str(Path(tempfile.gettempdir()) / f"lsrs_jax_tests_{os.getuid()}")
 cache_compilations()
 
-ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("LSRS_SHARED", ROOT.parent / "shared"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_memory():
+    """Compiled programs of one file are dropped before the next one; they are still on disk."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +65,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def certification(folder):
     """`samples.certified` in the shared folder."""
-    import samples
+    from support import samples
 
     return samples.certified(folder / "certify" / "default")
 
@@ -95,10 +103,6 @@ def hurried():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
-
-
-def threefry(seed):
-    return jax.random.key(seed, impl="threefry2x32")
 
 
 @pytest.fixture

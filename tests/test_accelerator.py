@@ -12,10 +12,10 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
 from benchmarks import accelerator, precision, throughput
 from lsrs_jax.runtime.errors import UserError
+from support import ROOT
 
 
 def test_pieces_are_made_once_and_a_failing_one_is_named(tmp_path, monkeypatch, capsys):

@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import QUICK, fingerprint, finish, full_disk, refused, run, start
-from conftest import threefry
 
 from lsrs_jax import audit, certify, layers, report, smoothing
 from lsrs_jax.auditing import attacks
@@ -23,6 +21,8 @@ from lsrs_jax.runtime import documents
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.format import AUDIT_COLUMNS
 from lsrs_jax.smoothing.sampler import Sampler
+from support import threefry
+from support.commands import QUICK, fingerprint, finish, full_disk, refused, run, start
 
 SIGMA, SHAPE = 0.25, (4, 4, 3)
 SETTINGS = Settings(images=0, fractions=(0.5, 1.0), restarts=2, steps=20, samples=16, votes=1000)

@@ -7,8 +7,6 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
-from conftest import threefry
-from hostile import answer, examples
 from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import stats
@@ -18,6 +16,8 @@ from lsrs_jax.runtime.validate import real
 from lsrs_jax.smoothing import certified_radius, certify, confidence, from_counts, predict
 from lsrs_jax.smoothing.derivation import Derivation
 from lsrs_jax.smoothing.schedule import make_schedule
+from support import threefry
+from support.hostile import answer, examples
 
 # --------------------------------------------------------------------------------------------------- numbers by callers
 

@@ -5,9 +5,9 @@ import shutil
 
 import numpy as np
 import pytest
-from commands import fingerprint, run, without_time
 
 from lsrs_jax.certification.table import read_table
+from support.commands import fingerprint, run, without_time
 
 
 def test_training_leaves_what_certification_needs(trained):

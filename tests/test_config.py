@@ -3,12 +3,12 @@ import json
 import re
 
 import pytest
-from conftest import ROOT
 
 from lsrs_jax import cli, models
 from lsrs_jax.config import check_config, config_from_dict, config_to_dict, default, load_config, save_config
 from lsrs_jax.runtime.documents import first_difference
 from lsrs_jax.runtime.errors import UserError
+from support import ROOT
 
 
 def test_configs_survive_json(tmp_path):

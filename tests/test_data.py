@@ -1,9 +1,9 @@
 import numpy as np
-import prepared
 import pytest
 
 from lsrs_jax import data
 from lsrs_jax.runtime.errors import UserError
+from support import prepared
 
 
 def test_digits_are_real_and_split_once():

@@ -6,8 +6,6 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from commands import QUICK, fingerprint, refused, run, without_time
-from forging import rewrite
 from scipy import stats
 
 from lsrs_jax import certify, data, models, smoothing
@@ -18,6 +16,8 @@ from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.rng import pinned, root_key
 from lsrs_jax.smoothing.schedule import make_schedule
 from lsrs_jax.training import checkpoint
+from support.commands import QUICK, fingerprint, refused, run, without_time
+from support.forging import rewrite
 
 
 def recomputed(folder, alpha, looks):

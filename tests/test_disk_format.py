@@ -5,13 +5,13 @@ import hashlib
 import jax
 import numpy as np
 import pytest
-from conftest import threefry
 
 from lsrs_jax.runtime import format as constants
 from lsrs_jax.smoothing import from_counts
 from lsrs_jax.smoothing.discrete_gaussian import grid
 from lsrs_jax.smoothing.sampler import Sampler
 from lsrs_jax.smoothing.schedule import make_schedule
+from support import threefry
 
 PINNED = {
     "FORMAT": 1,

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from commands import run
 
 from lsrs_jax.certification.table import read_table
+from support.commands import run
 
 NARROW = "model.widths=(8,8,8,8,12,8,8,8)"  # 128 channels take XLA's CPU back end most of a minute
 

@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import QUICK, ROOT, finish, full_disk, run, start, without_time
 
 from lsrs_jax import cli
 from lsrs_jax.runtime import signals
+from support.commands import QUICK, ROOT, finish, full_disk, run, start, without_time
 
 TRAIN = [*QUICK, "--config.train.steps=600", "--config.train.checkpoint_every=150", "--config.train.evaluate_every=600"]
 CERTIFY = ["--config.certify.n=60001", "--config.certify.stop=48", "--config.certify.tile=(2,8)"]

@@ -5,7 +5,6 @@ import json
 import shutil
 
 import pytest
-from commands import ROOT
 
 from lsrs_jax import report
 from lsrs_jax.certification import ledger, store, verify
@@ -13,6 +12,7 @@ from lsrs_jax.config import FIELDS, REQUIRED, Field, config_from_dict, config_to
 from lsrs_jax.runtime.documents import digest, read_sealed, write_sealed
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.format import FORMAT
+from support.commands import ROOT
 
 RESULTS = ROOT / "docs" / "results"
 COMMITTED = sorted(RESULTS.rglob("certificates.json"))

@@ -4,7 +4,8 @@ import importlib
 import re
 
 import pytest
-from commands import ROOT
+
+from support.commands import ROOT
 
 TEXT = (ROOT / "docs" / "guarantee.md").read_text(encoding="utf-8")
 QUOTED = sorted(set(re.findall(r"`([\w.]+)`", TEXT)))

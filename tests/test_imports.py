@@ -7,9 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from commands import ROOT
 
 from lsrs_jax.runtime.moved import MOVED
+from support.commands import ROOT
 
 PACKAGE = ROOT / "lsrs_jax"
 HEAVY = ("orbax", "tensorstore", "tensorflow_datasets", "tensorflow", "grain", "matplotlib", "sklearn", "PIL")

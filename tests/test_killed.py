@@ -6,9 +6,9 @@ import signal
 import time
 
 import pytest
-from commands import QUICK, fingerprint, finish, refused, run, start, truncate_checkpoint, without_time
 
 from lsrs_jax.runtime.files import locked
+from support.commands import QUICK, fingerprint, finish, refused, run, start, truncate_checkpoint, without_time
 
 
 def kill(process, seen, delay=0.0):

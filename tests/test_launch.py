@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import ROOT
+
+from support.commands import ROOT
 
 LAUNCH = ROOT / "launch"
 SLICE = {"TPU_NAME": "lsrs", "ZONE": "zone", "PROJECT": "project"}

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import parameterized
-from conftest import threefry
 
 from lsrs_jax import layers, orthogonal
 from lsrs_jax.layers.lipschitz import Float64Encoder, materialize
 from lsrs_jax.orthogonal import depth_to_space, space_to_depth
 from lsrs_jax.runtime.errors import UserError
+from support import threefry
 
 # layer, input shape, whether it keeps norms
 LAYERS = {

@@ -2,13 +2,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import threefry
 from scipy import stats
 
 from lsrs_jax import models
 from lsrs_jax.config import LOSSES, default
 from lsrs_jax.runtime.mesh import local_mesh, replicated, split
 from lsrs_jax.training import losses
+from support import threefry
 
 pytestmark = pytest.mark.usefixtures("hurried")
 

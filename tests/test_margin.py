@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import threefry
 
 from lsrs_jax import layers
 from lsrs_jax.certification.margin import certified_margin, float64_slack
 from lsrs_jax.layers.lipschitz import materialize
 from lsrs_jax.runtime.errors import UserError
+from support import threefry
 
 
 def classifier(seed, dimensions=6, classes=4, normalized=False):

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import threefry
 
 from lsrs_jax import models
 from lsrs_jax.config import default
@@ -13,6 +12,7 @@ from lsrs_jax.models.encoders import ENCODERS
 from lsrs_jax.models.flops import flops
 from lsrs_jax.models.heads import HEADS
 from lsrs_jax.runtime.errors import UserError
+from support import threefry
 
 pytestmark = pytest.mark.usefixtures("hurried")
 

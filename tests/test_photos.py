@@ -5,16 +5,16 @@ import json
 import multiprocessing
 
 import numpy as np
-import prepared
 import pytest
 import tensorflow_datasets as tfds
-from commands import ROOT, finish, refused, run, run_together, start, without_time
 from PIL import Image
 
 from lsrs_jax import certify, data, train
 from lsrs_jax.config import default
 from lsrs_jax.data import photos
 from lsrs_jax.runtime.errors import UserError
+from support import prepared
+from support.commands import ROOT, finish, refused, run, run_together, start, without_time
 
 SMALL = [
     "--config=configs/imagenet.py:smoke",

@@ -7,12 +7,12 @@ import sys
 import jax
 import numpy as np
 import pytest
-from commands import QUICK, ROOT, refused, run
 
 from lsrs_jax import models
 from lsrs_jax.config import default
 from lsrs_jax.models.flops import flops, peak_memory, traffic
 from lsrs_jax.training import plan
+from support.commands import QUICK, ROOT, refused, run
 
 
 def small(**model):

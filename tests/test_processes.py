@@ -7,11 +7,11 @@ import time
 
 import numpy as np
 import pytest
-from commands import QUICK, finish, refused, run, run_together, start_together, without_time
 
 from lsrs_jax.certification.table import read_table
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.processes import _arguments
+from support.commands import QUICK, finish, refused, run, run_together, start_together, without_time
 
 TABLE = "certify/default/certificates.tsv"
 SLOW = [*QUICK, "--config.train.steps=100000", "--config.train.checkpoint_every=100000"]

@@ -7,8 +7,6 @@ import types
 
 import numpy as np
 import pytest
-from commands import QUICK, fingerprint, refused, run
-from forging import reseal, rewrite
 
 from lsrs_jax import certify
 from lsrs_jax.certification import resample, smoothed, store, target, verify
@@ -16,6 +14,8 @@ from lsrs_jax.certification.identity import arithmetic_facts
 from lsrs_jax.config import config_from_dict
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.smoothing.arithmetic import make_arithmetic
+from support.commands import QUICK, fingerprint, refused, run
+from support.forging import reseal, rewrite
 
 VOTES = 6  # column of a ledger
 

@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import QUICK, run
-from conftest import threefry
 
 from lsrs_jax import certify, layers
 from lsrs_jax.certification import deterministic, encode, platform_check
 from lsrs_jax.layers.lipschitz import Float64Encoder, materialize
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.smoothing.arithmetic import Float32Arithmetic, GridArithmetic
+from support import threefry
+from support.commands import QUICK, run
 
 SHAPE = (8, 8, 3)
 CONVOLUTIONS = {

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import threefry
 from scipy import stats
 
 from lsrs_jax import models, smoothing
@@ -14,6 +13,7 @@ from lsrs_jax.config import default
 from lsrs_jax.layers.lipschitz import Float64Encoder
 from lsrs_jax.models.linear_head import project_linear_head
 from lsrs_jax.runtime.errors import UserError
+from support import threefry
 
 RNG = np.random.default_rng(0)
 WEIGHTS, BIAS = RNG.standard_normal((96, 4)), RNG.standard_normal(4)

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import optax
 import pytest
-from conftest import threefry
 
 from lsrs_jax import models
 from lsrs_jax.config import default
@@ -16,6 +15,7 @@ from lsrs_jax.runtime.mesh import local_mesh, replicated
 from lsrs_jax.runtime.rng import domain_key, pinned
 from lsrs_jax.training import checkpoint, loop, optimizer
 from lsrs_jax.training.loop import Evaluator
+from support import threefry
 
 
 def small_model(**fields):

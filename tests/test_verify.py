@@ -5,13 +5,13 @@ import random
 import shutil
 
 import pytest
-from commands import QUICK, fingerprint, refused, run
-from forging import edit, reseal, rewrite
 
 from lsrs_jax.certification import smoothed, verify
 from lsrs_jax.config import config_from_dict
 from lsrs_jax.layers.lipschitz import LayerBound, LipschitzReport
 from lsrs_jax.runtime.errors import UserError
+from support.commands import QUICK, fingerprint, refused, run
+from support.forging import edit, reseal, rewrite
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,10 @@
 import shutil
 
 import pytest
-from commands import QUICK, finish, refused, run, start, without_time
 
 from lsrs_jax.runtime import workdir
 from lsrs_jax.runtime.errors import UserError
+from support.commands import QUICK, finish, refused, run, start, without_time
 
 
 @pytest.fixture

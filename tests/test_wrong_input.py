@@ -6,9 +6,7 @@ import shutil
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-import prepared
 import pytest
-from commands import QUICK, ROOT, fingerprint, finish, refused, run, start, truncate_checkpoint
 
 from lsrs_jax import certify, cli, models, train
 from lsrs_jax.config import save_config
@@ -16,6 +14,8 @@ from lsrs_jax.models.heads import HEADS
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.rng import domain_key, pinned
 from lsrs_jax.training import checkpoint
+from support import prepared
+from support.commands import QUICK, ROOT, fingerprint, finish, refused, run, start, truncate_checkpoint
 
 COMMANDS = {"train": train, "certify": certify}
 
@@ -225,7 +225,10 @@ BAD_TRAIN = {
     "letters as mean": (["--config=configs/digits.py", "--config.model.mean=('a',)"], "model.mean has the wrong type"),
     "nan as std": (["--config=configs/digits.py", "--config.model.std=(nan,)"], "model.std has the wrong type"),
     "crop": (["--config=configs/digits.py", "--config.data.crop=9"], "data.crop 9"),
-    "config that fails": (["--config=tests/failing_config.py"], "tests/failing_config.py line 5: division by zero"),
+    "config that fails": (
+        ["--config=tests/support/failing_config.py"],
+        "failing_config.py line 5: division by zero",
+    ),
     "zero sigma": (["--config=configs/digits.py", "--config.sigma=0.0"], "sigma must be a positive number"),
     "batch too large": (["--config=configs/digits.py", "--config.data.batch_size=5000"], "1437 training images"),
     "missing data": (["--config=configs/mnist.py"], "tfds build mnist --file_format=array_record"),

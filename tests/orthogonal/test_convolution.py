@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 import scipy.linalg
-from conftest import ROOT, threefry
 from jax.test_util import check_grads
 from test_matrix import precisions
 
@@ -16,6 +15,7 @@ from lsrs_jax import orthogonal
 from lsrs_jax.orthogonal import FAMILIES, ConvShape, conv_singular_values, convolve, spectrum
 from lsrs_jax.orthogonal.families import exponential
 from lsrs_jax.runtime.errors import UserError
+from support import ROOT, threefry
 
 pytestmark = pytest.mark.usefixtures("hurried")
 

@@ -5,13 +5,13 @@ from concurrent import futures
 import chex
 import numpy as np
 import pytest
-from conftest import threefry
-from test_sampler import LATENTS, linear_head, network
 
 from lsrs_jax import smoothing
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.smoothing import SmoothedClassifier
 from lsrs_jax.smoothing.engine import Engine
+from support import threefry
+from support.linear import LATENTS, linear_head, network
 
 SETTINGS = {"sigma": 0.5, "tile": (2, 16)}
 

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import threefry
 from scipy import stats
 
 from lsrs_jax import smoothing
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.smoothing import discrete_gaussian
 from lsrs_jax.smoothing.arithmetic import Float32Arithmetic, GridArithmetic
+from support import threefry
 
 SIGMAS = [0.12, 0.25, 1 / 3, 0.999999, 1.0]
 

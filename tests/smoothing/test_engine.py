@@ -2,9 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import threefry
 from scipy import stats
-from test_sampler import BIAS, DIM, LATENTS, W, linear_head, network
 
 from lsrs_jax import smoothing
 from lsrs_jax.runtime.errors import UserError
@@ -14,6 +12,8 @@ from lsrs_jax.smoothing.engine import Engine, Images, Status
 from lsrs_jax.smoothing.prediction import leaders
 from lsrs_jax.smoothing.sampler import Sampler
 from lsrs_jax.smoothing.schedule import make_schedule
+from support import threefry
+from support.linear import BIAS, DIM, LATENTS, W, linear_head, network
 
 N = 5_000
 MANY = np.random.default_rng(5).random((23, *DIM))

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import threefry
 
 from lsrs_jax import smoothing
 from lsrs_jax.smoothing import discrete_gaussian
 from lsrs_jax.smoothing.arithmetic import ARITHMETICS, Float32Arithmetic, GridArithmetic, make_arithmetic
+from support import threefry
 
 SIGMAS = [0.12, 0.25, 0.5, 1.0]
 IMAGES = [(28, 28, 1), (32, 32, 3)]

@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import threefry
-from linear import BIAS, DIM, LATENTS, W, certify, linear_head
 from scipy import stats
 
 from lsrs_jax import layers, models, smoothing
@@ -20,6 +18,8 @@ from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.format import KEY_DOMAINS, STREAMS
 from lsrs_jax.smoothing.sampler import SPMD, Sampler
 from lsrs_jax.smoothing.schedule import block_count
+from support import threefry
+from support.linear import BIAS, DIM, LATENTS, W, certify, linear_head
 
 N = 1_003
 

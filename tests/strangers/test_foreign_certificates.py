@@ -3,14 +3,14 @@
 import json
 
 import pytest
-from hostile import JSON, STRANGE, changed, examples, json_text, places, sealed
 from hypothesis import example, given
 from hypothesis import strategies as st
-from samples import derive
 
 from lsrs_jax.certification import smoothed, store
 from lsrs_jax.certification.identity import Identity
 from lsrs_jax.runtime.errors import UserError
+from support.hostile import JSON, STRANGE, changed, examples, json_text, places, sealed
+from support.samples import derive
 
 
 def test_numbers_from_which_a_radius_would_follow_are_not_believed(certification):

@@ -8,12 +8,12 @@ import sys
 import jax
 import numpy as np
 import pytest
-from executions import Payload, nothing_executed
-from hostile import JSON, answer, examples, json_text
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lsrs_jax.training import checkpoint
+from support.executions import Payload, nothing_executed
+from support.hostile import JSON, answer, examples, json_text
 
 PARAMS = {
     "encoder": {},

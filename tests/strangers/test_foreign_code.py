@@ -7,14 +7,14 @@ import subprocess
 import sys
 
 import pytest
-from executions import Payload, nothing_executed, payloads
-from hostile import answer, changed, json_text, places
-from samples import CONFIG, FIELDS, TABLE, derive, load, read, votes_of
 
 from lsrs_jax import cli, report
 from lsrs_jax.certification.ledger import _HEADER
 from lsrs_jax.config import default
 from lsrs_jax.training.metrics import Metrics
+from support.executions import Payload, nothing_executed, payloads
+from support.hostile import answer, changed, json_text, places
+from support.samples import CONFIG, FIELDS, TABLE, derive, load, read, votes_of
 
 
 @pytest.mark.parametrize("attack", ["eval", "exec", "pickle", "system", "process"])

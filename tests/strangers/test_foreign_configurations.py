@@ -4,13 +4,13 @@ import json
 import math
 
 import numpy as np
-from hostile import JSON, NOT_NUMBERS, NOT_WHOLE, STRANGE, answer, changed, examples, json_text, places
 from hypothesis import example, given
 from hypothesis import strategies as st
-from samples import CONFIG, FIELDS, load
 
 from lsrs_jax import cli
 from lsrs_jax.config import check_config, config_from_dict, config_to_dict, default
+from support.hostile import JSON, NOT_NUMBERS, NOT_WHOLE, STRANGE, answer, changed, examples, json_text, places
+from support.samples import CONFIG, FIELDS, load
 
 
 @examples(300)

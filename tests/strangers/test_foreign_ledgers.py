@@ -4,13 +4,13 @@ import math
 
 import numpy as np
 import pytest
-from hostile import NOT_NUMBERS, NOT_WHOLE, examples
 from hypothesis import example, given
 from hypothesis import strategies as st
-from samples import PLAN, VOTES, votes_of
 
 from lsrs_jax.certification.ledger import _HEADER, Ledger, _crc
 from lsrs_jax.runtime.errors import UserError
+from support.hostile import NOT_NUMBERS, NOT_WHOLE, examples
+from support.samples import PLAN, VOTES, votes_of
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,16 @@ import sys
 import warnings
 
 import pytest
-from commands import refused
-from executions import Payload
-from hostile import changed, examples, json_text, sealed
 from hypothesis import example, given
 from hypothesis import strategies as st
-from samples import CONFIG, with_field
 
 from lsrs_jax import certify, cli, report
 from lsrs_jax.config import config_to_dict
 from lsrs_jax.runtime.errors import UserError
+from support.commands import refused
+from support.executions import Payload
+from support.hostile import changed, examples, json_text, sealed
+from support.samples import CONFIG, with_field
 
 
 @examples(100)

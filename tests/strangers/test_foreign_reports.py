@@ -5,13 +5,13 @@ import json
 import os
 
 import numpy as np
-from hostile import JSON, STRANGE, answer, examples, json_text, sealed
 from hypothesis import example, given
 from hypothesis import strategies as st
-from samples import AUDIT, TABLE, reported
 
 from lsrs_jax.auditing.table import read_audit, read_finished
 from lsrs_jax.training.metrics import Metrics
+from support.hostile import JSON, STRANGE, answer, examples, json_text, sealed
+from support.samples import AUDIT, TABLE, reported
 
 
 @examples(150)

@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
-from hostile import CHARACTERS, NOT_NUMBERS, NOT_WHOLE, examples
 from hypothesis import given
 from hypothesis import strategies as st
-from samples import AUDIT, TABLE, read, table_text, with_field
 
 from lsrs_jax.auditing.table import read_audit
 from lsrs_jax.certification.table import read_table
 from lsrs_jax.runtime.errors import UserError
+from support.hostile import CHARACTERS, NOT_NUMBERS, NOT_WHOLE, examples
+from support.samples import AUDIT, TABLE, read, table_text, with_field
 
 
 @examples(60)

@@ -4,7 +4,6 @@ import json
 import types
 
 import numpy as np
-from hostile import answer, places
 
 from lsrs_jax import report
 from lsrs_jax.certification import smoothed, store, verify
@@ -20,6 +19,7 @@ from lsrs_jax.smoothing import Certificates
 from lsrs_jax.smoothing.arithmetic import make_arithmetic
 from lsrs_jax.smoothing.counts import Row
 from lsrs_jax.smoothing.schedule import Schedule
+from support.hostile import answer, places
 
 
 def table_text(rows):

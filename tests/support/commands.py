@@ -1,13 +1,23 @@
-"""Runs the commands as a user does: in a process of their own."""
+"""Runs the commands: in this process, or where a process is the point, in one of their own."""
 
+import contextlib
 import hashlib
+import importlib
+import io
+import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
+import warnings
 
-ROOT = Path(__file__).resolve().parents[1]
+import jax
+import pytest
+
+from lsrs_jax import cli
+from support import ROOT
+
 QUICK = [
     "--config=configs/digits.py",
     "--config.train.steps=60",
@@ -61,21 +71,61 @@ def finish(process):
     return process.returncode, out, err
 
 
-def run(command, *arguments, **settings):
-    """Stdout of a command that must succeed."""
-    code, out, err = finish(start(command, *arguments, **settings))
+def run(command, *arguments, devices=1, **settings):
+    """Stdout of a command that must succeed; see `ended`."""
+    code, out, err = ended(command, *arguments, devices=devices, **settings)
     assert code == 0, err
     return out
 
 
-def refused(command, *arguments, **settings):
-    """The one line on stderr of a command that must exit with 2."""
-    code, _, err = finish(start(command, *arguments, **settings))
+def refused(command, *arguments, devices=1, **settings):
+    """The one line on stderr of a command that must exit with 2; see `ended`."""
+    code, _, err = ended(command, *arguments, devices=devices, **settings)
     lines = err.strip().splitlines()
     assert code == 2, (code, err)
     assert len(lines) == 1, err
     assert lines[0].startswith("error: "), err
     return lines[0]
+
+
+def ended(command, *arguments, devices=1, process=False, **settings):
+    """(exit code, stdout, stderr) of a command.
+
+    It runs in this process unless `process` is true, or an environment or a prefix is given.
+    """
+    if process or settings:
+        return finish(start(command, *arguments, devices=devices, **settings))
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with as_a_process(command, arguments, devices), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.execute(importlib.import_module(f"lsrs_jax.{command}").run)
+        except SystemExit as end:
+            code = end.code
+    return code, out.getvalue(), err.getvalue()
+
+
+@contextlib.contextmanager
+def as_a_process(command, arguments, count):
+    """Inside, a command sees its arguments, the repository as its folder and so many devices; it leaves no traces."""
+    hook, logger = sys.unraisablehook, logging.getLogger("asyncio")
+    level, handlers = logger.level, {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(ROOT), warnings.catch_warnings():
+        # Those of Python itself, not those of pytest.
+        warnings.simplefilter("default")
+        for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", category)
+        patch.setattr(sys, "argv", [f"lsrs_jax.{command}", *map(str, arguments)])
+        for name, own in (("devices", jax.devices), ("local_devices", jax.local_devices)):
+            patch.setattr(jax, name, lambda *args, own=own, **named: own(*args, **named)[:count])
+        for name in ("device_count", "local_device_count"):
+            patch.setattr(jax, name, lambda *_: count)
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            sys.unraisablehook = hook
+            logger.setLevel(level)
 
 
 def fingerprint(folder):

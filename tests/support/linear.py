@@ -2,9 +2,9 @@
 
 import jax.numpy as jnp
 import numpy as np
-from conftest import threefry
 
 from lsrs_jax import smoothing
+from support import threefry
 
 DIM = (4, 4, 2)
 LATENTS = np.random.default_rng(1).random((5, *DIM))
