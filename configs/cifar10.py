@@ -1,23 +1,30 @@
-"""CIFAR-10 at the budget of one data-centre GPU: training of minutes, n = 100,000.
+"""CIFAR-10 for one data-centre GPU: minutes of training, n = 100,000.
 
   python -m lsrs_jax.train --config=configs/cifar10.py --workdir=runs/cifar10 --config.data.dir=$TFDS_DATA_DIR
   python -m lsrs_jax.certify --workdir=runs/cifar10
 
-Variants: ``lsrs`` (default; five orthogonal blocks of up to 128 channels, noise on the 8x8x48 latent, a head of 18 of
-the network's 242 MFLOP, consistency regularisation), ``isrs_split`` (ISRS of the same network), ``free`` (ISRS of a
-network of the same shapes without constraints), ``gaussian``, ``macer`` and ``smoothadv`` (``lsrs`` trained otherwise,
-the last with consistency regularisation at adversarial latents), ``isometric`` (two Haar transforms in front of the
-noise, which keep every distance, and the head of ``lsrs``, trained as ``smoothadv``), ``lsrs_resnet`` and
-``isometric_resnet`` (either encoder with a ResNet of 112 MFLOP as its head), ``isrs_resnet`` (ISRS of a ResNet of 507
-MFLOP; these three with a stronger weight decay and 16,000 steps), ``margin`` (the orthogonal blocks with a linear head,
-deterministic). The splits of the public code that preceded LSRS: ``partial``, ``latent``, ``preprocessor``; their heads
-are larger.
+Variants (``--config=configs/cifar10.py:VARIANT``):
+  lsrs               default: five orthogonal blocks of up to 128 channels, noise on the 8x8x48 latent, a head with 18
+                     of the 242 MFLOP of the network, trained with consistency regularisation
+  isrs_split         the network of lsrs, smoothed in input space
+  free               a network of the same shapes without orthogonal layers, smoothed in input space
+  gaussian, macer    lsrs, trained with these losses
+  smoothadv          lsrs, trained with consistency regularisation at adversarial latents
+  isometric          two Haar transforms as the encoder, which keep every distance, and the head of lsrs; trained as
+                     smoothadv
+  lsrs_resnet, isometric_resnet
+                     the encoder of lsrs or of isometric, with a ResNet of 112 MFLOP as the head
+  isrs_resnet        a ResNet of 507 MFLOP, smoothed in input space. All three ResNets are trained with a stronger
+                     weight decay and for 16,000 steps
+  margin             the orthogonal blocks with a linear head, for deterministic certificates
+  partial, latent, preprocessor
+                     the splits of the public code that preceded LSRS, with larger heads
 """
 
 from lsrs_jax.config import choose, default
 
 WIDTHS, STRIDES, SPLIT = (128, 128, 128, 64, 48, 64, 64, 128), (2, 1, 1, 1, 2, 1, 1, 2), 5
-SMALL_TILE = (64, 64)  # for heads that see the whole image, which hold more of a batch
+SMALL_TILE = (64, 64)  # for heads that see the whole image, whose batches take more memory
 RESNET = {"train.weight_decay": 0.05, "train.head_dtype": "bfloat16", "train.steps": 16_000}
 VARIANTS = {
     "lsrs": {},

@@ -1,17 +1,18 @@
-"""CIFAR-10: a deterministic 1-Lipschitz network per family of orthogonal convolutions, at equal training time.
+"""CIFAR-10: one deterministic 1-Lipschitz network per family of orthogonal convolutions, all with equal training time.
 
   python -m lsrs_jax.train --config=configs/cifar10_orthogonal.py:adaptive --workdir=runs/adaptive
   python -m lsrs_jax.certify --workdir=runs/adaptive
 
-Eight orthogonal 3x3 convolutions in two stages, a linear head with normalised rows, no noise. Variants: the families
-``adaptive`` (default), ``paraunitary``, ``exponential`` and ``cayley`` from an identity start; ``…_random`` the same
-from a random start; ``…_zero`` with zero padding (not ``cayley``); ``…_householder`` with learnable reflections
-instead of MaxMin. Data as in configs/cifar10_small.py. Measured results: docs/results/orthogonal.md.
+The network has eight orthogonal 3x3 convolutions in two stages and a linear head with normalised rows; there is no
+noise. Variants: the families ``adaptive`` (default), ``paraunitary``, ``exponential`` and ``cayley``, which start at
+the identity; ``FAMILY_random`` starts at random kernels; ``FAMILY_zero`` has zero padding (not for ``cayley``);
+``FAMILY_householder`` has learnable reflections instead of MaxMin. The data are those of configs/cifar10_small.py.
+Measured results: docs/results/orthogonal.md.
 """
 
 from lsrs_jax.config import default
 
-# Steps of 256 images that fit into the same five minutes on two cores (928, 932, 131 and 823 images/s).
+# The number of steps of 256 images that take five minutes on two cores (928, 932, 131 and 823 images/s).
 _STEPS = {"adaptive": 1090, "paraunitary": 1090, "exponential": 153, "cayley": 965}
 _CHANGES = {
     "": {},

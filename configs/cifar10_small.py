@@ -1,17 +1,21 @@
-"""CIFAR-10 (prepared by tensorflow-datasets as array_record) at a budget of minutes on 2 CPU cores.
+"""CIFAR-10 for two CPU cores: minutes of training.
 
   python -m lsrs_jax.train --config=configs/cifar10_small.py --workdir=runs/cifar --config.data.dir=$TFDS_DATA_DIR
   python -m lsrs_jax.certify --workdir=runs/cifar
 
-Seven blocks, trained with consistency regularisation; up to n = 100,000 votes per image, staged (radii to
-within 0.1 sigma of what all of them would give). Variants:
-``lsrs`` (default; five orthogonal blocks, noise on the 8x8x24 latent, a head of 1.0 of the network's 5.4 MFLOP),
-``isrs_split`` (the network of ``lsrs`` smoothed in input space), ``free`` (a network of the same shapes without
-constraints, smoothed in input space), ``isometric`` (two Haar transforms in front of the noise, which keep every
-distance, and the same 1.0 MFLOP per vote as ``lsrs``), ``isrs_light`` (the network of ``isometric`` smoothed in input
-space), ``cayley`` (``lsrs`` with another family of convolutions), ``deep`` (eight
-orthogonal convolutions and a strided head of 2.1 of 16.8 MFLOP, trained with Gaussian augmentation, n = 10,000: the
-runs of docs/results/certify.md). Measured results: docs/results/cifar10.md.
+tensorflow-datasets has prepared the data as array_record. The network has seven blocks and is trained with consistency
+regularisation. The certification is staged: each image gets up to n = 100,000 samples, until its radius is known to
+within 0.1 sigma. Variants (``--config=configs/cifar10_small.py:VARIANT``):
+  lsrs          default: five orthogonal blocks, noise on the 8x8x24 latent, a head with 1.0 of the 5.4 MFLOP of the
+                network
+  isrs_split    the network of lsrs, smoothed in input space
+  free          a network of the same shapes without orthogonal layers, smoothed in input space
+  isometric     two Haar transforms as the encoder, which keep every distance, and a head of 1.0 MFLOP
+  isrs_light    the network of isometric, smoothed in input space
+  cayley        lsrs with another family of convolutions
+  deep          eight orthogonal convolutions and a strided head with 2.1 of 16.8 MFLOP, trained with Gaussian
+                augmentation, n = 10,000: the runs of docs/results/certify.md
+Measured results: docs/results/cifar10.md.
 """
 
 from lsrs_jax.config import choose, default

@@ -1,13 +1,15 @@
-"""CIFAR-10: one network of 3 MFLOP cut at every block. The runs of the studies in docs/results/cifar10.md.
+"""CIFAR-10: one network of 3 MFLOP, split after each of its blocks, for the studies in docs/results/cifar10.md.
 
   python -m lsrs_jax.train --config=configs/cifar10_study.py:split4 --workdir=runs/split4
   python -m lsrs_jax.certify --workdir=runs/split4
 
-Six blocks of a 3x3 convolution and an activation. In variant ``split<k>`` the first k are orthogonal and lie in front
-of the noise, the others are free and lie behind it: ``split0`` is the free network under input noise (ISRS), ``split6``
-has a linear head. ``split<k>_input`` is ISRS of the very network of ``split<k>``, ``split<k>_haar`` takes Haar
-transforms for the strides of the encoder, and ``margin`` is the network of ``split6`` trained for its deterministic
-certificate. Data as in configs/cifar10_small.py, minutes of training on 2 CPU cores, n = 10,000.
+The network has six blocks of a 3x3 convolution and an activation. Variants:
+  split<k>         the first k blocks are orthogonal and form the encoder, the other blocks form the head. split0 is
+                   smoothed in input space (ISRS) without orthogonal layers; split6 has a linear head
+  split<k>_input   the network of split<k>, smoothed in input space
+  split<k>_haar    the encoder downsamples by Haar transforms
+  margin           the network of split6, trained for its deterministic certificate
+The data are those of configs/cifar10_small.py. Training takes minutes on two CPU cores; n = 10,000.
 """
 
 from lsrs_jax.config import default

@@ -1,10 +1,11 @@
-"""scikit-learn's 8x8 handwritten digits: seconds to train, the set of `make demo`.
+"""The 8x8 handwritten digits of scikit-learn: seconds of training; `make demo` uses them.
 
   python -m lsrs_jax.train --config=configs/digits.py --workdir=runs/digits
   python -m lsrs_jax.certify --workdir=runs/digits
 
 Variants: ``lsrs`` (default; two orthogonal convolutions, noise on the latent), ``cayley`` (the same with another
-family), ``isrs`` (no encoder: input-space smoothing), ``isrs_split`` (the network of ``lsrs`` smoothed in input space).
+family), ``isrs`` (no encoder: the head smoothed in input space), ``isrs_split`` (the network of ``lsrs`` smoothed in
+input space).
 """
 
 from lsrs_jax.config import choose, default

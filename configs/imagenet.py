@@ -1,13 +1,17 @@
-"""ImageNet (prepared by tensorflow-datasets as array_record), 224x224, at the size of a ResNet-50.
+"""ImageNet at 224x224, with a network of the size of a ResNet-50.
 
   python -m lsrs_jax.train --config=configs/imagenet.py --workdir=runs/imagenet --config.data.dir=$TFDS_DATA_DIR --plan
   python -m lsrs_jax.train --config=configs/imagenet.py --workdir=runs/imagenet --config.data.dir=$TFDS_DATA_DIR
   python -m lsrs_jax.certify --workdir=runs/imagenet
 
-Variants: ``lsrs`` (default; twelve orthogonal blocks with Haar strides, noise on the 14x14x192 latent, a quarter of
-the image's numbers, the last layer of a ResNet-50 behind it), ``isrs_split`` (ISRS of the same network), ``isrs`` (ISRS
-of a ResNet-50 with group normalisation), ``smoke`` and ``smoke_isrs`` (``lsrs`` and ``isrs`` for a few steps and votes:
-does it run here?). data.workers should be the cores of a machine; --plan tells which data.batch_size fits.
+tensorflow-datasets has prepared the data as array_record. Set data.workers to the number of cores; --plan shows which
+data.batch_size fits into memory. Variants:
+  lsrs          default: twelve orthogonal blocks with Haar strides, noise on the 14x14x192 latent (a quarter of the
+                numbers of the image), and the last stage of a ResNet-50 as the head
+  isrs_split    the network of lsrs, smoothed in input space
+  isrs          a ResNet-50 with group normalisation, smoothed in input space
+  smoke, smoke_isrs
+                lsrs and isrs for a few steps and samples, to try whether they run on a machine
 """
 
 from lsrs_jax.config import choose, default

@@ -1,10 +1,11 @@
-"""MNIST (prepared by tensorflow-datasets as array_record): minutes on 2 CPU cores.
+"""MNIST for two CPU cores: minutes of training.
 
   python -m lsrs_jax.train --config=configs/mnist.py --workdir=runs/mnist --config.data.dir=$TFDS_DATA_DIR
   python -m lsrs_jax.certify --workdir=runs/mnist
 
-Certifies every 20th test image with n = 10,000. Variants as in configs/digits.py: ``lsrs`` (default), ``cayley``,
-``isrs``, ``isrs_split``. Measured results: docs/results/mnist.md.
+tensorflow-datasets has prepared the data as array_record. Every 20th test image is certified, with n = 10,000. The
+variants are those of configs/digits.py: ``lsrs`` (default), ``cayley``, ``isrs``, ``isrs_split``. Measured results:
+docs/results/mnist.md.
 """
 
 from lsrs_jax.config import choose, default

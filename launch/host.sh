@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# What one process of a run does, on whatever machine: environment, training, certification. Safe to start again after
-# an interruption; each step resumes where it was.
+# Installs the package, trains and certifies, as one process of a run, on any machine. After an interruption the same
+# command resumes.
 #
 #   CONFIG=configs/cifar10_small.py WORKDIR=runs/cifar launch/host.sh [--config.field=value ...]
 #
-# EXTRA=cuda or EXTRA=tpu installs JAX for that hardware. Flags are given to training; the certification takes its
-# configuration from the workdir. TASK=train or TASK=certify does one of the two, TASK=setup neither. Several processes
-# of one run find each other as docs/scale.md says; all of them must see the same WORKDIR.
+# EXTRA=cuda or EXTRA=tpu installs JAX for that hardware. The flags go to the training; the certification takes its
+# configuration from the workdir. TASK=train only trains, TASK=certify only certifies, TASK=setup only installs. docs/scale.md
+# says how several processes of one run find each other; all of them must see the same WORKDIR.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -49,7 +49,8 @@ if [ ! -e "$stamp" ]; then
   fi
 fi
 
-# A container or a scheduler may tell this shell alone to stop: the command hears of it, and says how it ended.
+# A container or a scheduler may send a signal to this shell only. The shell forwards it and exits with the code of the
+# command.
 forwarding() {
   local child code=0
   "$@" &

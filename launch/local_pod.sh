@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A pod rehearsed on one machine: N real processes, each with DEVICES simulated devices, over localhost.
+# Tries a run of several processes on one machine: N processes, each with DEVICES simulated devices, over localhost.
 #
 #   launch/local_pod.sh N CONFIG [--config.field=value ...]
 #   launch/local_pod.sh 4 configs/digits.py
@@ -61,7 +61,7 @@ stop() {
 }
 trap stop EXIT
 
-# Whether there is a whole checkpoint; one that is being written has a longer name.
+# Succeeds if there is a complete checkpoint; an incomplete one has a longer name.
 checkpoint() {
   compgen -G "$WORKDIR/checkpoints/[0-9]*" | grep -qE '/[0-9]+$'
 }

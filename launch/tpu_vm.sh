@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A Cloud TPU slice from its creation to its end, through gcloud. Costs, and what each step does: docs/scale.md.
+# Creates a Cloud TPU slice, runs on it and deletes it, through gcloud. docs/scale.md explains the steps and the costs.
 #
 #   export TPU_NAME=lsrs ZONE=europe-west4-b PROJECT=my-project
 #   launch/tpu_vm.sh create                    # TYPE=v5litepod-16 (v4-8, v5p-8, v6e-8 ...), SPOT=1 for spot capacity
