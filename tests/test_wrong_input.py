@@ -44,7 +44,7 @@ BAD_CERTIFY = {
     "config file": (
         [],
         "--config=configs/digits.py",
-        "certify takes no --config=FILE: its configuration is",
+        "this command takes no --config=FILE: its configuration is",
     ),
     "stray argument": ([], "--n=5", "unknown argument"),
     "stray word": ([], "fast", "unknown argument"),

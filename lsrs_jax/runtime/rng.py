@@ -1,4 +1,4 @@
-"""Random keys. Every stream of the project starts in a domain of its own, so that no key is used twice.
+"""Random keys. Every stream of the project has its own key domain, so that no key is used twice.
 
 All streams are ``threefry2x32``, whatever ``jax_default_prng_impl`` says: ``rbg`` returns other bits under vmap and on
 other hardware. The bits also depend on ``jax_threefry_partitionable`` and ``jax_enable_x64``; `pinned` fixes both.
@@ -14,7 +14,7 @@ from lsrs_jax.runtime.format import KEY_DOMAINS, PRNG
 
 
 def root_key(seed: int) -> jax.Array:
-    """The key of a seed, from which the key of every domain is derived; nothing is drawn from it directly."""
+    """The key of a seed. The keys of all domains are derived from it; nothing is drawn from it directly."""
     return jax.random.key(seed, impl=PRNG)
 
 
