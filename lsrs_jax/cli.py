@@ -165,12 +165,8 @@ def config_of_training(workdir: Path, rest: list[str]) -> Config:
     """The configuration of a training, changed by flags; refuses changes of the network and the training."""
     from lsrs_jax.config import config_to_dict, load_config
 
-    stored = workdir / "config.json"
-    if not stored.exists():
-        if (workdir / "checkpoints").is_dir():
-            raise UserError(f"{workdir} holds checkpoints but no config.json: restore it from a copy")
-        raise UserError(f"{workdir} holds no training: run python -m lsrs_jax.train --workdir={workdir} ...")
-    trained, config = load_config(stored), config_from_flags(rest, load_config(stored))
+    trained = load_config(workdir / "config.json")
+    config = config_from_flags(rest, trained.copy_and_resolve_references())
     before, after = ({name: config_to_dict(one)[name] for name in ("model", "train")} for one in (trained, config))
     if difference := first_difference(before, after, ("model.noise",)):
         name, old, new = difference

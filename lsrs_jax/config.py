@@ -3,6 +3,7 @@
 import difflib
 import functools
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,13 +64,10 @@ def _one_of(*choices: str) -> Limit:
     return Limit(" or ".join(map(repr, choices)), lambda value, _: value in choices)
 
 
-def _plain_name(name: str) -> bool:
-    return bool(name) and name[0] not in ".-" and all(c.isalnum() or c in "._-" for c in name)
-
-
+_PLAIN = re.compile(r"\w[\w.-]*")
 _SEED = _between(0, 2**32 - 1, "between 0 and 2**32 - 1")
 _SIGMA = _between(2.0**-60, 2.0**60, "a positive number (between 1e-18 and 1e18)")
-_DATA = Limit("the name of a data set, as in 'cifar10'", lambda name, _: _plain_name(name.replace(":", "")))
+_DATA = Limit("the name of a data set, as in 'cifar10'", lambda name, _: bool(_PLAIN.fullmatch(name.replace(":", ""))))
 _CROP = Limit("at least 0, and 0 if data.size is given", lambda crop, c: crop >= 0 and not (crop and c.data.size))
 _AREA = Limit("two shares, 0 < least <= most <= 1", lambda area, _: len(area) == 2 and 0 < area[0] <= area[1] <= 1)
 _NOISES = Limit(
@@ -77,7 +75,7 @@ _NOISES = Limit(
 )
 _LOSS, _SCHEDULE = _one_of(*LOSSES), _one_of("cosine", "constant")
 _WARMUP = Limit("at least 0 and below train.steps={train.steps}", lambda steps, c: 0 <= steps < c.train.steps)
-_FOLDER = Limit("a plain folder name (letters, digits, . _ -)", lambda name, _: _plain_name(name))
+_FOLDER = Limit("a plain folder name (letters, digits, . _ -)", lambda name, _: bool(_PLAIN.fullmatch(name)))
 _SAMPLES = _between(1, 2**27, "between 1 and 2**27")
 _RADII = Limit("numbers >= 0, such as (0.25, 0.5)", lambda radii, _: all(0 <= r < float("inf") for r in radii))
 _KIND = _one_of(*CERTIFICATES)
@@ -241,8 +239,8 @@ def upgrade_section(values: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """``(dotted name, value)`` of every field in a nested dict; raises UserError for anything that is no field."""
-    inside = [name.removeprefix(prefix) for name in FIELDS if name.startswith(prefix)]
-    known = sorted({name.partition(".")[0] for name in inside})
+    inside = sorted(name.removeprefix(prefix) for name in FIELDS if name.startswith(prefix))
+    known = list(dict.fromkeys(name.partition(".")[0] for name in inside))
     for key, value in values.items():
         name = f"{prefix}{key}"
         if key not in known:
@@ -285,9 +283,12 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def load_config(path: Path) -> Config:
-    """Reads a configuration that this version or an older one has written."""
+    """Reads a configuration that this version or an older one has written; raises UserError if it cannot be read."""
     try:
         return config_from_dict(read_json(path))
+    except FileNotFoundError as error:
+        remedy = "restore it, or run python -m lsrs_jax.train with a new --workdir"
+        raise UserError(f"{path.parent} holds no config.json of a training: {remedy}") from error
     except UserError as error:
         raise in_file(path, error) from error
     except ValueError as error:

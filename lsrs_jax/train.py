@@ -72,13 +72,10 @@ def _network(config: Config) -> tuple[models.Model, ImageSet]:
 
 def _resume(workdir: Workdir, config: Config, model: models.Model, step: int) -> None:
     """Raises UserError unless a workdir with a checkpoint has this configuration; says if its training is finished."""
-    path, another = workdir.path / "config.json", "use another --workdir"
-    if not path.exists():
-        raise UserError(f"{workdir.name} holds checkpoints but no config.json: restore it, or {another}")
-    kept, given = config_to_dict(load_config(path)), config_to_dict(config)
+    kept, given = config_to_dict(load_config(workdir.path / "config.json")), config_to_dict(config)
     if difference := other_training(kept, given):
         name, old, new = difference
-        remedy = f"{another}, or the old value to resume"
+        remedy = "use another --workdir, or the old value to resume"
         raise UserError(f"{workdir.name} was trained with {name}={old!r}, not {new!r}: {remedy}")
     if step < config.train.steps:
         return

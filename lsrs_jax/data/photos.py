@@ -108,9 +108,8 @@ class Photos:
                 photo = opened.convert("RGB" if self.channels == 3 else "L")
         except Exception as error:  # decoders raise many types
             reason = re.sub(r"\s+<[^>]*>", "", str(error))  # without the addresses of objects
-            raise UserError(
-                f"image {index} of {self.name} {self.split} cannot be decoded ({reason}): prepare the set again"
-            ) from error
+            image = f"image {index} of {self.name} {self.split}"
+            raise UserError(f"{image} cannot be decoded ({reason}): prepare the set again") from error
         cut = photo.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box_of(*photo.size))
         return np.asarray(cut).reshape(self.shape), int(example["label"])
 

@@ -75,8 +75,7 @@ def load(name: str, split: str, data_dir: str | Path = "", size: int = 0) -> Ima
       data_dir: folder of the prepared sets; if empty, ``$TFDS_DATA_DIR`` or else ``~/tensorflow_datasets``.
       size: 0 for images that already have one size; otherwise photos are cropped to `size` x `size` pixels.
 
-    Raises:
-      UserError: for data that cannot be read; for a missing set it names the command that prepares it.
+    Raises UserError for data that cannot be read; for a missing set it names the command that prepares it.
     """
     if name.startswith("digits:"):
         raise UserError("the embedded digits have one version: data.name='digits'")
@@ -97,9 +96,8 @@ def load(name: str, split: str, data_dir: str | Path = "", size: int = 0) -> Ima
 def _load_tfds(name: str, split: str, data_dir: str | Path, size: int) -> ImageSet:
     folder = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     if "://" in str(data_dir):
-        raise UserError(
-            f"data.dir must be a folder that this machine sees, not {data_dir}: copy the set there, or mount it"
-        )
+        remedy = "copy the set there, or mount it"
+        raise UserError(f"data.dir must be a folder that this machine sees, not {data_dir}: {remedy}")
     base_name, _, version = name.partition(":")
     home = folder / base_name
     prepare = f"pip install tensorflow-cpu && tfds build {base_name} --file_format=array_record --data_dir={folder}"

@@ -40,8 +40,7 @@ def plain(content: Any) -> Any:
 
 def format_of(content: dict) -> int:
     """The format number of a document; raises UserError for a newer format or an invalid number."""
-    number = content.get("format", 0)
-    if type(number) is not int or number < 0:
+    if type(number := content.get("format", 0)) is not int or number < 0:
         raise UserError(f"it is damaged: its format is {number!r}")
     if number > FORMAT:
         raise UserError(f"it has format {number}, this version reads up to {FORMAT}: upgrade lsrs_jax to read it")
@@ -64,10 +63,8 @@ def read_sealed(path: Path, check_content: Callable[[dict], Any], remedy: str) -
     """Reads a document and leaves out its format number. If the document is unsealed, its ``digest`` is None.
 
     `check_content` upgrades an old document in place; it raises ValueError, KeyError or TypeError for content that no
-    version has written. `remedy` says what the user can do if the file cannot be restored.
-
-    Raises:
-      UserError: for a damaged document, or a newer format.
+    version has written. Raises UserError for a newer format or a damaged document; then `remedy` says what to do if the
+    file cannot be restored.
     """
     try:
         stored = read_json(path)

@@ -80,24 +80,18 @@ def lock(file: IO, what: str) -> None:
 def locked(path: Path, what: str) -> Iterator[Callable[[], None]]:
     """Creates an empty file and holds its lock; the file stays afterwards.
 
-    Yields:
-      a function that raises UserError if the file is gone or was replaced: then somebody has removed or moved the
-      folder, and with it the lock.
+    Yields a function that raises UserError if somebody has removed or moved the folder, and with it the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         lock(file, what)
 
         def check() -> None:
-            try:
-                held = os.path.samefile(path, file.fileno())
-            except FileNotFoundError:
-                held = False
-            if not held:
-                raise UserError(
-                    f"{path.parent} was removed or moved away while it was written; move it back and give the same "
-                    "command again, or start anew"
-                )
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samefile(path, file.fileno()):
+                    return
+            remedy = "move it back and give the same command again, or start anew"
+            raise UserError(f"{path.parent} was removed or moved away while it was written; {remedy}")
 
         yield check
 

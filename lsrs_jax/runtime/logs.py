@@ -23,9 +23,8 @@ def show_everything() -> None:
 def quiet() -> Iterator[None]:
     """A block in which absl, asyncio and warnings say nothing, and exceptions in finalizers are not printed.
 
-    Orbax warns about read-only managers. For a damaged checkpoint it leaves unfinished tasks behind, although its
-    exception says everything. tensorflow-datasets recommends OpenCV. The settings are global: if the blocks of several
-    threads overlap, the end of the last block restores the settings.
+    Orbax warns about read-only managers, and tensorflow-datasets recommends OpenCV. The settings are global: if the
+    blocks of several threads overlap, the end of the last block restores them.
     """
     if _state["debug"]:
         yield

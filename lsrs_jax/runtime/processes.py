@@ -18,9 +18,6 @@ from lsrs_jax.runtime.errors import OthersLost, UserError, first_line
 from lsrs_jax.runtime.signals import Interrupted
 
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-_SECONDS_TO_MEET = 600  # until the last process has started
-_HEARTBEAT_SECONDS = 30  # if a process is silent for this long, it counts as lost and all others end
-_WEEK = 7 * 24 * 3600
 _meetings = itertools.count()
 
 
@@ -37,28 +34,20 @@ class Process:
         return self.index == 0
 
     def wait(self, what: str) -> None:
-        """Waits until every process has called this, for at most a week; needs no device.
-
-        Raises:
-          OthersLost: if another process has ended.
-        """
+        """Waits until every process has called this, for at most a week. Raises OthersLost if another one has ended."""
         if self.count == 1:
             return
         from orbax.checkpoint import multihost
 
         name = f"{what} {next(_meetings)}"  # no barrier is used twice
         try:
-            multihost.sync_global_processes(name, timeout=_WEEK, processes=set(range(self.count)))
+            multihost.sync_global_processes(name, timeout=7 * 24 * 3600, processes=set(range(self.count)))
         except RuntimeError as error:
             raise OthersLost(f"another process of this run ended before {what}; the same command resumes") from error
 
     @contextlib.contextmanager
     def together(self, what: str) -> Iterator[None]:
-        """A block that all processes run. If it fails in one process, that one raises its own error and all end.
-
-        Raises:
-          UserError: in the processes that did not fail; it names one that did.
-        """
+        """A block that all processes run. If it fails in one of them, the others raise a UserError that names it."""
         error, failed = None, np.zeros(0, int)
         try:
             yield
@@ -85,11 +74,8 @@ def started() -> Iterator[Process]:
     The processes find each other by ``JAX_COORDINATOR_ADDRESS`` (host:port of process 0), ``JAX_NUM_PROCESSES`` and
     ``JAX_PROCESS_ID``; else by what ``srun`` or ``mpirun`` tell each of them; else, with ``JAX_DISTRIBUTED=auto`` or
     several names in ``TPU_WORKER_HOSTNAMES``, by what JAX finds (Cloud TPU pods). With ``JAX_DISTRIBUTED=off`` a
-    process runs alone. All processes except the first print errors only.
-
-    Raises:
-      UserError: if the environment contradicts itself, or JAX finds no device.
-      OthersLost: if the processes do not find each other.
+    process runs alone. All processes except the first print errors only. Raises UserError if the environment
+    contradicts itself or JAX finds no device, and OthersLost if the processes do not find each other.
     """
     import jax
 
@@ -101,9 +87,8 @@ def started() -> Iterator[Process]:
     # JAX's preemption service would take over the signals that the module `signals` handles.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(
-            **arguments, initialization_timeout=_SECONDS_TO_MEET, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS
-        )
+        # A process that is silent for 30 seconds counts as lost, and all others end.
+        jax.distributed.initialize(**arguments, initialization_timeout=600, heartbeat_timeout_seconds=30)
     except (RuntimeError, ValueError) as error:
         lost = OthersLost if isinstance(error, RuntimeError) else UserError
         remedy = f"check {', '.join(_EXPLICIT)} in all of them"
@@ -117,8 +102,7 @@ def started() -> Iterator[Process]:
         if stop.agreed:
             jax.distributed.shutdown()
         raise
-    # A process that ends without this call counts as lost.
-    jax.distributed.shutdown()
+    jax.distributed.shutdown()  # a process that ends without this call counts as lost
 
 
 def check_platform() -> None:
@@ -128,10 +112,8 @@ def check_platform() -> None:
     try:
         jax.local_devices()
     except (RuntimeError, AssertionError) as error:  # an AssertionError if a plugin is not completely installed
-        line = str(error)[:300].strip() or first_line(error)
-        raise UserError(
-            f"JAX cannot start ({line}): check JAX_PLATFORMS and the driver; JAX_PLATFORMS=cpu works everywhere"
-        ) from error
+        remedy = "check JAX_PLATFORMS and the driver; JAX_PLATFORMS=cpu works everywhere"
+        raise UserError(f"JAX cannot start ({str(error)[:300].strip() or first_line(error)}): {remedy}") from error
 
 
 def _arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
@@ -152,10 +134,8 @@ def _arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
     except ValueError:
         count = index = -1
     if not 0 <= index < count:
-        raise UserError(
-            f"{_EXPLICIT[1]}={number} and {_EXPLICIT[2]}={rank} must be whole numbers, the second from 0 on and below "
-            "the first"
-        )
+        words = "must be whole numbers, the second from 0 on and below the first"
+        raise UserError(f"{_EXPLICIT[1]}={number} and {_EXPLICIT[2]}={rank} {words}")
     if count == 1:
         return None
     host, _, port = address.rpartition(":")

@@ -6,6 +6,7 @@ other hardware. The bits also depend on ``jax_threefry_partitionable`` and ``jax
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
@@ -23,16 +24,15 @@ def domain_key(seed: int, domain: str) -> jax.Array:
     return jax.random.fold_in(root_key(seed), KEY_DOMAINS[domain])
 
 
-def check_key(key: object) -> jax.Array:
+def check_key(key: Any) -> jax.Array:
     """Returns a caller's key; raises UserError unless it is one typed threefry key of shape ()."""
-    if not isinstance(key, jax.Array) or not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
-        raise UserError("key must be a typed key: jax.random.key(seed, impl='threefry2x32')")
-    if str(jax.random.key_impl(key)) != PRNG or key.shape != ():
-        raise UserError(
-            f"key must be one threefry2x32 key, got {jax.random.key_impl(key)} of shape {key.shape}: other generators "
-            "do not return the same bits on another number of devices; use jax.random.key(seed, impl='threefry2x32')"
-        )
-    return key
+    typed = isinstance(key, jax.Array) and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if typed and str(jax.random.key_impl(key)) == PRNG and key.shape == ():
+        return key
+    raise UserError(
+        f"key must be one typed key, jax.random.key(seed, impl='threefry2x32'), got {key!r}: other generators do not "
+        "return the same bits on another number of devices"
+    )
 
 
 @contextlib.contextmanager

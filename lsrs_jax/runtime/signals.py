@@ -10,9 +10,7 @@ from types import FrameType
 from typing import Any
 
 _NUMBERS = (signal.SIGTERM, signal.SIGINT)
-# A second signal within this many seconds is an echo of the first: timeout(1) and others signal the process and its
-# group.
-_ECHO = 0.5
+_ECHO = 0.5  # seconds; timeout(1) and others signal a process and then its group, so a second signal may be an echo
 _state: dict[str, Any] = {"depth": 0, "pending": None, "first": None}
 
 
@@ -26,10 +24,9 @@ class Interrupted(BaseException):
 
 
 def _exit_now(number: int, message: bytes) -> None:
-    try:
+    with contextlib.suppress(OSError):
         os.write(2, message)
-    finally:
-        os._exit(128 + number)
+    os._exit(128 + number)
 
 
 def _handle(number: int, _: FrameType | None) -> None:
@@ -102,8 +99,7 @@ def agreed() -> Interrupted:
 def deferred() -> Iterator[Callable[[], bool]]:
     """A block that a signal does not break off: its end raises `Interrupted`, unless another error ended the block.
 
-    Yields:
-      a function that returns true if a signal is waiting, for loops that choose themselves where to stop.
+    Yields a function that returns true if a signal is waiting, for loops that choose themselves where to stop.
     """
     _state["depth"] += 1
     try:

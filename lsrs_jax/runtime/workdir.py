@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
@@ -39,83 +40,66 @@ def _signature(path: Path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
+def _files(folder: epath.Path, skipped: epath.Path) -> Iterator[epath.Path]:
+    for path in folder.iterdir() if folder.exists() else ():
+        if path.is_dir():
+            if path != skipped:
+                yield from _files(path, skipped)
+        elif not path.name.startswith("."):
+            yield path
+
+
 class Workdir:
-    """A folder on a disk of this machine, or shared by all machines of a run; `name` is what the user calls it."""
+    """A folder that all machines of a run share, or (with a `url`) this machine's copy of a folder in a bucket.
 
-    def __init__(self, path: Path | str) -> None:
-        self.path, self.name = Path(path), str(path)
+    `name` is what the user calls it. The folder of a copy must be empty.
+    """
 
-    def push(self) -> None:
-        """Shows other machines what was written here; nothing to do."""
-
-    def pull(self) -> None:
-        """Gets what other machines have written; nothing to do."""
-
-
-class Bucket(Workdir):
-    """The local folder `copy`, at first empty, as a copy of ``gs://bucket/folder`` or ``file:///folder``."""
-
-    def __init__(self, url: str, copy: str) -> None:
-        super().__init__(copy)
-        self.name, self._url, self._lock = url, _remote(url), threading.Lock()
+    def __init__(self, path: Path | str, url: str = "") -> None:
+        self.path, self.name = Path(path), url or str(path)
+        self._bucket, self._lock = _remote(url) if url else None, threading.Lock()
         self._seen: dict[str, tuple[int, int]] = {}
-        write_atomic(self.path / _MARKER, url)
-        self.pull()
+        if url:
+            write_atomic(self.path / _MARKER, url)
+            self.pull()
 
     def push(self) -> None:
         """Copies to the bucket every file that changed here since the last copy, except hidden files."""
-        with self._reached():
-            for path in sorted(self.path.rglob("[!.]*")):
-                name = path.relative_to(self.path)
-                if any(part.startswith(".") for part in name.parts) or not path.is_file():
+        with self._reached() as bucket:
+            for path in sorted(self.path.rglob("*")) if bucket else ():
+                name = path.relative_to(self.path).as_posix()
+                hidden = any(part.startswith(".") for part in name.split("/"))
+                if hidden or not path.is_file() or self._seen.get(name) == _signature(path):
                     continue
-                signature = _signature(path)
-                if self._seen.get(name.as_posix()) == signature:
-                    continue
+                signature, content = _signature(path), path.read_bytes()
                 if self.name.startswith("gs://"):
-                    (self._url / name).write_bytes(path.read_bytes())  # in one step
+                    (bucket / name).write_bytes(content)  # in one step
                 else:
-                    write_atomic(str(self._url / name), path.read_bytes())
-                self._seen[name.as_posix()] = signature
+                    write_atomic(str(bucket / name), content)
+                self._seen[name] = signature
 
     def pull(self) -> None:
         """Copies from the bucket every file that is new or has grown there, except files that were written here."""
-        with self._reached():
-            for source in self._files(self._url):
-                name = source.relative_to(self._url).as_posix()
+        with self._reached() as bucket:
+            for source in _files(bucket, bucket / _CHECKPOINTS) if bucket else ():
+                name = source.relative_to(bucket).as_posix()
                 path, known = self.path / name, self._seen.get(name)
                 if path.exists() and (not known or known != _signature(path) or source.stat().length == known[0]):
                     continue
                 write_atomic(path, source.read_bytes())
                 self._seen[name] = _signature(path)
 
-    def _files(self, folder: epath.Path) -> Iterator[epath.Path]:
-        for path in folder.iterdir() if folder.exists() else ():
-            if path.is_dir():
-                if path != self._url / _CHECKPOINTS:
-                    yield from self._files(path)
-            elif not path.name.startswith("."):
-                yield path
-
     @contextlib.contextmanager
-    def _reached(self) -> Iterator[None]:
+    def _reached(self) -> Iterator[Any]:
         try:
             with self._lock:
-                yield
+                yield self._bucket
         except UserError:
             raise
         except Exception as error:  # whatever the library behind a bucket raises
             remedy = "install it" if isinstance(error, ImportError) else "the same command resumes"
             reason = f"{type(error).__name__}: {str(error)[:200]}"
             raise UserError(f"cannot read or write {self.name} ({reason}); {remedy}") from error
-
-    def keep_pushing(self, ended: threading.Event) -> None:
-        """Copies to the bucket again and again, until an event."""
-        while not ended.wait(_SECONDS_PER_COPY):
-            try:
-                self.push()
-            except UserError as error:
-                print(f"note: {error}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -125,12 +109,20 @@ def opened(location: Path | str) -> Iterator[Workdir]:
         yield Workdir(location)
         return
     with tempfile.TemporaryDirectory(prefix="lsrs_jax_") as folder:
-        bucket, ended = Bucket(location, folder), threading.Event()
-        thread = threading.Thread(target=bucket.keep_pushing, args=(ended,), daemon=True)
+        workdir, ended = Workdir(folder, location), threading.Event()
+
+        def keep_pushing() -> None:
+            while not ended.wait(_SECONDS_PER_COPY):
+                try:
+                    workdir.push()
+                except UserError as error:
+                    print(f"note: {error}", file=sys.stderr, flush=True)
+
+        thread = threading.Thread(target=keep_pushing, daemon=True)
         thread.start()
         try:
-            yield bucket
+            yield workdir
         finally:
             ended.set()
             thread.join()
-            bucket.push()
+            workdir.push()
