@@ -65,8 +65,7 @@ def run(arguments: list[str]) -> None:
 
 
 def _run(workdir: Path, settings: Settings, rest: list[str]) -> None:
-    asked = cli.config_of_training(workdir, rest)
-    cli.only(workdir, asked, ("certify.name", "data.dir"), "audit")
+    asked = cli.config_of_training(workdir, rest, "audit", ("certify.name", "data.dir"))
     folder = workdir / "certify" / asked.certify.name
     stored, table = read_folder(folder, "to attack"), folder / "certificates.tsv"
     if stored.identity.certificate != "smoothed":

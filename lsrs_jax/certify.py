@@ -47,14 +47,14 @@ def run(arguments: list[str]) -> None:
 
 
 def _run(workdir: Workdir, process: Process, options: argparse.Namespace, rest: list[str]) -> None:
-    config = cli.config_of_training(workdir.path, rest)
+    reader = "--recast" if options.recast else "--verify" if options.verify else ""
+    fields = ("certify.name", "data.dir") if options.recast else ("certify.name",)
+    config = cli.config_of_training(workdir.path, rest, reader, fields)
     folder = workdir.path / "certify" / config.certify.name
-    if (options.verify or options.recast or options.from_counts) and process.count > 1:
+    if (reader or options.from_counts) and process.count > 1:
         remedy = "start it alone, or with JAX_DISTRIBUTED=off"
         raise UserError(f"--from-counts, --verify and --recast are for one process; {remedy}")
-    if options.verify or options.recast:
-        flag, fields = ("--recast", ("certify.name", "data.dir")) if options.recast else ("--verify", ("certify.name",))
-        cli.only(workdir.path, config, fields, flag)
+    if reader:
         with reading():
             stored = verify.run(folder)
             if options.recast:

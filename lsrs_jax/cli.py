@@ -161,26 +161,25 @@ def config_from_flags(rest: list[str], stored: Config | None = None) -> Config:
     return check_config(config_from_dict(plain))
 
 
-def config_of_training(workdir: Path, rest: list[str]) -> Config:
-    """The configuration of a training, changed by flags; refuses changes of the network and the training."""
+def config_of_training(workdir: Path, rest: list[str], reader: str = "", fields: tuple[str, ...] = ()) -> Config:
+    """The configuration of a training, changed by flags; refuses changes of the network and the training.
+
+    If a command only reads certificates, `reader` is its name, and flags may only change `fields`.
+    """
     from lsrs_jax.config import config_to_dict, load_config
 
     trained = load_config(workdir / "config.json")
     config = config_from_flags(rest, trained.copy_and_resolve_references())
-    before, after = ({name: config_to_dict(one)[name] for name in ("model", "train")} for one in (trained, config))
-    if difference := first_difference(before, after, ("model.noise",)):
+    before, after = config_to_dict(trained), config_to_dict(config)
+    others = [name for name in before if name not in ("model", "train")]
+    if difference := first_difference(before, after, ("model.noise", *others)):
         name, old, new = difference
         raise UserError(f"the network was trained with {name}={old!r}, not {new!r}; train with the new value first")
+    if reader and (difference := first_difference(before, after, fields)):
+        raise UserError(
+            f"{reader} takes {difference[0]} from the certificates; only {' and '.join(fields)} may be given"
+        )
     return config
-
-
-def only(workdir: Path, config: Config, fields: tuple[str, ...], what: str) -> None:
-    """Raises UserError if a configuration differs from that of its training in a field that is not in `fields`."""
-    from lsrs_jax.config import config_to_dict, load_config
-
-    trained = load_config(workdir / "config.json")
-    if difference := first_difference(config_to_dict(trained), config_to_dict(config), fields):
-        raise UserError(f"{what} takes {difference[0]} from the certificates; only {' and '.join(fields)} may be given")
 
 
 def _location(error: BaseException | None, file: str) -> str:
