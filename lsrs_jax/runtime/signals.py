@@ -24,9 +24,10 @@ class Interrupted(BaseException):
 
 
 def _exit_now(number: int, message: bytes) -> None:
-    with contextlib.suppress(OSError):
+    try:
         os.write(2, message)
-    os._exit(128 + number)
+    finally:
+        os._exit(128 + number)
 
 
 def _handle(number: int, _: FrameType | None) -> None:
