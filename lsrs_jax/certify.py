@@ -70,9 +70,8 @@ def _run(workdir: Workdir, process: Process, options: argparse.Namespace, rest: 
             for name in smoothed.DERIVED:
                 if (kept := chosen.certify[name]) != base.certify[name]:
                     base.certify[name] = kept
-                    print(
-                        f"{folder} was derived with {name} {kept}; this holds unless --config.certify.{name} is given"
-                    )
+                    derived = f"{folder} was derived with {name} {kept}"
+                    print(f"{derived}, which holds unless --config.certify.{name} is given")
         config = cli.config_from_flags(rest, base)
     if options.from_counts:
         smoothed.from_counts(folder, config)
