@@ -3,12 +3,12 @@
   python -m lsrs_jax.audit --workdir=runs/digits
   python -m lsrs_jax.audit --workdir=runs/digits --config.certify.name=full --images=100 --restarts=10
 
-Every certificate is attacked inside its radius: by gradients (PGD through the smoothed classifier, from several random
-starts), and by predictions alone (a decision-based attack). A flip is a point within the radius at which `predict`, at
-the alpha of the certification and with noise that no attack has seen, returns another class. Beyond the radius the same
-attacks look for the nearest flip of each image, which `report` draws as an empirical upper bound over the certified
-curve. Writes audit.tsv and audit.json beside the certificates; the same command resumes. Exit code 1 where a
-certificate was broken.
+The audit attacks every certificate inside its radius: by gradients (PGD through the smoothed classifier, from several
+random starts), and by predictions alone (a decision-based attack). A flip is a point within the radius at which
+`predict` returns another class; it uses the alpha of the certification and noise that no attack has seen. Beyond the
+radius the same attacks look for the nearest flip of each image. `report` draws these flips as an empirical upper bound
+over the certified curve. The audit writes audit.tsv and audit.json beside the certificates; the same command resumes.
+The exit code is 1 if a certificate was broken.
 """
 
 if __name__ == "__main__":
@@ -16,7 +16,6 @@ if __name__ == "__main__":
 
     main("audit")
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -30,49 +29,43 @@ from lsrs_jax.certification.encode import make_sampler
 from lsrs_jax.certification.store import read_folder
 from lsrs_jax.certification.table import read_table
 from lsrs_jax.certification.target import Target, target_of_certificates
+from lsrs_jax.runtime import files, processes
 from lsrs_jax.runtime.errors import UserError
-from lsrs_jax.runtime.files import digest_of, locked
-from lsrs_jax.runtime.processes import cache_compilations, check_platform
 from lsrs_jax.runtime.progress import Progress
 from lsrs_jax.runtime.workdir import opened
 from lsrs_jax.smoothing.confidence import MAX_SAMPLES
 
-_NUMBERS = {  # of flags: default, least value, meaning
-    "images": (0, 0, "so many of the certificates, evenly; 0: all of them"),
+_NUMBERS = {  # flag: default, least value, meaning
+    "images": (0, 0, "number of certificates to attack, evenly spaced; 0: all of them"),
     "restarts": (2, 1, "random starts of PGD per radius"),
-    "steps": (20, 1, "of each attack"),
+    "steps": (20, 1, "steps of each attack"),
     "samples": (16, 1, "noise vectors per step or question"),
     "votes": (1000, 1, "samples of a prediction that judges an attack"),
 }
 
 
-def _parse(arguments: list[str]) -> tuple[argparse.Namespace, Settings, list[str]]:
-    parser = cli.parser("audit", __doc__)
-    parser.add_argument("--workdir", required=True, type=cli.workdir, help="folder of a training, or gs://...")
-    parser.add_argument("--fractions", default="0.25,0.5,0.75,0.9,1", help="of each radius, where PGD looks inside it")
-    for name, (default, _, meaning) in _NUMBERS.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=meaning)
-    options, rest = parser.parse_known_args(arguments)
-    given = {name: getattr(options, name) for name in _NUMBERS}
-    for name, (_, least, _) in _NUMBERS.items():
-        if not least <= given[name] <= MAX_SAMPLES:
-            raise UserError(f"--{name} must be a whole number from {least} to 2**27, got {given[name]}")
-    fractions = cli.numbers("fractions", options.fractions, "in (0, 1]", lambda fraction: 0 < fraction <= 1)
-    return options, Settings(fractions=fractions, **given), rest
-
-
 def run(arguments: list[str]) -> None:
     """The command; see the module's docstring."""
-    cli.no_config_file("audit", arguments)
-    options, settings, rest = _parse(arguments)
-    check_platform()
+    parser = cli.parser("audit", __doc__)
+    parser.add_argument("--workdir", required=True, type=cli.workdir, help="folder of a training, or gs://...")
+    shares = cli.checked(
+        cli.numbers, lambda found: all(0 < share <= 1 for share in found), "numbers in (0, 1], as 0.5,1"
+    )
+    help_text = "PGD looks at these shares of each radius"
+    parser.add_argument("--fractions", type=shares, default="0.25,0.5,0.75,0.9,1", help=help_text)
+    for name, (default, least, meaning) in _NUMBERS.items():
+        words = f"a whole number from {least} to 2**27"
+        number = cli.checked(int, lambda value, least=least: least <= value <= MAX_SAMPLES, words)
+        parser.add_argument(f"--{name}", type=number, default=default, help=meaning)
+    options, rest = parser.parse_known_args(arguments)
+    settings = Settings(**{name: getattr(options, name) for name in Settings._fields})
+    processes.check_platform()
     with opened(options.workdir) as workdir:
         _run(workdir.path, settings, rest)
 
 
 def _run(workdir: Path, settings: Settings, rest: list[str]) -> None:
-    asked = cli.config_of_training(workdir, rest)
-    cli.only(workdir, asked, ("certify.name", "data.dir"), "audit")
+    asked = cli.config_of_training(workdir, rest, "audit", ("certify.name", "data.dir"))
     folder = workdir / "certify" / asked.certify.name
     stored, table = read_folder(folder, "to attack"), folder / "certificates.tsv"
     if stored.identity.certificate != "smoothed":
@@ -81,15 +74,15 @@ def _run(workdir: Path, settings: Settings, rest: list[str]) -> None:
         raise UserError(
             f"{folder} holds samples but no certificates yet; let certify finish, or give its command again"
         )
-    if not table.exists() or stored.derivation["certificates"] != digest_of(table):
+    if not table.exists() or stored.derivation["certificates"] != files.digest_of(table):
         raise UserError(f"the table in {folder} is not the one its certificates.json names; see certify --verify")
     alpha = stored.settings.certify.alpha
-    least = math.ceil(1 - math.log2(0.99 * alpha))  # what the test of `predict` needs where all samples agree
+    least = math.ceil(1 - math.log2(0.99 * alpha))  # the test of `predict` needs this many samples, even if all agree
     if settings.votes < least:
-        raise UserError(f"--votes={settings.votes} can decide nothing at alpha {alpha}: {least} at least")
-    cache_compilations()
+        raise UserError(f"--votes={settings.votes} can decide nothing at alpha {alpha}: give at least {least}")
+    processes.cache_compilations()
     target = target_of_certificates(folder, stored, asked.data.dir)
-    with locked(folder / ".audit.lock", f"auditing {folder}"):
+    with files.locked(folder / ".audit.lock", f"auditing {folder}"):
         journal = Journal(folder, settings, stored.derivation["certificates"])
         _attack(target, settings, stored.lipschitz.constant, journal)
         journal.finish()
@@ -117,7 +110,7 @@ def _attack(target: Target, settings: Settings, lipschitz: float, journal: Journ
         if not new:
             continue
         images = target.dataset.pixels(table.idx[batch], np.float64)
-        attacked = Attacked(table.idx[batch], table.label[batch], table.predict[batch], table.radius[batch])
+        attacked = Attacked(*(getattr(table, name)[batch] for name in Attacked._fields))
         journal.append(attacked, auditor(images, attacked.predict, attacked.radius, number))
         finished += new
         progress = progress or Progress(left, finished)  # the first batch compiles

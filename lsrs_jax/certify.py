@@ -4,13 +4,13 @@
   python -m lsrs_jax.certify --workdir=runs/digits --config.certify.n=100000 --config.certify.name=full
   python -m lsrs_jax.certify --workdir=runs/x --config.certify.certificate=deterministic --config.certify.name=margin
 
-The configuration comes from the workdir; flags override it. Writes the ledgers, certificates.tsv and certificates.json
-into <workdir>/certify/<name>. The same command resumes an interrupted certification, on any number of devices and
-processes (docs/scale.md). With --from-counts it derives new certificates from the counts on disk, with another alpha or
-bound, without the model or the data. With --verify it derives every radius again, compares digests, and names the first
-line that differs. With --recast=N it does that and samples N images again, chosen at random each time, from their
-pixels. Deterministic certificates take no samples: they are the margins of a linear head (model.head linear, normalized
-or orthogonal).
+The configuration comes from the workdir; flags override it. The command writes the ledgers, certificates.tsv and
+certificates.json into <workdir>/certify/<name>. The same command resumes an interrupted certification, on any number of
+devices and processes (docs/scale.md). With --from-counts it derives new certificates from the counts on disk, with
+another alpha or bound, without the model or the data. With --verify it derives every radius again, compares digests,
+and names the first line that differs. With --recast=N it does the same, and then samples N images again from their
+pixels; it chooses them at random each time. Deterministic certificates take no samples: they are the margins of a
+linear head (model.head linear, normalized or orthogonal).
 """
 
 if __name__ == "__main__":
@@ -19,7 +19,6 @@ if __name__ == "__main__":
     main("certify")
 
 import argparse
-from pathlib import Path
 
 from lsrs_jax import cli, models
 from lsrs_jax.certification import deterministic, resample, smoothed, store, verify
@@ -29,47 +28,33 @@ from lsrs_jax.runtime import profiling
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.processes import Process, cache_compilations, started
 from lsrs_jax.runtime.signals import reading
-from lsrs_jax.runtime.types import Config
 from lsrs_jax.runtime.workdir import Workdir, opened
-
-
-def _derived_as(chosen: Config, workdir: Path, folder: Path) -> Config:
-    """Training config with this folder's derivation settings (alpha, bound, radii, epsilon); prints those it keeps."""
-    config = load_config(workdir / "config.json")
-    for name in smoothed.DERIVED:
-        kept, trained = chosen.certify[name], config.certify[name]
-        if kept != trained:
-            config.certify[name] = kept
-            print(f"{folder} was derived with {name} {kept}, which holds unless --config.certify.{name} is given")
-    return config
 
 
 def run(arguments: list[str]) -> None:
     """The command; see the module's docstring."""
-    cli.no_config_file("certify", arguments)
     parser = cli.parser("certify", __doc__)
     parser.add_argument("--workdir", required=True, type=cli.workdir, help="folder of a training, or gs://...")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--from-counts", action="store_true", help="derive from the counts on disk; sample nothing")
     instead.add_argument("--verify", action="store_true", help="derive every radius again and compare; change nothing")
-    instead.add_argument("--recast", type=int, metavar="N", help="--verify, and sample N images again")
-    profiling.add_argument(instead)
+    number = cli.checked(int, lambda images: images >= 1, "a number of images, at least 1")
+    instead.add_argument("--recast", type=number, metavar="N", help="do --verify, then sample N images again")
+    cli.add_profile(instead)
     options, rest = parser.parse_known_args(arguments)
-    if options.recast is not None and options.recast < 1:
-        raise UserError(f"--recast takes a number of images, at least 1, got {options.recast}")
     with started() as process, opened(options.workdir) as workdir:
         _run(workdir, process, options, rest)
 
 
 def _run(workdir: Workdir, process: Process, options: argparse.Namespace, rest: list[str]) -> None:
-    config = cli.config_of_training(workdir.path, rest)
+    reader = "--recast" if options.recast else "--verify" if options.verify else ""
+    fields = ("certify.name", "data.dir") if options.recast else ("certify.name",)
+    config = cli.config_of_training(workdir.path, rest, reader, fields)
     folder = workdir.path / "certify" / config.certify.name
-    if (options.verify or options.recast or options.from_counts) and process.count > 1:
+    if (reader or options.from_counts) and process.count > 1:
         remedy = "start it alone, or with JAX_DISTRIBUTED=off"
         raise UserError(f"--from-counts, --verify and --recast are for one process; {remedy}")
-    if options.verify or options.recast:
-        flag, fields = ("--recast", ("certify.name", "data.dir")) if options.recast else ("--verify", ("certify.name",))
-        cli.only(workdir.path, config, fields, flag)
+    if reader:
         with reading():
             stored = verify.run(folder)
             if options.recast:
@@ -77,9 +62,16 @@ def _run(workdir: Workdir, process: Process, options: argparse.Namespace, rest: 
                 resample.run(target_of_certificates(folder, stored, config.data.dir), stored, options.recast)
         return
     path = folder / "certificates.json"
-    if path.exists():  # its settings hold, but for those that are given now
-        chosen = store.require_sealed(path).settings
-        base = chosen if options.from_counts else _derived_as(chosen, workdir.path, folder)
+    if path.exists():
+        base = chosen = store.require_sealed(path).settings
+        if not options.from_counts:
+            # A resumed run keeps how its certificates were last derived: alpha, bound, radii and epsilon.
+            base = load_config(workdir.path / "config.json")
+            for name in smoothed.DERIVED:
+                if (kept := chosen.certify[name]) != base.certify[name]:
+                    base.certify[name] = kept
+                    derived = f"{folder} was derived with {name} {kept}"
+                    print(f"{derived}, which holds unless --config.certify.{name} is given")
         config = cli.config_from_flags(rest, base)
     if options.from_counts:
         smoothed.from_counts(folder, config)

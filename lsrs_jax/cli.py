@@ -1,6 +1,6 @@
 """Runs the commands: ``lsrs COMMAND …``, ``python -m lsrs_jax COMMAND …`` and ``python -m lsrs_jax.COMMAND …``.
 
-Only light modules are imported here; libraries are loaded when signals are handled already.
+This module imports light modules only. `main` loads the libraries after it has set how signals are handled.
 """
 
 import argparse
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lsrs_jax.runtime import signals
-from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.documents import first_difference
+from lsrs_jax.runtime.errors import UserError, first_line
 from lsrs_jax.runtime.types import Config
 
 COMMANDS = {
@@ -25,28 +26,18 @@ COMMANDS = {
     "audit": "attack the certificates of a workdir",
     "report": "compare certified classifiers: a table and a curve",
 }
-_USAGE = "\n".join(
-    [
-        "usage: lsrs COMMAND ...; lsrs COMMAND --help says more",
-        *(f"  {name:<9}{what}" for name, what in COMMANDS.items()),
-    ]
-)
-
-# Of errors of the operating system.
-_REMEDIES = {
+_REMEDIES = {  # for errors of the operating system
     (errno.ENOSPC, errno.EFBIG, errno.EDQUOT): "; make room, and give the same command again",
     (errno.EROFS,): "; choose a folder that can be written",
     (errno.EACCES, errno.EPERM): "; change its permissions, or choose another folder",
     (errno.ENOENT, errno.ENOTDIR): "; check the path",
 }
-_OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")  # as XLA says it
-_FIELD = re.compile(r"--?config\.([^=]*)")
 
 
 def main(name: str | None = None) -> None:
-    """Runs a command of `COMMANDS`, by default that of the first argument, and ends the process.
+    """Runs a command of `COMMANDS`, by default the one that the first argument names, and ends the process.
 
-    It ends without waiting for the threads of what was broken off, which could also crash.
+    It does not wait for threads of work that was broken off, because they could crash.
     """
     signals.starting()
     try:
@@ -56,7 +47,8 @@ def main(name: str | None = None) -> None:
             if name not in ("-h", "--help", *COMMANDS):
                 _fail(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}")
         if name in ("-h", "--help"):
-            execute(lambda _: print(_USAGE))
+            usage = "usage: lsrs COMMAND ...; lsrs COMMAND --help says more"
+            execute(lambda _: print(usage, *(f"  {name:<9}{what}" for name, what in COMMANDS.items()), sep="\n"))
         else:
             execute(importlib.import_module(f"lsrs_jax.{name}").run)
         sys.exit(0)
@@ -68,9 +60,9 @@ def main(name: str | None = None) -> None:
 
 
 def execute(run: Callable[[list[str]], None]) -> None:
-    """Runs a command: expected errors become one line on stderr, and exit code 2.
+    """Runs a command; expected errors become one line on stderr and exit code 2.
 
-    SIGTERM ends the process like an interrupt, a second one at once; what is on disk stays valid, and the same command
+    SIGTERM ends the process as Ctrl-C does, and a second signal ends it at once. Files stay valid, and the same command
     resumes. With ``--debug`` among the arguments, tracebacks and warnings are shown.
     """
     if "--debug" in sys.argv:
@@ -82,7 +74,7 @@ def execute(run: Callable[[list[str]], None]) -> None:
             run(sys.argv[1:])
     except UserError as error:
         _fail(str(error), error.code)
-    except BrokenPipeError:  # whoever read the output has gone
+    except BrokenPipeError:  # the program that read the output has ended
         sys.exit(141)
     except OSError as error:
         if error.filename is None and error.errno is None:
@@ -90,12 +82,12 @@ def execute(run: Callable[[list[str]], None]) -> None:
         remedy = next((text for numbers, text in _REMEDIES.items() if error.errno in numbers), "")
         _fail(f"{error.strerror}: {error.filename}{remedy}" if error.filename else f"{error}{remedy}")
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in _OUT_OF_MEMORY):
+        if not isinstance(error, MemoryError) and not re.search("RESOURCE_EXHAUSTED|Out of memory", str(error)):
             raise
-        said = (str(error).strip() or "MemoryError").splitlines()[0][:160]
         _fail(
-            f"out of memory ({said}): a training takes less with a smaller data.batch_size, a certification (and its "
-            "audit) with a smaller certify.tile; train --plan says what both take. What is on disk is kept"
+            f"out of memory ({first_line(error)[:160]}): a training takes less with a smaller data.batch_size, a "
+            "certification (and its audit) with a smaller certify.tile; train --plan says what both take. All files "
+            "are kept"
         )
     except signals.Interrupted as stop:
         print(f"interrupted; {stop.left}", file=sys.stderr)
@@ -109,7 +101,7 @@ def execute(run: Callable[[list[str]], None]) -> None:
 def _fail(message: str, code: int = 2) -> NoReturn:
     if "--debug" in sys.argv and sys.exc_info()[0]:
         traceback.print_exc()
-    with contextlib.suppress(OSError):  # where stderr is closed, the exit code must do
+    with contextlib.suppress(OSError):  # if stderr is closed, the exit code is all that can be said
         print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(code)
 
@@ -121,7 +113,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
     """An argument parser for ``python -m lsrs_jax.<name>``; `doc` is the module's docstring."""
-    epilog = "Every --config field, its default and its meaning: lsrs_jax/config.py."
+    epilog = "lsrs_jax/config.py lists every --config field with its default and its meaning."
     style = argparse.RawDescriptionHelpFormatter
     made = _Parser(f"lsrs_jax.{name}", description=doc, epilog=epilog, formatter_class=style, allow_abbrev=False)
     made.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
@@ -129,9 +121,9 @@ def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
 
 
 def config_from_flags(rest: list[str], stored: Config | None = None) -> Config:
-    """The configuration of ``--config=FILE[:variant] --config.field=value …``, the arguments that argparse left over.
+    """Reads ``--config=FILE[:variant] --config.field=value …`` from the arguments that argparse has left over.
 
-    A `stored` configuration takes the place of ``--config=``; flags then only override it.
+    If a `stored` configuration is given, it takes the place of ``--config=FILE``, and flags override its fields.
     """
     from absl import flags
     from ml_collections import config_flags
@@ -142,8 +134,12 @@ def config_from_flags(rest: list[str], stored: Config | None = None) -> Config:
     stray = [a for a in rest if not a.startswith("--config")]
     if stray and not any(a.startswith("--config") and "=" not in a for a in rest):
         raise UserError(f"unknown argument {stray[0]!r}; see --help")
-    for match in filter(None, map(_FIELD.match, rest)):
-        check_field(match[1])
+    for flag in rest:
+        if match := re.match(r"--?config\.([^=]*)", flag):
+            check_field(match[1])
+    if stored is not None and any(a.partition("=")[0] == "--config" for a in rest):
+        own = "its configuration is that of the training in --workdir=DIR"
+        raise UserError(f"this command takes no --config=FILE: {own}; change a field with --config.field=value")
     file = next((a.split("=", 1)[1].partition(":")[0] for a in rest if a.startswith("--config=")), "")
     if stored is None and file and not os.path.isfile(file):
         raise UserError(f"no configuration file {file!r}")
@@ -153,7 +149,7 @@ def config_from_flags(rest: list[str], stored: Config | None = None) -> Config:
         else:
             config_flags.DEFINE_config_dict("config", stored, flag_values=values, sys_argv=arguments)
         left, config = values(arguments)[1:], values["config"].value
-        # A file that failed to load says so only when it is used; a value may be none that JSON has.
+        # If a file failed to load, only its use raises the error. A value may have a type that JSON does not have.
         plain = None if config is None else config_to_dict(config)
     except (Exception, SystemExit) as error:  # a configuration file is code, and may fail in any way
         raise UserError(f"bad configuration: {_location(error, file)}{_reason(error)}") from error
@@ -161,62 +157,47 @@ def config_from_flags(rest: list[str], stored: Config | None = None) -> Config:
         raise UserError(f"unknown argument {left[0]!r}; see --help")
     if plain is None:
         raise UserError("no configuration: give --config=configs/digits.py, or another file")
-    # Through plain values and back: a field that the project does not know is refused, not ignored.
+    # Convert to plain values and back, because this refuses a field that the project does not know.
     return check_config(config_from_dict(plain))
 
 
-def no_config_file(name: str, arguments: list[str]) -> None:
-    """Raises UserError for ``--config=FILE`` given to a command that takes its configuration from the workdir."""
-    if any(argument.partition("=")[0] == "--config" for argument in arguments):
-        own = "its configuration is that of the training in --workdir=DIR"
-        raise UserError(f"{name} takes no --config=FILE: {own}, and what is to differ is given as --config.field=value")
+def config_of_training(workdir: Path, rest: list[str], reader: str = "", fields: tuple[str, ...] = ()) -> Config:
+    """The configuration of a training, changed by flags; refuses changes of the network and the training.
 
-
-def config_of_training(workdir: Path, rest: list[str]) -> Config:
-    """The configuration of a training, with ``--config.field=value`` flags that leave network and training alone."""
+    If a command only reads certificates, `reader` is its name, and flags may only change `fields`.
+    """
     from lsrs_jax.config import config_to_dict, load_config
-    from lsrs_jax.runtime.documents import first_difference
 
-    stored = workdir / "config.json"
-    if not stored.exists():
-        if (workdir / "checkpoints").is_dir():
-            raise UserError(f"{workdir} holds checkpoints but no config.json: restore it from a copy")
-        raise UserError(f"{workdir} holds no training: run python -m lsrs_jax.train --workdir={workdir} ...")
-    trained, config = load_config(stored), config_from_flags(rest, load_config(stored))
-    before, after = ({name: config_to_dict(one)[name] for name in ("model", "train")} for one in (trained, config))
-    if difference := first_difference(before, after, ("model.noise",)):
+    trained = load_config(workdir / "config.json")
+    config = config_from_flags(rest, trained.copy_and_resolve_references())
+    before, after = config_to_dict(trained), config_to_dict(config)
+    others = [name for name in before if name not in ("model", "train")]
+    if difference := first_difference(before, after, ("model.noise", *others)):
         name, old, new = difference
-        raise UserError(f"the network was trained with {name}={old!r}, not {new!r}; train that one first")
+        raise UserError(f"the network was trained with {name}={old!r}, not {new!r}; train with the new value first")
+    if reader and (difference := first_difference(before, after, fields)):
+        raise UserError(
+            f"{reader} takes {difference[0]} from the certificates; only {' and '.join(fields)} may be given"
+        )
     return config
 
 
-def only(workdir: Path, config: Config, fields: tuple[str, ...], what: str) -> None:
-    """Raises UserError where a configuration differs from that of its training in other than these fields."""
-    from lsrs_jax.config import config_to_dict
-    from lsrs_jax.runtime.documents import first_difference
-
-    trained, given = (config_to_dict(one) for one in (config_of_training(workdir, []), config))
-    if difference := first_difference(trained, given, fields):
-        raise UserError(f"{what} takes {difference[0]} from the certificates; only {' and '.join(fields)} may be given")
-
-
 def _location(error: BaseException | None, file: str) -> str:
-    """File and line of an error in a configuration file, to begin a message; "" where this package raised it."""
-    quoted = re.findall(r'File "([^"\n]*)", line (\d+)', str(error).replace("\\n", "\n"))
-    raised: list[list[tuple[str, Any]]] = []
+    """File and line of an error in a configuration file, to begin a message; "" if this package raised the error."""
+    chain: list[list[tuple[str, Any]]] = [re.findall(r'File "([^"\n]*)", line (\d+)', str(error).replace("\\n", "\n"))]
     while error:
-        raised.insert(0, [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)])
+        chain.insert(1, [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)])
         error = error.__context__
-    for frames in (quoted, *raised):
+    for frames in chain:
         own = [line for path, line in frames if file and os.path.abspath(path) == os.path.abspath(file)]
         if own:
-            package = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")
+            package = os.path.dirname(os.path.abspath(__file__)) + os.sep
             return "" if os.path.abspath(frames[-1][0]).startswith(package) else f"{file} line {own[-1]}: "
     return ""
 
 
 def _reason(error: BaseException) -> str:
-    """The one sentence that matters of a flag or configuration error."""
+    """The sentence of a flag or configuration error that tells the user what is wrong."""
     text = f"KeyError: {error}" if isinstance(error, KeyError) else str(error)
     lines = [line.strip() for line in text.replace("\\n", "\n").splitlines() if line.strip()]
     if "Traceback" in text:  # the library quotes the whole traceback of a failing file
@@ -225,15 +206,29 @@ def _reason(error: BaseException) -> str:
     return text.removeprefix("ValueError: ").strip() or type(error).__name__
 
 
-def numbers(flag: str, text: str, words: str, allowed: Callable[[float], bool]) -> tuple[float, ...]:
-    """The numbers of a flag, in order; `words` says in its error which are `allowed`."""
-    try:
-        found = tuple(sorted({float(part) for part in text.split(",")}))
-    except ValueError:
-        found = (float("nan"),)
-    if not all(map(allowed, found)):
-        raise UserError(f"--{flag} takes numbers {words} with commas between, got {text!r}")
-    return found
+def checked(convert: Callable[[str], Any], allowed: Callable[[Any], bool], words: str) -> Callable[[str], Any]:
+    """Argument type: a value that `convert` reads from the text and that is `allowed`; `words` describe such values."""
+
+    def read(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if allowed(value := convert(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"must be {words}, got {text!r}")
+
+    return read
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Reads numbers with commas between them, and sorts them."""
+    return tuple(sorted({float(part) for part in text.split(",")}))
+
+
+def add_profile(parser: argparse._ActionsContainer) -> None:
+    """Gives a command the option ``--profile``."""
+    seconds = checked(float, lambda value: 0 < value < float("inf"), "a positive number of seconds")
+    parser.add_argument(
+        "--profile", type=seconds, help="record a JAX profile of this many seconds in <workdir>/profile"
+    )
 
 
 def folder(text: str) -> Path:
@@ -245,7 +240,7 @@ def folder(text: str) -> Path:
 
 
 def workdir(text: str) -> Path | str:
-    """Argument type: a folder, or the URL of one in a bucket; for `workdir.opened`."""
+    """Argument type: a folder, or the URL of a folder in a bucket; for `workdir.opened`."""
     from lsrs_jax.runtime.workdir import SCHEMES
 
     if "://" not in text:

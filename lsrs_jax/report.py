@@ -4,8 +4,8 @@
   python -m lsrs_jax.report LSRS=runs/digits Cohen=logs/sigma_0.25.tsv --out=report --radii=0,0.25,0.5
 
 Each RUN is a workdir, a folder with certificates.tsv, or any table in the field's format (idx label predict radius
-correct time), published logs included; LABEL=RUN names its row and curve. Where certificates have been audited, the
-accuracy that the attacks left lies over the certified one, dashed. Writes report.md, curve.png and curve.svg.
+correct time), also a published log; LABEL=RUN names its row and curve. If certificates have been audited, a dashed
+curve shows the accuracy that the attacks left. The command writes report.md, curve.png and curve.svg.
 """
 
 if __name__ == "__main__":
@@ -19,23 +19,20 @@ import io
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lsrs_jax import cli
 from lsrs_jax.auditing.table import Audit, read_finished
 from lsrs_jax.certification.table import Table, read_table
-from lsrs_jax.runtime.documents import read_json, read_sealed
+from lsrs_jax.runtime import documents, files
 from lsrs_jax.runtime.errors import UserError
-from lsrs_jax.runtime.files import digest_of, write_atomic
 from lsrs_jax.runtime.progress import duration
 from lsrs_jax.runtime.validate import real
 
-_SPECIAL = set("|$\\`")
 _LEGEND = (
     "Certified accuracy at r: share of images classified correctly with a certified ℓ2 radius of at least r, in units "
-    "of pixels in [0, 1]; abstentions count as wrong. ACR: average certified radius, wrong counted as 0."
+    "of pixels in [0, 1]; abstentions count as wrong. ACR: average certified radius; wrong images count as 0."
 )
 
 
@@ -45,11 +42,8 @@ class Run:
 
     label: str
     table: Table
-    radii: tuple[float, ...] | None = None  # those that a staged certification decided; at others it is a lower bound
     audit: Audit | None = None  # what attacks found on these certificates
-    unfinished: bool = False  # whether an audit of them was begun
-    unnamed: bool = False  # whether it lies in a workdir without a certificates.json that names it
-    unsealed: bool = False  # whether its certificates.json is of an old version, which did not name its own digest
+    notes: Sequence[str] = ()  # what a reader must know about it
 
 
 def load_runs(arguments: Sequence[str]) -> list[Run]:
@@ -58,12 +52,19 @@ def load_runs(arguments: Sequence[str]) -> list[Run]:
     for argument in arguments:
         label, path = _split(argument)
         found = _tables(path)
-        for table in found:
-            suffix = f"/{table.parent.name}" if len(found) > 1 else ""
+        for file in found:
+            suffix = f"/{file.parent.name}" if len(found) > 1 else ""
             name = label or path.resolve().name.removesuffix(".tsv")
-            # The files beside it are about the table of this name.
-            beside = _derivation(table) | _audit(table) if table.name == "certificates.tsv" else {}
-            runs.append(Run(_plain(name + suffix), read_table(table), **beside))
+            ours = file.name == "certificates.tsv"  # the files beside it are about the table of this name
+            notes, audit = list(_derivation_notes(file)) if ours else [], _audit(file) if ours else None
+            table = read_table(file)
+            if table.truncated:
+                notes.insert(0, "its last line was cut off and is left out.")
+            if audit:
+                notes.append(_describe(audit, table))
+            elif ours and file.with_name("audit.tsv").exists():
+                notes.append("its audit is not finished and left out; the same audit command continues it.")
+            runs.append(Run(_plain(name + suffix), table, audit, notes))
     label, times = collections.Counter(run.label for run in runs).most_common(1)[0]
     if times > 1:
         raise UserError(f"two runs are called {label!r}; name them: NAME=PATH")
@@ -71,50 +72,57 @@ def load_runs(arguments: Sequence[str]) -> list[Run]:
 
 
 def _plain(name: str) -> str:
-    """A name that changes nothing around it in Markdown, in a picture, or on a terminal."""
-    return "".join("_" if character in _SPECIAL or not character.isprintable() else character for character in name)
+    """Replaces characters of a name that have a meaning in Markdown, in a picture, or on a terminal."""
+    return "".join("_" if character in "|$\\`" or not character.isprintable() else character for character in name)
 
 
-def _derivation(table: Path) -> dict[str, Any]:
-    """Fields of a `Run` from the certificates.json beside a table, which may be that of another program.
+def _derivation_notes(table: Path) -> Iterator[str]:
+    """Notes from the certificates.json beside a table. Another program may have written that file.
 
-    Raises UserError for a damaged file, or that of another table.
+    Raises UserError for a damaged file, or a file about another table.
     """
     path, in_workdir = table.with_name("certificates.json"), table.parent.parent.name == "certify"
     try:
-        content = read_json(path)
-    except FileNotFoundError:
-        return {"unnamed": in_workdir}
+        content = documents.read_json(path) if path.exists() else {}
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); restore it, or move it away") from error
     content = content if isinstance(content, dict) else {}
     ours = bool({"digest", "format", "identity", "lipschitz"} & content.keys())
     if ours:
-        content = read_sealed(path, lambda content: content["derivation"], "move it away")
+        content = documents.read_sealed(path, lambda content: content["derivation"], "move it away")
     derivation = content["derivation"] if isinstance(content.get("derivation"), dict) else {}
     named = derivation.get("certificates")
-    if (ours or isinstance(named, str)) and named != digest_of(table):
+    if (ours or isinstance(named, str)) and named != files.digest_of(table):
         counts = " --from-counts" if "votes" in derivation else ""
         remedy = f"restore it, or derive it again: {_command('certify', table)}{counts}"
         raise UserError(f"{table} is not the table that certificates.json beside it names; {remedy}")
-    radii = derivation.get("radii")  # those of another program may be anything
-    decided = isinstance(radii, list) and all(0 <= real(radius) <= 1e300 for radius in radii)
-    unnamed, unsealed = in_workdir and "certificates" not in derivation, ours and content["digest"] is None
-    return {"radii": tuple(radii) if radii and decided else None, "unnamed": unnamed, "unsealed": unsealed}
+    if in_workdir and "certificates" not in derivation:
+        yield "no certificates.json beside it names this table; nothing says that certify wrote it."
+    if ours and content["digest"] is None:
+        yield "unsealed: an old version wrote its certificates.json, and nothing says whether it was changed."
+    radii = derivation.get("radii")  # another program may have written anything here
+    if radii and isinstance(radii, list) and all(0 <= real(radius) <= 1e300 for radius in radii):
+        decided = ", ".join(f"{radius:g}" for radius in radii)
+        yield f"staged to decide the radii {decided}; at other radii, and in its ACR, it is a lower bound."
 
 
-def _audit(table: Path) -> dict[str, Any]:
-    """Fields of a `Run` from the audit beside a table; refuses that of another table."""
+def _audit(table: Path) -> Audit | None:
+    """The finished audit beside a table, if there is one; raises UserError if it is about another table."""
     path = table.with_name("audit.tsv")
-    if not path.exists():
-        return {}
-    attacked, audit = read_finished(path) or ("", None)
-    if audit is None:
-        return {"unfinished": True}
-    if attacked != digest_of(table):
+    attacked, audit = (path.exists() and read_finished(path)) or (None, None)
+    if audit and attacked != files.digest_of(table):
         remedy = f"move it and audit.json away, and audit this one: {_command('audit', table)}"
         raise UserError(f"{path} is the audit of another table than {table.name} beside it; {remedy}")
-    return {"audit": audit}
+    return audit
+
+
+def _describe(audit: Audit, table: Table) -> str:
+    verdict = " (THESE CERTIFICATES DO NOT HOLD)" if audit.flips.any() else ""
+    return (
+        f"attacked at {audit.pairs.sum():,} points inside {(audit.predict >= 0).sum():,} of its certificates, "
+        f"{audit.flips.sum():,} flips{verdict}, {audit.undecided.sum():,} undecided (`predict` abstained); dashed: the "
+        f"accuracy that the attacks left on {len(audit.idx):,} of its {len(table):,} images."
+    )
 
 
 def _command(name: str, table: Path) -> str:
@@ -128,7 +136,7 @@ def _split(argument: str) -> tuple[str | None, Path]:
     if not equals or Path(argument).exists():
         return None, Path(argument)
     if not label or _plain(label) != label:
-        raise UserError(f"bad name {label!r} for a run: plain text without | $ \\ and backticks, please")
+        raise UserError(f"bad name {label!r} for a run: use plain text without | $ \\ and backticks")
     return label, Path(path)
 
 
@@ -139,18 +147,16 @@ def _tables(path: Path) -> list[Path]:
         raise UserError(f"no run at {path}: give a workdir, or a file of certificates")
     if (path / "certificates.tsv").exists():
         return [path / "certificates.tsv"]
-    found = sorted(path.glob("certify/*/certificates.tsv"))
-    if not found:
-        raise UserError(f"no certificates in {path}: run python -m lsrs_jax.certify --workdir={path}")
-    return found
+    if found := sorted(path.glob("certify/*/certificates.tsv")):
+        return found
+    raise UserError(f"no certificates in {path}: run python -m lsrs_jax.certify --workdir={path}")
 
 
 def radius_grid(runs: Sequence[Run]) -> list[float]:
-    """0, .25, … up to the largest certified radius; a finer or wider grid where that would not give 4 to 13 columns."""
+    """0, .25, … up to the largest certified radius; a finer or wider grid if that does not give 4 to 13 columns."""
     largest = max(float(run.table.radius.max()) for run in runs)
-    if 0.75 <= largest <= 3:
-        step = 0.25
-    else:
+    step = 0.25
+    if not 0.75 <= largest <= 3:
         magnitude = 10.0 ** math.floor(math.log10(max(largest, 1e-6) / 4))
         step = next(step * magnitude for step in (1, 2, 5, 10) if largest / (step * magnitude) <= 10)
     return [float(f"{step * i:.6g}") for i in range(int(largest / step) + 1)]
@@ -171,9 +177,7 @@ def markdown(runs: Sequence[Run], radii: Sequence[float]) -> str:
 
 def notes(runs: Sequence[Run]) -> list[str]:
     """What a reader must know before comparing rows."""
-    found, first = [], runs[0]
-    for run in runs:
-        found += [f"{run.label}: {line}" for line in _notes_of(run)]
+    found, first = [f"{run.label}: {note}" for run in runs for note in run.notes], runs[0]
     for run in runs[1:]:
         order, other = np.argsort(run.table.idx), np.argsort(first.table.idx)
         if not np.array_equal(run.table.idx[order], first.table.idx[other]):
@@ -183,30 +187,8 @@ def notes(runs: Sequence[Run]) -> list[str]:
     return found
 
 
-def _notes_of(run: Run) -> Iterator[str]:
-    audit = run.audit
-    if run.table.truncated:
-        yield "its last line was cut off and is left out."
-    if run.unnamed:
-        yield "no certificates.json beside it names this table; nothing says that certify wrote it."
-    if run.unsealed:
-        yield "unsealed: an old version wrote its certificates.json, and nothing says whether it was changed."
-    if run.radii:
-        radii = ", ".join(f"{radius:g}" for radius in run.radii)
-        yield f"staged to decide the radii {radii}; at other radii, and in its ACR, it is a lower bound."
-    if run.unfinished:
-        yield "its audit is not finished and left out; the same audit command goes on with it."
-    if audit:
-        verdict = " (THESE CERTIFICATES DO NOT HOLD)" if audit.flips.any() else ""
-        yield (
-            f"attacked at {audit.pairs.sum():,} points inside {(audit.predict >= 0).sum():,} of its certificates, "
-            f"{audit.flips.sum():,} flips{verdict}, {audit.undecided.sum():,} undecided (`predict` abstained); "
-            f"dashed: what the attacks left of its accuracy on {len(audit.idx):,} of its {len(run.table):,} images."
-        )
-
-
 def draw(runs: Sequence[Run], paths: Sequence[Path]) -> bool:
-    """Writes the curves to every path (png, svg, …); returns False where Matplotlib is not installed."""
+    """Writes the curves to every path (png, svg, …); returns False if Matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -217,7 +199,7 @@ def draw(runs: Sequence[Run], paths: Sequence[Path]) -> bool:
 
     figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
     largest = max(float(run.table.radius.max()) for run in runs)
-    limit = 2 * max(largest, 1e-3)  # of the attacks: a little beyond what is certified
+    limit = 2 * max(largest, 1e-3)  # of the curves under attack
     for run in runs:
         radius = np.sort(np.where(run.table.correct, run.table.radius, -1.0))
         # Certified accuracy is a step function that falls just after each radius.
@@ -239,7 +221,7 @@ def draw(runs: Sequence[Run], paths: Sequence[Path]) -> bool:
         content = io.BytesIO()
         metadata = {"Date": None} if path.suffix == ".svg" else None
         figure.savefig(content, dpi=150, format=path.suffix[1:], metadata=metadata)
-        write_atomic(path, content.getvalue())
+        files.write_atomic(path, content.getvalue())
     pyplot.close(figure)
     return True
 
@@ -249,21 +231,16 @@ def run(arguments: list[str]) -> None:
     parser = cli.parser("report", __doc__)
     parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN")
     parser.add_argument("--out", required=True, type=cli.folder, help="folder for report.md and the curve")
-    parser.add_argument("--radii", help="radii of the table, e.g. 0,0.25,0.5")
+    radii = cli.checked(cli.numbers, lambda found: all(0 <= radius < math.inf for radius in found), "numbers >= 0")
+    parser.add_argument("--radii", type=radii, help="radii of the table, e.g. 0,0.25,0.5")
     options = parser.parse_args(arguments)
     runs = load_runs(options.runs)
-    radii = (
-        cli.numbers("radii", options.radii, ">= 0", lambda radius: 0 <= radius < math.inf) if options.radii else None
-    )
-    table = markdown(runs, radii or radius_grid(runs))
+    table, below = markdown(runs, options.radii or radius_grid(runs)), [f"- {note}" for note in notes(runs)]
     options.out.mkdir(parents=True, exist_ok=True)
     drawn = draw(runs, [options.out / name for name in ("curve.png", "curve.svg")])
-    below = [f"- {note}" for note in notes(runs)]
     picture = "![certified accuracy over the radius](curve.svg)" if drawn else ""
     parts = ["# Certified accuracy", table, "\n".join(below), picture, _LEGEND]
-    write_atomic(options.out / "report.md", "\n\n".join(filter(None, parts)) + "\n")
-    print("\n".join([table, *below, f"table: {options.out / 'report.md'}"]))
-    if drawn:
-        print(f"curve: {options.out / 'curve.png'}")
-    else:
-        print("no curve: Matplotlib is not installed (pip install matplotlib)")
+    files.write_atomic(options.out / "report.md", "\n\n".join(filter(None, parts)) + "\n")
+    curve = f"curve: {options.out / 'curve.png'}"
+    missing = "no curve: Matplotlib is not installed (pip install matplotlib)"
+    print("\n".join([table, *below, f"table: {options.out / 'report.md'}", curve if drawn else missing]))

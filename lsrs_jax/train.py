@@ -19,12 +19,9 @@ from typing import Any
 from lsrs_jax import cli, models
 from lsrs_jax.certification.target import restore
 from lsrs_jax.config import config_to_dict, load_config, other_training, save_config
-from lsrs_jax.data import Dataset, Photos, load_split
-from lsrs_jax.runtime import profiling
-from lsrs_jax.runtime.documents import first_difference
+from lsrs_jax.data import ImageSet, load_split
+from lsrs_jax.runtime import documents, files, processes, profiling
 from lsrs_jax.runtime.errors import UserError
-from lsrs_jax.runtime.files import locked
-from lsrs_jax.runtime.processes import Process, cache_compilations, devices, started
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.runtime.workdir import Workdir, opened
 from lsrs_jax.training import loop, plan
@@ -32,7 +29,7 @@ from lsrs_jax.training.checkpoint import Checkpoints
 from lsrs_jax.training.metrics import Metrics
 
 _Call = Callable[[], None]
-_Work = tuple[models.Model, Dataset | Photos, Dataset | Photos]  # images of training and of test
+_Work = tuple[models.Model, ImageSet, ImageSet]  # the network, images of training and of test
 
 
 def run(arguments: list[str]) -> None:
@@ -40,83 +37,81 @@ def run(arguments: list[str]) -> None:
     parser = cli.parser("train", __doc__)
     parser.add_argument("--workdir", type=cli.workdir, help="folder of this training, made if missing; or gs://...")
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--plan", action="store_true", help="print what it will need, and start nothing")
-    profiling.add_argument(instead)
+    instead.add_argument("--plan", action="store_true", help="print how much memory and time it will need, and stop")
+    cli.add_profile(instead)
     options, rest = parser.parse_known_args(arguments)
     if not (options.workdir or options.plan):
         parser.error("the following arguments are required: --workdir (or --plan)")
     config = cli.config_from_flags(rest)
-    with started() as process, contextlib.ExitStack() as stack:
-        cache_compilations()
+    with processes.started() as process, contextlib.ExitStack() as stack:
+        processes.cache_compilations()
         if options.plan:
             print(plan.report(_network(config)[0], config))
             return
         workdir = stack.enter_context(opened(options.workdir))
         check = None
         with process.together("the start"):
-            network, test_set = _network(config), load_split(config.data, config.data.split)
+            work = (*_network(config), load_split(config.data, config.data.split))
             if process.leads:
-                check = stack.enter_context(locked(workdir.path / ".train.lock", f"training in {options.workdir}"))
+                lock = files.locked(workdir.path / ".train.lock", f"training in {options.workdir}")
+                check = stack.enter_context(lock)
         tick = stack.enter_context(profiling.captured(options.profile, workdir.path / "profile"))
-        _train(workdir, process, config, (*network, test_set), check, tick)
+        _train(workdir, process, config, work, check, tick)
     flags = ""
     if config.train.loss == "margin" and config.certify.certificate == "smoothed":
         flags = " --config.certify.certificate=deterministic --config.certify.name=margin"
     print(f"next: python -m lsrs_jax.certify --workdir={options.workdir}{flags}")
 
 
-def _network(config: Config) -> tuple[models.Model, Dataset | Photos]:
-    """The network of a configuration, and the images that it is trained on."""
+def _network(config: Config) -> tuple[models.Model, ImageSet]:
+    """The network of a configuration, and the images on which it is trained."""
     train_set = load_split(config.data, config.data.train_split)
     loop.check_batch(config, train_set)
     return models.build(config.model, train_set.shape, train_set.num_classes), train_set
 
 
-def _check_same_training(workdir: Workdir, config: Config) -> None:
-    """A workdir with a checkpoint belongs to the configuration that made it."""
-    path, another = workdir.path / "config.json", "use another --workdir"
-    if not path.exists():
-        raise UserError(f"{workdir.name} holds checkpoints but no config.json: restore it, or {another}")
-    if difference := other_training(config_to_dict(load_config(path)), config_to_dict(config)):
+def _resume(workdir: Workdir, config: Config, model: models.Model, step: int) -> None:
+    """Raises UserError unless a workdir with a checkpoint has this configuration; says if its training is finished."""
+    kept, given = config_to_dict(load_config(workdir.path / "config.json")), config_to_dict(config)
+    if difference := other_training(kept, given):
         name, old, new = difference
-        remedy = f"{another}, or the old value to resume"
+        remedy = "use another --workdir, or the old value to resume"
         raise UserError(f"{workdir.name} was trained with {name}={old!r}, not {new!r}: {remedy}")
-
-
-def _print_trained(workdir: Workdir, config: Config, model: models.Model, step: int) -> None:
-    """Says that nothing is to do, once the checkpoint was read; the configuration in the workdir stays as it is."""
+    if step < config.train.steps:
+        return
     restore(workdir.path, model, step)
     print(f"already trained to step {step}: {workdir.name}")
-    kept, given = (config_to_dict(one) for one in (load_config(workdir.path / "config.json"), config))
-    if difference := first_difference(kept, given):
+    if difference := documents.first_difference(kept, given):
         name, old, new = difference
-        print(f"config.json there keeps {name} {old!r}, not {new!r}: give certify what is to differ")
+        print(f"config.json there keeps {name} {old!r}, not {new!r}: give the new value to certify")
 
 
-def _train(workdir: Workdir, process: Process, config: Config, work: _Work, check: _Call | None, tick: _Call) -> None:
-    """Trains; `check`, in the first process, raises where the workdir is gone."""
+def _train(
+    workdir: Workdir, process: processes.Process, config: Config, work: _Work, check: _Call | None, tick: _Call
+) -> None:
+    """Trains. The first process has `check`, which raises if the workdir is gone."""
     model, train_set, test_set = work
     with Checkpoints(workdir.path, config.train.keep_checkpoints) as checkpoints:
         first = checkpoints.latest() or 0
         with process.together("the configuration"):
             if first:
-                _check_same_training(workdir, config)
+                _resume(workdir, config, model, first)
             if first >= config.train.steps:
-                _print_trained(workdir, config, model, first)
                 return
             if process.leads:
                 save_config(config, workdir.path / "config.json")
                 workdir.push()
         images = f"{len(train_set):,} training and {len(test_set):,} test images {train_set.shape}"
-        resuming = f"\nresuming after step {first}" if first else ""
-        print(f"{config.data.name}: {images}; {devices()}\n{models.describe(model)}{resuming}", flush=True)
+        print(f"{config.data.name}: {images}; {processes.devices()}\n{models.describe(model)}", flush=True)
+        if first:
+            print(f"resuming after step {first}", flush=True)
         if check is None:
             loop.train(model, config, train_set, test_set, checkpoints, lambda *_: None)
             return
         with contextlib.closing(Metrics(workdir.path, first)) as metrics:
 
             def log(values: dict[str, Any], left: str | None = None) -> None:
-                check()  # checkpoints would be written into a folder that is gone
+                check()  # otherwise checkpoints would be written into a folder that is gone
                 metrics(values, left)
                 tick()
                 if "train_seconds" in values:  # with every checkpoint

@@ -302,7 +302,7 @@ def test_certificates_of_an_understated_constant_fail_the_command(certified, tmp
     [
         (["--fractions=0,1"], "numbers in \\(0, 1\\]"),
         (["--fractions=all"], "numbers in \\(0, 1\\]"),
-        (["--restarts=0"], "restarts must be a whole number from 1 to"),
+        (["--restarts=0"], "restarts: must be a whole number from 1 to"),
         (["--config.certify.name=none"], "holds no certification to attack: run"),
         (["--config.model.head=linear"], "trained with model.head"),
         (["--config.certify.alpha=0.5"], "audit takes certify.alpha from the certificates"),

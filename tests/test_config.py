@@ -76,7 +76,7 @@ def test_variants_of_the_comparison_of_families_change_what_they_say():
     [
         ({"sgima": 1.0}, "did you mean sigma"),
         ({"certify": {"alhpa": 0.1}}, "did you mean certify.alpha"),
-        ({"certify": 3}, "holds fields"),
+        ({"certify": 3}, "certify is a section: set one of"),
         ({"sigma": "large"}, "wrong type"),
         ({"certify": {"n": 1.5}}, "wrong type"),
         ({"certify": {"tile": [8, 8.5]}}, "wrong type"),

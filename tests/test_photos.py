@@ -234,7 +234,7 @@ def test_two_processes_see_the_batches_of_one(snaps, tmp_path):
 
 def test_crop_belongs_to_images_of_one_size(snaps, tmp_path):
     line = refused("train", *SMALL, f"--config.data.dir={snaps}", f"--workdir={tmp_path}", "--config.data.crop=2")
-    assert "data.crop must be at least 0, and 0 where data.size is given" in line
+    assert "data.crop must be at least 0, and 0 if data.size is given" in line
 
 
 class _Drawn(list):

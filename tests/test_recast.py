@@ -298,7 +298,7 @@ def test_what_cannot_be_cast_again_is_refused(copy):
     with pytest.raises(UserError, match="they come from no samples"):
         resample.run(honest, stored, 3)
     for flags, why in (
-        (["--recast=0"], "at least 1, got 0"),
+        (["--recast=0"], "at least 1, got '0'"),
         (["--recast=3", "--config.sigma=1.0"], "takes sigma from the certificates"),
         (["--recast=3", "--verify"], "not allowed with"),
     ):

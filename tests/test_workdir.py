@@ -19,7 +19,7 @@ def machines(tmp_path):
     copies = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        copies.append(workdir.Bucket(f"file://{remote}", tmp_path / name))
+        copies.append(workdir.Workdir(tmp_path / name, f"file://{remote}"))
     return remote, *copies
 
 

@@ -44,7 +44,7 @@ BAD_CERTIFY = {
     "config file": (
         [],
         "--config=configs/digits.py",
-        "certify takes no --config=FILE: its configuration is",
+        "this command takes no --config=FILE: its configuration is",
     ),
     "stray argument": ([], "--n=5", "unknown argument"),
     "stray word": ([], "fast", "unknown argument"),
@@ -147,7 +147,7 @@ BAD_CERTIFY = {
     "other encoder": ([], "--config.model.encoder=identity", "trained with model.encoder='shallow'"),
     "no checkpoint": ([lambda w: shutil.rmtree(w / "checkpoints")], "", "no checkpoint"),
     "other training": ([], "--config.train.loss=macer", "trained with train.loss='gaussian', not 'macer'"),
-    "no config": ([lambda w: (w / "config.json").unlink()], "", "holds checkpoints but no config.json"),
+    "no config": ([lambda w: (w / "config.json").unlink()], "", "holds no config.json"),
     "other network": ([], "--config.model.head=linear", "trained with model.head='mlp'"),
 }
 

@@ -42,7 +42,7 @@ def augment(
     """Random shifts by up to `crop` pixels (zero padding) and horizontal flips, deterministic in (seed, step).
 
     The images ``(B, H, W, C)`` are `rows` of a batch of `batch_size`, by default the whole batch. How an image is
-    shifted and flipped does not depend on whether the other rows are given. Shape and dtype stay the same.
+    shifted and flipped does not depend on which other rows are given. Shape and dtype stay the same.
     """
     rng = np.random.default_rng([seed, 1, step])
     (batch, height, width), whole = images.shape[:3], batch_size or len(images)
@@ -53,15 +53,12 @@ def augment(
         images = np.pad(images, ((0, 0), (crop, crop), (crop, crop), (0, 0)))
     if flip:
         flipped = rng.random(whole)[rows] < 0.5
-    views = np.empty((batch, height, width, *images.shape[3:]), images.dtype)
-    for view, image, top, left, mirrored in zip(views, images, down, right, flipped, strict=True):
-        part = image[top : top + height, left : left + width]
-        view[:] = part[:, ::-1] if mirrored else part
-    return views
+    views = [image[y : y + height, x : x + width] for image, y, x in zip(images, down, right, strict=True)]
+    return np.stack([view[:, ::-1] if mirrored else view for view, mirrored in zip(views, flipped, strict=True)])
 
 
 class _Views:
-    """Sequence of augmented photos for Grain: the rows `rows` of each batch, from batch `first` up to `stop`."""
+    """Sequence of augmented photos for Grain: the rows `rows` of the batches from `first` on."""
 
     def __init__(self, photos: Photos, data: Config, seed: int, first: int, stop: int, rows: range) -> None:
         self._photos, self._seed, self._first, self._rows = photos, seed, first, rows
@@ -96,17 +93,17 @@ def _start_worker(*_: int) -> None:
 def training_batches(
     dataset: ImageSet, data: Config, seed: int, first: int, stop: int, own: slice = _ALL
 ) -> Generator[tuple[Float32[np.ndarray, "B H W C"], Int32[np.ndarray, " B"]]]:
-    """Batches ``first`` to ``stop`` of a training, images in [0, 1] and labels; the caller closes the generator.
+    """Batches ``first`` to ``stop`` of a training: images in [0, 1] and labels. The caller closes the generator.
 
     This process gets the rows `own` of each batch. Photos are decoded ahead of time by ``data.workers`` processes, or
-    by threads of this process where that is 0 (Grain); the content of a batch does not depend on it. Raises UserError
-    for a photo that cannot be decoded, or if a worker process was killed.
+    by threads of this process if that is 0 (Grain); the content of a batch does not depend on it. Raises UserError for
+    a photo that cannot be decoded, or if a worker process was killed.
     """
     if not isinstance(dataset, Photos):
         options = {"crop": data.crop, "flip": data.flip, "seed": seed, "rows": own, "batch_size": data.batch_size}
         for step in range(first, stop):
             index = batch_indices(len(dataset), data.batch_size, seed, step)[own]
-            # Shifted before they are scaled: bytes are a quarter of the size.
+            # Shift before scaling: bytes take a quarter of the memory.
             images = augment(dataset.images[index], step=step, **options)
             yield dataset.scaled(images, np.float32), dataset.labels[index]
         return
@@ -120,7 +117,7 @@ def training_batches(
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     batches = grain.MapDataset.source(views).batch(len(rows)).to_iter_dataset(options)
     if data.workers:
-        if not flags.FLAGS.is_parsed():  # Grain reads absl flags: their defaults are right
+        if not flags.FLAGS.is_parsed():  # Grain reads absl flags; their defaults are right
             flags.FLAGS.mark_as_parsed()
         # At the end Python's resource tracker frees the batches that workers decoded ahead, and warns about each.
         os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
@@ -133,7 +130,5 @@ def training_batches(
         except RuntimeError as error:
             if "terminated unexpectedly" not in str(error):
                 raise
-            raise UserError(
-                "a process that decodes photos was killed (out of memory?): take fewer data.workers; the same command "
-                "resumes"
-            ) from error
+            remedy = "choose fewer data.workers; the same command resumes"
+            raise UserError(f"a process that decodes photos was killed (out of memory?): {remedy}") from error

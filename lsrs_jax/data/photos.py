@@ -1,4 +1,4 @@
-"""Sets of photos of any size: stored encoded, decoded and cropped to one size when they are read."""
+"""Sets of photos of any size. They stay encoded, and are decoded and cropped to one size when they are read."""
 
 import concurrent.futures
 import dataclasses
@@ -18,14 +18,14 @@ from jaxtyping import Float, Int32, UInt8
 from numpy.typing import DTypeLike
 from PIL import Image, features
 
-from lsrs_jax.data.memory import Index
 from lsrs_jax.runtime.errors import UserError
 
-MARGIN = 8 / 7  # shorter side over the central square that is evaluated: 256 over 224 pixels
+MARGIN = 8 / 7  # shorter side of a photo over the side of the square that is evaluated: 256 over 224 pixels
 ASPECT = (3 / 4, 4 / 3)  # width over height of random crops
-_PROBES = 8  # photos whose decoded pixels are part of a split's digest
+_PROBES = 8  # a split's digest contains the decoded pixels of this many photos
 _TRIES = 10  # to place a random crop
 
+Index = np.ndarray | list[int]  # of images of a split
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
@@ -33,8 +33,8 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 class Photos:
     """One split, in the order of its source, with the interface of a `Dataset`.
 
-    An image is the central square of its photo, 7/8 of the shorter side (ResNet's evaluation: the middle 224 of 256
-    pixels), resampled to `size` with an antialiased triangle filter. Name, version and split are part of a
+    An image is the central square of its photo, with 7/8 of the shorter side (ResNet's evaluation: the middle 224 of
+    256 pixels), resampled to `size` with an antialiased triangle filter. Name, version and split are part of a
     certificate's identity.
     """
 
@@ -56,15 +56,14 @@ class Photos:
 
     @functools.cached_property
     def _read_through(self) -> tuple[str, np.ndarray]:
-        """``(SHA-256 over photos and labels as stored, labels)``."""
-        total, labels = hashlib.sha256(), np.empty(len(self), np.int32)
+        """``(SHA-256 of photos and labels as stored, labels)``."""
+        total, labels = hashlib.sha256(), []
         for start in range(0, len(self), 256):
-            found = self.source.__getitems__(list(range(start, min(start + 256, len(self)))))
-            labels[start : start + len(found)] = [example["label"] for example in found]
-            for example in found:
+            for example in self.source.__getitems__(list(range(start, min(start + 256, len(self))))):
+                labels.append(example["label"])
                 total.update(len(example["image"]).to_bytes(8, "little") + example["image"])
-        total.update(labels.tobytes())
-        return total.hexdigest(), labels
+        total.update(np.asarray(labels, np.int32).tobytes())
+        return total.hexdigest(), np.asarray(labels, np.int32)
 
     @property
     def labels(self) -> Int32[np.ndarray, " N"]:
@@ -72,9 +71,9 @@ class Photos:
         return self._read_through[1]
 
     def digest(self) -> str:
-        """SHA-256 over photos and labels as stored, the images' shape, and the decoder.
+        """SHA-256 of photos and labels as stored, the images' shape, and the decoder.
 
-        **Guarantee**: two splits of one digest hold the same images, if one version of Pillow and of its JPEG decoder
+        **Guarantee**: two splits with one digest hold the same images, if one version of Pillow and of its JPEG decoder
         gives the same pixels wherever it gives them for the first eight photos. Another version is another split.
         """
         decoder = (PIL.__version__, features.version("jpg"), features.version("libjpeg_turbo"))
@@ -98,7 +97,7 @@ class Photos:
     def random_view(
         self, index: int, rng: np.random.Generator, area: tuple[float, float], flip: bool
     ) -> tuple[UInt8[np.ndarray, "H W C"], int]:
-        """A `random_box` of a photo ("Inception" augmentation), mirrored with probability 1/2 if `flip`; its label."""
+        """A `random_box` of a photo ("Inception" augmentation) and its label; `flip` mirrors with probability 1/2."""
         image, label = self._cut(index, lambda width, height: random_box(width, height, rng, area))
         return image[:, ::-1] if flip and rng.random() < 0.5 else image, label
 
@@ -108,10 +107,9 @@ class Photos:
             with Image.open(io.BytesIO(example["image"])) as opened:
                 photo = opened.convert("RGB" if self.channels == 3 else "L")
         except Exception as error:  # decoders raise many types
-            reason = re.sub(r" <[^>]*>", "", " ".join(str(error).split()))
-            raise UserError(
-                f"image {index} of {self.name} {self.split} cannot be decoded ({reason}): prepare the set again"
-            ) from error
+            reason = re.sub(r"\s+<[^>]*>", "", str(error))  # without the addresses of objects
+            image = f"image {index} of {self.name} {self.split}"
+            raise UserError(f"{image} cannot be decoded ({reason}): prepare the set again") from error
         cut = photo.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box_of(*photo.size))
         return np.asarray(cut).reshape(self.shape), int(example["label"])
 
@@ -125,7 +123,7 @@ def central_square(width: int, height: int) -> Box:
 def random_box(width: int, height: int, rng: np.random.Generator, area: tuple[float, float]) -> Box:
     """A box whose share of the area is uniform in `area`, its aspect ratio log-uniform (Szegedy et al. 2015).
 
-    A box that does not fit is drawn again. After ten tries it is the largest central one of an allowed ratio.
+    A box that does not fit is drawn again. After ten tries, the result is the largest central box of an allowed ratio.
     """
     for _ in range(_TRIES):
         share = rng.uniform(*area) * width * height
@@ -143,8 +141,8 @@ def _central(width: int, height: int, across: float, down: float) -> Box:
 
 
 def silence_pillow() -> None:
-    """From now on Pillow's warnings, about metadata on which no pixel depends, are not shown in this process.
+    """Hides Pillow's warnings from now on. They are about metadata on which no pixel depends.
 
-    They arise in threads, for which `warnings.catch_warnings` is not safe.
+    They arise in threads, where `warnings.catch_warnings` is not safe.
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")

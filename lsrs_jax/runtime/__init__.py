@@ -1,1 +1,1 @@
-"""Ground floor: errors, files, signals, random keys, processes and devices. Imports no other folder of the package."""
+"""Errors, files, signals, random keys, processes and devices. It imports no other folder of the package."""

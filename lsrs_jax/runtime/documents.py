@@ -1,8 +1,8 @@
-"""JSON documents with a format number and, where they are sealed, the digest of their own content.
+"""JSON documents with a format number; sealed documents also contain the digest of their own content.
 
-Format 0 are the files that were written before documents had a number. A file that names a newer format than this
-version writes is refused. Files without a digest (*unsealed*) were written before documents were sealed: nothing tells
-whether they were changed, and no reader may call them intact.
+Files that were written before documents had a number have format 0. A file with a newer format than this version
+writes is refused. Files without a digest are *unsealed*: they were written before documents were sealed. Nothing shows
+whether they were changed, so no reader may call them intact.
 """
 
 import hashlib
@@ -15,33 +15,32 @@ from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.files import write_atomic
 from lsrs_jax.runtime.format import FORMAT
 
-_DEEPEST = 100  # levels of nesting
-
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file, at most 100 levels deep. Raises ValueError otherwise, OSError where it is missing."""
+    """Reads a JSON file. Raises ValueError for bad JSON or more than 100 levels, OSError for a missing file."""
+
+    def check(value: Any, levels: int) -> None:
+        if levels < 0:
+            raise RecursionError
+        for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            check(inner, levels - 1)
+
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        check(content, levels=99)
     except RecursionError as error:
         raise ValueError("its content is nested too deeply") from error
-    level = [content]
-    for _ in range(_DEEPEST):
-        level = [list(value.values()) if isinstance(value, dict) else value for value in level]
-        level = [inner for value in level if isinstance(value, list) for inner in value]
-    if level:
-        raise ValueError("its content is nested too deeply")
     return content
 
 
 def plain(content: Any) -> Any:
-    """A value as a reader of its JSON finds it: lists for tuples, and nothing but plain types."""
+    """Converts a value to the types that JSON returns: lists for tuples, and nothing but plain types."""
     return json.loads(json.dumps(content))
 
 
 def format_of(content: dict) -> int:
-    """The format number of a document; raises UserError for a newer format, or a number that is none."""
-    number = content.get("format", 0)
-    if type(number) is not int or number < 0:
+    """The format number of a document; raises UserError for a newer format or an invalid number."""
+    if type(number := content.get("format", 0)) is not int or number < 0:
         raise UserError(f"it is damaged: its format is {number!r}")
     if number > FORMAT:
         raise UserError(f"it has format {number}, this version reads up to {FORMAT}: upgrade lsrs_jax to read it")
@@ -49,7 +48,7 @@ def format_of(content: dict) -> int:
 
 
 def digest(content: dict) -> str:
-    """SHA-256 of a document without its field ``digest``, whatever the layout of its file."""
+    """SHA-256 of a document without its field ``digest``. The layout of the file does not matter."""
     content = {name: value for name, value in content.items() if name != "digest"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -61,26 +60,22 @@ def write_sealed(path: Path, content: dict) -> None:
 
 
 def read_sealed(path: Path, check_content: Callable[[dict], Any], remedy: str) -> dict:
-    """The content of a document, without format number; its ``digest`` is None where it is unsealed.
+    """Reads a document and leaves out its format number. If the document is unsealed, its ``digest`` is None.
 
-    Args:
-      check_content: upgrades an old document in place; raises ValueError, KeyError or TypeError for content that no
-        version has written.
-      remedy: what to do where the file cannot be restored.
-
-    Raises:
-      UserError: for a damaged document, or one of a newer format.
+    `check_content` upgrades an old document in place; it raises ValueError, KeyError or TypeError for content that no
+    version has written. Raises UserError for a newer format or a damaged document; then `remedy` says what to do if the
+    file cannot be restored.
     """
     try:
         stored = read_json(path)
         if not isinstance(stored, dict):
             raise ValueError("it holds no fields")
-        number = format_of(stored)
-        if number and "digest" not in stored:
+        if format_of(stored) and "digest" not in stored:
             raise ValueError("its digest is missing")
-        if stored.get("digest", None) != digest(stored) and "digest" in stored:
-            raise ValueError("its content does not have the digest it names")
-        stored = {name: value for name, value in stored.items() if name != "format"} | {"digest": stored.get("digest")}
+        if "digest" in stored and stored["digest"] != digest(stored):
+            raise ValueError("its digest does not match its content")
+        stored.pop("format", None)
+        stored.setdefault("digest", None)
         check_content(stored)
     except UserError as error:
         raise in_file(path, error) from error
@@ -90,7 +85,7 @@ def read_sealed(path: Path, check_content: Callable[[dict], Any], remedy: str) -
 
 
 def refuse_unknown(values: dict, known: dict[str, Collection[str] | None], prefix: str = "") -> None:
-    """Raises UserError for a field that is not known: field → the fields inside it, None where they are not checked."""
+    """Raises UserError for an unknown field. `known` maps each field to its inner fields, or to None for any."""
     for name, value in values.items():
         if name not in known:
             raise UserError(f"unknown field '{prefix}{name}'")
@@ -100,24 +95,24 @@ def refuse_unknown(values: dict, known: dict[str, Collection[str] | None], prefi
 
 
 def in_file(path: Path, error: UserError) -> UserError:
-    """An error about the content of a file, with its path; for an unknown field also what may be the cause."""
+    """Adds the path of a file to an error about its content; for an unknown field also the likely cause."""
     newer = "; if a newer version wrote it, upgrade lsrs_jax" if "unknown" in str(error) else ""
     return UserError(f"{path}: {error}{newer}")
 
 
-def first_difference(old: dict, new: dict, ignore: Collection[str] = ()) -> tuple[str, Any, Any] | None:
-    """The first field, dotted, in which two nested dicts differ, with both values; None where they agree.
+def first_difference(
+    old: dict, new: dict, ignore: Collection[str] = (), prefix: str = ""
+) -> tuple[str, Any, Any] | None:
+    """The first field in which two nested dicts differ, as ``(dotted name, old value, new value)``; None if equal.
 
-    `ignore` names fields or whole sections, dotted.
+    `ignore` contains names, with `prefix` before them, of fields or of whole sections.
     """
-    for name in sorted(set(old) | set(new)):
-        if name in ignore:
+    for name in sorted(old.keys() | new.keys()):
+        field, a, b = f"{prefix}{name}", old.get(name), new.get(name)
+        if field in ignore or a == b:
             continue
-        a, b = old.get(name), new.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            inner = [field[len(name) + 1 :] for field in ignore if field.startswith(f"{name}.")]
-            if found := first_difference(a, b, inner):
-                return (f"{name}.{found[0]}", *found[1:])
-        elif a != b:
-            return name, a, b
+        if not (isinstance(a, dict) and isinstance(b, dict)):
+            return field, a, b
+        if found := first_difference(a, b, ignore, f"{field}."):
+            return found
     return None

@@ -1,12 +1,12 @@
 """Exceptions whose message is for the user."""
 
-_LONGEST = 1000  # characters kept at either end: a message may quote a whole file
+_LONGEST = 1000  # number of characters kept at each end, because a message may quote a whole file
 
 
 class UserError(ValueError):
     """Bad input: one line that says what is wrong and what to do. A command prints it and exits with `code`.
 
-    Line breaks, control characters and megabytes in what a message quotes are folded, escaped or left out.
+    Line breaks become spaces, control characters are escaped, and the middle of a very long message is left out.
     """
 
     code = 2
@@ -20,11 +20,11 @@ class UserError(ValueError):
 
 
 class OthersLost(UserError):
-    """Another process of the run has ended. Nothing is wrong here; the same command resumes. Exit code 75."""
+    """Another process of the run has ended. Nothing is wrong in this one; the same command resumes. Exit code 75."""
 
     code = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or the name of its class where it has none."""
+    """The first line of an exception's message, or the name of its class if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,11 +1,11 @@
-"""Atomic writes, appends that are whole or absent, and locks."""
+"""Atomic writes, appends that are complete or absent, and locks."""
 
 import contextlib
 import fcntl
 import hashlib
 import io
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -19,27 +19,26 @@ def digest_of(path: Path) -> str:
 
 
 def write_atomic(path: Path | str, content: str | bytes) -> None:
-    """Replaces a file in one step; an interrupted write leaves the old one."""
+    """Replaces a file in one step; an interrupted write leaves the old file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder")
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with with_filename(path), os.fdopen(handle, "wb") as file:
+        with with_filename(path), temporary.open("xb") as file:
             file.write(content if isinstance(content, bytes) else content.encode())
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
 @contextlib.contextmanager
 def with_filename(path: Path) -> Iterator[None]:
-    """Adds the name of a file to an error of the operating system that names none, such as a full disk."""
+    """Adds the name of a file to an error of the operating system that names no file, such as a full disk."""
     try:
         yield
     except OSError as error:
@@ -49,13 +48,13 @@ def with_filename(path: Path) -> Iterator[None]:
 
 
 def append(path: Path, text: str) -> None:
-    """Appends text to a file and waits until it is on disk: all of it or, where the disk refuses, nothing."""
+    """Appends text to a file and waits until it is on disk. If the disk refuses, the file stays as it was."""
     with path.open("ab", buffering=0) as file:
         write_all(file, path, text, os.fstat(file.fileno()).st_size)
 
 
 def write_all(file: io.FileIO, path: Path, text: str, size: int) -> int:
-    """`append` for an open raw file of this size; returns its new size."""
+    """Does what `append` does, for an open raw file that has `size` bytes; returns its new size."""
     rest = memoryview(text.encode())
     grown = size + len(rest)
     try:
@@ -69,12 +68,6 @@ def write_all(file: io.FileIO, path: Path, text: str, size: int) -> int:
     return grown
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def lock(file: IO, what: str) -> None:
     """Takes the exclusive lock of an open file until it is closed; raises UserError if another process holds it."""
     try:
@@ -85,32 +78,26 @@ def lock(file: IO, what: str) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, what: str) -> Iterator[Callable[[], None]]:
-    """Holds the lock of an empty file, which is made for it and stays behind.
+    """Creates an empty file and holds its lock; the file stays afterwards.
 
-    Yields:
-      a function that raises UserError where the file is gone or another one has its name: somebody has removed or moved
-      the folder, and with it the lock.
+    Yields a function that raises UserError if somebody has removed or moved the folder, and with it the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         lock(file, what)
 
         def check() -> None:
-            try:
-                held = os.path.samestat(os.fstat(file.fileno()), path.stat())
-            except FileNotFoundError:
-                held = False
-            if not held:
-                raise UserError(
-                    f"{path.parent} was removed or moved away while it was written; move it back and give the same "
-                    "command again, or start anew"
-                )
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samefile(path, file.fileno()):
+                    return
+            remedy = "move it back and give the same command again, or start anew"
+            raise UserError(f"{path.parent} was removed or moved away while it was written; {remedy}")
 
         yield check
 
 
 def fields_of(line: str, columns: Sequence[str]) -> dict[str, str]:
-    """``{column: text}`` of a line of a TSV file; raises ValueError where it has more or fewer."""
+    """Splits a line of a TSV file into ``{column: text}``; raises ValueError for another number of columns."""
     fields = line.split("\t")
     if len(fields) != len(columns):
         raise ValueError(f"{len(fields)} columns instead of {len(columns)}")

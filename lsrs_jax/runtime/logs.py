@@ -1,4 +1,4 @@
-"""Silences libraries that log or warn about what the package handles itself, around their calls only."""
+"""Silences libraries while the package calls them, where they log or warn about what the package handles itself."""
 
 import contextlib
 import logging
@@ -6,27 +6,25 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 from absl import logging as absl_logging
 
-_state: dict[str, Any] = {"debug": False, "depth": 0, "restore": None}
-_lock = threading.Lock()
+_state = {"debug": False, "depth": 0}
+_lock, _restore = threading.Lock(), contextlib.ExitStack()
 
 
 def show_everything() -> None:
-    """From now on nothing is silenced: the option ``--debug`` of the commands."""
+    """Silences nothing from now on: the option ``--debug`` of the commands."""
     _state["debug"] = True
     warnings.simplefilter("default")
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Inside, absl, asyncio and warnings say nothing, and exceptions in finalizers are not printed.
+    """A block in which absl, asyncio and warnings say nothing, and exceptions in finalizers are not printed.
 
-    Orbax warns about read-only managers, and leaves half-finished tasks behind where a checkpoint is damaged: its own
-    exception is the message. tensorflow-datasets recommends OpenCV. Blocks of several threads may overlap: the settings
-    are global, and restored at the end of the last one.
+    Orbax warns about read-only managers, and tensorflow-datasets recommends OpenCV. The settings are global: if the
+    blocks of several threads overlap, the end of the last block restores them.
     """
     if _state["debug"]:
         yield
@@ -34,38 +32,25 @@ def quiet() -> Iterator[None]:
     with _lock:
         _state["depth"] += 1
         if _state["depth"] == 1:
-            _state["restore"] = contextlib.ExitStack()
-            _state["restore"].enter_context(_silenced())
+            _restore.callback(logging.getLogger("asyncio").setLevel, logging.getLogger("asyncio").level)
+            _restore.callback(absl_logging.set_verbosity, absl_logging.get_verbosity())
+            _restore.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
+            _restore.enter_context(warnings.catch_warnings(action="ignore"))
+            absl_logging.set_verbosity(absl_logging.FATAL)
+            ignore_leftovers()
     try:
         yield
     finally:
         with _lock:
             _state["depth"] -= 1
             if not _state["depth"]:
-                _state["restore"].close()
-
-
-@contextlib.contextmanager
-def _silenced() -> Iterator[None]:
-    asyncio_logger, hook, verbosity = logging.getLogger("asyncio"), sys.unraisablehook, absl_logging.get_verbosity()
-    level = asyncio_logger.level
-    asyncio_logger.setLevel(logging.CRITICAL)
-    absl_logging.set_verbosity(absl_logging.FATAL)
-    sys.unraisablehook = lambda _: None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        asyncio_logger.setLevel(level)
-        absl_logging.set_verbosity(verbosity)
-        sys.unraisablehook = hook
+                _restore.close()
 
 
 def ignore_leftovers() -> None:
-    """For the rest of the process exceptions in finalizers and messages of asyncio are not shown.
+    """Hides exceptions in finalizers and messages of asyncio for the rest of the process.
 
-    Where a checkpoint is damaged, Orbax leaves tasks behind that end in finalizers, at any later time.
+    For a damaged checkpoint Orbax leaves tasks behind that end in finalizers at any later time.
     """
     if not _state["debug"]:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)

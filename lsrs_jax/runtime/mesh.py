@@ -1,4 +1,4 @@
-"""One-dimensional meshes of devices, and how arrays lie on them."""
+"""One-dimensional meshes of devices, and how arrays are placed on them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,18 +11,14 @@ from jax.sharding import PartitionSpec as P
 AXIS = "devices"
 
 
-def _mesh(devices: Sequence[Any]) -> Mesh:
-    return Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
-
-
 def local_mesh(devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over `devices` (all local ones by default), with the axis ``"devices"``."""
-    return _mesh(devices or jax.local_devices())
+    """A mesh over `devices` (by default those of this process), with the axis ``"devices"``."""
+    return Mesh(np.asarray(devices or jax.local_devices()), (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def global_mesh() -> Mesh:
-    """A mesh over the devices of all processes; those of one process are neighbours."""
-    return _mesh(sorted(jax.devices(), key=lambda device: (device.process_index, device.id)))
+    """A mesh over the devices of all processes; the devices of one process are neighbours."""
+    return local_mesh(sorted(jax.devices(), key=lambda device: (device.process_index, device.id)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -36,7 +32,7 @@ def split(mesh: Mesh) -> NamedSharding:
 
 
 def sharded(mesh: Mesh, tree: Any) -> Any:
-    """Shardings that divide each array along its longest axis that the devices divide; the others are replicated."""
+    """Divides each array along its longest axis that is divisible by the number of devices; replicates the others."""
 
     def sharding(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         axes = [axis for axis, size in enumerate(leaf.shape) if size and size % mesh.size == 0]
@@ -49,17 +45,17 @@ def sharded(mesh: Mesh, tree: Any) -> Any:
 
 
 def reshard(tree: Any, shardings: Any) -> Any:
-    """Arrays moved to shardings (one for all, or a tree of them); every process must give the same arrays."""
+    """Moves arrays to shardings (one for all, or a tree of them); every process must give the same arrays."""
     return jax.jit(lambda tree: tree, out_shardings=shardings)(tree)
 
 
 def own_rows(mesh: Mesh, size: int) -> slice:
-    """The rows of a batch of this size, divided over the mesh, that belong to this process."""
+    """The rows that belong to this process, of a batch of `size` rows that is divided over the mesh."""
     own = [i for i, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()]
     each = size // mesh.size
     return slice(own[0] * each, (own[-1] + 1) * each)
 
 
 def from_own_rows(mesh: Mesh, tree: Any) -> Any:
-    """Arrays divided over the mesh by their first axis, made of the rows that each process holds (`own_rows`)."""
+    """Builds arrays that are divided over the mesh by rows; every process gives its `own_rows`."""
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(split(mesh), rows), tree)

@@ -1,12 +1,12 @@
-"""Import paths of public modules that are elsewhere now: old ones keep working, with a DeprecationWarning."""
+"""Old import paths of public modules. They keep working, with a DeprecationWarning."""
 
 import importlib
-import importlib.abc
-import importlib.machinery
 import sys
-import types
 import warnings
-from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
 
 MOVED = {
     "lsrs_jax.checkpoint": "lsrs_jax.training.checkpoint",
@@ -23,15 +23,12 @@ MOVED = {
 PUBLIC = {"lsrs_jax.margin": "lsrs_jax.certification.margin"}  # short names that stay
 
 
-class _Redirect(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        return importlib.machinery.ModuleSpec(fullname, self) if fullname in MOVED | PUBLIC else None
+class _Redirect(MetaPathFinder, Loader):
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self) if fullname in MOVED | PUBLIC else None
 
-    def exec_module(self, module: types.ModuleType) -> None:
-        name = module.__name__
-        new = (MOVED | PUBLIC)[name]
+    def exec_module(self, module: ModuleType) -> None:
+        name, new = module.__name__, (MOVED | PUBLIC)[module.__name__]
         if name in MOVED:
             warnings.warn(f"{name} has moved to {new}", DeprecationWarning, stacklevel=2)
         sys.modules[name] = importlib.import_module(new)

@@ -19,19 +19,14 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Rate and time left of a countable piece of work, measured from the creation of the object.
-
-    Args:
-      total: units of work.
-      done: units that are finished already.
-    """
+    """Estimates the time left for `total` units of work, `done` of them finished when the object is created."""
 
     def __init__(self, total: int, done: int = 0) -> None:
         self._total, self._first, self._start = total, done, time.monotonic()
         self._shown = self._start
 
     def left(self, done: int) -> str:
-        """Time left as text."""
+        """The time left, as text."""
         rate = (done - self._first) / max(time.monotonic() - self._start, 1e-9)
         return duration((self._total - done) / rate) if rate > 0 else "unknown"
 

@@ -1,4 +1,4 @@
-"""Random keys. Every stream of the project starts in a domain of its own, so that no key is used twice.
+"""Random keys. Every stream of the project has its own key domain, so that no key is used twice.
 
 All streams are ``threefry2x32``, whatever ``jax_default_prng_impl`` says: ``rbg`` returns other bits under vmap and on
 other hardware. The bits also depend on ``jax_threefry_partitionable`` and ``jax_enable_x64``; `pinned` fixes both.
@@ -6,6 +6,7 @@ other hardware. The bits also depend on ``jax_threefry_partitionable`` and ``jax
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
@@ -14,7 +15,7 @@ from lsrs_jax.runtime.format import KEY_DOMAINS, PRNG
 
 
 def root_key(seed: int) -> jax.Array:
-    """The key of a seed, from which the key of every domain is derived; nothing is drawn from it directly."""
+    """The key of a seed. The keys of all domains are derived from it; nothing is drawn from it directly."""
     return jax.random.key(seed, impl=PRNG)
 
 
@@ -23,16 +24,15 @@ def domain_key(seed: int, domain: str) -> jax.Array:
     return jax.random.fold_in(root_key(seed), KEY_DOMAINS[domain])
 
 
-def check_key(key: object) -> jax.Array:
+def check_key(key: Any) -> jax.Array:
     """Returns a caller's key; raises UserError unless it is one typed threefry key of shape ()."""
-    if not isinstance(key, jax.Array) or not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
-        raise UserError("key must be a typed key: jax.random.key(seed, impl='threefry2x32')")
-    if str(jax.random.key_impl(key)) != PRNG or key.shape != ():
-        raise UserError(
-            f"key must be one threefry2x32 key, got {jax.random.key_impl(key)} of shape {key.shape}: other generators "
-            "do not return the same bits on another number of devices; use jax.random.key(seed, impl='threefry2x32')"
-        )
-    return key
+    typed = isinstance(key, jax.Array) and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if typed and str(jax.random.key_impl(key)) == PRNG and key.shape == ():
+        return key
+    raise UserError(
+        f"key must be one typed key, jax.random.key(seed, impl='threefry2x32'), got {key!r}: other generators do not "
+        "return the same bits on another number of devices"
+    )
 
 
 @contextlib.contextmanager

@@ -10,18 +10,17 @@ from types import FrameType
 from typing import Any
 
 _NUMBERS = (signal.SIGTERM, signal.SIGINT)
-# A second signal within so many seconds is the first one again: timeout(1) and others signal the process and its group.
-_ECHO = 0.5
+_ECHO = 0.5  # seconds; timeout(1) and others signal a process and then its group, so a second signal may be an echo
 _state: dict[str, Any] = {"depth": 0, "pending": None, "first": None}
 
 
 class Interrupted(BaseException):
-    """A signal asked the process to end; `agreed` where all processes of the run end at the same point."""
+    """A signal asked the process to end. `agreed` is true if all processes of the run end at the same point."""
 
     def __init__(self, number: int, agreed: bool = False) -> None:
         super().__init__(signal.Signals(number).name)
         self.code, self.agreed = 128 + number, agreed  # the exit code by convention
-        self.left = "the same command resumes"  # what the process leaves behind, for the message
+        self.left = "the same command resumes"  # the second half of the message to the user
 
 
 def _exit_now(number: int, message: bytes) -> None:
@@ -35,20 +34,21 @@ def _handle(number: int, _: FrameType | None) -> None:
     now = time.monotonic()
     if _state["first"] is not None:
         if now - _state["first"] > _ECHO:
-            # Files are valid after every write: this loses no more than a kill does.
+            # Files are valid after every write, so this loses no more than a kill.
             _exit_now(number, b"interrupted twice, ended at once; the same command resumes\n")
         return
-    # Recorded in any case: an exception raised inside a finalizer is dropped, and the next block must raise it again.
+    # Python drops an exception that is raised inside a finalizer. The signal therefore stays pending, and the end of
+    # the next `deferred` block raises it again.
     _state["first"], _state["pending"] = now, number
     if not _state["depth"]:
         raise Interrupted(number)
 
 
 def starting() -> None:
-    """For a command, before its libraries are imported: opens closed streams; SIGTERM and SIGINT exit immediately.
+    """Prepares a command before its libraries are imported: opens closed streams, lets signals exit immediately.
 
-    An exception that is raised while libraries are imported may fall into a callback that drops it. A closed standard
-    stream is replaced by the null device, for otherwise a ledger would get its file number, and its lines.
+    An exception that a signal raises during the imports may be raised in a callback that drops it. A closed standard
+    stream is replaced by the null device; otherwise a ledger could get its file number and receive its lines.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -72,10 +72,10 @@ def reading() -> Iterator[None]:
 
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
-    """Inside, SIGTERM and SIGINT raise `Interrupted` in the main thread, but not within `deferred` blocks.
+    """A block in which SIGTERM and SIGINT raise `Interrupted` in the main thread, except inside `deferred` blocks.
 
-    After the block signals have their default effect. Python does not print a signal that a finalizer dropped; it is
-    raised at the end.
+    After the block signals have their default effect. If a finalizer dropped the exception, Python does not print it,
+    and the end of the block raises it again.
     """
     _state.update(pending=None, first=None)
     hook = sys.unraisablehook
@@ -92,16 +92,15 @@ def handled() -> Iterator[None]:
 
 
 def agreed() -> Interrupted:
-    """The `Interrupted` of a process that stops because some process of its run was signalled."""
+    """The `Interrupted` of a process that stops because a process of its run received a signal."""
     return Interrupted(_state["pending"] or signal.SIGTERM, agreed=True)
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[Callable[[], bool]]:
-    """A block that a signal does not break off: `Interrupted` is raised at its end, unless an error is on its way.
+    """A block that a signal does not break off: its end raises `Interrupted`, unless another error ended the block.
 
-    Yields:
-      a function that says whether a signal is waiting, for loops that stop early on their own terms.
+    Yields a function that returns true if a signal is waiting, for loops that choose themselves where to stop.
     """
     _state["depth"] += 1
     try:

@@ -2,5 +2,5 @@
 
 from typing import Any, TypeAlias
 
-# A `ml_collections.ConfigDict` with the fields of `lsrs_jax.config.FIELDS`, which no type checker can know.
+# A `ml_collections.ConfigDict` with the fields of `lsrs_jax.config.FIELDS`. A type checker cannot know these fields.
 Config: TypeAlias = Any

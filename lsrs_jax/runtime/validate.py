@@ -1,4 +1,4 @@
-"""Checks of numbers that a caller hands in. NumPy only."""
+"""Checks of values that a caller gives. NumPy only."""
 
 import math
 from typing import Any
@@ -9,14 +9,14 @@ from lsrs_jax.runtime.errors import UserError
 
 
 def is_whole(value: object) -> bool:
-    """Whether a value is one integer of Python or NumPy; a bool is not."""
+    """True for one integer of Python or NumPy; a bool is not an integer here."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def real(value: Any) -> float:
-    """One real number as a float, for comparisons; NaN for anything else, a bool or a complex number included.
+    """Converts one real number to a float, for comparisons; returns NaN for anything else, also a bool.
 
-    An array of no dimensions, of NumPy or JAX, is the number that it holds.
+    The number may also come as an array of NumPy or JAX without dimensions.
     """
     if getattr(value, "shape", None) == () and not isinstance(value, np.generic):
         try:
@@ -32,7 +32,7 @@ def real(value: Any) -> float:
 
 
 def array(name: str, value: Any, what: str = "numbers") -> np.ndarray:
-    """A caller's array; raises UserError where NumPy cannot make one of it."""
+    """Converts a caller's value to an array; raises UserError if NumPy cannot."""
     try:
         return np.asarray(value)
     except (TypeError, ValueError) as error:
@@ -40,7 +40,7 @@ def array(name: str, value: Any, what: str = "numbers") -> np.ndarray:
 
 
 def numbers(name: str, value: Any) -> np.ndarray:
-    """A caller's real numbers as float64, any shape; raises UserError for anything else, such as text."""
+    """Converts a caller's real numbers, of any shape, to float64; raises UserError for anything else, such as text."""
     found = array(name, value)
     try:
         if found.dtype.kind in "cmMOSU":

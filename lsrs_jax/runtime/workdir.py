@@ -1,8 +1,8 @@
-"""The folder of a run: a local one, or one in a bucket, of which a local copy is synchronised.
+"""The folder of a run: a local folder, or a folder in a bucket with a synchronised local copy.
 
-Files in a bucket are written whole and cannot be locked. So the commands work in a local copy of all files but the
-checkpoints; changes are copied to the bucket twice a minute, before processes meet, and at the end. Checkpoints, the
-only large files, are written to the bucket directly.
+Files in a bucket are written whole and cannot be locked. The commands therefore work in a local copy of all files
+except the checkpoints. Changes are copied to the bucket twice a minute, before processes meet, and at the end.
+Checkpoints, the only large files, are written to the bucket directly.
 """
 
 import contextlib
@@ -11,20 +11,21 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.files import write_atomic
 
-SCHEMES = ("gs://", "file://")  # file:// for a mount that can do no more than a bucket
+SCHEMES = ("gs://", "file://")  # file:// is for a mount that can do no more than a bucket
 _SECONDS_PER_COPY = 30.0
 _MARKER = ".bucket"
 _CHECKPOINTS = "checkpoints"
 
 
 def checkpoints(workdir: Path) -> epath.Path:
-    """The folder of the checkpoints: in a local workdir, or in the bucket of which it is the copy."""
+    """The folder of the checkpoints: in the workdir, or in the bucket if the workdir is the copy of one."""
     marker = Path(workdir) / _MARKER
     home = _remote(marker.read_text()) if marker.exists() else epath.Path(Path(workdir).absolute())
     return home / _CHECKPOINTS
@@ -34,88 +35,71 @@ def _remote(url: str) -> epath.Path:
     return epath.Path(url.removeprefix("file://"))
 
 
+def _signature(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _files(folder: epath.Path, skipped: epath.Path) -> Iterator[epath.Path]:
+    for path in folder.iterdir() if folder.exists() else ():
+        if path.is_dir():
+            if path != skipped:
+                yield from _files(path, skipped)
+        elif not path.name.startswith("."):
+            yield path
+
+
 class Workdir:
-    """A folder on a disk of this machine, or shared by all machines of a run; `name` is what the user calls it."""
+    """A folder that all machines of a run share, or (with a `url`) this machine's copy of a folder in a bucket.
 
-    def __init__(self, path: Path | str) -> None:
-        self.path, self.name = Path(path), str(path)
+    `name` is what the user calls it. The folder of a copy must be empty.
+    """
 
-    def push(self) -> None:
-        """Lets other machines see what was written; nothing to do."""
-
-    def pull(self) -> None:
-        """Sees what other machines have written; nothing to do."""
-
-
-class Bucket(Workdir):
-    """The local folder `copy`, empty at first, as a copy of ``gs://bucket/folder`` or ``file:///folder``."""
-
-    def __init__(self, url: str, copy: str) -> None:
-        super().__init__(copy)
-        self.name, self._url, self._lock = url, _remote(url), threading.Lock()
+    def __init__(self, path: Path | str, url: str = "") -> None:
+        self.path, self.name = Path(path), url or str(path)
+        self._bucket, self._lock = _remote(url) if url else None, threading.Lock()
         self._seen: dict[str, tuple[int, int]] = {}
-        write_atomic(self.path / _MARKER, url)
-        self.pull()
-
-    def _signature(self, path: Path) -> tuple[int, int]:
-        stat = path.stat()
-        return stat.st_size, stat.st_mtime_ns
+        if url:
+            write_atomic(self.path / _MARKER, url)
+            self.pull()
 
     def push(self) -> None:
-        """Copies to the bucket every file that changed here since the last copy; hidden files stay."""
-        with self._lock, self._reached():
-            for path in sorted(self.path.rglob("*")):
+        """Copies to the bucket every file that changed here since the last copy, except hidden files."""
+        with self._reached() as bucket:
+            for path in sorted(self.path.rglob("*")) if bucket else ():
                 name = path.relative_to(self.path).as_posix()
                 hidden = any(part.startswith(".") for part in name.split("/"))
-                if hidden or not path.is_file() or self._seen.get(name) == self._signature(path):
+                if hidden or not path.is_file() or self._seen.get(name) == _signature(path):
                     continue
-                signature, content = self._signature(path), path.read_bytes()
-                target = self._url / name
-                if str(self._url).startswith("gs://"):
-                    target.write_bytes(content)  # in one step
+                signature, content = _signature(path), path.read_bytes()
+                if self.name.startswith("gs://"):
+                    (bucket / name).write_bytes(content)  # in one step
                 else:
-                    write_atomic(str(target), content)
+                    write_atomic(str(bucket / name), content)
                 self._seen[name] = signature
 
     def pull(self) -> None:
-        """Copies from the bucket every file that has grown or appeared there, but for those that were written here."""
-        with self._lock, self._reached():
-            for source in self._files(self._url):
-                name = source.relative_to(self._url).as_posix()
+        """Copies from the bucket every file that is new or has grown there, except files that were written here."""
+        with self._reached() as bucket:
+            for source in _files(bucket, bucket / _CHECKPOINTS) if bucket else ():
+                name = source.relative_to(bucket).as_posix()
                 path, known = self.path / name, self._seen.get(name)
-                if path.exists() and (not known or known != self._signature(path) or source.stat().length == known[0]):
+                if path.exists() and (not known or known != _signature(path) or source.stat().length == known[0]):
                     continue
                 write_atomic(path, source.read_bytes())
-                self._seen[name] = self._signature(path)
-
-    def _files(self, folder: epath.Path) -> Iterator[epath.Path]:
-        if not folder.exists():
-            return
-        for path in folder.iterdir():
-            if path.is_dir():
-                if path != self._url / _CHECKPOINTS:
-                    yield from self._files(path)
-            elif not path.name.startswith("."):
-                yield path
+                self._seen[name] = _signature(path)
 
     @contextlib.contextmanager
-    def _reached(self) -> Iterator[None]:
+    def _reached(self) -> Iterator[Any]:
         try:
-            yield
+            with self._lock:
+                yield self._bucket
         except UserError:
             raise
         except Exception as error:  # whatever the library behind a bucket raises
-            line = " ".join(str(error).split())[:200]
             remedy = "install it" if isinstance(error, ImportError) else "the same command resumes"
-            raise UserError(f"cannot read or write {self.name} ({type(error).__name__}: {line}); {remedy}") from error
-
-    def keep_pushing(self, ended: threading.Event) -> None:
-        """Copies to the bucket, again and again, until an event."""
-        while not ended.wait(_SECONDS_PER_COPY):
-            try:
-                self.push()
-            except UserError as error:
-                print(f"note: {error}", file=sys.stderr, flush=True)
+            reason = f"{type(error).__name__}: {str(error)[:200]}"
+            raise UserError(f"cannot read or write {self.name} ({reason}); {remedy}") from error
 
 
 @contextlib.contextmanager
@@ -125,12 +109,20 @@ def opened(location: Path | str) -> Iterator[Workdir]:
         yield Workdir(location)
         return
     with tempfile.TemporaryDirectory(prefix="lsrs_jax_") as folder:
-        bucket, ended = Bucket(location, folder), threading.Event()
-        thread = threading.Thread(target=bucket.keep_pushing, args=(ended,), daemon=True)
+        workdir, ended = Workdir(folder, location), threading.Event()
+
+        def keep_pushing() -> None:
+            while not ended.wait(_SECONDS_PER_COPY):
+                try:
+                    workdir.push()
+                except UserError as error:
+                    print(f"note: {error}", file=sys.stderr, flush=True)
+
+        thread = threading.Thread(target=keep_pushing, daemon=True)
         thread.start()
         try:
-            yield bucket
+            yield workdir
         finally:
             ended.set()
             thread.join()
-            bucket.push()
+            workdir.push()
