@@ -58,7 +58,7 @@ BAD_CERTIFY = {
     "other step": (
         [lambda w: shutil.rmtree(max((w / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name)))],
         "",
-        "of the checkpoint of step 60, and the newest is that of step 40",
+        "of the checkpoint of step 60, and the newest checkpoint has step 40",
     ),
     "other seed": ([], "--config.seed=1", "seed was 0 and is now 1"),
     "truncated checkpoint": ([truncate_checkpoint], "", "cannot read checkpoint"),

@@ -33,7 +33,7 @@ def run(target: Target) -> None:
     latents, norms = (np.concatenate(parts) for parts in batches)
     latents = latents.reshape(len(latents), -1)
     logits, lipschitz = latents @ weights + bias, encoder.report.constant
-    _, reach = certified_margin(logits, weights, lipschitz=lipschitz)  # the radii without slack: the largest ones
+    _, reach = certified_margin(logits, weights, lipschitz=lipschitz)  # without slack, the radii are largest
     slack = float64_slack(encoder.report.rounding(norms + reach), latents, weights, bias, lipschitz * reach)
     predict, radius = certified_margin(logits, weights, lipschitz=lipschitz, slack=slack)
     session["seconds"] = round(time.monotonic() - start, 3)
@@ -50,13 +50,12 @@ def run(target: Target) -> None:
 
 
 def _past_sessions(target: Target, identity: Identity) -> list[dict]:
-    """The record of earlier sessions. Certificates on disk are extended or repeated, never dropped."""
+    """The record of earlier sessions; refuses a selection that would drop certificates on disk."""
     path, table = target.folder / "certificates.json", target.folder / "certificates.tsv"
-    record = store.past_sessions(path, identity) if path.exists() else []
     if not path.exists() and any(target.folder.glob("*.tsv")):
         raise UserError(f"{target.folder} holds another certification; {OTHER_NAME}")
-    left_out = set(read_table(table).idx) - set(target.indices) if table.exists() else ()
-    if left_out:
+    record = store.past_sessions(path, identity) if path.exists() else []
+    if left_out := set(read_table(table).idx) - set(target.indices) if table.exists() else ():
         outside = f"{len(left_out):,} images outside certify.start, stop and step"
         raise UserError(f"{table} holds {outside}; choose a selection that includes them, or {OTHER_NAME}")
     return record

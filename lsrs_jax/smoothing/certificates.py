@@ -1,6 +1,5 @@
 """Certificates from counts that a caller hands in. NumPy only."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,17 +28,16 @@ def from_counts(
     """Certificates from two independent sets of counts (Cohen et al. 2019, CERTIFY).
 
     Args:
-      selection: integers ``(images, classes)``; they choose the candidate class (the lowest of equals), under
-        ``"multiclass"`` the buckets, and nothing else.
+      selection: integers ``(images, classes)``; they choose the candidate class (the lowest of equals) and, under
+        ``"multiclass"``, the buckets; nothing else.
       estimation: integers ``(images, classes)`` from fresh noise; each row sums to at least 1 and at most 2**27. With
         `looks`: for each image the cumulative counts ``(looks reached, classes)``.
       sigma, lipschitz, slack: as in `derivation.certified_radius`.
       alpha: failure probability per image.
       bound: ``"binary"`` (p_B = 1 − p_A) or ``"multiclass"`` (class partitioning; Delattre et al. 2025): each bucket of
         rivals has an upper bound of its own.
-      looks: the numbers of samples at which an image may have stopped, all of them, fixed beforehand; α is divided
-        evenly over them, and each image keeps the best bounds of the looks it reached. None: a number of samples fixed
-        beforehand, the sum of each row.
+      looks: all numbers of samples at which an image may have stopped, fixed beforehand; α is divided evenly over them,
+        and each image keeps the best bounds of the looks it reached. None: the sum of each row was fixed beforehand.
       tau: total variation between the sampled noise and the Gaussian; it worsens both probabilities.
 
     **Guarantee**: for each image separately, with probability at least 1 − alpha over the estimation samples, the
@@ -54,9 +52,13 @@ def from_counts(
         rows = _counts("estimation", estimation)
         lengths, share, horizon = np.ones(len(rows), int), 1, rows.sum(axis=1)
     else:
-        looks = _check_looks(looks)
-        rows, lengths = _rows_at_looks(estimation, looks)
-        share, horizon = len(looks), np.full(len(selection), looks[-1])
+        found = array("looks", looks)
+        if found.ndim != 1 or not found.size or found.dtype.kind not in "iu" or not (found[1:] > found[:-1]).all():
+            raise UserError(f"from_counts takes looks that grow, whole numbers of samples, got {looks!r}")
+        if found[-1] > MAX_SAMPLES:
+            raise UserError(f"looks must not be above 2**27 samples, got {found[-1]}")
+        rows, lengths = _rows_at_looks(estimation, found)
+        share, horizon = len(found), np.full(len(selection), found[-1])
     shape = len(lengths), rows.shape[1]
     if selection.shape != shape:
         raise UserError(f"selection counts {selection.shape} and estimation counts {shape} differ in shape")
@@ -65,24 +67,14 @@ def from_counts(
     return derivation.derive(selection, rows, lengths, horizon, slack, share)
 
 
-def _check_looks(looks: Any) -> Int[np.ndarray, " looks"]:
-    found = array("looks", looks)
-    if found.ndim != 1 or not found.size or found.dtype.kind not in "iu" or not (found[1:] > found[:-1]).all():
-        raise UserError(f"from_counts takes looks that grow, whole numbers of samples, got {looks!r}")
-    if found[-1] > MAX_SAMPLES:
-        raise UserError(f"looks must not be above 2**27 samples, got {found[-1]}")
-    return found
-
-
 def _rows_at_looks(
     estimation: Any, looks: Int[np.ndarray, " looks"]
 ) -> tuple[Int[np.ndarray, "rows classes"], Int[np.ndarray, " images"]]:
-    """All rows of all images, and how many each image has; an image's rows must be those of its looks."""
+    """All rows of all images, and the number of rows of each; raises UserError for rows that no looks give."""
     try:
-        parts: Sequence[Any] = list(estimation)
+        parts = [_integers("estimation", part) for part in list(estimation)]
     except TypeError as error:
         raise UserError(f"with looks, estimation counts are cumulative counts for each image: {error}") from error
-    parts = [_integers("estimation", part) for part in parts]
     if not parts or len({part.shape[1] for part in parts}) > 1:
         raise UserError("estimation counts need the same classes for every image")
     rows, lengths = _counts("estimation", np.concatenate(parts)), np.array([len(part) for part in parts])
@@ -90,28 +82,24 @@ def _rows_at_looks(
     wrong = rows.sum(axis=1) != np.append(looks, 0)[np.minimum(reached, len(looks))]
     wrong[1:] |= (np.diff(rows, axis=0) < 0).any(axis=1) & (reached[1:] > 0)
     if wrong.any():
-        part = parts[np.repeat(np.arange(len(lengths)), lengths)[wrong.argmax()]]
-        raise UserError(
-            f"estimation counts must be cumulative counts at the first of the looks {looks.tolist()}, got "
-            f"{part.sum(axis=1)} samples"
-        )
+        got = parts[np.repeat(np.arange(len(lengths)), lengths)[wrong.argmax()]].sum(axis=1)
+        expected = f"at the first of the looks {looks.tolist()}"
+        raise UserError(f"estimation counts must be cumulative counts {expected}, got {got} samples")
     return rows, lengths
 
 
 def _integers(name: str, counts: Any) -> Int[np.ndarray, "images classes"]:
     counts = array(f"{name} counts", counts, "integers")
     if counts.ndim != 2 or counts.shape[1] < 2 or not len(counts) or counts.dtype.kind not in "iu":
-        raise UserError(
-            f"{name} counts must be integers of shape (images, classes >= 2), got {counts.dtype} {counts.shape}"
-        )
+        got = f"{counts.dtype} {counts.shape}"
+        raise UserError(f"{name} counts must be integers of shape (images, classes >= 2), got {got}")
     return counts.astype(np.int64)  # a count that does not fit becomes negative
 
 
 def _counts(name: str, counts: Any) -> Int[np.ndarray, "images classes"]:
     counts = _integers(name, counts)
-    # Each entry too: the sum of huge counts may wrap around.
-    if np.any(counts < 0) or np.any(counts > MAX_SAMPLES) or np.any(counts.sum(axis=1) > MAX_SAMPLES):
-        raise UserError(f"{name} counts must not be negative, nor above 2**27 for an image")
-    if np.any(counts.sum(axis=1) < 1):
-        raise UserError(f"{name} counts: every image needs at least one")
+    total = counts.sum(axis=1)
+    # Each entry is checked too: the sum of huge counts may wrap around.
+    if np.any(counts < 0) or np.any(counts > MAX_SAMPLES) or np.any((total < 1) | (total > MAX_SAMPLES)):
+        raise UserError(f"{name} counts must not be negative, and sum to at least one and at most 2**27 per image")
     return counts

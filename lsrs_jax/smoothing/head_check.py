@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from lsrs_jax.runtime.errors import UserError, first_line
 from lsrs_jax.runtime.rng import domain_key
 
-_SCALES = (0.01, 1.0, 100.0, 0.0, 1.0, 1.0)  # of the companions among which a row is tried
+_SCALES = (0.01, 1.0, 100.0, 0.0, 1.0, 1.0)  # of the random rows that surround the row under test
 
 
 class Head(Protocol):
@@ -34,12 +34,11 @@ def _around(row: jax.Array, position: int, key: jax.Array, scale: float, shape: 
 
 
 def check_head(head: Head, shape: tuple[int, ...]) -> tuple[int, str]:
-    """Runs a head on random latents ``(rows, *latent)``; returns the number of classes, and a digest of the logits.
+    """Runs a head on random latents ``(rows, *latent)``; returns the number of classes and a digest of the logits.
 
-    Raises:
-      UserError: for a head that returns anything but ``(rows, K ≥ 2)`` logits, NaN logits, or logits of a row that
-        depend on the other rows. Random companions are tried: they reveal batch statistics over the whole batch or over
-        groups, not every imaginable coupling.
+    Raises UserError for a head that returns anything but ``(rows, K ≥ 2)`` logits, NaN logits, or logits of a row that
+    depend on the other rows. The other rows are random: this reveals statistics over the whole batch or over groups,
+    but not every possible dependence.
     """
     out = _output(head, shape)
     compiled = jax.jit(lambda latents: head(latents))  # traced anew: JAX may remember the head from another context
@@ -56,12 +55,12 @@ def check_head(head: Head, shape: tuple[int, ...]) -> tuple[int, str]:
     del latents
     if np.isnan(found).any():
         raise UserError("the head returns NaN logits; a NaN never certifies")
-    turns = zip(found[chosen], moving, positions, _SCALES, strict=True)
-    for number, (alone, row, position, scale) in enumerate(turns, start=1):
-        # One row moves to a random position, among companions that it has not met before.
-        second = logits(_around(row, position, jax.random.fold_in(key, number), scale, shape))[position]
-        infinite = np.isinf(alone) & (second == alone)  # a masked class
-        before, after = np.where(infinite, 0, alone), np.where(infinite, 0, second)
+    for number, position in enumerate(positions):
+        # One row moves to a random position, among rows that it has not met before.
+        batch = _around(moving[number], position, jax.random.fold_in(key, number + 1), _SCALES[number], shape)
+        before, after = found[chosen[number]], logits(batch)[position]
+        masked = np.isinf(before) & (before == after)  # a head may mask a class with an infinite logit
+        before, after = np.where(masked, 0, before), np.where(masked, 0, after)
         if not (np.abs(after - before) <= tolerance * (1 + np.abs(before))).all():
             raise UserError(
                 "the head's rows depend on each other (batch statistics?): each row must be a function of its own "
@@ -86,9 +85,9 @@ def _output(head: Head, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
 
 
 def check_logits(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    """A head is traced several times; raises UserError unless it returns logits of the same shape each time."""
+    """Raises UserError for logits of a new shape: a head is traced several times, and may differ each time."""
     if shape != expected:
         raise UserError(
-            f"the head returned logits of shape {shape} after {expected[1]} classes before: it must always have the "
+            f"the head returned logits of shape {shape}, and for {expected[1]} classes before: it must always have the "
             "same classes"
         )

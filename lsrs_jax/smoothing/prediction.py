@@ -9,14 +9,13 @@ from scipy import special
 
 from lsrs_jax.smoothing.confidence import trusted_lower
 from lsrs_jax.smoothing.sampler import Sampler
-from lsrs_jax.smoothing.schedule import Schedule
 
 
 def predict_classes(
     sampler: Sampler, key: jax.Array, latents: Float[np.ndarray, "images *latent"], n: int, alpha: float
 ) -> Int[np.ndarray, " images"]:
     """`api.predict` with a compiled sampler, for float64 latents."""
-    size, n = sampler.tile[0], Schedule(1, (n,), sampler.tile[1]).n
+    size = sampler.tile[0]
     parts = [range(start, min(start + size, len(latents))) for start in range(0, len(latents), size)]
     counts = [sampler.one_batch(latents[part], key, "prediction", n, part) for part in parts]
     return leaders(np.concatenate(counts), alpha, sampler.tau)
@@ -25,9 +24,9 @@ def predict_classes(
 def leaders(counts: Int[np.ndarray, "images classes"], alpha: float, tau: float) -> Int[np.ndarray, " images"]:
     """The class with the most samples where the second has significantly fewer, else −1.
 
-    Of the samples that fall on either of two equal classes, half fall on each; τ can move that half by at most τ over
-    the probability of the two together. That probability is bounded from below at a hundredth of the level, for all
-    pairs of classes at once, because the samples themselves choose the pair.
+    If two classes are equally probable, half of the samples in either of them fall in each. τ can move that half by at
+    most τ over the probability of the two together. A hundredth of the level pays for a lower bound on that
+    probability, for all pairs of classes at once, because the samples themselves choose the pair.
     """
     rows, leader = np.arange(len(counts)), counts.argmax(axis=1)
     first, others = counts[rows, leader], counts.copy()

@@ -110,7 +110,7 @@ def test_a_foreign_file_is_refused(tmp_path):
     path.write_text("something else\nentirely\n")
     for text in ("something else\nentirely\n", "no line at all", "idx\tlabels"):
         path.write_text(text)
-        with pytest.raises(UserError, match="not a vote ledger"):
+        with pytest.raises(UserError, match="not a ledger"):
             open_ledger(path)
         assert path.read_text() == text
 

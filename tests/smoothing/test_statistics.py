@@ -75,7 +75,7 @@ def test_radius_of_a_unanimous_vote(n, sigmas):
     [
         (5, 4, 0.1, "0 <= k <= n"),
         (-1, 4, 0.1, "0 <= k <= n"),
-        (0, 0, 0.1, "at least one sample"),
+        (0, 0, 0.1, "n must lie between 1 and"),
         (1, 4, 0.0, "alpha"),
         (1, 4, 1.0, "alpha"),
         (1, 4, float("nan"), "alpha"),
