@@ -194,8 +194,8 @@ def test_data_that_the_network_was_not_trained_for_are_refused_before_any_work(c
     flags = ["--config.data.name=other", f"--config.data.dir={tmp_path / 'sets'}", "--config.certify.name=other"]
     with pytest.raises(UserError) as error:
         certify.run([f"--workdir={copy}", *flags])
-    trained, found = "[8, 8, 1] in 10 classes", f"{list(shape)} in {classes}:"
-    assert f"trained on images of shape {trained}, but those of other are of shape {found}" in str(error.value)
+    trained, found = "[8, 8, 1] in 10 classes", f"{list(shape)} and {classes} classes:"
+    assert f"trained on images of shape {trained}, but other has the shape {found}" in str(error.value)
     assert fingerprint(copy) == before
 
 

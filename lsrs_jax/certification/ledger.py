@@ -12,7 +12,7 @@ import hashlib
 import re
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,23 +73,15 @@ def _count(counts: Counts, contents: Mapping[Path, tuple[bytes, int]]) -> None:
 
     Rows of one image may lie in several files, in any order.
     """
-    rows, order = list[tuple[Row, Path, int]](), list(counts.schedule.totals)
-    for path, (content, offset) in contents.items():
-        first = content[:offset].count(b"\n") + 1
-        for number, line in enumerate(content[offset:].split(b"\n")[:-1], first):
-            with _damage(path, number):
-                rows.append((_parse(line.decode("utf-8"), counts), path, number))
-    rows.sort(key=lambda found: (found[0].idx, order.index(found[0].stream), found[0].first))
-    for row, path, number in rows:
-        with _damage(path, number):
-            counts.count(row)
-
-
-@contextlib.contextmanager
-def _damage(path: Path, number: int) -> Iterator[None]:
-    """Adds file and line to a ValueError about a row."""
+    rows, order, path, number = list[tuple[Row, Path, int]](), list(counts.schedule.totals), None, 0
     try:
-        yield
+        for path, (content, offset) in contents.items():
+            first = content[:offset].count(b"\n") + 1
+            for number, line in enumerate(content[offset:].split(b"\n")[:-1], first):
+                rows.append((_parse(line.decode("utf-8"), counts), path, number))
+        rows.sort(key=lambda found: (found[0].idx, order.index(found[0].stream), found[0].first))
+        for row, path, number in rows:
+            counts.count(row)
     except ValueError as error:
         raise UserError(f"{path} line {number} is damaged ({error}); restore the file, or {OTHER_NAME}") from error
 
@@ -126,7 +118,7 @@ class Ledger(Counts):
     def __init__(self, path: Path | str, schedule: Schedule, num_classes: int, process: Process = ALONE) -> None:
         super().__init__(schedule, num_classes)
         self.path, self._written, self._unwritten = Path(path), time.monotonic(), list[str]()
-        self._sizes: dict[Path, int] = {}  # bytes of the other files that were counted
+        self._sizes = dict[Path, int]()  # bytes of the other files that were counted
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as opened:
             self._file = opened.enter_context(self.path.open("a+b", buffering=0))

@@ -158,7 +158,11 @@ def _multiply(left: np.ndarray, right: np.ndarray, dimension_numbers: Any) -> np
     first, second = list(range(left.ndim)), list(range(left.ndim, left.ndim + right.ndim))
     for i, j in zip((*left_sum, *left_batch), (*right_sum, *right_batch), strict=True):
         second[j] = i
-    kept = [*left_batch, *(i for i in first if i not in (*left_sum, *left_batch)), *(j for j in second if j >= left.ndim)]
+    kept = [
+        *left_batch,
+        *(i for i in first if i not in (*left_sum, *left_batch)),
+        *(j for j in second if j >= left.ndim),
+    ]
     return np.einsum(left, first, right, second, kept, optimize=True)
 
 

@@ -19,38 +19,36 @@ from lsrs_jax.runtime.rng import root_key
 from lsrs_jax.smoothing.counts import Counts, ImageCounts
 from lsrs_jax.smoothing.engine import Engine, Status
 
-# Share of an image's samples whose class may change because the head rounds otherwise on another machine. They change
-# to either side, so that counts change by about the root of their number: by `_DEVIATIONS` of it at most for an image,
-# and by `_TOGETHER` of it at most for the candidates of all images together.
+# Share of an image's samples whose class may change because the head rounds differently on another machine. Some
+# samples join a class and some leave it, so that a count changes by about the square root of their number: by at most
+# `_DEVIATIONS` times the root for an image, and `_TOGETHER` times the root for the candidates of all images together.
 _TURNED = {"float32": 1e-5, "bfloat16": 1e-2}
-# Share of the samples of an image that another kind of device may change to one and the same side: its kernels round
+_DEVIATIONS, _TOGETHER = 5, 4
+# Share of an image's samples that another kind of device may move in the same direction: its kernels round
 # intermediate numbers at other points, which in bfloat16 shifts the logits of an image.
 _SHIFTED = {"float32": 0.0, "bfloat16": 0.05}
-_DEVIATIONS = 5
-_TOGETHER = 4
-_LEVEL = 0.05
+_LEVEL = 0.05  # probability that the chosen images miss the share of other samples that is printed
 
 
 class _Difference(NamedTuple):
-    """Between the counts of an image in the ledger and those drawn again."""
+    """The difference between the counts of an image in the ledger and the counts drawn again."""
 
     moved: int  # samples of another class
-    surplus: int  # of the ledger's candidate over its strongest rival, among the estimation samples
+    surplus: int  # estimation samples by which the candidate leads its strongest rival more than now
 
 
 def run(target: Target, stored: Stored, count: int) -> None:
-    """Re-samples some images of a table and compares; changes nothing. Prints what was seen.
+    """Re-samples some images of a table, compares, and prints the result; changes no file.
 
-    The images are chosen at random in every call, so that whoever wrote the ledger could not know them; `count` or all
-    of the table. The `target` is from `target.target_of_certificates`, and the files of its folder were verified.
+    Every call chooses `count` images (or all) at random, so that the author of the ledger could not know them. The
+    `target` is from `target.target_of_certificates`, and the files of its folder were verified before.
 
-    Raises UserError naming an image whose slack is smaller than that of its latent, or the samples that are not those
-    of the network.
+    Raises UserError naming an image whose slack is too small for its latent, or samples that the network did not give.
 
     **Guarantee**: the counts of the chosen images are those of the checkpoint on the image, under the noise of σ and
-    seed, but for what the head's rounding on another machine may change: no more than `allowance` for an image and a
-    stream, and over the images to either side. Where nothing differs and a share q of the table has any sample of
-    another origin, N chosen images had shown it with probability at least 1 − (1 − q)^N.
+    seed, except for changes by the head's rounding on another machine: no more than `allowance` for an image and a
+    stream, and over all images to either side. If nothing differs and a share q of the table has any sample of another
+    origin, N chosen images had shown it with probability at least 1 − (1 − q)^N.
     """
     folder, identity, head_dtype = target.folder, stored.identity, target.config.certify.head_dtype
     if identity.certificate != "smoothed":
@@ -89,8 +87,8 @@ def run(target: Target, stored: Stored, count: int) -> None:
     surplus, spread = _together(found.values())
     if surplus > _TOGETHER * spread:
         raise UserError(
-            f"{folder}: in the ledger the certified classes lead their rivals by {surplus:,} samples more than "
-            f"now, nearly all to the same side, where rounding changes samples to either side{where}"
+            f"{folder}: in the ledger the certified classes lead their rivals by {surplus:,} samples more than now, "
+            f"nearly all to the same side, but rounding changes samples to either side{where}"
         )
     _print_differences(certification, recorded, again, sum(difference.moved for difference in found.values()))
     if len(indices) == len(known):
@@ -104,29 +102,29 @@ def run(target: Target, stored: Stored, count: int) -> None:
 
 
 def _for_another_device(target: Target, images: int, here: str, there: str) -> Target:
-    """The target with a batch no larger than needed: on another kind of device the head rounds otherwise anyway."""
+    """The target with the smallest batch that suffices; the rounding of the head differs on this device anyway."""
     config = target.config.copy_and_resolve_references()
     (most, samples), head_dtype = config.certify.tile, config.certify.head_dtype
     config.certify.tile = (min(most, max(images, 2)), samples)
     if share := _SHIFTED[head_dtype]:
         print(
-            f"note: {there!r} and {here!r} round a head in {head_dtype} in other places: {share:.0%} of an image's "
-            "samples may differ; few may on the kind of device that drew them"
+            f"note: {there!r} and {here!r} round a head in {head_dtype} differently, so up to {share:.0%} of an image's "
+            f"samples may differ; on {there!r} only a few may"
         )
     return dataclasses.replace(target, config=config)
 
 
 def allowance(samples: int, head_dtype: str, elsewhere: bool = False) -> int:
-    """By how many of its samples an image's counts in one stream may differ on another machine.
+    """The number of an image's samples in one stream that may differ on another machine.
 
-    `elsewhere`: whether that is another kind of device.
+    `elsewhere` says whether that machine has another kind of device.
     """
     shifted = math.ceil(_SHIFTED[head_dtype] * samples) if elsewhere else 0
     return shifted + math.ceil(_DEVIATIONS * math.sqrt(_TURNED[head_dtype] * samples))
 
 
 def _compare(recorded: ImageCounts, again: ImageCounts, head_dtype: str, elsewhere: bool = False) -> _Difference:
-    """Compares the counts of an image at its newest look; raises ValueError for more than `allowance`."""
+    """Compares the counts of an image at its newest look; raises ValueError for differences above `allowance`."""
     moved, selected, look = 0, recorded.counts["selection"], len(again.looks) - 1
     now, then = again.looks[look], recorded.looks[look]
     pairs = {"selection": (selected, again.counts["selection"]), "estimation": (then, now)}
@@ -146,7 +144,7 @@ def _compare(recorded: ImageCounts, again: ImageCounts, head_dtype: str, elsewhe
 
 
 def _together(differences: Collection[_Difference]) -> tuple[int, float]:
-    """The candidates' surplus over all images, and about how large it would be if each had a random sign."""
+    """The sum of all surpluses, and its standard deviation if each had a random sign."""
     surplus = np.array([difference.surplus for difference in differences], np.float64)
     return int(surplus.sum()), float(np.sqrt(np.sum(surplus**2)))
 
@@ -158,7 +156,8 @@ def _print_differences(certification: Certification, recorded: Counts, again: Co
         pairs = ([counts.images[idx] for idx in sorted(again.images)] for counts in (recorded, again))
         old, new = (certification.derivation.certificates(certification.schedule, images) for images in pairs)
         print(
-            "by rounding, as it may on another machine; with the samples drawn now "
-            f"{(old.predict != new.predict).sum():,} predictions are others, and radii {new.radius.mean():.6f} in the "
-            f"mean instead of {old.radius.mean():.6f}, {max(0.0, (old.radius - new.radius).max()):.6f} smaller at most"
+            "rounding on another machine explains this; with the samples drawn now "
+            f"{(old.predict != new.predict).sum():,} predictions differ, the mean radius is {new.radius.mean():.6f} "
+            f"instead of {old.radius.mean():.6f}, and no radius is more than "
+            f"{max(0.0, (old.radius - new.radius).max()):.6f} smaller"
         )

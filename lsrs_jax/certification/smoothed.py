@@ -1,4 +1,4 @@
-"""Certificates of the smoothed classifier: samples, their ledgers, and the table that is derived from them."""
+"""Certificates of the smoothed classifier: draws samples, writes them to ledgers, and derives the table from them."""
 
 import time
 from collections.abc import Callable, Collection, Iterable
@@ -22,21 +22,20 @@ from lsrs_jax.runtime.rng import root_key
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.runtime.workdir import Workdir
 from lsrs_jax.smoothing.arithmetic import make_arithmetic
-from lsrs_jax.smoothing.certificates import Certificates
 from lsrs_jax.smoothing.counts import Counts, ImageCounts
-from lsrs_jax.smoothing.derivation import Derivation
+from lsrs_jax.smoothing.derivation import Certificates, Derivation
 from lsrs_jax.smoothing.engine import Engine, Status
 from lsrs_jax.smoothing.schedule import Schedule, make_schedule
 
-DERIVED = ("alpha", "bound", "radii", "epsilon")  # fields of `certify` on which no sample depends
+DERIVED = ("alpha", "bound", "radii", "epsilon")  # fields of config.certify on which no sample depends
 _SECONDS_PER_DERIVATION = 60.0
 
 
 class Certification:
     """One folder: its identity, its ledgers, and the certificates derived from them.
 
-    A resumption whose identity differs in anything is refused. Each process writes its own ledger, the first one also
-    the certificates. `record` has one entry per session, `decided_images` the indices of those known to be decided.
+    Each process writes its own ledger; the first process also writes the certificates. `record` has one entry per
+    session, `decided_images` the indices of the images that are known to be decided.
     """
 
     def __init__(
@@ -45,24 +44,24 @@ class Certification:
         certify, arithmetic = config.certify, identity.arithmetic or {}
         self.folder, self.config, self.identity, self.lipschitz = folder, config, identity, lipschitz
         self.schedule, self.num_classes = schedule_of(config), identity.classes or 0
-        settings = {name: certify[name] for name in ("alpha", "bound", "epsilon")}
-        settings |= {"sigma": arithmetic["sigma"], "tau": arithmetic["tau"], "lipschitz": lipschitz.constant}
-        self.derivation = Derivation(radii=tuple(certify.radii) or None, **settings)
+        settings = {"lipschitz": lipschitz.constant, "radii": tuple(certify.radii) or None, "epsilon": certify.epsilon}
+        settings |= {"sigma": arithmetic["sigma"], "tau": arithmetic["tau"]}
+        self.derivation = Derivation(alpha=certify.alpha, bound=certify.bound, **settings)
         self.process, self.record, self.decided_images = process, list[dict[str, Any]](), set[int]()
 
     def open_ledger(self) -> ledger.Ledger:
-        """The open ledger of this process; its file is made if missing."""
+        """Opens the ledger of this process; its file is made if missing."""
         own = self.folder / ledger.name(self.process.index)
         return ledger.Ledger(own, self.schedule, self.num_classes, self.process)
 
     def decided(self, images: list[ImageCounts]) -> np.ndarray:
-        """Whether images that are at a look are decided; remembers those that are."""
+        """Whether images that are at a look are decided; remembers the decided ones."""
         found = self.derivation.decided(self.schedule, images)
         self.decided_images |= {image.idx for image, yes in zip(images, found, strict=True) if yes}
         return found
 
     def pending(self, indices: Iterable[int]) -> list[int]:
-        """Those of some images that are not known to be decided."""
+        """The indices that are not known to be decided."""
         return [idx for idx in indices if idx not in self.decided_images]
 
     def catch_up(self, counts: ledger.Ledger) -> None:
@@ -72,7 +71,7 @@ class Certification:
             self.decided(waiting)
 
     def check_slack(self, images: Collection[ImageCounts]) -> None:
-        """Raises UserError for an image with less slack than the rounding of any latent costs."""
+        """Raises UserError for an image whose slack is less than the rounding of the smallest latent."""
         arithmetic = make_arithmetic(self.config.certify.arithmetic, self.config.sigma)
         least = float(arithmetic.slack(np.zeros((1, *self.lipschitz.output_shape)))[0])
         for image in images:
@@ -83,10 +82,10 @@ class Certification:
                 )
 
     def past_sessions(self) -> list[dict[str, Any]]:
-        """The record of earlier sessions; refuses samples of another run. Without samples there is nothing to mix."""
+        """The record of earlier sessions; raises UserError if they had another identity, or if files are missing."""
         path, has_rows = self.folder / "certificates.json", ledger.has_rows(self.folder)
         if not has_rows and not (self.folder / "certificates.tsv").exists():
-            return []
+            return []  # without samples no identity matters
         if has_rows and not path.exists():
             raise UserError(f"{self.folder} holds samples but no {path.name}; restore it, or {OTHER_NAME}")
         record = store.past_sessions(path, self.identity) if path.exists() else []
@@ -98,9 +97,9 @@ class Certification:
     def derive(self, counts: ledger.Ledger, chosen: Collection[int]) -> tuple[list[ImageCounts], Certificates | None]:
         """Writes certificates.tsv and certificates.json for the images `chosen`, which have reached a look.
 
-        Returns ``(counts, certificates)`` of these images; certificates are None without any.
+        Returns the counts and the certificates of these images; without images, the certificates are None.
         """
-        counts.flush()  # no certificate without its samples on disk
+        counts.flush()  # the samples of a certificate must be on disk before it
         images = [counts.images[idx] for idx in sorted(chosen)]
         self.check_slack(images)
         certificates = derivation = table = None
@@ -122,7 +121,7 @@ def run(target: Target, process: Process, workdir: Workdir, tick: Callable[[], N
     progress.
     """
     config = target.config
-    with process.together("the preparation of the samples"):  # what sampling needs is tried out before any is drawn
+    with process.together("the preparation of the samples"):  # finds errors before any sample is drawn
         encoder, head = target.model.for_certification(target.params, config.certify.head_dtype)
         arithmetic = make_arithmetic(config.certify.arithmetic, config.sigma)
         identity = target.identity("smoothed").sampled(config, arithmetic, encoder.report.output_shape)
@@ -153,14 +152,13 @@ def _headline(target: Target, schedule: Schedule, pending: int) -> str:
     )
     if not schedule.staged:
         return line
-    until = f"the radius itself is known to {certify.epsilon:g} sigma / L"
-    if certify.radii:
-        until = f"radii {', '.join(f'{r:g}' for r in certify.radii)} are decided"
+    radii = f"radii {', '.join(f'{radius:g}' for radius in certify.radii)} are decided"
+    until = radii if certify.radii else f"the radius is known to {certify.epsilon:g} sigma / L"
     return f"{line}\nstaged: {len(schedule.looks)} looks from {schedule.looks[0]:,} samples on, until {until}"
 
 
 def check_labels(folder: Path, counts: Counts, dataset: Dataset | Photos) -> None:
-    """Raises UserError unless the rows in a folder are of images with the labels of a data set."""
+    """Raises UserError unless the images in a folder's ledgers have the labels of the data set."""
     for image in counts.images.values():
         if image.idx >= len(dataset) or image.label != dataset.labels[image.idx]:
             raise UserError(f"{folder} does not fit the data: image {image.idx} has another label in its ledger")
@@ -171,18 +169,16 @@ def _sample(
 ) -> None:
     process, start, indices = certification.process, time.monotonic(), pipeline.target.indices
     pending = certification.pending(indices)
-    session, derived = store.new_session(len(pending)), start
-    share = pending[process.index :: process.count]
-
-    def derive() -> None:
-        certification.derive(counts, certification.decided_images)
+    share, session, derived = pending[process.index :: process.count], store.new_session(len(pending)), start
 
     def begin() -> None:
-        """Called with the first samples, not before: a head that cannot be certified leaves nothing behind."""
+        """Called with the first samples, not before, so that a head that cannot be certified leaves nothing behind."""
         certification.record.append(session)
-        derive()  # images that are decided already get the derivation of this session with the first write
+        # Gives the images that are already decided the derivation settings of this session.
+        certification.derive(counts, certification.decided_images)
 
     def adopt() -> None:
+        """Takes over the samples of the other processes."""
         workdir.pull()
         counts.refresh()
         certification.catch_up(counts)
@@ -192,7 +188,7 @@ def _sample(
         found = certification.decided(images)
         if process.leads and time.monotonic() - derived > _SECONDS_PER_DERIVATION:
             adopt()
-            derive()
+            certification.derive(counts, certification.decided_images)
             derived = time.monotonic()
         return found
 
@@ -202,8 +198,7 @@ def _sample(
 
     total, before, first = len(indices), len(indices) - len(pending), begin
     if process.count > 1:
-        # The identity must be on disk before any process writes a sample.
-        with process.together("the first samples"):
+        with process.together("the first samples"):  # the identity must be on disk before any sample
             if process.leads:
                 begin()
                 workdir.push()
@@ -222,9 +217,9 @@ def _sample(
 
 
 def from_counts(folder: Path, config: Config) -> None:
-    """Derives certificates anew from the ledgers in a folder: no model, no data, no forward pass.
+    """Derives new certificates from the ledgers in a folder, without model, data or samples.
 
-    Raises UserError where the ledgers cannot support what the configuration asks for.
+    Raises UserError if the ledgers do not have the samples that the configuration asks for.
     """
     certify, stored = config.certify, store.read_folder(folder, "to derive from")
     held = stored.identity.certificate
@@ -238,8 +233,8 @@ def from_counts(folder: Path, config: Config) -> None:
         chosen = [idx for idx in counts.images if counts.at_a_look(idx)]
         indices = range(certify.start, certify.stop or max(chosen, default=0) + 1, certify.step)
         if not any(idx in indices for idx in chosen):
-            remedy = "run certify without --from-counts first"
-            raise UserError(f"no image of this selection in {folder} has all its samples; {remedy}")
+            none = f"no image of this selection in {folder} has all its samples"
+            raise UserError(f"{none}; run certify without --from-counts first")
         found = certification.derive(counts, chosen)
     print(f"alpha {certify.alpha}, {certify.bound} bound, from the samples of {len(chosen):,} images")
     if left_out := len(counts.images) - len(chosen):
@@ -250,11 +245,10 @@ def from_counts(folder: Path, config: Config) -> None:
 def reopen(folder: Path, config: Config, stored: store.Stored) -> Certification:
     """The `Certification` of the ledgers in a folder, from its certificates.json.
 
-    Raises UserError where the samples were drawn under another configuration, or where numbers from which radii follow
+    Raises UserError if the samples were drawn under another configuration, or if numbers that determine the radii
     contradict each other.
     """
-    identity, certify = stored.identity, config.certify
-    facts = identity.arithmetic or {}
+    identity, certify, facts = stored.identity, config.certify, stored.identity.arithmetic or {}
     wanted = sampling_facts(config) | {"arithmetic": certify.arithmetic}
     drawn = {name: getattr(identity, name) for name in wanted} | {"arithmetic": facts.get("name")}
     own, claimed = (
@@ -268,7 +262,7 @@ def reopen(folder: Path, config: Config, stored: store.Stored) -> Certification:
             raise UserError(f"the samples in {folder} were drawn with {name} {old!r}, not {new!r}: {remedy}")
     arithmetic = make_arithmetic(certify.arithmetic, config.sigma)
     if facts != arithmetic_facts(arithmetic, stored.lipschitz.output_shape):
-        why = "its arithmetic is not that of the configuration and the latent"
+        why = "its arithmetic does not fit the configuration and the latent"
         raise UserError(f"{folder / 'certificates.json'} is damaged ({why}); restore it, or {OTHER_NAME}")
     certification = Certification(folder, config, identity, stored.lipschitz)
     certification.record = stored.record
@@ -294,12 +288,12 @@ def _print_summary(
     largest = derivation.largest_radius(schedule, slack)
     if largest <= 0:
         settings = f"n={schedule.n} and alpha={derivation.alpha}"
-        print(f"note: with {settings} nothing is certified even where all samples agree; raise certify.n")
+        print(f"note: with {settings} nothing is certified even if all samples agree; raise certify.n")
     elif schedule.staged:
         fixed = derivation.largest_radius(make_schedule("fixed", schedule.n0, schedule.n, schedule.samples), slack)
-        between = "; between the radii asked for, a radius says only which of them it reaches"
+        between = "; a radius says only which of the radii asked for it reaches" if derivation.radii else ""
         print(
             f"staged: alpha is split over {len(schedule.looks)} looks, so the largest radius is {largest:.4f} instead "
-            f"of {fixed:.4f} with the fixed schedule; near it radii are lost, below {0.85 * fixed:.4f} hardly any"
-            + (between if derivation.radii else "")
+            f"of {fixed:.4f} with the fixed schedule; radii near it shrink, radii below {0.85 * fixed:.4f} hardly do"
+            f"{between}"
         )

@@ -15,12 +15,10 @@ from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.rng import check_key
 from lsrs_jax.runtime.validate import array, numbers
 from lsrs_jax.smoothing import confidence
-from lsrs_jax.smoothing.certificates import Certificates
 from lsrs_jax.smoothing.counts import Counts
-from lsrs_jax.smoothing.derivation import Derivation, check_lipschitz
+from lsrs_jax.smoothing.derivation import Certificates, Derivation, check_lipschitz
 from lsrs_jax.smoothing.engine import Engine, Images, Status
 from lsrs_jax.smoothing.head_check import Head
-from lsrs_jax.smoothing.prediction import predict_classes
 from lsrs_jax.smoothing.sampler import Sampler, check_settings
 from lsrs_jax.smoothing.schedule import make_schedule
 
@@ -108,7 +106,7 @@ class SmoothedClassifier:
 
         Returns `Certificates` with all counts in ``samples``. Raises UserError (a ValueError) for every bad input.
 
-        **Guarantee**: that of `certificates.from_counts`; the grid and the total variation of the drawn noise are
+        **Guarantee**: that of `derivation.from_counts`; the grid and the total variation of the drawn noise are
         subtracted (`arithmetic.GridArithmetic`). With shared noise each certificate holds with probability 1 − alpha,
         but failures of different latents are correlated. Counts of another head are refused, if its logits differ at
         some random latents.
@@ -161,7 +159,7 @@ class SmoothedClassifier:
         latents = _check_latents(x)
         confidence.check_alpha(alpha)
         make_schedule("fixed", 1, n, self._settings["tile"][1])
-        return predict_classes(self.sampler(latents.shape[1:]), check_key(key), latents, n, float(alpha))
+        return self.sampler(latents.shape[1:]).predict(latents, check_key(key), n, float(alpha))
 
 
 def certify(

@@ -1,4 +1,4 @@
-"""Confidence bounds for counts, and the partition of an image's classes into buckets. NumPy and SciPy only.
+"""Confidence bounds and a test for counts; the partition of classes into buckets. NumPy and SciPy only.
 
 The bounds are those of Clopper and Pearson, in float64. The binary bound p_B = 1 − p_A treats all rivals as one. A
 bound on one rival alone would be unsound: it may not be the strongest one. So the selection samples divide the rivals
@@ -6,6 +6,7 @@ into buckets, before any estimation sample is drawn, and every bucket is bounded
 every rival.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -201,3 +202,24 @@ def bounds(counts: np.ndarray, bucket: np.ndarray, count: np.ndarray, alpha: flo
         largest[rows] = np.maximum(largest[rows], trusted_upper(samples, n[rows], each[rows]))
     p_b[several] = np.minimum(p_b[several], largest[several])
     return p_a, p_b
+
+
+def leaders(counts: Int[np.ndarray, "images classes"], alpha: float, tau: float) -> Int[np.ndarray, " images"]:
+    """The class with the most samples, or −1 where the second has not significantly fewer (PREDICT, Cohen et al. 2019).
+
+    If two classes are equally probable, half of the samples in either of them fall in each. τ can move that half by at
+    most τ over the probability of the two together. A hundredth of the level pays for a lower bound on that
+    probability, for all pairs of classes at once, because the samples themselves choose the pair.
+    """
+    rows, leader = np.arange(len(counts)), counts.argmax(axis=1)
+    first, others = counts[rows, leader], counts.copy()
+    others[rows, leader] = -1
+    both, half, level = first + others.max(axis=1), np.float64(0.5), alpha
+    if tau:
+        pairs = math.comb(counts.shape[1], 2)
+        together = trusted_lower(both, counts.sum(axis=1), alpha / 100 / pairs)
+        half = 0.5 + tau / np.maximum(together - tau, 1e-300)
+        level = 0.99 * alpha
+    # P[at least `first` of `both`]
+    certain = 2 * special.betainc(first, both - first + 1, np.minimum(half, 1.0)) <= level
+    return np.where(certain, leader, -1)

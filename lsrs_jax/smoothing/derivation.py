@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from scipy import special
 
 from lsrs_jax.runtime.errors import UserError
-from lsrs_jax.runtime.validate import choice, numbers, real
+from lsrs_jax.runtime.validate import array, choice, numbers, real
 from lsrs_jax.smoothing import confidence
 from lsrs_jax.smoothing.counts import Counts, ImageCounts
 from lsrs_jax.smoothing.schedule import Schedule
@@ -54,11 +54,9 @@ def certified_radius(
     except ValueError as error:
         shapes = f"{p_a.shape}, {p_b.shape}, {slack.shape}"
         raise UserError(f"probabilities and slack do not fit: their shapes are {shapes}") from error
-    if np.any(~((p_a >= 0) & (p_a <= 1) & (p_b >= 0) & (p_b <= 1))) or np.any(~((slack >= 0) & np.isfinite(slack))):
-        raise UserError("probabilities must lie in [0, 1] and slack must be finite and not negative")
-    # These bounds give an infinite radius, which no count can prove.
-    if np.any(p_a == 1) or np.any(p_b == 0):
-        raise UserError("a bound of exactly 1 (or 0) certifies everything and cannot come from counts")
+    if not np.all((p_a >= 0) & (p_a < 1) & (p_b > 0) & (p_b <= 1) & (slack >= 0) & np.isfinite(slack)):
+        allowed = "0 <= p_a_lower < 1, 0 < p_b_upper <= 1 (no count proves certainty), and a finite slack >= 0"
+        raise UserError(f"a radius needs {allowed}")
     return trusted_radius(p_a, p_b, float(sigma), float(lipschitz), slack)
 
 
@@ -90,19 +88,15 @@ class Certificates:
 
 @dataclasses.dataclass(frozen=True)
 class Derivation:
-    """The settings that turn counts into certificates; `sigma`, `lipschitz` and `tau` as in `certificates.from_counts`.
-
-    `radii` are the radii to decide, in units of the certificate; 0, whether anything is certified, is always decided.
-    None: the radius itself is wanted, to within `epsilon` units of σ/L.
-    """
+    """The settings that turn counts into certificates; `sigma`, `lipschitz` and `tau` as in `from_counts`."""
 
     sigma: float
     alpha: float  # per image, divided evenly over the looks of the schedule
     bound: str = "binary"
     lipschitz: float = 1.0
     tau: float = 0.0
-    radii: tuple[float, ...] | None = None
-    epsilon: float = 0.05
+    radii: tuple[float, ...] | None = None  # the radii to decide, besides 0; None to find the radius itself
+    epsilon: float = 0.05  # without radii, how precisely to find the radius, in units of σ/L
 
     def __post_init__(self) -> None:
         check_sigma(self.sigma)
@@ -122,7 +116,7 @@ class Derivation:
     def certificates(self, schedule: Schedule, images: Sequence[ImageCounts]) -> Certificates:
         """`Certificates` of images that have reached a look.
 
-        **Guarantee**: that of `certificates.from_counts`, whatever rule decided at which look an image stopped.
+        **Guarantee**: that of `from_counts`, whatever rule decided at which look an image stopped.
         """
         selection, rows = np.stack([i.counts["selection"] for i in images]), np.concatenate([i.looks for i in images])
         lengths, slack = np.array([len(i.looks) for i in images]), np.array([i.slack for i in images])
@@ -137,7 +131,7 @@ class Derivation:
         slack: np.ndarray,
         looks: int,
     ) -> Certificates:
-        """`certificates.from_counts` for arrays that were checked.
+        """`from_counts` for arrays that were checked.
 
         `rows` are the cumulative estimation counts of all images, first the ``lengths[0]`` rows of image 0; `horizon`
         is the number of estimation samples at the last look, `looks` the number of looks that share alpha.
@@ -204,3 +198,91 @@ class Derivation:
         n, share = schedule.n, self.alpha / len(schedule.looks)
         p_a = np.maximum(confidence.trusted_lower(n, n, share) - self.tau, 0.0)
         return float(trusted_radius(p_a, 1 - p_a, self.sigma, self.lipschitz, np.array(slack)))
+
+
+def from_counts(
+    selection: Any,
+    estimation: Any,
+    *,
+    sigma: float,
+    alpha: float,
+    bound: str = "binary",
+    looks: Any = None,
+    lipschitz: float = 1.0,
+    slack: Any = 0.0,
+    tau: float = 0.0,
+) -> Certificates:
+    """Certificates from two independent sets of counts (Cohen et al. 2019, CERTIFY).
+
+    Args:
+      selection: integers ``(images, classes)``; they choose the candidate class (the lowest of equals) and, under
+        ``"multiclass"``, the buckets; nothing else.
+      estimation: integers ``(images, classes)`` from fresh noise; each row sums to at least 1 and at most 2**27. With
+        `looks`: for each image the cumulative counts ``(looks reached, classes)``.
+      sigma, lipschitz, slack: as in `certified_radius`.
+      alpha: failure probability per image.
+      bound: ``"binary"`` (p_B = 1 − p_A) or ``"multiclass"`` (class partitioning; Delattre et al. 2025): each bucket of
+        rivals has an upper bound of its own.
+      looks: all numbers of samples at which an image may have stopped, fixed beforehand; α is divided evenly over them,
+        and each image keeps the best bounds of the looks it reached. None: the sum of each row was fixed beforehand.
+      tau: total variation between the sampled noise and the Gaussian; it worsens both probabilities.
+
+    **Guarantee**: for each image separately, with probability at least 1 − alpha over the estimation samples, the
+    smoothed classifier returns ``predict`` everywhere within ``radius`` of the image, or the row abstains. Assumes
+    that the samples of an image are independent draws of one distribution, within `tau` of the Gaussian's, and that
+    selection and estimation samples are independent. With `looks` it holds for any rule of stopping at one of them,
+    because all the bounds at all the looks hold together (union bound).
+    """
+    derivation, slack = Derivation(sigma, alpha, bound, lipschitz, tau), numbers("slack", slack)
+    selection = _counts("selection", selection)
+    if looks is None:
+        rows = _counts("estimation", estimation)
+        lengths, share, horizon = np.ones(len(rows), int), 1, rows.sum(axis=1)
+    else:
+        found = array("looks", looks)
+        if found.ndim != 1 or not found.size or found.dtype.kind not in "iu" or not (found[1:] > found[:-1]).all():
+            raise UserError(f"from_counts takes looks that grow, whole numbers of samples, got {looks!r}")
+        if found[-1] > confidence.MAX_SAMPLES:
+            raise UserError(f"looks must not be above 2**27 samples, got {found[-1]}")
+        rows, lengths = _rows_at_looks(estimation, found)
+        share, horizon = len(found), np.full(len(selection), found[-1])
+    shape = len(lengths), rows.shape[1]
+    if selection.shape != shape:
+        raise UserError(f"selection counts {selection.shape} and estimation counts {shape} differ in shape")
+    if slack.shape not in ((), shape[:1]) or np.any(~((slack >= 0) & np.isfinite(slack))):
+        raise UserError("slack must be finite and not negative, one number or one per image")
+    return derivation.derive(selection, rows, lengths, horizon, slack, share)
+
+
+def _rows_at_looks(
+    estimation: Any, looks: Int[np.ndarray, " looks"]
+) -> tuple[Int[np.ndarray, "rows classes"], Int[np.ndarray, " images"]]:
+    """All rows of all images, and the number of rows of each; raises UserError for rows that fit no looks."""
+    try:
+        parts = [_integers("estimation", part) for part in list(estimation)]
+    except TypeError as error:
+        raise UserError(f"with looks, estimation counts are cumulative counts for each image: {error}") from error
+    if not parts or len({part.shape[1] for part in parts}) > 1:
+        raise UserError("estimation counts need the same classes for every image")
+    for part in parts:
+        if part.sum(axis=1).tolist() != looks[: len(part)].tolist() or (np.diff(part, axis=0) < 0).any():
+            expected, got = f"at the first of the looks {looks.tolist()}", part.sum(axis=1)
+            raise UserError(f"estimation counts must be cumulative counts {expected}, got {got} samples")
+    return _counts("estimation", np.concatenate(parts)), np.array([len(part) for part in parts])
+
+
+def _integers(name: str, counts: Any) -> Int[np.ndarray, "images classes"]:
+    counts = array(f"{name} counts", counts, "integers")
+    if counts.ndim != 2 or counts.shape[1] < 2 or not len(counts) or counts.dtype.kind not in "iu":
+        got = f"{counts.dtype} {counts.shape}"
+        raise UserError(f"{name} counts must be integers of shape (images, classes >= 2), got {got}")
+    return counts.astype(np.int64)  # a count that does not fit becomes negative
+
+
+def _counts(name: str, counts: Any) -> Int[np.ndarray, "images classes"]:
+    counts = _integers(name, counts)
+    total = counts.sum(axis=1)
+    # Each entry is checked too: the sum of huge counts may wrap around.
+    if counts.min() < 0 or max(counts.max(), total.max()) > confidence.MAX_SAMPLES or total.min() < 1:
+        raise UserError(f"{name} counts must not be negative, and sum to at least one and at most 2**27 per image")
+    return counts

@@ -19,7 +19,7 @@ from lsrs_jax.runtime.mesh import AXIS, local_mesh, replicated, split
 from lsrs_jax.runtime.rng import check_key, domain_key, pinned
 from lsrs_jax.runtime.validate import choice
 from lsrs_jax.smoothing.arithmetic import ARITHMETICS, make_arithmetic
-from lsrs_jax.smoothing.confidence import MAX_SAMPLES
+from lsrs_jax.smoothing.confidence import MAX_SAMPLES, leaders
 from lsrs_jax.smoothing.derivation import check_sigma
 from lsrs_jax.smoothing.head_check import Head, check_head, check_logits
 from lsrs_jax.smoothing.schedule import block_count
@@ -237,3 +237,12 @@ class Sampler:
         """Counts of n samples for up to a batch of float64 latents, in one launch."""
         batch, blocks = self.put(self.quantize(latents), ids), block_count(n, self.tile[1])
         return self.collect(self.launch(batch, self.keys(key)[stream], 0, blocks, n), len(latents))
+
+    def predict(
+        self, latents: Float[np.ndarray, "images *latent"], key: jax.Array, n: int, alpha: float
+    ) -> Int[np.ndarray, " images"]:
+        """`api.SmoothedClassifier.predict` for float64 latents."""
+        size = self.tile[0]
+        parts = [range(start, min(start + size, len(latents))) for start in range(0, len(latents), size)]
+        counts = [self.one_batch(latents[part], key, "prediction", n, part) for part in parts]
+        return leaders(np.concatenate(counts), alpha, self.tau)
