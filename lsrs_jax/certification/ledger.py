@@ -80,7 +80,7 @@ def _count(counts: Counts, contents: Mapping[Path, tuple[bytes, int]]) -> None:
             for number, line in enumerate(content[offset:].split(b"\n")[:-1], first):
                 rows.append((_parse(line.decode("utf-8"), counts), path, number))
         rows.sort(key=lambda found: (found[0].idx, order.index(found[0].stream), found[0].first))
-        for row, path, number in rows:
+        for row, path, number in rows:  # noqa: B007 (the error names them)
             counts.count(row)
     except ValueError as error:
         raise UserError(f"{path} line {number} is damaged ({error}); restore the file, or {OTHER_NAME}") from error

@@ -38,9 +38,7 @@ def certified_margin(
     check_lipschitz(lipschitz)
     logits, slack = numbers("logits", logits), numbers("slack", slack)
     if logits.ndim != 2 or logits.shape[1] < 2 or not np.all(np.abs(logits) <= _LARGEST):
-        raise UserError(
-            f"logits must be finite numbers of shape (images, classes >= 2), up to 1e300, got {logits.shape}"
-        )
+        raise UserError(f"logits must be finite numbers of shape (N, K >= 2), up to 1e300, got {logits.shape}")
     if slack.shape not in ((), logits.shape[:1]) or np.any(~((slack >= 0) & np.isfinite(slack))):
         raise UserError("slack must be finite and not negative, one number or one per image")
     distances = _distances(weights, logits.shape[1])

@@ -86,9 +86,9 @@ def run(target: Target, stored: Stored, count: int) -> None:
     status.show()
     surplus, spread = _together(found.values())
     if surplus > _TOGETHER * spread:
+        leads = f"in the ledger the certified classes lead their rivals by {surplus:,} samples more than now"
         raise UserError(
-            f"{folder}: in the ledger the certified classes lead their rivals by {surplus:,} samples more than now, "
-            f"nearly all to the same side, but rounding changes samples to either side{where}"
+            f"{folder}: {leads}, nearly all to the same side, but rounding moves them to either side{where}"
         )
     _print_differences(certification, recorded, again, sum(difference.moved for difference in found.values()))
     if len(indices) == len(known):
@@ -107,10 +107,8 @@ def _for_another_device(target: Target, images: int, here: str, there: str) -> T
     (most, samples), head_dtype = config.certify.tile, config.certify.head_dtype
     config.certify.tile = (min(most, max(images, 2)), samples)
     if share := _SHIFTED[head_dtype]:
-        print(
-            f"note: {there!r} and {here!r} round a head in {head_dtype} differently, so up to {share:.0%} of an image's "
-            f"samples may differ; on {there!r} only a few may"
-        )
+        differ = f"up to {share:.0%} of an image's samples may differ; on {there!r} only a few may"
+        print(f"note: {there!r} and {here!r} round a head in {head_dtype} differently: {differ}")
     return dataclasses.replace(target, config=config)
 
 
@@ -132,11 +130,10 @@ def _compare(recorded: ImageCounts, again: ImageCounts, head_dtype: str, elsewhe
         samples, change = int(drawn.sum()), int(np.abs(found - drawn).sum()) // 2
         if change > allowance(samples, head_dtype, elsewhere):
             worst = int(np.abs(found - drawn).argmax())
-            raise ValueError(
-                f"of the {samples:,} {stream} samples for image {again.idx} {change:,} are not those of the network: "
-                f"class {worst} has {found[worst]:,} in the ledger, {drawn[worst]:,} now; the certificates are "
-                "not of this checkpoint, sigma and seed"
-            )
+            of_image = f"of the {samples:,} {stream} samples for image {again.idx}"
+            of_class = f"class {worst} has {found[worst]:,} in the ledger, {drawn[worst]:,} now"
+            why = "the certificates are not of this checkpoint, sigma and seed"
+            raise ValueError(f"{of_image} {change:,} are not those of the network: {of_class}; {why}")
         moved += change
     candidate, surplus = int(selected.argmax()), then - now
     rival = int(np.where(np.arange(len(now)) == candidate, -1, now).argmax())

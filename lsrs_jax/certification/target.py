@@ -63,11 +63,10 @@ def load_target(workdir: Path, config: Config, step: int | None = None) -> Targe
         raise UserError(f"no image to certify: certify.start={certify.start} in a split of {len(dataset)}")
     trained, found = trained_on(workdir), {"input_shape": list(dataset.shape), "classes": dataset.num_classes}
     if trained and trained != found:  # convolutions would take images of another shape
-        raise UserError(
-            f"the network in {workdir} was trained on images of shape {trained.get('input_shape')} in "
-            f"{trained.get('classes')} classes, but {dataset.name} has the shape {found['input_shape']} and "
-            f"{found['classes']} classes: certify another data.name, or train a network on this one"
-        )
+        was = f"trained on images of shape {trained.get('input_shape')} in {trained.get('classes')} classes"
+        now = f"{dataset.name} has the shape {found['input_shape']} and {found['classes']} classes"
+        remedy = "certify another data.name, or train a network on this one"
+        raise UserError(f"the network in {workdir} was {was}, but {now}: {remedy}")
     model = models.build(config.model, dataset.shape, dataset.num_classes)
     params, meta = restore(workdir, model, step)
     if step is None and meta["step"] < config.train.steps:

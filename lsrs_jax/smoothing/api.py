@@ -28,8 +28,8 @@ class SmoothedClassifier:
 
     Args:
       head: any function latents ``(B, …)`` float32 → logits ``(B, K)`` with independent, deterministic rows: Flax,
-        Equinox, NNX or plain JAX. With images as latents this is input-space smoothing. The head is compiled at the
-        first call: make a new object when its parameters change.
+        Equinox, NNX or plain JAX. With images as latents this is input-space smoothing. Make a new object when the
+        parameters change.
       sigma: standard deviation of the noise, in units of the latents.
       lipschitz: Lipschitz constant of the encoder that made the latents; radii are divided by it.
       arithmetic: ``"sound"`` (exact grid arithmetic, `arithmetic.GridArithmetic`) or ``"float32"`` (the classic).
@@ -86,8 +86,7 @@ class SmoothedClassifier:
         """Certifies latents ``(N, …)``, floating point.
 
         Args:
-          x: the latents. If an encoder computed them in less than float64, its rounding is not covered: give it as
-            `slack`, or encode in float64.
+          x: the latents. Rounding by an encoder below float64 is not covered: give it as `slack`, or encode in float64.
           key: a typed threefry key, ``jax.random.key(seed, impl="threefry2x32")``. Certification draws from a domain of
             its own, so the seed may be that of the training.
           n0: samples that choose the class.
@@ -95,13 +94,10 @@ class SmoothedClassifier:
           alpha: failure probability per latent.
           bound: ``"binary"``, or ``"multiclass"`` for larger radii where no class has half of the samples.
           schedule: ``"fixed"``, or ``"staged"``: samples up to growing looks, until the answer is decided.
-          radii: for staged: the radii to decide (0 is always decided: whether anything is certified). None: the radius
-            itself.
-          epsilon: for staged without radii: how far the radius may stay below that of n samples, in multiples of
-            sigma/lipschitz.
+          radii: if staged: the radii to decide (and always 0, any certificate). None: the radius itself.
+          epsilon: if staged without radii: how far the radius may stay below that of n samples, in sigma/lipschitz.
           slack: ℓ2 error of the latents, in their units, which is subtracted too: one number, or one per latent.
-          counts: ``samples`` of earlier certificates of the same head, latents, key and schedule, to which new samples
-            are added.
+          counts: ``samples`` of earlier certificates of the same head, latents, key and schedule, to be continued.
           progress: function of a line of text, such as ``print``; called every few seconds.
 
         Returns `Certificates` with all counts in ``samples``. Raises UserError (a ValueError) for every bad input.

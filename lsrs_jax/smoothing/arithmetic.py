@@ -47,10 +47,8 @@ class GridArithmetic:
         """
         limit = discrete_gaussian.MAX_LATENT * self._spacing
         if np.abs(latents).max(initial=0) > limit:
-            raise UserError(
-                f"latents reach beyond {limit:g}, the range of the grid for sigma={self.sigma:g}: scale them, use a "
-                "larger sigma, or arithmetic='float32'"
-            )
+            limits = f"{limit:g}, the range of the grid for sigma={self.sigma:g}"
+            raise UserError(f"latents reach beyond {limits}: scale them, or use a larger sigma or arithmetic='float32'")
         return np.rint(latents / self._spacing).astype(np.int32)
 
     def slack(self, latents: Float[np.ndarray, "images *latent"]) -> Float[np.ndarray, " images"]:

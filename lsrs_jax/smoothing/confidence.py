@@ -62,10 +62,7 @@ def _bisect(holds: Callable[[np.ndarray], np.ndarray], sound: np.ndarray, beyond
 def lower(k: Any, n: Any, alpha: Any) -> Float[np.ndarray, "..."]:
     """One-sided lower confidence bound for a probability (Clopper and Pearson 1934); 0 where k = 0.
 
-    Args:
-      k: successes, integers, any shape.
-      n: trials, integers, broadcastable; from 1 to 2**27.
-      alpha: failure probability, broadcastable; at least 1e-110.
+    Takes arrays that broadcast: k successes in n trials (integers, n from 1 to 2**27), failure probability alpha.
 
     **Guarantee**: if k ~ Binomial(n, p) then P[lower(k, n, alpha) > p] ≤ alpha for every p. Numerical error is
     rounded towards 0.
@@ -108,17 +105,15 @@ def trusted_upper(k: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> Float[np.ndar
     k, n, alpha = np.broadcast_arrays(k, n, alpha)
     with np.errstate(invalid="ignore"):
         bound = special.betainccinv(k + 1, n - k, alpha)
-    # SciPy returns NaN where it finds no inverse; the bound is then 1.
-    bound = np.where(k == n, 1.0, np.fmin(bound + _MARGIN, 1.0))
+    bound = np.where(k == n, 1.0, np.fmin(bound + _MARGIN, 1.0))  # 1 also for a NaN, where SciPy finds no inverse
 
     def holds(p: np.ndarray, at: Any = ...) -> np.ndarray:
         """Whether P[Binomial(n, p) <= k] <= alpha."""
         return special.betaincc((k + 1)[at], (n - k)[at], p) <= alpha[at]
 
     wrong = (k < n) & ~(holds(bound) & ~holds(bound - _LOOSE))
-    bound[wrong] = np.minimum(
-        _bisect(lambda p: holds(p, wrong), np.ones(wrong.sum()), np.zeros(wrong.sum())) + _MARGIN, 1.0
-    )
+    found = _bisect(lambda p: holds(p, wrong), np.ones(wrong.sum()), np.zeros(wrong.sum()))
+    bound[wrong] = np.minimum(found + _MARGIN, 1.0)
     return bound[()]
 
 
@@ -132,16 +127,12 @@ def partition(
 ) -> tuple[Int[np.ndarray, "images classes"], Int[np.ndarray, " images"]]:
     """Divides the classes of each image into buckets by its `selection` counts.
 
-    Args:
-      n: estimation samples to come; must not depend on the estimation counts themselves.
-      alpha: failure probability of all bounds of an image together.
-      bound: ``"binary"`` or ``"multiclass"``.
+    `n` is the number of estimation samples to come, which must not depend on the estimation counts themselves; `alpha`
+    is the failure probability of all bounds of an image together.
 
-    Returns:
-      ``(bucket, count)``: the bucket of every class, and the number of buckets of rivals. Bucket 0 is the candidate
-      alone (the lowest of equals); the rivals are in the buckets 1 … count. One bucket is the binary bound.
-
-    ``"multiclass"`` puts the m strongest rivals in buckets of their own and deals all others out to g more buckets. It
+    Returns ``(bucket, count)``: the bucket of every class, and the number of buckets of rivals. Bucket 0 is the
+    candidate alone (the lowest of equals); the rivals are in the buckets 1 … count. One bucket is the ``"binary"``
+    bound. ``"multiclass"`` puts the m strongest rivals in buckets of their own and deals all others out to g more. It
     takes the m and g with the largest radius under the assumption that probabilities are the shares in the selection.
     """
     images, classes = selection.shape
@@ -207,7 +198,7 @@ def bounds(counts: np.ndarray, bucket: np.ndarray, count: np.ndarray, alpha: flo
 def leaders(counts: Int[np.ndarray, "images classes"], alpha: float, tau: float) -> Int[np.ndarray, " images"]:
     """The class with the most samples, or −1 where the second has not significantly fewer (PREDICT, Cohen et al. 2019).
 
-    If two classes are equally probable, half of the samples in either of them fall in each. τ can move that half by at
+    If two classes are equally probable, each gets half of the samples that fall in either. τ can move that half by at
     most τ over the probability of the two together. A hundredth of the level pays for a lower bound on that
     probability, for all pairs of classes at once, because the samples themselves choose the pair.
     """

@@ -40,7 +40,7 @@ def certified_radius(
       p_a_lower: lower bound on the probability of the class.
       p_b_upper: upper bound on the probability of every other class; 1 − p_a_lower gives the binary bound σΦ⁻¹(p_A).
       sigma: standard deviation of the sampled noise, in units of the latent (`sigma` of the arithmetic).
-      lipschitz: constant of the encoder from images to latents.
+      lipschitz: Lipschitz constant of the encoder from images to latents.
       slack: ℓ2 distance in the latent that is subtracted for rounding, per image or one number.
 
     **Guarantee**: if both bounds hold and the encoder is ``lipschitz``-Lipschitz, the smoothed classifier keeps its
@@ -150,11 +150,10 @@ class Derivation:
         return Certificates(predict, np.where(abstain, 0.0, radius), last, last.sum(axis=1), p_a, p_b, abstain)
 
     def decided(self, schedule: Schedule, images: Sequence[ImageCounts]) -> Bool[np.ndarray, " images"]:
-        """Whether images that are at a look are decided: more samples would not change the wanted answer.
+        """Whether images at a look are decided: even in an optimistic future, more samples would not change the answer.
 
-        Assumes an optimistic future, in which the candidate gets its share of all samples to come at the upper limit of
-        its probability (level .01). If even the radius after the last look would then decide nothing more, the image is
-        decided. Stopping early can shrink a radius but never falsify one, so this rule needs no part of α.
+        In that future the candidate gets its share of the samples to come at the upper limit of its probability (level
+        .01). Stopping early can shrink a radius but never falsify one, so this rule needs no part of α.
         """
         done = np.array([len(image.looks) == len(schedule.looks) for image in images])
         rest = np.flatnonzero(~done)
@@ -165,7 +164,7 @@ class Derivation:
             if self.radii is None:
                 done[rest] = best <= now.radius + self.epsilon * self.sigma / self.lipschitz
             else:
-                # A radius of 0 stands for abstention; so the smallest positive number stands for any certificate.
+                # The smallest positive number stands for "certified at all"; a radius of 0 is an abstention.
                 wanted = np.unique(np.maximum([0.0, *self.radii], np.nextafter(0, 1)))
                 following = np.searchsorted(wanted, now.radius, side="right")
                 done[rest] = best < np.append(wanted, np.inf)[following]

@@ -58,8 +58,8 @@ _FIXED = 128  # fractional bits; with up to 2**19 steps of a recurrence the erro
 def _masses(steps: fractions.Fraction) -> list[int]:
     """P[|round(δ/q)| = j] · 2⁶³ as integers that add up to 2⁶³, for σ/q = `steps`.
 
-    A recurrence of two factors gives the density at the cells' centres. With two more terms of the Taylor series it
-    gives the integral over each cell, up to a remainder below 2⁻⁷⁰ relative.
+    A recurrence gives the density at the cells' centres, and two more terms of the Taylor series the integral over each
+    cell, up to a remainder below 2⁻⁷⁰ relative.
     """
     one = 1 << _FIXED
     h2 = 1 / steps**2  # squared width of a cell in units of σ

@@ -47,8 +47,7 @@ class Status:
     def __init__(self, schedule: Schedule, total: int, decided: int, say: Callable[[str], object]) -> None:
         self._schedule, self._total, self._decided, self._say = schedule, total, decided, say
         self._finished = self._finished_samples = self._drawn = 0
-        self._measured: tuple[float, int] | None = None
-        self._shown = time.monotonic()
+        self._measured, self._shown = None, time.monotonic()
 
     def count(self, samples: int) -> None:
         """Counts new samples; says the line every two seconds."""
@@ -72,9 +71,9 @@ class Status:
         rate = (self._drawn - before) / max(now - start, 1e-9)
         most = (self._total - self._decided) * (self._schedule.n0 + self._schedule.n)
         left = duration(max(0, most - max(0, self._drawn - self._finished_samples)) / rate) if rate > 0 else "unknown"
+        left = f"at most {left}" if self._schedule.staged else left
         mean = f"  {self._finished_samples / self._finished:,.0f} samples per image" if self._finished else ""
-        left = f"at most {left} left" if self._schedule.staged else f"{left} left"
-        self._say(f"{self._decided:>6,} of {self._total:,} images decided{mean}  {rate:,.0f} samples/s  {left}")
+        self._say(f"{self._decided:>6,} of {self._total:,} images decided{mean}  {rate:,.0f} samples/s  {left} left")
 
 
 class Engine:

@@ -62,10 +62,8 @@ def check_head(head: Head, shape: tuple[int, ...]) -> tuple[int, str]:
         masked = np.isinf(before) & (before == after)  # a head may mask a class with an infinite logit
         before, after = np.where(masked, 0, before), np.where(masked, 0, after)
         if not (np.abs(after - before) <= tolerance * (1 + np.abs(before))).all():
-            raise UserError(
-                "the head's rows depend on each other (batch statistics?): each row must be a function of its own "
-                "latent alone; evaluate normalisation with stored statistics"
-            )
+            remedy = "a row may depend on its own latent alone; evaluate normalisation with stored statistics"
+            raise UserError(f"the head's rows depend on each other (batch statistics?): {remedy}")
     return out.shape[1], hashlib.sha256(found.tobytes()).hexdigest()
 
 
@@ -74,10 +72,9 @@ def _output(head: Head, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
     try:
         out = jax.eval_shape(head, jax.ShapeDtypeStruct(shape, jnp.float32))
     except Exception as error:  # whatever the caller's function raises
-        raise UserError(
-            "the head must be a function latents -> logits (for a Flax module: lambda z: net.apply(variables, z)) "
-            f"and does not accept latents {shape}: {first_line(error)}"
-        ) from error
+        expected = "a function latents -> logits (for a Flax module: lambda z: net.apply(variables, z))"
+        why = f"it does not accept latents {shape}: {first_line(error)}"
+        raise UserError(f"the head must be {expected}; {why}") from error
     real = hasattr(out, "dtype") and not jnp.issubdtype(out.dtype, jnp.complexfloating)
     if not real or len(out.shape) != 2 or out.shape[0] != shape[0] or out.shape[1] < 2:
         raise UserError(f"the head must return logits (B, K >= 2) for latents {shape}, got {out}")
@@ -87,7 +84,4 @@ def _output(head: Head, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
 def check_logits(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
     """Raises UserError for logits of a new shape: a head is traced several times, and may differ each time."""
     if shape != expected:
-        raise UserError(
-            f"the head returned logits of shape {shape}, and for {expected[1]} classes before: it must always have the "
-            "same classes"
-        )
+        raise UserError(f"a head must always have the same classes: {expected[1]} before, now logits of shape {shape}")

@@ -13,10 +13,10 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Num
 
+from lsrs_jax.runtime import mesh, rng
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.format import KEY_DOMAINS, NOISE_OFFSETS, STREAMS
-from lsrs_jax.runtime.mesh import AXIS, local_mesh, replicated, split
-from lsrs_jax.runtime.rng import check_key, domain_key, pinned
+from lsrs_jax.runtime.mesh import AXIS
 from lsrs_jax.runtime.validate import choice
 from lsrs_jax.smoothing.arithmetic import ARITHMETICS, make_arithmetic
 from lsrs_jax.smoothing.confidence import MAX_SAMPLES, leaders
@@ -32,11 +32,11 @@ _MAX_ENTRIES = 2**31  # float32 numbers in one batch of noisy latents: 8 GiB
 def pinned_flags() -> Iterator[None]:
     """A context in which random bits, dtypes and the precision of the head's products ignore the user's JAX flags.
 
-    A head that asks for another precision itself keeps it. JAX's check for reused keys is off, because it mistakes the
-    loop, which derives a key per sample block, for reuse. Other checks that would stop the loop are off too.
+    A head that asks for another precision itself keeps it. Checks that would stop the loop are off; the check for
+    reused keys mistakes the loop, which derives a key per sample block, for reuse.
     """
     precision, reuse = jax.default_matmul_precision("highest"), jax.debug_key_reuse(False)
-    with pinned(), precision, reuse, jax.numpy_rank_promotion("allow"), jax.transfer_guard("allow"):
+    with rng.pinned(), precision, reuse, jax.numpy_rank_promotion("allow"), jax.transfer_guard("allow"):
         yield
 
 
@@ -60,15 +60,8 @@ class Sampler:
     ``images · samples`` rows. So the counts of an image depend neither on the number of devices, nor on the division of
     the blocks into calls, nor on the other images of the batch.
 
-    Args:
-      latent_shape: without the batch axis.
-      head, sigma, arithmetic, noise, tile, spmd, devices: as in `api.SmoothedClassifier`.
-
-    Attributes:
-      num_classes: K.
-      head_digest: digest of the logits at some random latents, which tells heads apart.
-      traces: how often the loop was traced; the tests require one.
-
+    `latent_shape` has no batch axis; the other arguments are those of `api.SmoothedClassifier`. `head_digest` is a
+    digest of the logits at some random latents, which tells heads apart; `traces` is the number of traces of the loop.
     Raises UserError for a bad argument, or a head that `head_check.check_head` refuses.
 
     **Guarantee**: sample i of image z is argmax head(z + σεᵢ) in the arithmetic's sense, where the εᵢ of a (key,
@@ -97,11 +90,11 @@ class Sampler:
             gigabytes = f"{entries // 2**28:,} GiB"
             raise UserError(f"the tile {self.tile} needs {gigabytes} for its noisy latents alone; make it smaller")
         self.arithmetic, self.traces = make_arithmetic(arithmetic, sigma), 0
-        self._head, self._noise, self._mesh = head, noise, local_mesh(devices)
+        self._head, self._noise, self._mesh = head, noise, mesh.local_mesh(devices)
         self._launcher = ThreadPoolExecutor(1, "launch")
         with pinned_flags():
             self.num_classes, self.head_digest = check_head(head, (math.prod(self.tile), *self.latent_shape))
-            self._tables = jax.device_put(self.arithmetic.tables, replicated(self._mesh))
+            self._tables = self._put(self.arithmetic.tables)
             self._call = self._compile(spmd)
 
     @property
@@ -110,16 +103,10 @@ class Sampler:
         return self.arithmetic.tau(int(np.prod(self.latent_shape)))
 
     def keys(self, key: jax.Array) -> dict[str, jax.Array]:
-        """Derives a key for every stream from a typed threefry key.
-
-        Certification has a domain of its own under the key (which may be that of the training's seed), and each stream
-        another child of that domain.
-        """
+        """The key of every stream, in the domain that certification has under a typed threefry key."""
         with pinned_flags():
-            domain = jax.random.fold_in(check_key(key), KEY_DOMAINS["certify"])
-            offset = NOISE_OFFSETS[self._noise]
-            keys = {stream: jax.random.fold_in(domain, number + offset) for stream, number in STREAMS.items()}
-            return jax.device_put(keys, replicated(self._mesh))
+            domain, offset = jax.random.fold_in(rng.check_key(key), KEY_DOMAINS["certify"]), NOISE_OFFSETS[self._noise]
+            return self._put({name: jax.random.fold_in(domain, number + offset) for name, number in STREAMS.items()})
 
     def _block_noise(self, key: jax.Array, ids: Int[Array, " images"], block: Any, tables: Any) -> Num[Array, "..."]:
         """Noise of one block: ``(samples, *latent_shape)``, or one such array per image of `ids`."""
@@ -153,12 +140,8 @@ class Sampler:
             check_logits(logits.shape, (images * samples, self.num_classes))
             predicted = jnp.where(jnp.isnan(logits).any(axis=-1), self.num_classes, jnp.argmax(logits, axis=-1))
             valid = block * samples + jnp.arange(samples, dtype=jnp.int32) < n
-
-            def count(classes: jax.Array) -> jax.Array:
-                hits = classes[:, None] == jnp.arange(self.num_classes + 1, dtype=classes.dtype)
-                return jnp.sum(hits & valid[:, None], axis=0, dtype=jnp.int32)
-
-            return counts + jax.vmap(count)(predicted.reshape(images, samples))
+            hits = predicted.reshape(images, samples, 1) == jnp.arange(self.num_classes + 1, dtype=predicted.dtype)
+            return counts + jnp.sum(hits & valid[:, None], axis=1, dtype=jnp.int32)
 
         steps = jnp.maximum(0, (stop - start + devices - 1) // devices)
         zeros = jnp.zeros((images, self.num_classes + 1), jnp.int32)
@@ -173,15 +156,18 @@ class Sampler:
         else:
             specs = (P(AXIS), *[P()] * 7)
             call = jax.jit(jax.shard_map(self._device_counts, mesh=self._mesh, in_specs=specs, out_specs=P(AXIS)))
-        index = jax.device_put(np.arange(len(devices), dtype=np.int32), split(self._mesh))
+        index = jax.device_put(np.arange(len(devices), dtype=np.int32), mesh.split(self._mesh))
         batch = self.put(self.quantize(np.zeros((1, *self.latent_shape))))
-        key = jax.device_put(domain_key(0, "probe"), replicated(self._mesh))
+        key = self._put(rng.domain_key(0, "probe"))
         # Compile in the caller's thread and context, so that the compiled head is the one that was checked.
         program = call.lower(index, *batch, key, self._tables, *self._numbers(0, 1, 1)).compile()
         return functools.partial(program, index)
 
+    def _put(self, arrays: Any) -> Any:
+        return jax.device_put(arrays, mesh.replicated(self._mesh))
+
     def _numbers(self, *numbers: int) -> list[jax.Array]:
-        return [jax.device_put(np.int32(number), replicated(self._mesh)) for number in numbers]
+        return self._put([np.int32(number) for number in numbers])
 
     def quantize(self, latents: Any) -> Num[np.ndarray, "images *latent"]:
         """Converts latents ``(images, *latent_shape)`` to the arithmetic's dtype, in NumPy."""
@@ -205,15 +191,13 @@ class Sampler:
         if self._noise == "independent" and (not distinct or ids.min() < 0 or ids.max() >= 2**31):
             raise UserError("independent noise needs a different id, a whole number below 2**31, for every image")
         padding = ((0, size - len(quantized)), *[(0, 0)] * len(self.latent_shape))
-        arrays = (np.pad(quantized, padding), np.pad(ids.astype(np.int32), padding[0]))
-        return jax.device_put(arrays, replicated(self._mesh))
+        return self._put((np.pad(quantized, padding), np.pad(ids.astype(np.int32), padding[0])))
 
     def launch(self, batch: tuple[jax.Array, jax.Array], key: jax.Array, first: int, stop: int, n: int) -> Future:
         """Starts the blocks [first, stop) of n samples for a batch from `put`; returns a future for `collect`.
 
-        `key` is that of a stream, from `keys`. A GPU asks its host before every round of a loop whose length is not
-        known at compile time. So a thread starts one launch after the other, while the caller counts the samples of the
-        launch before.
+        `key` is the key of a stream, from `keys`. A thread starts the launches, because a GPU asks its host before
+        every round of such a loop; meanwhile the caller counts the samples of the launch before.
         """
         blocks = block_count(n, self.tile[1])
         if not 1 <= n <= MAX_SAMPLES:
