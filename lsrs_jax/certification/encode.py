@@ -75,8 +75,6 @@ class Pipeline:
                 # The first row of an image fixes its slack: another machine's encoder may differ in the last digit.
                 known = slack[position] = known_slack.get(idx, own)
                 if known < own * (1 - _SAME):
-                    raise UserError(
-                        f"{self.target.folder}: image {idx} has the slack {known} in the ledger, less than the {own} "
-                        f"of its latent: its radius is too large; {OTHER_NAME}"
-                    )
+                    wrong = f"image {idx} has the slack {known} in the ledger, less than the {own} of its latent"
+                    raise UserError(f"{self.target.folder}: {wrong}: its radius is too large; {OTHER_NAME}")
             yield Images(chosen, dataset.labels[chosen].tolist(), slack, np.concatenate(latents))

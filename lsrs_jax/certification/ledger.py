@@ -102,7 +102,7 @@ def _parse(line: str, counts: Counts) -> Row:
     return Row(idx, label, float(slack), stream, first, stop, found, float(seconds))
 
 
-class Ledger(Counts):
+class Ledger(Counts, contextlib.AbstractContextManager["Ledger"]):
     """The counts of all ledgers in a folder. This process writes the one at `path`, and locks it.
 
     The file at `path` is made if missing. The processes of a run wait until each has locked its file, and only then
@@ -138,9 +138,6 @@ class Ledger(Counts):
             if not whole:
                 self._write(_HEADER)
             self._open = opened.pop_all()
-
-    def __enter__(self) -> "Ledger":
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()

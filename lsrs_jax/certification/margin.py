@@ -88,11 +88,9 @@ def float64_slack(
 ) -> Float[np.ndarray, " images"]:
     """The slack for `certified_margin` that covers float64 rounding of latents and logits, as ℓ2 in the latent.
 
-    Args:
-      rounding: ℓ2 bound on the rounding of the encoder at the clean and at any perturbed image, per image or one number
-        (`lipschitz.LipschitzReport.rounding`).
-      reach: the largest certified distance in the latent, per image or one number: the radius that `certified_margin`
-        gives without a slack, times the Lipschitz constant.
+    Per image or one number, `rounding` is an ℓ2 bound on the rounding of the encoder at the clean and at any perturbed
+    image (`lipschitz.LipschitzReport.rounding`), and `reach` the largest certified distance in the latent: the radius
+    that `certified_margin` gives without a slack, times the Lipschitz constant.
 
     **Guarantee**: holds for certificates within `reach`. It covers four roundings: those of the encoder at the clean
     and at the perturbed image, and those of the two logits that are compared at either of them. Each logit is charged

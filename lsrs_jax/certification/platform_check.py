@@ -43,10 +43,8 @@ def check_encoder(materialized: Materialized, encode: Callable[[np.ndarray], np.
     allowed = 2 * report.rounding(np.linalg.norm(images.reshape(len(images), -1), axis=1))
     if not (error <= allowed).all():
         worst = int(np.argmax(error / allowed))
-        raise UserError(
-            f"this platform computes the encoder with an error of {error[worst]:.1e}, but certificates allow for "
-            f"{allowed[worst]:.1e}: it does not multiply in float64; {_REMEDY}"
-        )
+        errors = f"an error of {error[worst]:.1e}, but certificates allow for {allowed[worst]:.1e}"
+        raise UserError(f"this platform computes the encoder with {errors}: it does not multiply in float64; {_REMEDY}")
     return float((error / allowed).max())
 
 

@@ -13,9 +13,8 @@ from lsrs_jax.certification.smoothed import Certification, check_labels, reopen
 from lsrs_jax.certification.store import Stored
 from lsrs_jax.certification.table import read_table
 from lsrs_jax.certification.target import Target
+from lsrs_jax.runtime import rng
 from lsrs_jax.runtime.errors import UserError
-from lsrs_jax.runtime.format import PRNG
-from lsrs_jax.runtime.rng import root_key
 from lsrs_jax.smoothing.counts import Counts, ImageCounts
 from lsrs_jax.smoothing.engine import Engine, Status
 
@@ -54,7 +53,7 @@ def run(target: Target, stored: Stored, count: int) -> None:
     if identity.certificate != "smoothed":
         raise UserError(f"{folder} holds {identity.certificate} certificates; they come from no samples")
     certification = reopen(folder, target.config, stored)
-    if identity.prng != PRNG:
+    if identity.prng != rng.PRNG:
         raise UserError(f"{folder} holds samples of another generator: prng {identity.prng!r}")
     recorded = ledger.read(folder, certification.schedule, certification.num_classes)
     check_labels(folder, recorded, target.dataset)
@@ -80,16 +79,14 @@ def run(target: Target, stored: Stored, count: int) -> None:
         return np.array([len(image.looks) == len(recorded.images[image.idx].looks) for image in images])
 
     status = Status(certification.schedule, len(indices), 0, lambda line: print(line, flush=True))
-    engine = Engine(pipeline.sampler, root_key(target.config.seed), again, decided, status)
+    engine = Engine(pipeline.sampler, rng.root_key(target.config.seed), again, decided, status)
     for images in pipeline.encoded(indices, {idx: recorded.images[idx].slack for idx in indices}):
         engine.run(images)
     status.show()
     surplus, spread = _together(found.values())
     if surplus > _TOGETHER * spread:
         leads = f"in the ledger the certified classes lead their rivals by {surplus:,} samples more than now"
-        raise UserError(
-            f"{folder}: {leads}, nearly all to the same side, but rounding moves them to either side{where}"
-        )
+        raise UserError(f"{folder}: {leads}, nearly all to one side; rounding moves them to either side{where}")
     _print_differences(certification, recorded, again, sum(difference.moved for difference in found.values()))
     if len(indices) == len(known):
         print("these are all images of the table")

@@ -14,11 +14,9 @@ from lsrs_jax.certification.target import Target
 from lsrs_jax.config import config_to_dict
 from lsrs_jax.data import Dataset, Photos
 from lsrs_jax.layers.lipschitz import LipschitzReport
-from lsrs_jax.runtime.documents import first_difference
+from lsrs_jax.runtime import documents, progress, rng
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.processes import ALONE, Process, devices
-from lsrs_jax.runtime.progress import duration
-from lsrs_jax.runtime.rng import root_key
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.runtime.workdir import Workdir
 from lsrs_jax.smoothing.arithmetic import make_arithmetic
@@ -51,8 +49,8 @@ class Certification:
 
     def open_ledger(self) -> ledger.Ledger:
         """Opens the ledger of this process; its file is made if missing."""
-        own = self.folder / ledger.name(self.process.index)
-        return ledger.Ledger(own, self.schedule, self.num_classes, self.process)
+        path = self.folder / ledger.name(self.process.index)
+        return ledger.Ledger(path, self.schedule, self.num_classes, self.process)
 
     def decided(self, images: list[ImageCounts]) -> np.ndarray:
         """Whether images that are at a look are decided; remembers the decided ones."""
@@ -76,10 +74,8 @@ class Certification:
         least = float(arithmetic.slack(np.zeros((1, *self.lipschitz.output_shape)))[0])
         for image in images:
             if image.slack < least:
-                raise UserError(
-                    f"{self.folder}: image {image.idx} has the slack {image.slack}, less than the rounding of its "
-                    f"latent; restore the ledger, or {OTHER_NAME}"
-                )
+                wrong = f"image {image.idx} has the slack {image.slack}, less than the rounding of its latent"
+                raise UserError(f"{self.folder}: {wrong}; restore the ledger, or {OTHER_NAME}")
 
     def past_sessions(self) -> list[dict[str, Any]]:
         """The record of earlier sessions; raises UserError if they had another identity, or if files are missing."""
@@ -116,9 +112,8 @@ class Certification:
 def run(target: Target, process: Process, workdir: Workdir, tick: Callable[[], None]) -> None:
     """Draws the samples that are missing in the ledgers, derives the certificates and prints a summary.
 
-    Every process of the run calls this with the same target. Each takes its share of the undecided images, on its own
-    devices: the noise of an image does not depend on the process that draws it. `tick` is called with every line of
-    progress.
+    Every process of the run calls this with the same target, and takes its share of the undecided images: the noise of
+    an image does not depend on the process that draws it. `tick` is called with every line of progress.
     """
     config = target.config
     with process.together("the preparation of the samples"):  # finds errors before any sample is drawn
@@ -196,15 +191,14 @@ def _sample(
         tick()
         print(line if process.count == 1 else f"{line} (of this process's share)", flush=True)
 
-    total, before, first = len(indices), len(indices) - len(pending), begin
+    status, first = Status(certification.schedule, len(indices), len(indices) - len(pending), say), begin
     if process.count > 1:
         with process.together("the first samples"):  # the identity must be on disk before any sample
             if process.leads:
                 begin()
                 workdir.push()
-        total, before, first = len(share), 0, lambda: None
-    status = Status(certification.schedule, total, before, say)
-    engine = Engine(pipeline.sampler, root_key(certification.config.seed), counts, decided, status, first)
+        status, first = Status(certification.schedule, len(share), 0, say), lambda: None
+    engine = Engine(pipeline.sampler, rng.root_key(certification.config.seed), counts, decided, status, first)
     for images in pipeline.encoded(share, {idx: image.slack for idx, image in counts.images.items()}):
         engine.run(images)
     status.show()
@@ -257,7 +251,7 @@ def reopen(folder: Path, config: Config, stored: store.Stored) -> Certification:
     )
     derivable = f"only alpha, bound, radii and epsilon can be derived anew; {OTHER_NAME}"
     for was, now, remedy in ((drawn, wanted, derivable), (own, claimed, "leave that flag out")):
-        if difference := first_difference(was, now):
+        if difference := documents.first_difference(was, now):
             name, old, new = difference
             raise UserError(f"the samples in {folder} were drawn with {name} {old!r}, not {new!r}: {remedy}")
     arithmetic = make_arithmetic(certify.arithmetic, config.sigma)
@@ -278,13 +272,12 @@ def _print_summary(
     correct = (certificates.predict == [image.label for image in images])[wanted]
     seconds = np.array([image.seconds for image in images])[wanted]
     acr, abstained = np.where(correct, certificates.radius[wanted], 0).mean(), certificates.abstain[wanted].mean()
+    cost = f"{certificates.n[wanted].mean():,.0f} samples and {progress.duration(seconds.mean())} per image"
     print(
         f"{wanted.sum():,} images: certified accuracy {correct.mean():.3f}, average certified radius {acr:.4f}, "
-        f"abstained {abstained:.3f}, {certificates.n[wanted].mean():,.0f} samples and {duration(seconds.mean())} per "
-        f"image\n{certification.folder / 'certificates.tsv'}"
+        f"abstained {abstained:.3f}, {cost}\n{certification.folder / 'certificates.tsv'}"
     )
-    schedule, derivation = certification.schedule, certification.derivation
-    slack = max(image.slack for image in images)
+    schedule, derivation, slack = certification.schedule, certification.derivation, max(image.slack for image in images)
     largest = derivation.largest_radius(schedule, slack)
     if largest <= 0:
         settings = f"n={schedule.n} and alpha={derivation.alpha}"
@@ -292,8 +285,6 @@ def _print_summary(
     elif schedule.staged:
         fixed = derivation.largest_radius(make_schedule("fixed", schedule.n0, schedule.n, schedule.samples), slack)
         between = "; a radius says only which of the radii asked for it reaches" if derivation.radii else ""
-        print(
-            f"staged: alpha is split over {len(schedule.looks)} looks, so the largest radius is {largest:.4f} instead "
-            f"of {fixed:.4f} with the fixed schedule; radii near it shrink, radii below {0.85 * fixed:.4f} hardly do"
-            f"{between}"
-        )
+        most = f"the largest radius is {largest:.4f} instead of {fixed:.4f} with the fixed schedule"
+        shrink = f"radii near it shrink, radii below {0.85 * fixed:.4f} hardly do{between}"
+        print(f"staged: alpha is split over {len(schedule.looks)} looks, so {most}; {shrink}")

@@ -11,9 +11,8 @@ from lsrs_jax.certification import OTHER_NAME
 from lsrs_jax.certification.identity import Identity
 from lsrs_jax.certification.store import Stored
 from lsrs_jax.data import Dataset, Photos, load_split
-from lsrs_jax.runtime.documents import plain
+from lsrs_jax.runtime import documents, rng
 from lsrs_jax.runtime.errors import UserError
-from lsrs_jax.runtime.rng import pinned, root_key
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.runtime.workdir import checkpoints
 from lsrs_jax.training.checkpoint import restore_model, trained_on
@@ -39,15 +38,15 @@ class Target:
             classes=dataset.num_classes,
             checkpoint={name: self.meta[name] for name in ("step", "digest")},
             data={name: getattr(dataset, name) for name in ("name", "version", "split")} | {"digest": dataset.digest()},
-            model=plain(self.config.model.to_dict()) | {"input_shape": list(self.model.input_shape)},
+            model=documents.plain(self.config.model.to_dict()) | {"input_shape": list(self.model.input_shape)},
             platform=f"{jax.default_backend()} {jax.local_devices()[0].device_kind}",
         )
 
 
 def restore(workdir: Path, model: models.Model, step: int | None = None) -> tuple[Any, dict[str, Any]]:
     """`checkpoint.restore_model` for the parameters of a model."""
-    with pinned():
-        shapes = jax.eval_shape(model.init, root_key(0))
+    with rng.pinned():
+        shapes = jax.eval_shape(model.init, rng.root_key(0))
     return restore_model(workdir, shapes, step)
 
 

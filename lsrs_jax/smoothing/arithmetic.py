@@ -20,11 +20,8 @@ _LARGEST = 2.0**120  # limit of float32 latents: beyond it float32 or a norm mig
 class GridArithmetic:
     """Latents and noise as whole multiples of a power of two: exact grid arithmetic (``arithmetic="sound"``).
 
-    Attributes:
-      dtype: type of the latents on the device.
-      sigma: the σ that a radius may claim.
-      tables: the array (or number) that `draw` needs on every device.
-      identity: the facts, besides σ, that determine the distribution of the noise; part of the identity of a run.
+    `sigma` is the σ that a radius may claim, `tables` what `draw` needs on every device, and `identity` (a part of the
+    identity of a run) the facts, besides σ, that determine the distribution of the noise.
 
     **Guarantee**: `add` feeds to the head one fixed function ρ (round to the grid, clip to ±2²⁴ steps, convert to
     float32, all exact) of latent + Gaussian noise, because ρ(v + δ) = v + ρ(δ) for v on the grid; the distribution of
@@ -41,10 +38,7 @@ class GridArithmetic:
         self.identity: dict[str, Any] = {"name": "sound", "spacing": grid.spacing}
 
     def quantize(self, latents: Float[np.ndarray, "images *latent"]) -> Int[np.ndarray, "images *latent"]:
-        """Rounds finite latents to the nearest multiple of q (ties to even); returns them in steps of q.
-
-        Raises UserError for latents so large that noise could reach the limit of the grid.
-        """
+        """Latents in steps of q, rounded to nearest (ties to even); raises UserError if noise could leave the grid."""
         limit = discrete_gaussian.MAX_LATENT * self._spacing
         if np.abs(latents).max(initial=0) > limit:
             limits = f"{limit:g}, the range of the grid for sigma={self.sigma:g}"
@@ -82,10 +76,9 @@ class GridArithmetic:
 class Float32Arithmetic:
     """Float32 latents plus σ times float32 normals, as in every published implementation; for comparison with them.
 
-    Attributes and methods are those of `GridArithmetic`. The theorem is about real-valued noise, which this program
-    only approximates; `slack` says which errors are covered. `tau` is 0, because no bound is known for the effect of
-    float32 normals on the probabilities. `sigma` is the smaller of σ and its float32 neighbour, because the noise is
-    scaled in float32.
+    The theorem is about real-valued noise, which this program only approximates; `slack` says which errors are covered.
+    `tau` is 0, because no bound is known for the effect of float32 normals on the probabilities. `sigma` is the smaller
+    of σ and its float32 neighbour, because the noise is scaled in float32.
     """
 
     dtype = np.float32

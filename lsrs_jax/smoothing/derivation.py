@@ -152,8 +152,8 @@ class Derivation:
     def decided(self, schedule: Schedule, images: Sequence[ImageCounts]) -> Bool[np.ndarray, " images"]:
         """Whether images at a look are decided: even in an optimistic future, more samples would not change the answer.
 
-        In that future the candidate gets its share of the samples to come at the upper limit of its probability (level
-        .01). Stopping early can shrink a radius but never falsify one, so this rule needs no part of α.
+        In that future the candidate's share of the samples to come is the upper limit of its probability (level .01).
+        Stopping early can shrink a radius but never falsify one, so this rule needs no part of α.
         """
         done = np.array([len(image.looks) == len(schedule.looks) for image in images])
         rest = np.flatnonzero(~done)

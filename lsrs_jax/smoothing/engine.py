@@ -32,9 +32,9 @@ class Images(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """Sample blocks [first, stop) of a stream that are under way for some images."""
+    """Sample blocks [first, stop) of a stream that are under way for the images at the positions `members`."""
 
-    members: list[int]  # positions in `Images`
+    members: list[int]
     stream: str
     first: int
     stop: int
@@ -82,11 +82,8 @@ class Engine:
     All images advance to the next look together. At every look the undecided ones are repacked into full batches, so
     that no row of the compiled program is wasted on a decided image. The counts do not depend on the repacking.
 
-    Args:
-      key: the typed key of the run, see `Sampler.keys`.
-      counts: receives the new rows; its schedule says where images may stop. `ledger.Ledger` writes them to disk.
-      decided: function of images at a look → bool per image.
-      begin: called once, when the first samples have been drawn and before they are counted.
+    `counts` receives the new rows; its schedule says where images may stop. `decided` maps images at a look to a bool
+    per image. `begin` is called once, after the first samples are drawn and before they are counted.
     """
 
     def __init__(
