@@ -140,9 +140,6 @@ class Ledger(Counts, contextlib.AbstractContextManager["Ledger"]):
             self._open = opened.pop_all()
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
         """Writes the rows that are still in memory, and releases the file."""
         try:
             self.flush()

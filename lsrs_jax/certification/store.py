@@ -20,9 +20,8 @@ from lsrs_jax.certification import OTHER_NAME, ledger
 from lsrs_jax.certification.identity import Identity
 from lsrs_jax.config import CERTIFICATES, check_config, config_from_dict, config_to_dict
 from lsrs_jax.layers.lipschitz import LipschitzReport
-from lsrs_jax.runtime.documents import read_sealed, refuse_unknown, write_sealed
+from lsrs_jax.runtime import documents, files
 from lsrs_jax.runtime.errors import UserError
-from lsrs_jax.runtime.files import digest_of, write_atomic
 from lsrs_jax.runtime.format import FIELD_COLUMNS
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.smoothing.counts import ImageCounts
@@ -56,7 +55,7 @@ class Stored:
 def read(path: Path) -> Stored:
     """The content of a certificates.json of any format; raises UserError for a damaged file, or a newer format."""
     found: list[Stored] = []
-    read_sealed(path, lambda content: found.append(_parse(content)), OTHER_NAME)
+    documents.read_sealed(path, lambda content: found.append(_parse(content)), OTHER_NAME)
     return found[0]
 
 
@@ -81,10 +80,10 @@ def require_sealed(path: Path) -> Stored:
 
 def _parse(content: dict[str, Any]) -> Stored:
     """Raises UserError, ValueError, KeyError or TypeError for content that no version has written."""
+    derived = ("alpha", "bound", "radii", "epsilon", "certificates", "votes")
     known: dict[str, Any] = dict.fromkeys(("identity", "config", "training", "record", "digest"))
-    known["derivation"] = ("alpha", "bound", "radii", "epsilon", "certificates", "votes")
-    known["lipschitz"] = ("layers", "input_shape", "output_shape", "constant")
-    refuse_unknown(content, known)
+    known |= {"derivation": derived, "lipschitz": ("layers", "input_shape", "output_shape", "constant")}
+    documents.refuse_unknown(content, known)
     sealed = content["digest"] is not None
     config = check_config(config_from_dict(content["config"])) if sealed or "config" in content else None
     wanted = {"certificate": str, "checkpoint": {"step": int, "digest": str}, "data": dict, "platform": str}
@@ -136,7 +135,7 @@ def _check_types(values: Any, wanted: dict[str, Any], prefix: str = "") -> None:
 def training_digest(folder: Path) -> str | None:
     """SHA-256 of the config.json in the workdir of a folder; None without one."""
     path = folder.parents[1] / "config.json"
-    return digest_of(path) if path.exists() else None
+    return files.digest_of(path) if path.exists() else None
 
 
 def past_sessions(path: Path, identity: Identity) -> list[dict[str, Any]]:
@@ -151,15 +150,11 @@ def past_sessions(path: Path, identity: Identity) -> list[dict[str, Any]]:
 def new_session(images: int) -> dict[str, Any]:
     """A new entry of the record; ``seconds`` is filled in at the end."""
     versions = {"lsrs_jax": __version__, "jax": jax.__version__, "numpy": np.__version__}
-    return {
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "seconds": None,
-        "images": images,
-        "devices": f"{jax.device_count()} x {jax.local_devices()[0].device_kind}",
-        "processes": jax.process_count(),
-        "host": platform.machine(),
-        "versions": versions | {"python": platform.python_version()},
-    }
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    devices = f"{jax.device_count()} x {jax.local_devices()[0].device_kind}"
+    session = {"started": started, "seconds": None, "images": images, "devices": devices}
+    session |= {"processes": jax.process_count(), "host": platform.machine()}
+    return session | {"versions": versions | {"python": platform.python_version()}}
 
 
 def format_table(images: Sequence[ImageCounts], certificates: Certificates, lipschitz: float) -> str:
@@ -210,7 +205,7 @@ def write(
     if table is not None and derivation is not None:
         if not (path.exists() and path.read_bytes() == table.encode()):
             # The order matters: clear the derivation, write the table, then write the new derivation.
-            write_sealed(document, content)
-            write_atomic(path, table)
+            documents.write_sealed(document, content)
+            files.write_atomic(path, table)
         content["derivation"] = derivation | {"certificates": hashlib.sha256(table.encode()).hexdigest()}
-    write_sealed(document, content)
+    documents.write_sealed(document, content)

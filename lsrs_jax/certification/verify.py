@@ -56,20 +56,18 @@ def run(folder: Path) -> store.Stored:
 def _report(folder: Path, stored: store.Stored, counts: Counts | None, rows: int, verdict: str) -> None:
     config, data, settings = stored.settings, stored.identity.data, ""
     certify = config.certify
-    if counts is not None:
+    if counts is None:
+        table = f"the table of {rows:,} deterministic certificates in {folder}"
+        print(f"verified: {table} is unchanged. To compute it again, {OTHER_NAME} and compare")
+    else:
         samples = sum(image.total for image in counts.images.values())
         others = sum(counts.at_a_look(idx) for idx in counts.images) - rows
         left = f"; {others:,} other images have their samples there and no certificate" if others else ""
         print(f"verified: {rows:,} certificates follow from the {samples:,} samples in {folder}{left}")
-        settings = (
-            f"; sigma {config.sigma}, n0 {certify.n0:,}, n {certify.n:,} ({certify.schedule}), alpha {certify.alpha}, "
-            f"{certify.bound} bound, {certify.arithmetic} arithmetic, head in {certify.head_dtype}"
-        )
-    else:
-        table = f"the table of {rows:,} deterministic certificates in {folder}"
-        print(f"verified: {table} is unchanged. To compute it again, {OTHER_NAME} and compare")
-    digest = str(data.get("digest"))[:12]
-    print(f"of {data.get('name')!r}, split {data.get('split')!r}, digest {digest!r}{settings}")
+        settings = f"; sigma {config.sigma}, n0 {certify.n0:,}, n {certify.n:,} ({certify.schedule}), "
+        settings += f"alpha {certify.alpha}, {certify.bound} bound, {certify.arithmetic} arithmetic, "
+        settings += f"head in {certify.head_dtype}"
+    print(f"of {data.get('name')!r}, split {data.get('split')!r}, digest {str(data.get('digest'))[:12]!r}{settings}")
     print(f"Lipschitz constant {stored.lipschitz.constant:.15g}, configuration and {verdict}")
     trained = folder.parents[1] / "config.json"
     for name in ("sigma", "seed") if trained.exists() else ():

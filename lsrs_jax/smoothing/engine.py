@@ -62,7 +62,7 @@ class Status:
         """Counts images that are decided now."""
         self._decided += len(images)
         self._finished += len(images)
-        self._finished_samples += sum(self._schedule.drawn(image.done) for image in images)
+        self._finished_samples += sum(image.total for image in images)
 
     def show(self) -> None:
         """Says the line: images decided, rate, and the time left (at most, where images may stop early)."""

@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from typing import Protocol
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,11 @@ from lsrs_jax.runtime.rng import domain_key
 _SCALES = (0.01, 1.0, 100.0, 0.0, 1.0, 1.0)  # of the random rows that surround the row under test
 
 
-class Head(Protocol):
-    """Any function latents → logits whose rows are independent and deterministic."""
-
-    def __call__(self, latents: Float[Array, "batch *latent"], /) -> Float[Array, "batch classes"]: ...
+# Any function latents → logits whose rows are independent and deterministic.
+Head = Callable[[Float[Array, "batch *latent"]], Float[Array, "batch classes"]]
 
 
-# A batch takes up to 8 GiB: each is drawn on the device where it is used, one at a time.
+# A batch takes up to 8 GiB, so each is drawn on the device that uses it, one at a time.
 @functools.partial(jax.jit, static_argnums=1)
 def _normals(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.normal(key, shape, jnp.float32)

@@ -60,10 +60,6 @@ class Schedule:
         looks = tuple(block_count(look, self.samples) for look in self.looks)
         return {"selection": (block_count(self.n0, self.samples),), "estimation": looks}
 
-    def drawn(self, done: tuple[int, ...]) -> int:
-        """Number of samples in the blocks `done` (per stream)."""
-        return sum(min(stop * self.samples, n) for stop, n in zip(done, self.totals.values(), strict=True))
-
     def next_stop(self, done: tuple[int, ...]) -> tuple[str, int, int] | None:
         """``(stream, first, stop)``: the blocks that follow the blocks `done` (per stream); None at the end."""
         for (stream, stops), first in zip(self.stops.items(), done, strict=True):
