@@ -53,10 +53,10 @@ class Identity:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Identity":
         """The identity in a certificates.json of any format; raises for a field that is missing or unknown."""
+        model = ("input_shape", *(name.removeprefix("model.") for name in FIELDS if name.startswith("model.")))
         known: dict[str, Any] = {field.name: None for field in dataclasses.fields(cls)}
-        known |= {"checkpoint": ("step", "digest"), "data": ("name", "version", "split", "digest")}
+        known |= {"checkpoint": ("step", "digest"), "data": ("name", "version", "split", "digest"), "model": model}
         known |= {"arithmetic": ("name", "spacing", "sigma", "tau")}
-        known["model"] = ("input_shape", *(name.removeprefix("model.") for name in FIELDS if name.startswith("model.")))
         refuse_unknown(values, known, "identity.")
         return cls(**{"classes": None, **values, "model": upgrade_section(values["model"], "model.")})
 

@@ -67,8 +67,7 @@ def run(target: Target, stored: Stored, count: int) -> None:
         target = _for_another_device(target, len(indices), here, there)
         where = f"; they were drawn on {there!r}, and now on {here!r}"
     pipeline = Pipeline(target, *target.model.for_certification(target.params, head_dtype))
-    again = Counts(certification.schedule, certification.num_classes)
-    found: dict[int, _Difference] = {}
+    again, found = Counts(certification.schedule, certification.num_classes), dict[int, _Difference]()
 
     def decided(images: list[ImageCounts]) -> np.ndarray:
         try:

@@ -95,8 +95,8 @@ class Derivation:
     bound: str = "binary"
     lipschitz: float = 1.0
     tau: float = 0.0
-    radii: tuple[float, ...] | None = None  # the radii to decide, besides 0; None to find the radius itself
-    epsilon: float = 0.05  # without radii, how precisely to find the radius, in units of σ/L
+    radii: tuple[float, ...] | None = None  # the radii to decide, and always 0 (any certificate); None: the radius
+    epsilon: float = 0.05  # without radii: how far the radius may stay below the best one, in units of σ/L
 
     def __post_init__(self) -> None:
         check_sigma(self.sigma)

@@ -38,7 +38,15 @@ def check_head(head: Head, shape: tuple[int, ...]) -> tuple[int, str]:
     depend on the other rows. The other rows are random: this reveals statistics over the whole batch or over groups,
     but not every possible dependence.
     """
-    out = _output(head, shape)
+    try:
+        out = jax.eval_shape(head, jax.ShapeDtypeStruct(shape, jnp.float32))
+    except Exception as error:  # whatever the caller's function raises
+        expected = "a function latents -> logits (for a Flax module: lambda z: net.apply(variables, z))"
+        why = f"it does not accept latents {shape}: {first_line(error)}"
+        raise UserError(f"the head must be {expected}; {why}") from error
+    real = hasattr(out, "dtype") and not jnp.issubdtype(out.dtype, jnp.complexfloating)
+    if not real or len(out.shape) != 2 or out.shape[0] != shape[0] or out.shape[1] < 2:
+        raise UserError(f"the head must return logits (B, K >= 2) for latents {shape}, got {out}")
     compiled = jax.jit(lambda latents: head(latents))  # traced anew: JAX may remember the head from another context
     key, rng = domain_key(0, "probe"), np.random.default_rng(0)
     tolerance = 0.05 if out.dtype in (jnp.bfloat16, jnp.float16) else 1e-4
@@ -63,20 +71,6 @@ def check_head(head: Head, shape: tuple[int, ...]) -> tuple[int, str]:
             remedy = "a row may depend on its own latent alone; evaluate normalisation with stored statistics"
             raise UserError(f"the head's rows depend on each other (batch statistics?): {remedy}")
     return out.shape[1], hashlib.sha256(found.tobytes()).hexdigest()
-
-
-def _output(head: Head, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of the logits."""
-    try:
-        out = jax.eval_shape(head, jax.ShapeDtypeStruct(shape, jnp.float32))
-    except Exception as error:  # whatever the caller's function raises
-        expected = "a function latents -> logits (for a Flax module: lambda z: net.apply(variables, z))"
-        why = f"it does not accept latents {shape}: {first_line(error)}"
-        raise UserError(f"the head must be {expected}; {why}") from error
-    real = hasattr(out, "dtype") and not jnp.issubdtype(out.dtype, jnp.complexfloating)
-    if not real or len(out.shape) != 2 or out.shape[0] != shape[0] or out.shape[1] < 2:
-        raise UserError(f"the head must return logits (B, K >= 2) for latents {shape}, got {out}")
-    return out
 
 
 def check_logits(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
