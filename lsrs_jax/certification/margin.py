@@ -38,7 +38,7 @@ def certified_margin(
     check_lipschitz(lipschitz)
     logits, slack = numbers("logits", logits), numbers("slack", slack)
     if logits.ndim != 2 or logits.shape[1] < 2 or not np.all(np.abs(logits) <= _LARGEST):
-        raise UserError(f"logits must be finite numbers of shape (N, K >= 2), up to 1e300, got {logits.shape}")
+        raise UserError(f"logits must be finite numbers of shape (images, classes >= 2), <= 1e300, got {logits.shape}")
     if slack.shape not in ((), logits.shape[:1]) or np.any(~((slack >= 0) & np.isfinite(slack))):
         raise UserError("slack must be finite and not negative, one number or one per image")
     distances = _distances(weights, logits.shape[1])
@@ -69,7 +69,7 @@ def _distances(weights: Any, classes: int) -> Float[np.ndarray, "classes classes
         weights = numbers("weights", weights)
         fits = weights.ndim == 2 and weights.shape[1] == classes and len(weights)
         if not fits or not np.all(np.abs(weights) <= _LARGEST):
-            raise UserError(f"weights must be finite numbers of shape (d, {classes}), up to 1e300, got {weights.shape}")
+            raise UserError(f"weights must be finite numbers of shape (d, {classes}), <= 1e300, got {weights.shape}")
         scale, weights = _scaled(weights)
         distances = np.stack([np.linalg.norm(weights - column[:, None], axis=0) for column in weights.T])
         distances = np.where(distances > _SMALLEST, scale * distances, 0.0)
