@@ -58,7 +58,7 @@ BAD_CERTIFY = {
     "other step": (
         [lambda w: shutil.rmtree(max((w / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name)))],
         "",
-        "of the checkpoint of step 60, and the newest is that of step 40",
+        "of the checkpoint of step 60, and the newest checkpoint has step 40",
     ),
     "other seed": ([], "--config.seed=1", "seed was 0 and is now 1"),
     "truncated checkpoint": ([truncate_checkpoint], "", "cannot read checkpoint"),
@@ -194,8 +194,8 @@ def test_data_that_the_network_was_not_trained_for_are_refused_before_any_work(c
     flags = ["--config.data.name=other", f"--config.data.dir={tmp_path / 'sets'}", "--config.certify.name=other"]
     with pytest.raises(UserError) as error:
         certify.run([f"--workdir={copy}", *flags])
-    trained, found = "[8, 8, 1] in 10 classes", f"{list(shape)} in {classes}:"
-    assert f"trained on images of shape {trained}, but those of other are of shape {found}" in str(error.value)
+    trained, found = "[8, 8, 1] in 10 classes", f"{list(shape)} and {classes} classes:"
+    assert f"trained on images of shape {trained}, but other has the shape {found}" in str(error.value)
     assert fingerprint(copy) == before
 
 

@@ -14,7 +14,6 @@ from lsrs_jax.auditing.table import Found, Settings
 from lsrs_jax.layers.lipschitz import Float64Encoder, Materialized
 from lsrs_jax.runtime.rng import domain_key, pinned, root_key
 from lsrs_jax.smoothing.head_check import Head
-from lsrs_jax.smoothing.prediction import predict_classes
 from lsrs_jax.smoothing.sampler import Sampler
 
 # In σ/L, beyond the boundary that an attack found: next to the boundary `predict` abstains.
@@ -108,7 +107,7 @@ class Auditor:
 
     def _predict(self, images: np.ndarray) -> np.ndarray:
         votes = self._settings.votes
-        return predict_classes(self._sampler, self._predict_key, self._encode(images), votes, self._alpha)
+        return self._sampler.predict(self._encode(images), self._predict_key, votes, self._alpha)
 
     def _fill(self, values: np.ndarray) -> np.ndarray:
         """Fills a whole batch with repetitions of the last image."""

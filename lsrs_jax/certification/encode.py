@@ -16,7 +16,7 @@ from lsrs_jax.smoothing.engine import Images
 from lsrs_jax.smoothing.head_check import Head
 from lsrs_jax.smoothing.sampler import Sampler
 
-_LATENT_BYTES = 2**30  # latents of so many images are kept in memory at a time
+_LATENT_BYTES = 2**30  # memory for latents
 _SAME = 1e-12  # relative: how far the slack of an image may differ between two machines
 _LARGEST_RADIUS = 10.0  # in units of σ: no number of samples certifies more
 
@@ -42,45 +42,39 @@ def encode_batches(
 
 
 class Pipeline:
-    """Encoder and sampler of a target (from ``target.model.for_certification``), tried out on this platform.
+    """Encoder and sampler of a target (from ``target.model.for_certification``), tested on this platform.
 
-    Raises UserError for a head of other classes than the data, or a platform whose errors exceed the error budget.
+    Raises UserError if head and data differ in the number of classes, or if errors exceed the error budget.
     """
 
     def __init__(self, target: Target, encoder: Materialized, head: Head) -> None:
-        self.target, self.report = target, encoder.report
+        self.target, self.report, self._batch = target, encoder.report, target.config.certify.tile[0]
         self.sampler = make_sampler(target.config, head, encoder.report.output_shape)
         if self.sampler.num_classes != target.dataset.num_classes:
             raise UserError(f"the head has {self.sampler.num_classes} classes, the data {target.dataset.num_classes}")
-        self._encode = Float64Encoder(encoder, target.config.certify.tile[0])
+        self._encode = Float64Encoder(encoder, self._batch)
         check_noise(self.sampler.arithmetic)
         check_encoder(encoder, self._encode)
 
     def encoded(self, indices: list[int], known_slack: Mapping[int, float]) -> Iterator[Images]:
-        """Encodes images, as many at a time as memory should hold.
+        """Encodes images, as many at a time as fit into 1 GiB.
 
-        `known_slack` maps idx to the slack that the rows of an image have already. Raises UserError naming an image
-        where it is smaller than that of its latent.
+        `known_slack` maps idx to the slack in the ledger, for images that have rows there. Raises UserError for an
+        image whose slack there is smaller than its latent needs.
         """
-        batch = self.target.config.certify.tile[0]
-        size = max(batch, _LATENT_BYTES // (4 * int(np.prod(self.sampler.latent_shape))))
-        for first in range(0, len(indices), size):
-            yield self._encoded(indices[first : first + size], batch, known_slack)
-
-    def _encoded(self, indices: list[int], batch: int, known_slack: Mapping[int, float]) -> Images:
-        dataset, latents, slack = self.target.dataset, [], []
+        dataset, arithmetic = self.target.dataset, self.sampler.arithmetic
         farthest = _LARGEST_RADIUS * self.target.config.sigma / self.report.constant
-        for encoded, norms in encode_batches(dataset, indices, self._encode, batch):
-            latents.append(self.sampler.quantize(encoded))
-            # The rounding of the encoder at the image, and at any other one that a certificate can reach.
-            slack += (self.sampler.arithmetic.slack(encoded) + 2 * self.report.rounding(norms + farthest)).tolist()
-        for position, idx in enumerate(indices):
-            # The first row of an image fixes its slack: another machine's encoder may differ in the last digit.
-            own, known = slack[position], known_slack.get(idx, slack[position])
-            if known < own * (1 - _SAME):
-                raise UserError(
-                    f"{self.target.folder}: image {idx} has the slack {known} in the ledger, less than the {own} of "
-                    f"its latent: its radius is too large; {OTHER_NAME}"
-                )
-            slack[position] = known
-        return Images(indices, dataset.labels[indices].tolist(), slack, np.concatenate(latents))
+        size = max(self._batch, _LATENT_BYTES // (4 * int(np.prod(self.sampler.latent_shape))))
+        for first in range(0, len(indices), size):
+            chosen, latents, slack = indices[first : first + size], [], []
+            for encoded, norms in encode_batches(dataset, chosen, self._encode, self._batch):
+                latents.append(self.sampler.quantize(encoded))
+                # The rounding of the encoder at the image, and at any other image that a certificate can reach.
+                slack += (arithmetic.slack(encoded) + 2 * self.report.rounding(norms + farthest)).tolist()
+            for position, (idx, own) in enumerate(zip(chosen, slack, strict=True)):
+                # The first row of an image fixes its slack: another machine's encoder may differ in the last digit.
+                known = slack[position] = known_slack.get(idx, own)
+                if known < own * (1 - _SAME):
+                    wrong = f"image {idx} has the slack {known} in the ledger, less than the {own} of its latent"
+                    raise UserError(f"{self.target.folder}: {wrong}: its radius is too large; {OTHER_NAME}")
+            yield Images(chosen, dataset.labels[chosen].tolist(), slack, np.concatenate(latents))

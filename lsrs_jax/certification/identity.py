@@ -1,4 +1,4 @@
-"""The identity of a run: everything its certificates depend on, and how two runs differ."""
+"""The identity of a run: everything on which its certificates depend, and how two runs differ."""
 
 import dataclasses
 from typing import Any
@@ -12,7 +12,7 @@ from lsrs_jax.runtime.types import Config
 from lsrs_jax.smoothing.arithmetic import Arithmetic
 from lsrs_jax.smoothing.schedule import Schedule, make_schedule
 
-# Fields that follow from others: a difference in the others says more.
+# Fields that follow from other fields. A message names one of the other fields if that differs too.
 _FOLLOWING = ("arithmetic", "checkpoint.digest", "data.digest", "stages")
 _CONFIG_NAMES = {"arithmetic.name": "certify.arithmetic"} | {
     name: f"certify.{name}" for name in ("certificate", "n0", "n", "schedule", "tile", "noise", "head_dtype")
@@ -21,10 +21,10 @@ _CONFIG_NAMES = {"arithmetic.name": "certify.arithmetic"} | {
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """What makes two certifications comparable. Fields that only sampling has are None where nothing was sampled."""
+    """The facts that two comparable certifications share. Those of the sampling are None without samples."""
 
     certificate: str  # "smoothed" or "deterministic"
-    classes: int | None  # None in old files that do not say it
+    classes: int | None  # None in old files, which do not have it
     checkpoint: dict[str, Any]  # step and digest of the parameters
     data: dict[str, Any]  # name, version, split, and digest of images and labels
     model: dict[str, Any]  # the section of the configuration, and input_shape
@@ -42,7 +42,7 @@ class Identity:
     arithmetic: dict[str, Any] | None = None  # its name, sigma, tau and, on a grid, spacing
 
     def sampled(self, config: Config, arithmetic: Arithmetic, latent_shape: tuple[int, ...]) -> "Identity":
-        """The same run with what its samples depend on."""
+        """This identity with the facts of the sampling."""
         facts = sampling_facts(config) | {"arithmetic": arithmetic_facts(arithmetic, latent_shape)}
         return dataclasses.replace(self, prng=PRNG, **facts)
 
@@ -53,29 +53,29 @@ class Identity:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Identity":
         """The identity in a certificates.json of any format; raises for a field that is missing or unknown."""
+        model = ("input_shape", *(name.removeprefix("model.") for name in FIELDS if name.startswith("model.")))
         known: dict[str, Any] = {field.name: None for field in dataclasses.fields(cls)}
-        known |= {"checkpoint": ("step", "digest"), "data": ("name", "version", "split", "digest")}
+        known |= {"checkpoint": ("step", "digest"), "data": ("name", "version", "split", "digest"), "model": model}
         known |= {"arithmetic": ("name", "spacing", "sigma", "tau")}
-        known["model"] = ("input_shape", *(name.removeprefix("model.") for name in FIELDS if name.startswith("model.")))
         refuse_unknown(values, known, "identity.")
         return cls(**{"classes": None, **values, "model": upgrade_section(values["model"], "model.")})
 
     def difference(self, new: "Identity", ignore: tuple[str, ...] = ()) -> tuple[str, Any, Any] | None:
-        """The field that says most about how another run differs, with both values; None where nothing differs."""
+        """The most informative field in which another run differs, with both values; None if nothing differs."""
         if self.certificate != new.certificate:  # everything else follows from it
             return "certificate", self.certificate, new.certificate
         old, now = self.to_dict(), new.to_dict()
         return first_difference(old, now, (*_FOLLOWING, *ignore)) or first_difference(old, now, ignore)
 
     def how_it_differs(self, new: "Identity") -> str | None:
-        """In one clause, how another run differs from this one; None where they agree."""
+        """Says in one clause how another run differs from this one; None if they agree."""
         if not (found := self.difference(new)):
             return None
         name, was, now = found
         if name == "checkpoint.step":
-            return f"they are of the checkpoint of step {was}, and the newest is that of step {now}"
+            return f"they are of the checkpoint of step {was}, and the newest checkpoint has step {now}"
         if name == "checkpoint.digest":
-            return f"the checkpoint of step {new.checkpoint['step']} has other weights than it had"
+            return f"the weights in the checkpoint of step {new.checkpoint['step']} have changed"
         if name == "data.digest":
             return "images or labels of {name} {version}, split {split}, have changed".format(**new.data)
         return f"{_CONFIG_NAMES.get(name, name)} was {was!r} and is now {now!r}"
@@ -87,12 +87,12 @@ def schedule_of(config: Config) -> Schedule:
 
 
 def sampling_facts(config: Config) -> dict[str, Any]:
-    """Fields of an `Identity` on which samples depend, as far as the configuration says them."""
+    """The fields of an `Identity` on which samples depend and which follow from the configuration."""
     facts = {name: config.certify[name] for name in ("n0", "n", "schedule", "noise", "head_dtype")}
     facts |= {"tile": list(config.certify.tile), "stages": list(schedule_of(config).looks)}
     return facts | {"sigma": config.sigma, "seed": config.seed}
 
 
 def arithmetic_facts(arithmetic: Arithmetic, latent_shape: tuple[int, ...]) -> dict[str, Any]:
-    """What an arithmetic means for the certificates of latents of this shape."""
+    """The field ``arithmetic`` of an `Identity`, for latents of this shape."""
     return arithmetic.identity | {"sigma": arithmetic.sigma, "tau": arithmetic.tau(int(np.prod(latent_shape)))}

@@ -1,7 +1,7 @@
 """Deterministic certificates: the margin of a linear head behind a Lipschitz encoder. NumPy only.
 
-The baseline without noise (Tsuzuku, Sato and Sugiyama 2018): with logits Wᵀz + b and an L-Lipschitz encoder the class y
-cannot lose to j within (z_y − z_j) / (L ‖w_y − w_j‖).
+The baseline without noise (Tsuzuku, Sato and Sugiyama 2018): with logits Wᵀz + b and an L-Lipschitz encoder, class y
+cannot lose to class j within the distance (logit_y − logit_j) / (L ‖w_y − w_j‖).
 """
 
 from typing import Any
@@ -13,10 +13,9 @@ from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.validate import numbers
 from lsrs_jax.smoothing.derivation import check_lipschitz
 
-# Covers the rounding of norms, differences and the division.
-_MARGIN = 1e-12
-_LARGEST = 1e300  # of logits and weights: their differences and norms must not overflow
-_SMALLEST = 1e-140  # of a distance over the largest weight: below it squares underflow
+_MARGIN = 1e-12  # covers the rounding of norms, differences and the division
+_LARGEST = 1e300  # limit of logits and weights: their differences and norms must not overflow
+_SMALLEST = 1e-140  # least distance, relative to the largest weight: squares of smaller ones underflow
 
 
 def certified_margin(
@@ -26,10 +25,9 @@ def certified_margin(
 
     Args:
       logits: ``(N, K)``, of the clean inputs.
-      weights: ``(d, K)``, the last layer: the distance ‖w_y − w_j‖ of each pair of its columns counts (for columns of
-        length 1 it is at most 2). None for logits that are jointly 1-Lipschitz in the latent, as those of an orthogonal
-        last layer: the distance is then √2 for every pair.
-      lipschitz: constant of whatever precedes the last layer.
+      weights: ``(d, K)``, the last layer; its columns have the distances ‖w_y − w_j‖. None for logits that are jointly
+        1-Lipschitz in the latent, as after an orthogonal last layer: the distance is then √2 for every pair.
+      lipschitz: constant of the encoder in front of the last layer.
       slack: ℓ2 distance in the latent that is subtracted for rounding, per image or one number.
 
     Raises UserError for shapes that do not fit, numbers beyond 1e300 or not finite, or two classes of equal weights.
@@ -39,8 +37,8 @@ def certified_margin(
     """
     check_lipschitz(lipschitz)
     logits, slack = numbers("logits", logits), numbers("slack", slack)
-    if logits.ndim != 2 or logits.shape[1] < 2 or not _moderate(logits):
-        raise UserError(f"logits must be finite numbers of shape (images, classes >= 2), got {logits.shape}")
+    if logits.ndim != 2 or logits.shape[1] < 2 or not np.all(np.abs(logits) <= _LARGEST):
+        raise UserError(f"logits must be finite numbers of shape (images, classes >= 2), <= 1e300, got {logits.shape}")
     if slack.shape not in ((), logits.shape[:1]) or np.any(~((slack >= 0) & np.isfinite(slack))):
         raise UserError("slack must be finite and not negative, one number or one per image")
     distances = _distances(weights, logits.shape[1])
@@ -49,20 +47,16 @@ def certified_margin(
         latent = (logits[rows, predict, None] - logits) / distances[predict]
         latent[rows, predict] = np.inf
         nearest = latent.min(axis=1)
-        # Numbers next to 0 are spaced too widely to be rounded down.
+        # Floating-point numbers next to 0 are too far apart for this rounding down.
         nearest = np.where(nearest > 1e-200, nearest, 0.0)
         radius = np.maximum(nearest * (1 - _MARGIN) - slack, 0.0) / float(lipschitz) * (1 - _MARGIN)
     if not np.isfinite(radius).all():
-        raise UserError("a radius is too large for a number: scale the logits")
+        raise UserError("a radius is too large for float64: scale the logits")
     return predict, radius
 
 
-def _moderate(values: np.ndarray) -> bool:
-    return bool((np.abs(values) <= _LARGEST).all())  # and no NaN
-
-
 def _scaled(weights: np.ndarray) -> tuple[float, np.ndarray]:
-    """``(scale, weights / scale)`` with a power of two: no square underflows, and nearly equal weights keep apart."""
+    """``(scale, weights / scale)`` for a power of two with which no square overflows or underflows."""
     scale = 2.0 ** float(np.frexp(np.abs(weights).max())[1])
     return scale, weights / scale
 
@@ -73,8 +67,9 @@ def _distances(weights: Any, classes: int) -> Float[np.ndarray, "classes classes
         distances = np.full((classes, classes), np.sqrt(2.0))
     else:
         weights = numbers("weights", weights)
-        if weights.ndim != 2 or weights.shape[1] != classes or not len(weights) or not _moderate(weights):
-            raise UserError(f"weights must be finite numbers of shape (d, {classes}), got {weights.shape}")
+        fits = weights.ndim == 2 and weights.shape[1] == classes and len(weights)
+        if not fits or not np.all(np.abs(weights) <= _LARGEST):
+            raise UserError(f"weights must be finite numbers of shape (d, {classes}), <= 1e300, got {weights.shape}")
         scale, weights = _scaled(weights)
         distances = np.stack([np.linalg.norm(weights - column[:, None], axis=0) for column in weights.T])
         distances = np.where(distances > _SMALLEST, scale * distances, 0.0)
@@ -91,13 +86,11 @@ def float64_slack(
     bias: Float[np.ndarray, " classes"],
     reach: Any,
 ) -> Float[np.ndarray, " images"]:
-    """How far float64 rounding may move latents and logits, in ℓ2 of the latent: a slack for `certified_margin`.
+    """The slack for `certified_margin` that covers float64 rounding of latents and logits, as ℓ2 in the latent.
 
-    Args:
-      rounding: ℓ2 bound on the rounding of the encoder at the clean and at any perturbed image, per image or one number
-        (`lipschitz.LipschitzReport.rounding`).
-      reach: how far in the latent a certificate may lead, per image or one number: the radius that `certified_margin`
-        gives without a slack, times the Lipschitz constant.
+    Per image or one number, `rounding` is an ℓ2 bound on the rounding of the encoder at the clean and at any perturbed
+    image (`lipschitz.LipschitzReport.rounding`), and `reach` the largest certified distance in the latent: the radius
+    that `certified_margin` gives without a slack, times the Lipschitz constant.
 
     **Guarantee**: holds for certificates within `reach`. It covers four roundings: those of the encoder at the clean
     and at the perturbed image, and those of the two logits that are compared at either of them. Each logit is charged
@@ -106,5 +99,5 @@ def float64_slack(
     farthest = np.linalg.norm(latents, axis=1) + reach
     scale, scaled = _scaled(weights)
     terms = scale * np.linalg.norm(scaled, axis=0).max() * farthest + np.abs(bias).max()
-    rounded = 8 * (len(weights) + 1) * (2.0**-53 * terms + 2.0**-1074)  # the latter where products underflow
+    rounded = 8 * (len(weights) + 1) * (2.0**-53 * terms + 2.0**-1074)  # 2⁻¹⁰⁷⁴ for products that underflow
     return 2 * rounding + rounded / _distances(weights, weights.shape[1]).min()

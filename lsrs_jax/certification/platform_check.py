@@ -1,4 +1,4 @@
-"""Compares the arithmetic of this platform with NumPy, before any sample is drawn: errors must be within the budget."""
+"""Compares this platform's arithmetic with NumPy before any sample is drawn: errors must be within the error budget."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from lsrs_jax.layers.lipschitz import Materialized
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.format import COLUMN_BITS, THRESHOLD_BITS
 from lsrs_jax.runtime.rng import domain_key, pinned
-from lsrs_jax.smoothing.arithmetic import Arithmetic
+from lsrs_jax.smoothing.arithmetic import Arithmetic, GridArithmetic
 from lsrs_jax.smoothing.discrete_gaussian import LIMIT
 
 _DRAWS = 4096
@@ -21,10 +21,10 @@ _REMEDY = "certify on the CPU (JAX_PLATFORMS=cpu), or without the flags that cha
 
 
 def check_encoder(materialized: Materialized, encode: Callable[[np.ndarray], np.ndarray]) -> float:
-    """Compares `encode`, which will encode the images to be certified, with its program evaluated by NumPy in float64.
+    """Compares `encode`, which will encode the images to be certified, with NumPy in float64 on the proven arrays.
 
-    Returns the largest share of the error budget that was seen. `materialized` has the arrays that were proven. Raises
-    UserError where they differ by more than the two of them may, by `LipschitzReport.rounding`.
+    The error budget is twice `LipschitzReport.rounding`, as both may round. Returns the largest share of it that was
+    seen; raises UserError for a larger difference. `materialized` has the proven arrays.
 
     **Guarantee**: on the images tried (one random, one of large pixels) the rounding is within the error budget. A
     platform whose products run in reduced precision (TF32, bfloat16) exceeds it by orders of magnitude on any image.
@@ -43,24 +43,21 @@ def check_encoder(materialized: Materialized, encode: Callable[[np.ndarray], np.
     allowed = 2 * report.rounding(np.linalg.norm(images.reshape(len(images), -1), axis=1))
     if not (error <= allowed).all():
         worst = int(np.argmax(error / allowed))
-        raise UserError(
-            f"this platform computes the encoder with an error of {error[worst]:.1e} where certificates charge "
-            f"{allowed[worst]:.1e}: it does not multiply in float64; {_REMEDY}"
-        )
+        errors = f"an error of {error[worst]:.1e}, but certificates allow for {allowed[worst]:.1e}"
+        raise UserError(f"this platform computes the encoder with {errors}: it does not multiply in float64; {_REMEDY}")
     return float((error / allowed).max())
 
 
 def check_noise(arithmetic: Arithmetic) -> None:
-    """Compares drawing and adding noise, where the arithmetic is sound, with integers of NumPy, on every local device.
+    """Compares the drawing and adding of grid noise on every local device with integers in NumPy.
 
-    Raises UserError for any difference.
+    Raises UserError for any difference. Float32 arithmetic claims nothing, and is not compared.
     """
-    if arithmetic.identity["name"] != "sound":
+    if not isinstance(arithmetic, GridArithmetic):
         return
-    limit = LIMIT
-    edges = np.array([0, 1, -1, limit, -limit, limit - 1, 1 - limit, 2**18, -(2**18)], np.int32)
+    edges = np.array([0, 1, -1, LIMIT, -LIMIT, LIMIT - 1, 1 - LIMIT, 2**18, -(2**18)], np.int32)
     latents, added = (axis.ravel() for axis in np.meshgrid(edges, edges))
-    sums = np.clip(latents.astype(np.int64) + added, -limit, limit) * np.float64(arithmetic.identity["spacing"])
+    sums = np.clip(latents.astype(np.int64) + added, -LIMIT, LIMIT) * np.float64(arithmetic.identity["spacing"])
     for device in jax.local_devices():
         with pinned(), jax.default_device(device):
             key = jax.device_put(domain_key(0, "probe"), device)
@@ -70,11 +67,11 @@ def check_noise(arithmetic: Arithmetic) -> None:
         if not np.array_equal(np.asarray(drawn), exact):
             raise UserError(f"{device} draws other noise than certificates assume; {_REMEDY}")
         if not np.array_equal(noisy.astype(np.float64), sums) or np.signbit(noisy[sums == 0]).any():
-            raise UserError(f"{device} adds noise to latents with an error where there must be none; {_REMEDY}")
+            raise UserError(f"{device} adds noise to latents with an error, but the sum must be exact; {_REMEDY}")
 
 
 def _draw(key: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """`arithmetic.GridArithmetic.draw` of `_DRAWS` numbers in NumPy."""
+    """`arithmetic.GridArithmetic.draw` for `_DRAWS` numbers, in NumPy."""
     columns, thresholds = _threefry(key, np.arange(2 * _DRAWS, dtype=np.uint32))
     column = columns >> np.uint32(32 - COLUMN_BITS)
     high, low = (words[column].astype(np.int64) for words in table)
@@ -100,32 +97,26 @@ def _threefry(key: np.ndarray, counters: np.ndarray) -> tuple[np.ndarray, np.nda
     return first, second
 
 
+def _broadcast(x: Any, *, shape: Any, broadcast_dimensions: Any, **_: Any) -> np.ndarray:
+    new = [axis for axis in range(len(shape)) if axis not in broadcast_dimensions]
+    return np.broadcast_to(np.expand_dims(x, new), shape)
+
+
 def _slice(x: Any, *, start_indices: Any, limit_indices: Any, strides: Any) -> np.ndarray:
     return x[tuple(map(slice, start_indices, limit_indices, strides or (1,) * x.ndim))]
 
 
-def _broadcast(x: Any, *, shape: Any, broadcast_dimensions: Any, **_: Any) -> np.ndarray:
-    sizes = [1] * len(shape)
-    for axis, size in zip(broadcast_dimensions, np.shape(x), strict=True):
-        sizes[axis] = size
-    return np.broadcast_to(np.reshape(x, sizes), shape)
-
-
 # Frequent operations, for speed alone: XLA would compile each of them.
+_ELEMENTWISE: dict[str, Callable[..., Any]] = {
+    **{"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide},
+    **{"max": np.maximum, "min": np.minimum, "real": np.real, "imag": np.imag},
+}
 _PLAIN: dict[str, Callable[..., Any]] = {
-    "add": lambda x, y, **_: np.add(x, y),
     "broadcast_in_dim": _broadcast,
     "concatenate": lambda *parts, dimension: np.concatenate(parts, dimension),
-    "div": lambda x, y, **_: np.divide(x, y),
-    "imag": np.imag,
-    "max": lambda x, y, **_: np.maximum(x, y),
-    "min": lambda x, y, **_: np.minimum(x, y),
-    "mul": lambda x, y, **_: np.multiply(x, y),
-    "real": np.real,
     "reshape": lambda x, *, new_sizes, **_: np.reshape(x, new_sizes),
     "slice": _slice,
     "squeeze": lambda x, *, dimensions: np.squeeze(x, dimensions),
-    "sub": lambda x, y, **_: np.subtract(x, y),
     "transpose": lambda x, *, permutation: np.transpose(x, permutation),
 }
 
@@ -138,20 +129,23 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> li
         return np.asarray(atom.val) if isinstance(atom, Literal) else values[atom]
 
     for equation in jaxpr.eqns:
-        inputs, name = [value(atom) for atom in equation.invars], equation.primitive.name
-        inner = [equation.params[key] for key in ("jaxpr", "call_jaxpr") if key in equation.params]
-        if name == "conv_general_dilated" and _by_numpy(equation):
-            outputs = [_convolve(inputs[0], inputs[1], **equation.params)]
+        inputs, name, params = [value(atom) for atom in equation.invars], equation.primitive.name, equation.params
+        inner = [params[key] for key in ("jaxpr", "call_jaxpr") if key in params]
+        # A convolution with a batch group count is part of a gradient: XLA runs it.
+        if name == "conv_general_dilated" and params["batch_group_count"] == 1:
+            outputs = [_convolve(inputs[0], inputs[1], **params)]
         elif name == "dot_general":
-            outputs = [_multiply(inputs[0], inputs[1], equation.params["dimension_numbers"])]
+            outputs = [_multiply(inputs[0], inputs[1], params["dimension_numbers"])]
+        elif name in _ELEMENTWISE:
+            outputs = [_ELEMENTWISE[name](*inputs)]
         elif name in _PLAIN:
-            outputs = [_PLAIN[name](*inputs, **equation.params)]
+            outputs = [_PLAIN[name](*inputs, **params)]
         elif len(inner) == 1 and name not in ("scan", "while", "cond"):
             # A closed program carries its constants, an open one has none.
             program, constants = getattr(inner[0], "jaxpr", inner[0]), getattr(inner[0], "consts", ())
             outputs = _evaluate(program, constants, inputs)
         else:
-            outputs = equation.primitive.bind(*inputs, **equation.params)
+            outputs = equation.primitive.bind(*inputs, **params)
             outputs = outputs if equation.primitive.multiple_results else [outputs]
         values.update(zip(equation.outvars, outputs, strict=True))
     return [value(atom) for atom in jaxpr.outvars]
@@ -159,23 +153,22 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> li
 
 def _multiply(left: np.ndarray, right: np.ndarray, dimension_numbers: Any) -> np.ndarray:
     ((left_sum, right_sum), (left_batch, right_batch)) = dimension_numbers
-    if left_batch or right_batch:
-        letters = iter("abcdefghijklmnopqrstuvwxyz")
-        first, second = [next(letters) for _ in left.shape], [next(letters) for _ in right.shape]
-        for i, j in zip((*left_sum, *left_batch), (*right_sum, *right_batch), strict=True):
-            second[j] = first[i]
-        kept = [first[i] for i in left_batch]
-        kept += [c for i, c in enumerate(first) if i not in (*left_sum, *left_batch)]
-        kept += [c for j, c in enumerate(second) if j not in (*right_sum, *right_batch)]
-        return np.einsum(f"{''.join(first)},{''.join(second)}->{''.join(kept)}", left, right)
-    return np.tensordot(left, right, (left_sum, right_sum))
+    first, second = list(range(left.ndim)), list(range(left.ndim, left.ndim + right.ndim))
+    for i, j in zip((*left_sum, *left_batch), (*right_sum, *right_batch), strict=True):
+        second[j] = i
+    kept = [
+        *left_batch,
+        *(i for i in first if i not in (*left_sum, *left_batch)),
+        *(j for j in second if j >= left.ndim),
+    ]
+    return np.einsum(left, first, right, second, kept, optimize=True)
 
 
 def _convolve(x: np.ndarray, kernel: np.ndarray, **params: Any) -> np.ndarray:
     numbers, groups = params["dimension_numbers"], params["feature_group_count"]
-    x = _dilate(x.transpose(numbers.lhs_spec), params["lhs_dilation"])
-    kernel = _dilate(kernel.transpose(numbers.rhs_spec), params["rhs_dilation"])
-    x = np.pad(x, ((0, 0), (0, 0), *params["padding"]))
+    edges = zip(params["padding"], params["lhs_dilation"], strict=True)
+    x = _pad(x.transpose(numbers.lhs_spec), [(low, high, factor - 1) for (low, high), factor in edges])
+    kernel = _pad(kernel.transpose(numbers.rhs_spec), [(0, 0, factor - 1) for factor in params["rhs_dilation"]])
     axes, steps = tuple(range(2, x.ndim)), [slice(None, None, stride) for stride in params["window_strides"]]
     windows = sliding_window_view(x, kernel.shape[2:], axes)[(slice(None), slice(None), *steps)]
     summed = ((1, *range(x.ndim, 2 * x.ndim - 2)), (1, *axes))
@@ -184,15 +177,8 @@ def _convolve(x: np.ndarray, kernel: np.ndarray, **params: Any) -> np.ndarray:
     return np.moveaxis(y, -1, 1).transpose(np.argsort(numbers.out_spec))
 
 
-def _dilate(array: np.ndarray, factors: Sequence[int]) -> np.ndarray:
-    """Puts zeros between the entries of the axes from the third on."""
-    shape = [(size - 1) * factor + 1 for size, factor in zip(array.shape[2:], factors, strict=True)]
-    dilated = np.zeros((*array.shape[:2], *shape), array.dtype)
-    dilated[(slice(None), slice(None), *[slice(None, None, factor) for factor in factors])] = array
-    return dilated
-
-
-def _by_numpy(equation: Any) -> bool:
-    """Whether `_convolve` can run a convolution: all but those of gradients and of cropping."""
-    padding, groups = equation.params["padding"], equation.params["batch_group_count"]
-    return groups == 1 and min(min(pair) for pair in padding) >= 0
+def _pad(array: np.ndarray, edges: list[tuple[int, int, int]]) -> np.ndarray:
+    """Puts zeros before, after and between the entries of the axes from the third on; a negative number crops."""
+    if not any(map(any, edges)):
+        return array
+    return np.asarray(jax.lax.pad(array, np.zeros((), array.dtype), [(0, 0, 0), (0, 0, 0), *edges]))

@@ -1,4 +1,4 @@
-"""Certificates of the smoothed classifier: samples, their ledgers, and the table that is derived from them."""
+"""Certificates of the smoothed classifier: draws samples, writes them to ledgers, and derives the table from them."""
 
 import time
 from collections.abc import Callable, Collection, Iterable
@@ -14,29 +14,26 @@ from lsrs_jax.certification.target import Target
 from lsrs_jax.config import config_to_dict
 from lsrs_jax.data import Dataset, Photos
 from lsrs_jax.layers.lipschitz import LipschitzReport
-from lsrs_jax.runtime.documents import first_difference
+from lsrs_jax.runtime import documents, progress, rng
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.processes import ALONE, Process, devices
-from lsrs_jax.runtime.progress import duration
-from lsrs_jax.runtime.rng import root_key
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.runtime.workdir import Workdir
 from lsrs_jax.smoothing.arithmetic import make_arithmetic
-from lsrs_jax.smoothing.certificates import Certificates
 from lsrs_jax.smoothing.counts import Counts, ImageCounts
-from lsrs_jax.smoothing.derivation import Derivation
+from lsrs_jax.smoothing.derivation import Certificates, Derivation
 from lsrs_jax.smoothing.engine import Engine, Status
 from lsrs_jax.smoothing.schedule import Schedule, make_schedule
 
-DERIVED = ("alpha", "bound", "radii", "epsilon")  # fields of `certify` on which no sample depends
+DERIVED = ("alpha", "bound", "radii", "epsilon")  # fields of config.certify on which no sample depends
 _SECONDS_PER_DERIVATION = 60.0
 
 
 class Certification:
     """One folder: its identity, its ledgers, and the certificates derived from them.
 
-    A resumption whose identity differs in anything is refused. Each process writes its own ledger, the first one also
-    the certificates. `record` has one entry per session, `decided_images` the indices of those known to be decided.
+    Each process writes its own ledger; the first process also writes the certificates. `record` has one entry per
+    session, `decided_images` the indices of the images that are known to be decided.
     """
 
     def __init__(
@@ -45,24 +42,24 @@ class Certification:
         certify, arithmetic = config.certify, identity.arithmetic or {}
         self.folder, self.config, self.identity, self.lipschitz = folder, config, identity, lipschitz
         self.schedule, self.num_classes = schedule_of(config), identity.classes or 0
-        settings = {name: certify[name] for name in ("alpha", "bound", "epsilon")}
-        settings |= {"sigma": arithmetic["sigma"], "tau": arithmetic["tau"], "lipschitz": lipschitz.constant}
-        self.derivation = Derivation(radii=tuple(certify.radii) or None, **settings)
+        settings = {"lipschitz": lipschitz.constant, "radii": tuple(certify.radii) or None, "epsilon": certify.epsilon}
+        settings |= {"sigma": arithmetic["sigma"], "tau": arithmetic["tau"]}
+        self.derivation = Derivation(alpha=certify.alpha, bound=certify.bound, **settings)
         self.process, self.record, self.decided_images = process, list[dict[str, Any]](), set[int]()
 
     def open_ledger(self) -> ledger.Ledger:
-        """The open ledger of this process; its file is made if missing."""
-        own = self.folder / ledger.name(self.process.index)
-        return ledger.Ledger(own, self.schedule, self.num_classes, self.process)
+        """Opens the ledger of this process; its file is made if missing."""
+        path = self.folder / ledger.name(self.process.index)
+        return ledger.Ledger(path, self.schedule, self.num_classes, self.process)
 
     def decided(self, images: list[ImageCounts]) -> np.ndarray:
-        """Whether images that are at a look are decided; remembers those that are."""
+        """Whether images that are at a look are decided; remembers the decided ones."""
         found = self.derivation.decided(self.schedule, images)
         self.decided_images |= {image.idx for image, yes in zip(images, found, strict=True) if yes}
         return found
 
     def pending(self, indices: Iterable[int]) -> list[int]:
-        """Those of some images that are not known to be decided."""
+        """The indices that are not known to be decided."""
         return [idx for idx in indices if idx not in self.decided_images]
 
     def catch_up(self, counts: ledger.Ledger) -> None:
@@ -72,21 +69,19 @@ class Certification:
             self.decided(waiting)
 
     def check_slack(self, images: Collection[ImageCounts]) -> None:
-        """Raises UserError for an image with less slack than the rounding of any latent costs."""
+        """Raises UserError for an image whose slack is less than the rounding of the smallest latent."""
         arithmetic = make_arithmetic(self.config.certify.arithmetic, self.config.sigma)
         least = float(arithmetic.slack(np.zeros((1, *self.lipschitz.output_shape)))[0])
         for image in images:
             if image.slack < least:
-                raise UserError(
-                    f"{self.folder}: image {image.idx} has the slack {image.slack}, less than the rounding of its "
-                    f"latent; restore the ledger, or {OTHER_NAME}"
-                )
+                wrong = f"image {image.idx} has the slack {image.slack}, less than the rounding of its latent"
+                raise UserError(f"{self.folder}: {wrong}; restore the ledger, or {OTHER_NAME}")
 
     def past_sessions(self) -> list[dict[str, Any]]:
-        """The record of earlier sessions; refuses samples of another run. Without samples there is nothing to mix."""
+        """The record of earlier sessions; raises UserError if they had another identity, or if files are missing."""
         path, has_rows = self.folder / "certificates.json", ledger.has_rows(self.folder)
         if not has_rows and not (self.folder / "certificates.tsv").exists():
-            return []
+            return []  # without samples no identity matters
         if has_rows and not path.exists():
             raise UserError(f"{self.folder} holds samples but no {path.name}; restore it, or {OTHER_NAME}")
         record = store.past_sessions(path, self.identity) if path.exists() else []
@@ -98,9 +93,9 @@ class Certification:
     def derive(self, counts: ledger.Ledger, chosen: Collection[int]) -> tuple[list[ImageCounts], Certificates | None]:
         """Writes certificates.tsv and certificates.json for the images `chosen`, which have reached a look.
 
-        Returns ``(counts, certificates)`` of these images; certificates are None without any.
+        Returns the counts and the certificates of these images; without images, the certificates are None.
         """
-        counts.flush()  # no certificate without its samples on disk
+        counts.flush()  # the samples of a certificate must be on disk before it
         images = [counts.images[idx] for idx in sorted(chosen)]
         self.check_slack(images)
         certificates = derivation = table = None
@@ -117,12 +112,11 @@ class Certification:
 def run(target: Target, process: Process, workdir: Workdir, tick: Callable[[], None]) -> None:
     """Draws the samples that are missing in the ledgers, derives the certificates and prints a summary.
 
-    Every process of the run calls this with the same target. Each takes its share of the undecided images, on its own
-    devices: the noise of an image does not depend on the process that draws it. `tick` is called with every line of
-    progress.
+    Every process of the run calls this with the same target, and takes its share of the undecided images: the noise of
+    an image does not depend on the process that draws it. `tick` is called with every line of progress.
     """
     config = target.config
-    with process.together("the preparation of the samples"):  # what sampling needs is tried out before any is drawn
+    with process.together("the preparation of the samples"):  # finds errors before any sample is drawn
         encoder, head = target.model.for_certification(target.params, config.certify.head_dtype)
         arithmetic = make_arithmetic(config.certify.arithmetic, config.sigma)
         identity = target.identity("smoothed").sampled(config, arithmetic, encoder.report.output_shape)
@@ -153,14 +147,13 @@ def _headline(target: Target, schedule: Schedule, pending: int) -> str:
     )
     if not schedule.staged:
         return line
-    until = f"the radius itself is known to {certify.epsilon:g} sigma / L"
-    if certify.radii:
-        until = f"radii {', '.join(f'{r:g}' for r in certify.radii)} are decided"
+    radii = f"radii {', '.join(f'{radius:g}' for radius in certify.radii)} are decided"
+    until = radii if certify.radii else f"the radius is known to {certify.epsilon:g} sigma / L"
     return f"{line}\nstaged: {len(schedule.looks)} looks from {schedule.looks[0]:,} samples on, until {until}"
 
 
 def check_labels(folder: Path, counts: Counts, dataset: Dataset | Photos) -> None:
-    """Raises UserError unless the rows in a folder are of images with the labels of a data set."""
+    """Raises UserError unless the images in a folder's ledgers have the labels of the data set."""
     for image in counts.images.values():
         if image.idx >= len(dataset) or image.label != dataset.labels[image.idx]:
             raise UserError(f"{folder} does not fit the data: image {image.idx} has another label in its ledger")
@@ -171,18 +164,16 @@ def _sample(
 ) -> None:
     process, start, indices = certification.process, time.monotonic(), pipeline.target.indices
     pending = certification.pending(indices)
-    session, derived = store.new_session(len(pending)), start
-    share = pending[process.index :: process.count]
-
-    def derive() -> None:
-        certification.derive(counts, certification.decided_images)
+    share, session, derived = pending[process.index :: process.count], store.new_session(len(pending)), start
 
     def begin() -> None:
-        """Called with the first samples, not before: a head that cannot be certified leaves nothing behind."""
+        """Called with the first samples, not before, so that a head that cannot be certified leaves nothing behind."""
         certification.record.append(session)
-        derive()  # images that are decided already get the derivation of this session with the first write
+        # Gives the images that are already decided the derivation settings of this session.
+        certification.derive(counts, certification.decided_images)
 
     def adopt() -> None:
+        """Takes over the samples of the other processes."""
         workdir.pull()
         counts.refresh()
         certification.catch_up(counts)
@@ -192,7 +183,7 @@ def _sample(
         found = certification.decided(images)
         if process.leads and time.monotonic() - derived > _SECONDS_PER_DERIVATION:
             adopt()
-            derive()
+            certification.derive(counts, certification.decided_images)
             derived = time.monotonic()
         return found
 
@@ -200,16 +191,14 @@ def _sample(
         tick()
         print(line if process.count == 1 else f"{line} (of this process's share)", flush=True)
 
-    total, before, first = len(indices), len(indices) - len(pending), begin
+    status, first = Status(certification.schedule, len(indices), len(indices) - len(pending), say), begin
     if process.count > 1:
-        # The identity must be on disk before any process writes a sample.
-        with process.together("the first samples"):
+        with process.together("the first samples"):  # the identity must be on disk before any sample
             if process.leads:
                 begin()
                 workdir.push()
-        total, before, first = len(share), 0, lambda: None
-    status = Status(certification.schedule, total, before, say)
-    engine = Engine(pipeline.sampler, root_key(certification.config.seed), counts, decided, status, first)
+        status, first = Status(certification.schedule, len(share), 0, say), lambda: None
+    engine = Engine(pipeline.sampler, rng.root_key(certification.config.seed), counts, decided, status, first)
     for images in pipeline.encoded(share, {idx: image.slack for idx, image in counts.images.items()}):
         engine.run(images)
     status.show()
@@ -222,9 +211,9 @@ def _sample(
 
 
 def from_counts(folder: Path, config: Config) -> None:
-    """Derives certificates anew from the ledgers in a folder: no model, no data, no forward pass.
+    """Derives new certificates from the ledgers in a folder, without model, data or samples.
 
-    Raises UserError where the ledgers cannot support what the configuration asks for.
+    Raises UserError if the ledgers do not have the samples that the configuration asks for.
     """
     certify, stored = config.certify, store.read_folder(folder, "to derive from")
     held = stored.identity.certificate
@@ -238,8 +227,8 @@ def from_counts(folder: Path, config: Config) -> None:
         chosen = [idx for idx in counts.images if counts.at_a_look(idx)]
         indices = range(certify.start, certify.stop or max(chosen, default=0) + 1, certify.step)
         if not any(idx in indices for idx in chosen):
-            remedy = "run certify without --from-counts first"
-            raise UserError(f"no image of this selection in {folder} has all its samples; {remedy}")
+            none = f"no image of this selection in {folder} has all its samples"
+            raise UserError(f"{none}; run certify without --from-counts first")
         found = certification.derive(counts, chosen)
     print(f"alpha {certify.alpha}, {certify.bound} bound, from the samples of {len(chosen):,} images")
     if left_out := len(counts.images) - len(chosen):
@@ -250,11 +239,10 @@ def from_counts(folder: Path, config: Config) -> None:
 def reopen(folder: Path, config: Config, stored: store.Stored) -> Certification:
     """The `Certification` of the ledgers in a folder, from its certificates.json.
 
-    Raises UserError where the samples were drawn under another configuration, or where numbers from which radii follow
+    Raises UserError if the samples were drawn under another configuration, or if numbers that determine the radii
     contradict each other.
     """
-    identity, certify = stored.identity, config.certify
-    facts = identity.arithmetic or {}
+    identity, certify, facts = stored.identity, config.certify, stored.identity.arithmetic or {}
     wanted = sampling_facts(config) | {"arithmetic": certify.arithmetic}
     drawn = {name: getattr(identity, name) for name in wanted} | {"arithmetic": facts.get("name")}
     own, claimed = (
@@ -263,12 +251,12 @@ def reopen(folder: Path, config: Config, stored: store.Stored) -> Certification:
     )
     derivable = f"only alpha, bound, radii and epsilon can be derived anew; {OTHER_NAME}"
     for was, now, remedy in ((drawn, wanted, derivable), (own, claimed, "leave that flag out")):
-        if difference := first_difference(was, now):
+        if difference := documents.first_difference(was, now):
             name, old, new = difference
             raise UserError(f"the samples in {folder} were drawn with {name} {old!r}, not {new!r}: {remedy}")
     arithmetic = make_arithmetic(certify.arithmetic, config.sigma)
     if facts != arithmetic_facts(arithmetic, stored.lipschitz.output_shape):
-        why = "its arithmetic is not that of the configuration and the latent"
+        why = "its arithmetic does not fit the configuration and the latent"
         raise UserError(f"{folder / 'certificates.json'} is damaged ({why}); restore it, or {OTHER_NAME}")
     certification = Certification(folder, config, identity, stored.lipschitz)
     certification.record = stored.record
@@ -284,22 +272,19 @@ def _print_summary(
     correct = (certificates.predict == [image.label for image in images])[wanted]
     seconds = np.array([image.seconds for image in images])[wanted]
     acr, abstained = np.where(correct, certificates.radius[wanted], 0).mean(), certificates.abstain[wanted].mean()
+    cost = f"{certificates.n[wanted].mean():,.0f} samples and {progress.duration(seconds.mean())} per image"
     print(
         f"{wanted.sum():,} images: certified accuracy {correct.mean():.3f}, average certified radius {acr:.4f}, "
-        f"abstained {abstained:.3f}, {certificates.n[wanted].mean():,.0f} samples and {duration(seconds.mean())} per "
-        f"image\n{certification.folder / 'certificates.tsv'}"
+        f"abstained {abstained:.3f}, {cost}\n{certification.folder / 'certificates.tsv'}"
     )
-    schedule, derivation = certification.schedule, certification.derivation
-    slack = max(image.slack for image in images)
+    schedule, derivation, slack = certification.schedule, certification.derivation, max(image.slack for image in images)
     largest = derivation.largest_radius(schedule, slack)
     if largest <= 0:
         settings = f"n={schedule.n} and alpha={derivation.alpha}"
-        print(f"note: with {settings} nothing is certified even where all samples agree; raise certify.n")
+        print(f"note: with {settings} nothing is certified even if all samples agree; raise certify.n")
     elif schedule.staged:
         fixed = derivation.largest_radius(make_schedule("fixed", schedule.n0, schedule.n, schedule.samples), slack)
-        between = "; between the radii asked for, a radius says only which of them it reaches"
-        print(
-            f"staged: alpha is split over {len(schedule.looks)} looks, so the largest radius is {largest:.4f} instead "
-            f"of {fixed:.4f} with the fixed schedule; near it radii are lost, below {0.85 * fixed:.4f} hardly any"
-            + (between if derivation.radii else "")
-        )
+        between = "; a radius says only which of the radii asked for it reaches" if derivation.radii else ""
+        most = f"the largest radius is {largest:.4f} instead of {fixed:.4f} with the fixed schedule"
+        shrink = f"radii near it shrink, radii below {0.85 * fixed:.4f} hardly do{between}"
+        print(f"staged: alpha is split over {len(schedule.looks)} looks, so {most}; {shrink}")

@@ -1,6 +1,6 @@
-"""certificates.tsv and certificates.json, which says what the table was made from: writes both together.
+"""Reads certificates.json in every format, and writes it together with certificates.tsv, the table it describes.
 
-The document is read here in every format there was; `table.read_table` reads tables.
+`table.read_table` reads tables.
 """
 
 import dataclasses
@@ -20,15 +20,14 @@ from lsrs_jax.certification import OTHER_NAME, ledger
 from lsrs_jax.certification.identity import Identity
 from lsrs_jax.config import CERTIFICATES, check_config, config_from_dict, config_to_dict
 from lsrs_jax.layers.lipschitz import LipschitzReport
-from lsrs_jax.runtime.documents import read_sealed, refuse_unknown, write_sealed
+from lsrs_jax.runtime import documents, files
 from lsrs_jax.runtime.errors import UserError
-from lsrs_jax.runtime.files import digest_of, write_atomic
 from lsrs_jax.runtime.format import FIELD_COLUMNS
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.smoothing.counts import ImageCounts
 from lsrs_jax.smoothing.derivation import Certificates
 
-_MOST_CLASSES = 2**20  # and pixels in a row
+_MOST = 2**20  # classes, or pixels in a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,19 +35,19 @@ class Stored:
     """The content of a certificates.json."""
 
     identity: Identity
-    # What the table depends on besides, None before there is one: its digest ``certificates``, ``bound``, and where it
-    # was sampled ``alpha``, ``votes`` (size and digest of each ledger; None in old files, which do not say them), and
-    # the settings of the staged schedule.
+    # The other facts on which the table depends; None before there is a table. ``certificates`` is the digest of the
+    # table; there is ``bound``, and for smoothed certificates ``alpha``, ``votes`` (size and digest of each ledger;
+    # None in old files) and the settings of the staged schedule.
     derivation: dict[str, Any] | None
     lipschitz: LipschitzReport
     config: Config | None  # None in old files
-    training: str | None  # digest of the config.json of the training; None where there was none
+    training: str | None  # digest of the config.json of the training; None if there was none
     record: list[dict[str, Any]]  # one entry per session
-    sealed: bool  # whether the file names its own digest; nothing says that an old file that does not is intact
+    sealed: bool  # whether the file names its own digest; nobody can tell whether an unsealed file is intact
 
     @property
     def settings(self) -> Config:
-        """The configuration of a sealed file, which has one."""
+        """The configuration of a sealed file; such a file always has one."""
         assert self.config is not None
         return self.config
 
@@ -56,12 +55,12 @@ class Stored:
 def read(path: Path) -> Stored:
     """The content of a certificates.json of any format; raises UserError for a damaged file, or a newer format."""
     found: list[Stored] = []
-    read_sealed(path, lambda content: found.append(_parse(content)), OTHER_NAME)
+    documents.read_sealed(path, lambda content: found.append(_parse(content)), OTHER_NAME)
     return found[0]
 
 
 def read_folder(folder: Path, use: str) -> Stored:
-    """`read` of the certificates.json in a folder, which must be sealed. Errors name the `use`."""
+    """Reads the certificates.json in a folder, which must be sealed. An error names the `use`."""
     path = folder / "certificates.json"
     if path.exists():
         return require_sealed(path)
@@ -71,51 +70,48 @@ def read_folder(folder: Path, use: str) -> Stored:
 
 
 def require_sealed(path: Path) -> Stored:
-    """`read` of a file that names its own digest."""
+    """Reads a certificates.json that must name its own digest."""
     stored = read(path)
     if not stored.sealed:
-        why = "an old version wrote it without a digest of its own, so nothing says whether it was changed"
+        why = "an old version wrote it without a digest, so nobody can tell whether it was changed"
         raise UserError(f"{path} is unsealed: {why}. report reads it; to certify, {OTHER_NAME}")
     return stored
 
 
 def _parse(content: dict[str, Any]) -> Stored:
-    """Raises UserError, ValueError, KeyError or TypeError for what no version has written."""
+    """Raises UserError, ValueError, KeyError or TypeError for content that no version has written."""
+    derived = ("alpha", "bound", "radii", "epsilon", "certificates", "votes")
     known: dict[str, Any] = dict.fromkeys(("identity", "config", "training", "record", "digest"))
-    known["derivation"] = ("alpha", "bound", "radii", "epsilon", "certificates", "votes")
-    known["lipschitz"] = ("layers", "input_shape", "output_shape", "constant")
-    refuse_unknown(content, known)
+    known |= {"derivation": derived, "lipschitz": ("layers", "input_shape", "output_shape", "constant")}
+    documents.refuse_unknown(content, known)
     sealed = content["digest"] is not None
     config = check_config(config_from_dict(content["config"])) if sealed or "config" in content else None
     wanted = {"certificate": str, "checkpoint": {"step": int, "digest": str}, "data": dict, "platform": str}
     wanted |= {"model": {"input_shape": list}}
     _check_types(content, {"identity": wanted, "lipschitz": dict, "record": list})
-    identity = Identity.from_dict(content["identity"])
+    identity, lipschitz = Identity.from_dict(content["identity"]), LipschitzReport.from_dict(content["lipschitz"])
     classes = 2 if identity.classes is None and not sealed else identity.classes
-    if identity.certificate not in CERTIFICATES or type(classes) is not int or not 2 <= classes <= _MOST_CLASSES:
-        raise ValueError("identity is that of no certificate")
+    if identity.certificate not in CERTIFICATES or type(classes) is not int or not 2 <= classes <= _MOST:
+        raise ValueError("identity is of no certificate")
     if config and config.certify.certificate != identity.certificate:
         raise ValueError("identity and config are of different kinds")
-    if not all(type(size) is int and 1 <= size <= _MOST_CLASSES for size in identity.model["input_shape"]):
-        raise ValueError("input_shape is that of no image")
-    smoothed = identity.certificate == "smoothed"
-    if smoothed:
+    if not all(type(size) is int and 1 <= size <= _MOST for size in identity.model["input_shape"]):
+        raise ValueError("input_shape cannot be the shape of an image")
+    derivation = content["derivation"]
+    if derivation is not None:
+        _check_types(content, {"derivation": {"certificates": str, "bound": str}})
+    if identity.certificate == "smoothed":
         _check_types(content, {"identity": {"arithmetic": {"name": str}}})
-    derivation = None if content["derivation"] is None else _parse_derivation(content, smoothed, sealed)
-    lipschitz = LipschitzReport.from_dict(content["lipschitz"])
+        if derivation is not None:
+            derivation = derivation | {"votes": _parse_votes(content)} if sealed else {"votes": None} | derivation
     return Stored(identity, derivation, lipschitz, config, content.get("training"), content["record"], sealed)
 
 
-def _parse_derivation(content: dict[str, Any], smoothed: bool, sealed: bool) -> dict[str, Any]:
-    _check_types(content, {"derivation": {"certificates": str, "bound": str}})
-    derivation = content["derivation"]
-    if not smoothed:
-        return derivation
-    if not sealed:
-        return {"votes": None} | derivation
+def _parse_votes(content: dict[str, Any]) -> dict[str, dict]:
+    """The size and digest of every ledger in a sealed document."""
     _check_types(content, {"derivation": {"alpha": float, "votes": dict}})
-    votes = derivation["votes"]
-    if "sha256" in votes:  # before several processes could write, there was one ledger
+    votes = content["derivation"]["votes"]
+    if "sha256" in votes:  # written when there was only one ledger
         votes = {ledger.name(0): votes}
     if not votes:
         raise ValueError("its certificates name no ledger")
@@ -123,7 +119,7 @@ def _parse_derivation(content: dict[str, Any], smoothed: bool, sealed: bool) -> 
         if not re.fullmatch(r"votes\.(0|[1-9][0-9]{0,8})\.tsv", name):
             raise ValueError(f"{name[:40]!r} is no ledger")
         _check_types(digest, {"bytes": int, "sha256": str}, f"derivation.votes.{name}.")
-    return derivation | {"votes": votes}
+    return votes
 
 
 def _check_types(values: Any, wanted: dict[str, Any], prefix: str = "") -> None:
@@ -137,9 +133,9 @@ def _check_types(values: Any, wanted: dict[str, Any], prefix: str = "") -> None:
 
 
 def training_digest(folder: Path) -> str | None:
-    """SHA-256 of the config.json in the workdir of a folder; None where there is none."""
+    """SHA-256 of the config.json in the workdir of a folder; None without one."""
     path = folder.parents[1] / "config.json"
-    return digest_of(path) if path.exists() else None
+    return files.digest_of(path) if path.exists() else None
 
 
 def past_sessions(path: Path, identity: Identity) -> list[dict[str, Any]]:
@@ -154,19 +150,15 @@ def past_sessions(path: Path, identity: Identity) -> list[dict[str, Any]]:
 def new_session(images: int) -> dict[str, Any]:
     """A new entry of the record; ``seconds`` is filled in at the end."""
     versions = {"lsrs_jax": __version__, "jax": jax.__version__, "numpy": np.__version__}
-    return {
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "seconds": None,
-        "images": images,
-        "devices": f"{jax.device_count()} x {jax.local_devices()[0].device_kind}",
-        "processes": jax.process_count(),
-        "host": platform.machine(),
-        "versions": versions | {"python": platform.python_version()},
-    }
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    devices = f"{jax.device_count()} x {jax.local_devices()[0].device_kind}"
+    session = {"started": started, "seconds": None, "images": images, "devices": devices}
+    session |= {"processes": jax.process_count(), "host": platform.machine()}
+    return session | {"versions": versions | {"python": platform.python_version()}}
 
 
 def format_table(images: Sequence[ImageCounts], certificates: Certificates, lipschitz: float) -> str:
-    """The text of certificates.tsv for counts of images and their certificates, in parallel.
+    """The text of certificates.tsv for images and their certificates, in the same order.
 
     The six columns of Cohen et al. 2019 come first. Radii are printed with full precision, never rounded up.
     """
@@ -177,16 +169,15 @@ def format_table(images: Sequence[ImageCounts], certificates: Certificates, lips
 
 
 def format_columns(columns: Mapping[str, Any]) -> str:
-    """The text of a table in the field's format: name → array over images in the order of the rows, or one number.
+    """The text of a table in the field's format, from columns: name → array over images, or one number for all.
 
-    The names include `FIELD_COLUMNS` but for ``correct``, which follows from label and predict.
+    The names include `FIELD_COLUMNS` except ``correct``, which is added here.
     """
     arrays = {name: np.broadcast_to(values, len(columns["idx"])) for name, values in columns.items()}
     arrays["correct"] = arrays["predict"] == arrays["label"]
     names = [*FIELD_COLUMNS, *(name for name in arrays if name not in FIELD_COLUMNS)]
     rows = zip(*(arrays[name] for name in names), strict=True)
-    lines = [names, *(list(map(_print, names, row)) for row in rows)]
-    return "".join("\t".join(cells) + "\n" for cells in lines)
+    return "".join("\t".join(cells) + "\n" for cells in [names, *(map(_print, names, row) for row in rows)])
 
 
 def _print(name: str, value: Any) -> str:
@@ -204,9 +195,9 @@ def write(
     derivation: dict[str, Any] | None = None,
     table: str | None = None,
 ) -> None:
-    """Writes certificates.json and, where it changed, certificates.tsv (`table` is its text).
+    """Writes certificates.json and, if it has changed, certificates.tsv with the text `table`.
 
-    `derivation`, None before there is a table, is what the table depends on besides the identity.
+    `derivation` has the facts on which the table depends besides the identity; None before there is a table.
     """
     content = {"identity": identity.to_dict(), "derivation": None, "lipschitz": lipschitz.to_dict()}
     content |= {"config": config_to_dict(config), "training": training_digest(folder), "record": record}
@@ -214,7 +205,7 @@ def write(
     if table is not None and derivation is not None:
         if not (path.exists() and path.read_bytes() == table.encode()):
             # The order matters: clear the derivation, write the table, then write the new derivation.
-            write_sealed(document, content)
-            write_atomic(path, table)
+            documents.write_sealed(document, content)
+            files.write_atomic(path, table)
         content["derivation"] = derivation | {"certificates": hashlib.sha256(table.encode()).hexdigest()}
-    write_sealed(document, content)
+    documents.write_sealed(document, content)

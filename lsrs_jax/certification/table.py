@@ -1,4 +1,4 @@
-"""Reads tables of certificates, ours and those of any program that follows the field's convention."""
+"""Reads tables of certificates, from this program and from others that follow the field's convention."""
 
 import dataclasses
 import re
@@ -16,7 +16,7 @@ _LARGEST_RADIUS = 1e300  # the mean over the images must still be a number
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table of certificates, ours or another program's; arrays over images, in the order of the file."""
+    """A table of certificates; arrays over images, in the order of the file."""
 
     idx: np.ndarray
     label: np.ndarray
@@ -24,7 +24,7 @@ class Table:
     radius: np.ndarray
     correct: np.ndarray
     seconds: np.ndarray
-    samples: np.ndarray | None  # column ``n``, where the file has it
+    samples: np.ndarray | None  # column ``n``, if the file has it
     truncated: bool  # whether the last line was cut off
 
     def __len__(self) -> int:
@@ -48,31 +48,28 @@ class Table:
 def read_table(path: Path | str) -> Table:
     """Reads certificates in the field's TSV format; raises UserError naming the line that cannot be read.
 
-    Both time formats (``h:mm:ss.ffffff`` and seconds) are read. A cut-off last line is left out and reported.
+    Both time formats (``h:mm:ss.ffffff`` and seconds) are read. A cut-off last line is left out; `Table.truncated`.
     """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not a text file") from error
-    ended = text.endswith("\n")
     lines = [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
     while len(lines) > 1 and not lines[-1]:
         lines.pop()
-    header = lines[0].split("\t")
+    header, rows, truncated = lines[0].split("\t"), [], False
     if len(set(header)) < len(header):
         raise UserError(f"{path}: its first line names a column twice")
     if missing := [name for name in FIELD_COLUMNS if name not in header]:
         raise UserError(f"{path} is not a table of certificates: its first line has no column {missing[0]!r}")
-    rows, truncated = [], False
     for number, line in enumerate(lines[1:], start=2):
         try:
             rows.append(_parse(fields_of(line, header)))
         except ValueError as error:
-            if number == len(lines) and not ended:
-                truncated = True
-                break
-            raise UserError(f"{path} line {number} cannot be read ({error})") from error
+            truncated = number == len(lines) and not text.endswith("\n")
+            if not truncated:
+                raise UserError(f"{path} line {number} cannot be read ({error})") from error
     if not rows:
         raise UserError(f"{path} holds no certificates")
     *columns, samples = (np.asarray(column) for column in zip(*rows, strict=True))
@@ -83,9 +80,8 @@ def read_table(path: Path | str) -> Table:
 
 
 def _parse(row: Mapping[str, str]) -> tuple[int, int, int, float, bool, float, int]:
-    radius, predict, label = _number(row["radius"]), _integer(row["predict"]), _integer(row["label"])
-    idx, samples = _integer(row["idx"]), _integer(row.get("n", "0"))
-    correct = {"0": False, "1": True}.get(row["correct"])
+    idx, label, predict, samples = map(_integer, (row["idx"], row["label"], row["predict"], row.get("n", "0")))
+    radius, correct = _number(row["radius"]), {"0": False, "1": True}.get(row["correct"])
     whole = 0 <= idx < 2**53 and 0 <= label < 2**31 and -1 <= predict < 2**31 and 0 <= samples < 2**53
     if correct is None or not whole or not 0 <= radius <= _LARGEST_RADIUS:
         raise ValueError("a field is out of range")
@@ -94,7 +90,7 @@ def _parse(row: Mapping[str, str]) -> tuple[int, int, int, float, bool, float, i
     return idx, label, predict, radius, correct, _seconds(row["time"]), samples
 
 
-# Python's own readers accept more: underlines, spaces, the digits of every script.
+# Python's own readers also accept underscores, spaces and the digits of every script.
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _TIME = re.compile(r"(?:([0-9]{1,9}) days?, )?([0-9]{1,9}):([0-9]{1,2}):([0-9]{1,2}(?:\.[0-9]+)?)")

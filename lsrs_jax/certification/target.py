@@ -1,4 +1,4 @@
-"""What is certified: a trained classifier and images of a data set."""
+"""The target of a certification: a trained classifier and images of a data set."""
 
 import dataclasses
 from pathlib import Path
@@ -11,9 +11,8 @@ from lsrs_jax.certification import OTHER_NAME
 from lsrs_jax.certification.identity import Identity
 from lsrs_jax.certification.store import Stored
 from lsrs_jax.data import Dataset, Photos, load_split
-from lsrs_jax.runtime.documents import plain
+from lsrs_jax.runtime import documents, rng
 from lsrs_jax.runtime.errors import UserError
-from lsrs_jax.runtime.rng import pinned, root_key
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.runtime.workdir import checkpoints
 from lsrs_jax.training.checkpoint import restore_model, trained_on
@@ -21,55 +20,52 @@ from lsrs_jax.training.checkpoint import restore_model, trained_on
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A classifier and images to certify, and the folder of the results."""
+    """A classifier, the images to certify, and the folder of the results."""
 
     config: Config
     folder: Path  # <workdir>/certify/<name>
     dataset: Dataset | Photos  # the whole split
-    indices: range  # of the images to certify
+    indices: range  # the images to certify
     model: models.Model
     params: Any
     meta: dict[str, Any]  # step and digest of the checkpoint
 
     def identity(self, certificate: str) -> Identity:
-        """The `Identity` of this run, without what sampling adds to it."""
+        """The `Identity` of this run, without the facts of the sampling."""
         dataset = self.dataset
         return Identity(
             certificate=certificate,
             classes=dataset.num_classes,
             checkpoint={name: self.meta[name] for name in ("step", "digest")},
             data={name: getattr(dataset, name) for name in ("name", "version", "split")} | {"digest": dataset.digest()},
-            model=plain(self.config.model.to_dict()) | {"input_shape": list(self.model.input_shape)},
+            model=documents.plain(self.config.model.to_dict()) | {"input_shape": list(self.model.input_shape)},
             platform=f"{jax.default_backend()} {jax.local_devices()[0].device_kind}",
         )
 
 
 def restore(workdir: Path, model: models.Model, step: int | None = None) -> tuple[Any, dict[str, Any]]:
     """`checkpoint.restore_model` for the parameters of a model."""
-    with pinned():
-        shapes = jax.eval_shape(model.init, root_key(0))
+    with rng.pinned():
+        shapes = jax.eval_shape(model.init, rng.root_key(0))
     return restore_model(workdir, shapes, step)
 
 
-def _check_data(workdir: Path, dataset: Dataset | Photos) -> None:
-    """Raises UserError for images of another shape than the training's, which convolutions would take, or classes."""
-    trained, found = trained_on(workdir), {"input_shape": list(dataset.shape), "classes": dataset.num_classes}
-    if trained and trained != found:
-        raise UserError(
-            f"the network in {workdir} was trained on images of shape {trained.get('input_shape')} in "
-            f"{trained.get('classes')} classes, but those of {dataset.name} are of shape {found['input_shape']} in "
-            f"{found['classes']}: certify another data.name, or train a network on this one"
-        )
-
-
 def load_target(workdir: Path, config: Config, step: int | None = None) -> Target:
-    """The `Target` of a configuration: its data, its network and a checkpoint of the workdir, the newest by default."""
+    """The `Target` of a configuration: its data, its network, and a checkpoint of the workdir (by default the newest).
+
+    Raises UserError for images of another shape than those of the training, or for other classes.
+    """
     certify = config.certify
     dataset = load_split(config.data, config.data.split)
     indices = range(certify.start, min(certify.stop or len(dataset), len(dataset)), certify.step)
     if not len(indices):
         raise UserError(f"no image to certify: certify.start={certify.start} in a split of {len(dataset)}")
-    _check_data(workdir, dataset)
+    trained, found = trained_on(workdir), {"input_shape": list(dataset.shape), "classes": dataset.num_classes}
+    if trained and trained != found:  # convolutions would take images of another shape
+        was = f"trained on images of shape {trained.get('input_shape')} in {trained.get('classes')} classes"
+        now = f"{dataset.name} has the shape {found['input_shape']} and {found['classes']} classes"
+        remedy = "certify another data.name, or train a network on this one"
+        raise UserError(f"the network in {workdir} was {was}, but {now}: {remedy}")
     model = models.build(config.model, dataset.shape, dataset.num_classes)
     params, meta = restore(workdir, model, step)
     if step is None and meta["step"] < config.train.steps:
@@ -78,19 +74,19 @@ def load_target(workdir: Path, config: Config, step: int | None = None) -> Targe
 
 
 def target_of_certificates(folder: Path, stored: Stored, data_dir: str) -> Target:
-    """The `Target` of the certificates in a folder; raises UserError where network or images are missing or changed.
+    """The `Target` of the certificates in a folder; raises UserError if network or images are missing or have changed.
 
-    The folder may have had another name when they were made; the data is in `data_dir` now.
+    The folder may have been renamed since; the data is in `data_dir` now.
     """
     workdir, config, identity = folder.parents[1], stored.settings.copy_and_resolve_references(), stored.identity
     config.data.dir, config.certify.name = data_dir, folder.name
     step = identity.checkpoint["step"]
     if not (checkpoints(workdir) / str(step)).is_dir():
-        lost = f"the checkpoint of step {step}, which was certified,"
-        raise UserError(f"{lost} is not in {workdir}: restore it, or {OTHER_NAME}")
+        checkpoint = f"the checkpoint of step {step}, which was certified,"
+        raise UserError(f"{checkpoint} is not in {workdir}: restore it, or {OTHER_NAME}")
     target = load_target(workdir, config, step)
     if target.meta["digest"] != identity.checkpoint["digest"]:
-        raise UserError(f"the checkpoint of step {step} in {workdir} has other weights than those that were certified")
+        raise UserError(f"the weights in the checkpoint of step {step} in {workdir} are not the certified ones")
     found = target.identity(identity.certificate)
     if found.data["digest"] != identity.data.get("digest"):
         raise UserError("images or labels of {name}, split {split}, are not those certified".format(**found.data))

@@ -1,4 +1,4 @@
-"""Compares the files of a certification with their digests, and derives its certificates anew from its ledgers."""
+"""Compares the files of a certification with their digests, and derives its certificates again from its ledgers."""
 
 import math
 from pathlib import Path
@@ -14,15 +14,15 @@ from lsrs_jax.runtime.files import digest_of
 from lsrs_jax.runtime.workdir import checkpoints
 from lsrs_jax.smoothing.counts import Counts, ImageCounts
 
-_SAME = 1e-9  # relative: singular values of one encoder on two machines
+_SAME = 1e-9  # relative: how far the Lipschitz constant of an encoder may differ between two machines
 
 
 def run(folder: Path) -> store.Stored:
-    """Derives every certificate in a folder again and compares digests, that of an audit as well; changes nothing.
+    """Derives every certificate in a folder again and compares all digests, also of an audit; changes nothing.
 
-    Prints what holds, and returns the content of certificates.json. The configuration and the checkpoint of the workdir
-    are compared where they are still there. Raises UserError naming the first file, and in a table the first line and
-    column, that differs.
+    Prints the results, and returns the content of certificates.json. The configuration and the checkpoint of the
+    workdir are compared if they still exist. Raises UserError for the first file that differs, naming the line and
+    column of a table.
     """
     path, stored = folder / "certificates.json", store.read_folder(folder, "to verify")
     identity, derivation, config = stored.identity, stored.derivation, stored.settings
@@ -32,7 +32,7 @@ def run(folder: Path) -> store.Stored:
     try:
         text = table.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise UserError(f"{table} is missing; certify, or certify --from-counts, writes it anew") from error
+        raise UserError(f"{table} is missing; certify or certify --from-counts writes it again") from error
     except ValueError as error:
         raise UserError(f"{table} has changed: it is not a text file any more") from error
     _check_training(folder, stored)
@@ -48,29 +48,26 @@ def run(folder: Path) -> store.Stored:
     digest = digest_of(table)
     if derivation["certificates"] != digest:
         raise UserError(f"{table} has changed: its digest is not the one in {path.name}")
-    weights = _check_checkpoint(folder.parents[1], stored)
-    _report(folder, stored, counts, text.count("\n") - 1, weights + _check_audit(folder / "audit.tsv", digest))
+    verdict = _check_checkpoint(folder.parents[1], stored) + _check_audit(folder / "audit.tsv", digest)
+    _report(folder, stored, counts, text.count("\n") - 1, verdict)
     return stored
 
 
 def _report(folder: Path, stored: store.Stored, counts: Counts | None, rows: int, verdict: str) -> None:
-    """Prints what holds."""
     config, data, settings = stored.settings, stored.identity.data, ""
     certify = config.certify
-    if counts is not None:
+    if counts is None:
+        table = f"the table of {rows:,} deterministic certificates in {folder}"
+        print(f"verified: {table} is unchanged. To compute it again, {OTHER_NAME} and compare")
+    else:
         samples = sum(image.total for image in counts.images.values())
         others = sum(counts.at_a_look(idx) for idx in counts.images) - rows
         left = f"; {others:,} other images have their samples there and no certificate" if others else ""
         print(f"verified: {rows:,} certificates follow from the {samples:,} samples in {folder}{left}")
-        settings = (
-            f"; sigma {config.sigma}, n0 {certify.n0:,}, n {certify.n:,} ({certify.schedule}), alpha {certify.alpha}, "
-            f"{certify.bound} bound, {certify.arithmetic} arithmetic, head in {certify.head_dtype}"
-        )
-    else:
-        table = f"the table of {rows:,} deterministic certificates in {folder}"
-        print(f"verified: {table} is unchanged. It was not computed again: for that, {OTHER_NAME} and compare")
-    digest = str(data.get("digest"))[:12]
-    print(f"of {data.get('name')!r}, split {data.get('split')!r}, digest {digest!r}{settings}")
+        settings = f"; sigma {config.sigma}, n0 {certify.n0:,}, n {certify.n:,} ({certify.schedule}), "
+        settings += f"alpha {certify.alpha}, {certify.bound} bound, {certify.arithmetic} arithmetic, "
+        settings += f"head in {certify.head_dtype}"
+    print(f"of {data.get('name')!r}, split {data.get('split')!r}, digest {str(data.get('digest'))[:12]!r}{settings}")
     print(f"Lipschitz constant {stored.lipschitz.constant:.15g}, configuration and {verdict}")
     trained = folder.parents[1] / "config.json"
     for name in ("sigma", "seed") if trained.exists() else ():
@@ -80,7 +77,7 @@ def _report(folder: Path, stored: store.Stored, counts: Counts | None, rows: int
 
 
 def _check_training(folder: Path, stored: store.Stored) -> None:
-    """Raises UserError unless the workdir's configuration is still that of the training that was certified."""
+    """Raises UserError if the workdir's configuration has changed since the certification."""
     path = folder.parents[1] / "config.json"
     if store.training_digest(folder) in (None, stored.training):
         return
@@ -90,17 +87,17 @@ def _check_training(folder: Path, stored: store.Stored) -> None:
     if difference := other_training(old, new):
         name, old, new = difference
         raise UserError(f"{path} has changed: {name} was {old!r} when these certificates were made and is {new!r}")
-    remedy = "if the change was meant, certify again, which draws no sample twice"
+    remedy = "if you meant the change, certify again, which draws no sample twice"
     raise UserError(f"{path} has changed: its digest is not the one in certificates.json; {remedy}")
 
 
 def _check_ledgers(certification: Certification, digests: dict[str, dict]) -> Counts:
-    """The counts of the ledgers, which must be what they were when the certificates were derived; rows may follow."""
+    """The counts of the ledgers; raises UserError if the rows behind the table have changed. New rows may follow."""
     folder = certification.folder
     for name in digests:
         if not (folder / name).exists():
             raise UserError(f"{folder / name} is missing: without its samples no certificate can be checked")
-    # A damaged line is named; where every line is well-formed, all that is known is that the file is another one.
+    # Reading names a damaged line. If every line is well-formed, the digest still finds a change of the file.
     counts = ledger.read(folder, certification.schedule, certification.num_classes)
     for name, digest in digests.items():
         if ledger.digest((folder / name).read_bytes()[: digest["bytes"]]) != digest:
@@ -110,7 +107,7 @@ def _check_ledgers(certification: Certification, digests: dict[str, dict]) -> Co
 
 
 def _compare(text: str, certification: Certification, counts: Counts) -> None:
-    """Compares every line of the table with what the ledgers give."""
+    """Compares every line of the table with the line that follows from the ledgers."""
     path, lines = certification.folder / "certificates.tsv", text.split("\n")
     derivable = {str(idx): image for idx, image in counts.images.items() if counts.at_a_look(idx)}
     chosen: dict[str, ImageCounts] = {}
@@ -138,7 +135,7 @@ def _compare(text: str, certification: Certification, counts: Counts) -> None:
 
 
 def _check_audit(path: Path, digest: str) -> str:
-    """Says in words what is known of the audit of the table with this digest; raises UserError where it has changed."""
+    """A clause about the audit of the table with this digest; raises UserError if the audit has changed."""
     if not path.exists():
         facts = path.with_suffix(".json")
         return f"; note: {facts.name} has no {path.name} beside it" if facts.exists() else ""
@@ -151,7 +148,7 @@ def _check_audit(path: Path, digest: str) -> str:
 
 
 def _check_checkpoint(workdir: Path, stored: store.Stored) -> str:
-    """Compares digest, shapes and Lipschitz constant of the weights; says in words what could be compared."""
+    """Compares digest, shapes and Lipschitz constant of the weights; returns a clause about the result."""
     identity, config, step = stored.identity, stored.settings, stored.identity.checkpoint["step"]
     if not (checkpoints(workdir) / str(step)).is_dir():
         return f"ledger are intact; the checkpoint of step {step} is not here to be compared"
@@ -161,9 +158,9 @@ def _check_checkpoint(workdir: Path, stored: store.Stored) -> str:
         raise UserError(f"the checkpoint of step {step} in {workdir} is not the one that was certified: digests differ")
     report = model.for_certification(params, config.certify.head_dtype)[0].report
     name, claims = f"the encoder of step {step} in {workdir}", stored.lipschitz
-    if not math.isclose(report.constant, claims.constant, rel_tol=_SAME):
-        constants = f"{report.constant!r}, the certificates claim {claims.constant!r}"
-        raise UserError(f"{name} has the Lipschitz constant {constants}")
+    own, claimed = report.constant, claims.constant
+    if not math.isclose(own, claimed, rel_tol=_SAME):
+        raise UserError(f"{name} has the Lipschitz constant {own!r}, the certificates claim {claimed!r}")
     own, claimed = tuple(report.output_shape), claims.output_shape
     if identity.certificate == "smoothed" and own != claimed:  # the encoder of a margin ends before the linear head
         raise UserError(f"{name} has latents of shape {own}, the certificates claim {claimed}")

@@ -16,6 +16,7 @@ MOVED = {
     "lsrs_jax.heads": "lsrs_jax.models.heads",
     "lsrs_jax.keys": "lsrs_jax.runtime.rng",
     "lsrs_jax.materialize": "lsrs_jax.layers.lipschitz",
+    "lsrs_jax.smoothing.certificates": "lsrs_jax.smoothing.derivation",
     "lsrs_jax.smoothing.partition": "lsrs_jax.smoothing.confidence",
     "lsrs_jax.smoothing.radius": "lsrs_jax.smoothing.derivation",
     "lsrs_jax.span": "lsrs_jax.models.linear_head",

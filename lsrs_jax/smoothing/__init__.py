@@ -8,8 +8,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from lsrs_jax.smoothing import confidence
-from lsrs_jax.smoothing.certificates import Certificates, from_counts
-from lsrs_jax.smoothing.derivation import certified_radius
+from lsrs_jax.smoothing.derivation import Certificates, certified_radius, from_counts
 
 if TYPE_CHECKING:
     from lsrs_jax.smoothing.api import SmoothedClassifier, certify, predict

@@ -1,4 +1,4 @@
-"""Certification and prediction of any JAX function: `SmoothedClassifier`, and `certify` and `predict` in one call."""
+"""Certification and prediction of any JAX function: `SmoothedClassifier`, or `certify` and `predict` in one call."""
 
 import dataclasses
 import hashlib
@@ -15,12 +15,10 @@ from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.rng import check_key
 from lsrs_jax.runtime.validate import array, numbers
 from lsrs_jax.smoothing import confidence
-from lsrs_jax.smoothing.certificates import Certificates
 from lsrs_jax.smoothing.counts import Counts
-from lsrs_jax.smoothing.derivation import Derivation, check_lipschitz
+from lsrs_jax.smoothing.derivation import Certificates, Derivation, check_lipschitz
 from lsrs_jax.smoothing.engine import Engine, Images, Status
 from lsrs_jax.smoothing.head_check import Head
-from lsrs_jax.smoothing.prediction import predict_classes
 from lsrs_jax.smoothing.sampler import Sampler, check_settings
 from lsrs_jax.smoothing.schedule import make_schedule
 
@@ -30,10 +28,10 @@ class SmoothedClassifier:
 
     Args:
       head: any function latents ``(B, …)`` float32 → logits ``(B, K)`` with independent, deterministic rows: Flax,
-        Equinox, NNX or plain JAX. With images as latents this is input-space smoothing. It is compiled at the first
-        call: make a new object when its parameters change.
+        Equinox, NNX or plain JAX. With images as latents this is input-space smoothing. Make a new object when the
+        parameters change.
       sigma: standard deviation of the noise, in units of the latents.
-      lipschitz: constant of whatever made the latents; radii are divided by it.
+      lipschitz: Lipschitz constant of the encoder that made the latents; radii are divided by it.
       arithmetic: ``"sound"`` (exact grid arithmetic, `arithmetic.GridArithmetic`) or ``"float32"`` (the classic).
       noise: ``"shared"`` by all latents, or ``"independent"``, which costs more random numbers.
       tile: ``(images, samples)`` evaluated at once. The counts depend on ``samples``, which numbers the noise, but not
@@ -56,10 +54,9 @@ class SmoothedClassifier:
     ) -> None:
         check_settings(sigma, arithmetic, noise, tile, spmd)
         check_lipschitz(lipschitz)
-        self.sigma, self.lipschitz = sigma, lipschitz
-        self._tile = (tile[0], tile[1])
-        self._settings: dict[str, Any] = {"arithmetic": arithmetic, "noise": noise, "tile": self._tile, "spmd": spmd}
-        self._head, self._devices, self._lock = head, devices, threading.Lock()
+        self.sigma, self.lipschitz, self._head, self._lock = sigma, lipschitz, head, threading.Lock()
+        self._settings: dict[str, Any] = {"arithmetic": arithmetic, "noise": noise, "tile": tuple(tile), "spmd": spmd}
+        self._settings |= {"sigma": sigma, "devices": devices}
         self._samplers: dict[tuple[int, ...], Sampler] = {}
 
     def sampler(self, latent_shape: Sequence[int]) -> Sampler:
@@ -67,9 +64,7 @@ class SmoothedClassifier:
         shape = tuple(latent_shape)
         with self._lock:
             if shape not in self._samplers:
-                self._samplers[shape] = Sampler(
-                    self._head, shape, sigma=self.sigma, devices=self._devices, **self._settings
-                )
+                self._samplers[shape] = Sampler(self._head, shape, **self._settings)
             return self._samplers[shape]
 
     def certify(
@@ -91,8 +86,7 @@ class SmoothedClassifier:
         """Certifies latents ``(N, …)``, floating point.
 
         Args:
-          x: the latents. Rounding by an encoder in less than float64 is not covered: give it as `slack`, or encode in
-            float64.
+          x: the latents. Rounding by an encoder below float64 is not covered: give it as `slack`, or encode in float64.
           key: a typed threefry key, ``jax.random.key(seed, impl="threefry2x32")``. Certification draws from a domain of
             its own, so the seed may be that of the training.
           n0: samples that choose the class.
@@ -100,22 +94,15 @@ class SmoothedClassifier:
           alpha: failure probability per latent.
           bound: ``"binary"``, or ``"multiclass"`` for larger radii where no class has half of the samples.
           schedule: ``"fixed"``, or ``"staged"``: samples up to growing looks, until the answer is decided.
-          radii: staged: the radii to decide (0, whether anything is certified, is always decided). None: the radius
-            itself.
-          epsilon: staged without radii: how far the radius may stay below that of n samples, in multiples of
-            sigma/lipschitz.
-          slack: ℓ2 error of the latents to subtract besides, in their units: one number, or one per latent.
-          counts: ``samples`` of earlier certificates of the same head, latents, key and schedule: sampling goes on from
-            them.
+          radii: if staged: the radii to decide (and always 0, any certificate). None: the radius itself.
+          epsilon: if staged without radii: how far the radius may stay below that of n samples, in sigma/lipschitz.
+          slack: ℓ2 error of the latents, in their units, which is subtracted too: one number, or one per latent.
+          counts: ``samples`` of earlier certificates of the same head, latents, key and schedule, to be continued.
           progress: function of a line of text, such as ``print``; called every few seconds.
 
-        Returns:
-          `Certificates`, with all counts in ``samples``.
+        Returns `Certificates` with all counts in ``samples``. Raises UserError (a ValueError) for every bad input.
 
-        Raises:
-          UserError (a ValueError): one clear sentence for every rejected input.
-
-        **Guarantee**: that of `certificates.from_counts`; the grid and the total variation of the drawn noise are
+        **Guarantee**: that of `derivation.from_counts`; the grid and the total variation of the drawn noise are
         subtracted (`arithmetic.GridArithmetic`). With shared noise each certificate holds with probability 1 − alpha,
         but failures of different latents are correlated. Counts of another head are refused, if its logits differ at
         some random latents.
@@ -128,41 +115,27 @@ class SmoothedClassifier:
         if progress is not None and not callable(progress):
             raise UserError(f"progress must be a function of a line of text, got {progress!r}")
         derivation = Derivation(self.sigma, alpha, bound, self.lipschitz, radii=radii, epsilon=epsilon)
-        looks = make_schedule(schedule, n0, n, self._tile[1])
+        looks = make_schedule(schedule, n0, n, self._settings["tile"][1])
         check_key(key)
         sampler = self.sampler(latents.shape[1:])
         quantized, indices = sampler.quantize(latents), range(len(latents))
         slacks = (sampler.arithmetic.slack(latents) + slack).tolist()
-        origin = self._origin(sampler, key, quantized, slacks)
-        if counts is None:
-            counts = Counts(looks, sampler.num_classes)
-            counts.origin = origin
-        elif not isinstance(counts, Counts):
-            raise UserError(f"counts are `samples` of earlier certificates, got {type(counts).__name__}")
-        elif (counts.schedule, counts.num_classes, counts.origin) != (looks, sampler.num_classes, origin):
-            raise UserError("counts are of another head, latents, slack, key, noise or schedule; leave them out")
-        else:
-            counts = counts.copy()
+        facts = (sampler.head_digest, sampler.arithmetic.identity, self._settings["noise"], float(self.sigma))
+        drawn_from = repr(((*facts, quantized.shape, slacks), jax.random.key_data(key).tolist())).encode()
+        origin = hashlib.sha256(drawn_from + quantized.tobytes()).hexdigest()
+        samples = Counts(looks, sampler.num_classes, origin)
+        if counts is not None:
+            if not isinstance(counts, Counts):
+                raise UserError(f"counts are `samples` of earlier certificates, got {type(counts).__name__}")
+            if (counts.schedule, counts.num_classes, counts.origin) != (looks, sampler.num_classes, origin):
+                raise UserError("counts are of another head, latents, slack, key, noise or schedule; leave them out")
+            samples.images |= counts.images
         derivation = dataclasses.replace(derivation, sigma=sampler.arithmetic.sigma, tau=sampler.tau)
         status = Status(looks, len(latents), 0, progress or (lambda line: None))
-        engine = Engine(sampler, key, counts, lambda images: derivation.decided(looks, images), status)
+        engine = Engine(sampler, key, samples, lambda images: derivation.decided(looks, images), status)
         engine.run(Images(indices, [0] * len(latents), slacks, quantized))
-        found = derivation.certificates(looks, [counts.images[i] for i in indices])
-        return dataclasses.replace(found, samples=counts)
-
-    def _origin(self, sampler: Sampler, key: jax.Array, quantized: np.ndarray, slacks: list[float]) -> str:
-        """Digest of what samples are drawn from: head, latents, noise."""
-        facts = (
-            sampler.head_digest,
-            sampler.arithmetic.identity,
-            self._settings["noise"],
-            float(self.sigma),
-            quantized.shape,
-            slacks,
-        )
-        total = hashlib.sha256(repr((facts, jax.random.key_data(key).tolist())).encode())
-        total.update(np.ascontiguousarray(quantized).tobytes())
-        return total.hexdigest()
+        found = derivation.certificates(looks, [samples.images[i] for i in indices])
+        return dataclasses.replace(found, samples=samples)
 
     def predict(self, x: Any, *, key: jax.Array, n: int = 1000, alpha: float = 0.001) -> Int[np.ndarray, " images"]:
         """The class of the smoothed classifier at latents ``(N, …)``, or −1 (Cohen et al. 2019, PREDICT).
@@ -172,20 +145,17 @@ class SmoothedClassifier:
           n: samples per latent.
           alpha: probability of a wrong class, per latent.
 
-        Returns:
-          the class with the most samples, or −1 where the two-sided binomial test does not tell it from the second.
-
-        Raises:
-          UserError (a ValueError): one clear sentence for every rejected input.
+        Returns the class with the most samples, or −1 where the two-sided binomial test does not tell it from the
+        second. Raises UserError (a ValueError) for every bad input.
 
         **Guarantee**: for each latent the class returned is that of the smoothed classifier with probability at least
-        1 − alpha (the test of the two leaders is valid at this level although the samples chose them; Hung and Fithian
-        2019).
+        1 − alpha. (The test of the two leading classes is valid at this level although the samples chose them; Hung and
+        Fithian 2019.)
         """
         latents = _check_latents(x)
         confidence.check_alpha(alpha)
-        make_schedule("fixed", 1, n, self._tile[1])
-        return predict_classes(self.sampler(latents.shape[1:]), check_key(key), latents, n, float(alpha))
+        make_schedule("fixed", 1, n, self._settings["tile"][1])
+        return self.sampler(latents.shape[1:]).predict(latents, check_key(key), n, float(alpha))
 
 
 def certify(
@@ -209,7 +179,7 @@ def certify(
     spmd: str = "shard_map",
     progress: Callable[[str], object] | None = None,
 ) -> Certificates:
-    """Makes a `SmoothedClassifier`, which compiles, and calls its `certify`; the arguments are those of the two."""
+    """Makes a `SmoothedClassifier`, which compiles, and calls its `certify`; the arguments are those of both."""
     settings = {"lipschitz": lipschitz, "arithmetic": arithmetic, "noise": noise, "tile": tile, "spmd": spmd}
     sampling = {"n0": n0, "n": n, "alpha": alpha, "bound": bound, "schedule": schedule, "radii": radii}
     sampling |= {"epsilon": epsilon, "slack": slack, "progress": progress}
@@ -229,7 +199,7 @@ def predict(
     tile: Sequence[int] = (32, 8),
     spmd: str = "shard_map",
 ) -> Int[np.ndarray, " images"]:
-    """Makes a `SmoothedClassifier`, which compiles, and calls its `predict`; the arguments are those of the two."""
+    """Makes a `SmoothedClassifier`, which compiles, and calls its `predict`; the arguments are those of both."""
     settings = {"arithmetic": arithmetic, "noise": noise, "tile": tile, "spmd": spmd}
     return SmoothedClassifier(head, sigma=sigma, **settings).predict(latents, key=key, n=n, alpha=alpha)
 

@@ -1,50 +1,27 @@
 """How latents and noise are represented, drawn and added on the device: exact integers, or the classic float32."""
 
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.random import threefry_2x32
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float, Int
 
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.format import COLUMN_BITS, THRESHOLD_BITS
 from lsrs_jax.runtime.validate import choice
+from lsrs_jax.smoothing import discrete_gaussian
 from lsrs_jax.smoothing.derivation import check_sigma
-from lsrs_jax.smoothing.discrete_gaussian import LIMIT, MAX_LATENT, grid, rounding_slack, total_variation
 
-_LARGEST = 2.0**120  # of float32 latents
-
-
-class Arithmetic(Protocol):
-    """What the sampler needs of an arithmetic.
-
-    Attributes:
-      dtype: in which latents lie on the device.
-      sigma: the σ that a radius may claim.
-      tables: what `draw` needs on every device: one array or number.
-      identity: what the distribution of the noise depends on beside σ; part of the identity of a run.
-
-    `quantize` turns finite float64 latents into what the loop holds, and raises UserError for latents that are too
-    large. `slack` is the ℓ2 distance in the latent that is subtracted for rounding, `tau` the total variation between
-    the drawn noise and a rounded Gaussian. `draw` draws noise of a shape, `add` returns noisy latents as float32.
-    """
-
-    dtype: Any
-    sigma: float
-    tables: Any
-    identity: dict[str, Any]
-
-    def quantize(self, latents: Float[np.ndarray, "images *latent"]) -> Num[np.ndarray, "images *latent"]: ...
-    def slack(self, latents: Float[np.ndarray, "images *latent"]) -> Float[np.ndarray, " images"]: ...
-    def tau(self, dimensions: int) -> float: ...
-    def draw(self, key: jax.Array, size: tuple[int, ...], tables: Any) -> Num[Array, "*size"]: ...
-    def add(self, latent: Num[Array, "*latent"], noise: Num[Array, "*shape"]) -> Float[Array, "*shape"]: ...
+_LARGEST = 2.0**120  # limit of float32 latents: beyond it float32 or a norm might overflow
 
 
 class GridArithmetic:
     """Latents and noise as whole multiples of a power of two: exact grid arithmetic (``arithmetic="sound"``).
+
+    `sigma` is the σ that a radius may claim, `tables` what `draw` needs on every device, and `identity` (a part of the
+    identity of a run) the facts, besides σ, that determine the distribution of the noise.
 
     **Guarantee**: `add` feeds to the head one fixed function ρ (round to the grid, clip to ±2²⁴ steps, convert to
     float32, all exact) of latent + Gaussian noise, because ρ(v + δ) = v + ρ(δ) for v on the grid; the distribution of
@@ -56,33 +33,29 @@ class GridArithmetic:
     dtype = np.int32
 
     def __init__(self, sigma: float) -> None:
-        self.sigma, self._grid = float(sigma), grid(float(sigma))
-        self.tables = self._grid.table
-        self.identity = {"name": "sound", "spacing": self._grid.spacing}
+        grid = discrete_gaussian.grid(float(sigma))
+        self.sigma, self.tables, self._spacing = float(sigma), grid.table, grid.spacing
+        self.identity: dict[str, Any] = {"name": "sound", "spacing": grid.spacing}
 
     def quantize(self, latents: Float[np.ndarray, "images *latent"]) -> Int[np.ndarray, "images *latent"]:
-        """Latents rounded to the nearest multiple of q (ties to even), in steps of q.
-
-        Raises:
-          UserError: for latents so large that noise could reach the limit of the grid.
-        """
-        limit = MAX_LATENT * self._grid.spacing
+        """Latents in steps of q, rounded to nearest (ties to even); raises UserError if noise could leave the grid."""
+        limit = discrete_gaussian.MAX_LATENT * self._spacing
         if np.abs(latents).max(initial=0) > limit:
-            raise UserError(
-                f"latents reach beyond {limit:g}, the range of the grid for sigma={self.sigma:g}: scale them, use a "
-                "larger sigma, or arithmetic='float32'"
-            )
-        return np.rint(latents / self._grid.spacing).astype(np.int32)
+            limits = f"{limit:g}, the range of the grid for sigma={self.sigma:g}"
+            raise UserError(f"latents reach beyond {limits}: scale them, or use a larger sigma or arithmetic='float32'")
+        return np.rint(latents / self._spacing).astype(np.int32)
 
     def slack(self, latents: Float[np.ndarray, "images *latent"]) -> Float[np.ndarray, " images"]:
-        return np.full(len(latents), rounding_slack(int(np.prod(latents.shape[1:])), self._grid.spacing))
+        """ℓ2 distance in the latent that a certificate loses to rounding."""
+        return np.full(len(latents), discrete_gaussian.rounding_slack(int(np.prod(latents.shape[1:])), self._spacing))
 
     def tau(self, dimensions: int) -> float:
-        return total_variation(dimensions)
+        """Total variation between the drawn noise and a rounded Gaussian."""
+        return discrete_gaussian.total_variation(dimensions)
 
     @staticmethod
     def draw(key: jax.Array, size: tuple[int, ...], tables: Any) -> Int[Array, "*size"]:
-        """int32 noise in steps of q."""
+        """Draws int32 noise in steps of q."""
         columns, thresholds = _words(key, size)
         column = (columns >> (32 - COLUMN_BITS)).astype(jnp.int32)
         packed = tables[0].at[column].get(mode="promise_in_bounds")
@@ -95,33 +68,33 @@ class GridArithmetic:
         return jnp.where(sign == 1, -magnitude, magnitude)
 
     def add(self, latent: Int[Array, "*latent"], noise: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """The sum of integers is exact, and has no −0."""
-        steps = jnp.clip(latent + noise, -LIMIT, LIMIT)
-        return steps.astype(jnp.float32) * np.float32(self._grid.spacing)
+        """Noisy latents as float32: the sum of integers is exact, and is never −0."""
+        steps = jnp.clip(latent + noise, -discrete_gaussian.LIMIT, discrete_gaussian.LIMIT)
+        return steps.astype(jnp.float32) * np.float32(self._spacing)
 
 
 class Float32Arithmetic:
-    """Float32 latents plus σ times float32 normals, as in every published implementation.
+    """Float32 latents plus σ times float32 normals, as in every published implementation; for comparison with them.
 
-    The theorem is about real-valued noise, which this approximates (`slack` says what is covered). For comparison with
-    the literature. `tau` is 0: what float32 normals do to the probabilities is not bounded. `sigma` is the smaller of σ
-    and its float32 neighbour, because noise is scaled in float32.
+    The theorem is about real-valued noise, which this program only approximates; `slack` says which errors are covered.
+    `tau` is 0, because no bound is known for the effect of float32 normals on the probabilities. `sigma` is the smaller
+    of σ and its float32 neighbour, because the noise is scaled in float32.
     """
 
     dtype = np.float32
 
     def __init__(self, sigma: float) -> None:
         check_sigma(sigma)
-        self.tables, self.identity = np.float32(sigma), {"name": "float32"}
+        self.tables, self.identity = np.float32(sigma), dict[str, Any](name="float32")
         self.sigma = min(float(sigma), float(self.tables))
 
     def quantize(self, latents: Float[np.ndarray, "images *latent"]) -> Float[np.ndarray, "images *latent"]:
-        if np.abs(latents).max(initial=0) > _LARGEST:  # where float32 or a norm might overflow
-            raise UserError(f"latents reach beyond {_LARGEST:g}, where float32 ends: scale them")
+        if np.abs(latents).max(initial=0) > _LARGEST:
+            raise UserError(f"latents reach beyond {_LARGEST:g}, near the end of the float32 range: scale them")
         return latents.astype(np.float32)
 
     def slack(self, latents: Float[np.ndarray, "images *latent"]) -> Float[np.ndarray, " images"]:
-        """How far rounding to float32 may move latents, in ℓ2.
+        """ℓ2 bound on how far rounding to float32 moves latents.
 
         **Guarantee**: covers the rounding of the certified latent and of any other latent within the certified ball
         (each at most 2⁻²⁴ of its norm; no radius in the latent exceeds 10σ), twice over, which leaves room for the
@@ -143,11 +116,12 @@ class Float32Arithmetic:
         return latent + noise
 
 
+Arithmetic = GridArithmetic | Float32Arithmetic
 ARITHMETICS = {"sound": GridArithmetic, "float32": Float32Arithmetic}
 
 
 def make_arithmetic(name: str, sigma: float) -> Arithmetic:
-    """The arithmetic of that name for a σ."""
+    """The arithmetic ``"sound"`` or ``"float32"`` for a σ."""
     choice("arithmetic", name, ARITHMETICS)
     return ARITHMETICS[name](sigma)
 

@@ -53,21 +53,15 @@ class ImageCounts:
 class Counts:
     """`ImageCounts` of many images in memory, in `images` by idx.
 
-    **Guarantee**: each block of an image is counted exactly once, whatever interrupts a call; the counts of a row add
-    up to the number of samples in its blocks; no row reaches over a look; the selection is complete before the first
-    estimation sample. So what was seen at a look is the count at that look.
+    **Guarantee**: each block of an image is counted exactly once, even if a call is interrupted; the counts of a row
+    add up to the number of samples in its blocks; no row reaches over a look; the selection is complete before the
+    first estimation sample. So the counts that were seen at a look are the counts at that look.
     """
 
-    def __init__(self, schedule: Schedule, num_classes: int) -> None:
+    def __init__(self, schedule: Schedule, num_classes: int, origin: str | None = None) -> None:
         self.schedule, self.num_classes = schedule, num_classes
         self.images: dict[int, ImageCounts] = {}
-        self.origin: str | None = None  # digest of what the samples were drawn from; set by `SmoothedClassifier`
-
-    def copy(self) -> "Counts":
-        """Counts to which more rows can be added, while these stay as they are."""
-        other = Counts(self.schedule, self.num_classes)
-        other.images, other.origin = dict(self.images), self.origin
-        return other
+        self.origin = origin  # digest of head, latents and noise of the samples, in counts of `SmoothedClassifier`
 
     def done(self, idx: int) -> tuple[int, ...]:
         """The next block of each stream for an image."""
@@ -87,14 +81,14 @@ class Counts:
             raise ValueError(f"{name}: blocks from {row.first} where {image.next[row.stream]} come next")
         if row.first >= row.stop or (row.stop - 1) * schedule.samples >= total:
             raise ValueError(f"{name}: {blocks} are not among those of {total} samples")
-        # There is a next stop: the two lines above let no row pass whose stream is complete.
+        # There is a next stop: the two checks above refuse a row of a complete stream.
         stream, _, stop = schedule.next_stop(image.done)  # pyright: ignore[reportGeneralTypeIssues]
         if stream != row.stream:
             raise ValueError(f"{name}: estimation before the selection is complete")
         if row.stop > stop:
             raise ValueError(f"{name}: {blocks} reach over the look at {stop}")
         expected = min(row.stop * schedule.samples, total) - row.first * schedule.samples
-        # Checked per class too: the sum of huge counts may wrap around to the expected number.
+        # Each class is checked too: the sum of huge counts may wrap around to the expected number.
         if row.counts.max() > expected or row.counts.sum() != expected:
             raise ValueError(f"{name}: {row.counts.sum()} samples where {expected} belong")
         if not (0 <= row.slack < math.inf and 0 <= row.seconds < 2.0**31):
@@ -110,6 +104,6 @@ class Counts:
         self.images[row.idx] = counted  # a single assignment: an interrupt never leaves a row half counted
 
     def at_a_look(self, idx: int) -> bool:
-        """Whether the last sample of an image was the last one before a look, so that a certificate can be derived."""
+        """Whether the samples of an image end at a look, so that a certificate can be derived."""
         image = self.images.get(idx)
         return image is not None and image.next["estimation"] in self.schedule.stops["estimation"]

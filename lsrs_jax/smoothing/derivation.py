@@ -1,4 +1,4 @@
-"""How certificates follow from counts, and when an image needs no more samples. NumPy only."""
+"""Derives certificates from counts, and decides when an image needs no more samples. NumPy only."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from jaxtyping import Bool, Float, Int
 from scipy import special
 
 from lsrs_jax.runtime.errors import UserError
-from lsrs_jax.runtime.validate import choice, numbers, real
+from lsrs_jax.runtime.validate import array, choice, numbers, real
 from lsrs_jax.smoothing import confidence
 from lsrs_jax.smoothing.counts import Counts, ImageCounts
 from lsrs_jax.smoothing.schedule import Schedule
 
 # Relative; covers the rounding of the quantile function and of the arithmetic here.
 _MARGIN = 1e-12  # on-disk format: tables are compared digit by digit
-_FUTILITY = 0.01  # level of the optimistic limits; giving up early costs radius, never the guarantee
+_FUTILITY = 0.01  # level of the optimistic limits; stopping too early costs radius, never the guarantee
 
 
 def check_sigma(sigma: Any) -> None:
@@ -34,42 +34,36 @@ def check_lipschitz(lipschitz: Any) -> None:
 def certified_radius(
     p_a_lower: Any, p_b_upper: Any, sigma: float, lipschitz: float = 1.0, slack: Any = 0.0
 ) -> Float[np.ndarray, "..."]:
-    """R = max(0, (σ/2 (Φ⁻¹(p_A) − Φ⁻¹(p_B)) − slack) / L)  (Cohen et al. 2019, Theorem 1, carried through an encoder).
+    """R = max(0, (σ/2 (Φ⁻¹(p_A) − Φ⁻¹(p_B)) − slack) / L)  (Cohen et al. 2019, Theorem 1, for L-Lipschitz encoders).
 
     Args:
       p_a_lower: lower bound on the probability of the class.
       p_b_upper: upper bound on the probability of every other class; 1 − p_a_lower gives the binary bound σΦ⁻¹(p_A).
-      sigma: standard deviation of the noise that was sampled, in units of the latent (`sigma` of the arithmetic).
-      lipschitz: constant of the encoder from images to latents.
+      sigma: standard deviation of the sampled noise, in units of the latent (`sigma` of the arithmetic).
+      lipschitz: Lipschitz constant of the encoder from images to latents.
       slack: ℓ2 distance in the latent that is subtracted for rounding, per image or one number.
 
-    Returns:
-      float64, 0 wherever nothing is certified.
-
-    **Guarantee**: if both bounds hold and ``encoder`` is ``lipschitz``-Lipschitz, the smoothed classifier keeps its
+    **Guarantee**: if both bounds hold and the encoder is ``lipschitz``-Lipschitz, the smoothed classifier keeps its
     class within this ℓ2 distance of the image. Numerical error is rounded towards 0. NaN bounds raise.
     """
     check_sigma(sigma)
     check_lipschitz(lipschitz)
-    p_a, p_b = numbers("probabilities", p_a_lower), numbers("probabilities", p_b_upper)
-    slack = numbers("slack", slack)
+    p_a, p_b, slack = numbers("p_a_lower", p_a_lower), numbers("p_b_upper", p_b_upper), numbers("slack", slack)
     try:
         np.broadcast_shapes(p_a.shape, p_b.shape, slack.shape)
     except ValueError as error:
         shapes = f"{p_a.shape}, {p_b.shape}, {slack.shape}"
         raise UserError(f"probabilities and slack do not fit: their shapes are {shapes}") from error
-    if np.any(~((p_a >= 0) & (p_a <= 1) & (p_b >= 0) & (p_b <= 1))) or np.any(~((slack >= 0) & np.isfinite(slack))):
-        raise UserError("probabilities must lie in [0, 1] and slack must be finite and not negative")
-    # A lower bound of exactly 1 or an upper bound of exactly 0 would be an infinite radius: no count proves it.
-    if np.any(p_a == 1) or np.any(p_b == 0):
-        raise UserError("a bound of exactly 1 (or 0) certifies everything and cannot come from counts")
+    if not np.all((p_a >= 0) & (p_a < 1) & (p_b > 0) & (p_b <= 1) & (slack >= 0) & np.isfinite(slack)):
+        allowed = "0 <= p_a_lower < 1, 0 < p_b_upper <= 1 (no count proves certainty), and a finite slack >= 0"
+        raise UserError(f"a radius needs {allowed}")
     return trusted_radius(p_a, p_b, float(sigma), float(lipschitz), slack)
 
 
 def trusted_radius(
     p_a: np.ndarray, p_b: np.ndarray, sigma: float, lipschitz: float, slack: np.ndarray
 ) -> Float[np.ndarray, "..."]:
-    """`certified_radius` of float64 arguments that were checked."""
+    """`certified_radius` for float64 arguments that were checked."""
     both_sides = np.where(p_b < p_a, special.ndtri(p_a) - special.ndtri(p_b), -np.inf)
     latent = sigma / 2 * both_sides * (1 - _MARGIN) - slack
     return np.maximum(latent, 0.0) / lipschitz * (1 - _MARGIN)
@@ -77,10 +71,10 @@ def trusted_radius(
 
 @dataclasses.dataclass(frozen=True)
 class Certificates:
-    """Arrays over images. `samples` holds all counts behind them, where `SmoothedClassifier.certify` drew them."""
+    """Arrays over images. `samples` holds all counts behind certificates of `SmoothedClassifier.certify`."""
 
     predict: Int[np.ndarray, " images"]  # the class, or −1 on abstention
-    radius: Float[np.ndarray, " images"]  # ℓ2, in units of the noisy array over the Lipschitz constant; 0 on abstention
+    radius: Float[np.ndarray, " images"]  # ℓ2, in units of the latent over the Lipschitz constant; 0 on abstention
     counts: Int[np.ndarray, "images classes"]  # estimation samples
     n: Int[np.ndarray, " images"]  # estimation samples
     p_a_lower: Float[np.ndarray, " images"]  # the bounds behind the radius, τ included
@@ -94,19 +88,15 @@ class Certificates:
 
 @dataclasses.dataclass(frozen=True)
 class Derivation:
-    """The settings that turn counts into certificates; `sigma`, `lipschitz` and `tau` as in `certificates.from_counts`.
-
-    `radii` are those to decide, in units of the certificate; whether the image is certified at all is decided as well.
-    None: the radius itself is wanted, to within `epsilon` units of σ/L.
-    """
+    """The settings that turn counts into certificates; `sigma`, `lipschitz` and `tau` as in `from_counts`."""
 
     sigma: float
     alpha: float  # per image, divided evenly over the looks of the schedule
     bound: str = "binary"
     lipschitz: float = 1.0
     tau: float = 0.0
-    radii: tuple[float, ...] | None = None
-    epsilon: float = 0.05
+    radii: tuple[float, ...] | None = None  # the radii to decide, and always 0 (any certificate); None: the radius
+    epsilon: float = 0.05  # without radii: how far the radius may stay below the best one, in units of σ/L
 
     def __post_init__(self) -> None:
         check_sigma(self.sigma)
@@ -126,16 +116,11 @@ class Derivation:
     def certificates(self, schedule: Schedule, images: Sequence[ImageCounts]) -> Certificates:
         """`Certificates` of images that have reached a look.
 
-        **Guarantee**: that of `certificates.from_counts`, whatever rule decided at which look an image stopped.
+        **Guarantee**: that of `from_counts`, whatever rule decided at which look an image stopped.
         """
-        return self.derive(
-            np.stack([image.counts["selection"] for image in images]),
-            np.concatenate([image.looks for image in images]),
-            np.array([len(image.looks) for image in images]),
-            np.full(len(images), schedule.n),
-            np.array([image.slack for image in images]),
-            len(schedule.looks),
-        )
+        selection, rows = np.stack([i.counts["selection"] for i in images]), np.concatenate([i.looks for i in images])
+        lengths, slack = np.array([len(i.looks) for i in images]), np.array([i.slack for i in images])
+        return self.derive(selection, rows, lengths, np.full(len(images), schedule.n), slack, len(schedule.looks))
 
     def derive(
         self,
@@ -146,15 +131,13 @@ class Derivation:
         slack: np.ndarray,
         looks: int,
     ) -> Certificates:
-        """`certificates.from_counts` of arrays that were checked.
+        """`from_counts` for arrays that were checked.
 
-        Args:
-          rows: cumulative estimation counts of all images, `lengths` of them in a row per image.
-          horizon: estimation samples at the last look.
-          looks: the number of looks that share alpha.
+        `rows` are the cumulative estimation counts of all images, first the ``lengths[0]`` rows of image 0; `horizon`
+        is the number of estimation samples at the last look, `looks` the number of looks that share alpha.
         """
         owner, starts = np.repeat(np.arange(len(lengths)), lengths), np.cumsum(lengths) - lengths
-        # On-disk format: tables are compared digit by digit. The factor: τ must not vanish in a rounding.
+        # On-disk format: tables are compared digit by digit. With the factor, no rounding removes τ.
         share, tau = self.alpha / looks, self.tau * (1 + 1e-9)
         bucket, count = confidence.partition(selection, horizon, share, self.bound)
         p_a, p_b = confidence.bounds(rows, bucket[owner], count[owner], share)
@@ -167,11 +150,10 @@ class Derivation:
         return Certificates(predict, np.where(abstain, 0.0, radius), last, last.sum(axis=1), p_a, p_b, abstain)
 
     def decided(self, schedule: Schedule, images: Sequence[ImageCounts]) -> Bool[np.ndarray, " images"]:
-        """Whether more samples could change nothing that is wanted, for images that are at a look.
+        """Whether images at a look are decided: even in an optimistic future, more samples would not change the answer.
 
-        Imagines an optimistic future, in which all samples to come go to the candidate at the upper limit of its
-        probability (level .01). Where even the radius after the last look would then decide nothing more, the image is
-        decided. Stopping early can shrink a radius but never falsify one, so this judgement needs no part of α.
+        In that future the candidate's share of the samples to come is the upper limit of its probability (level .01).
+        Stopping early can shrink a radius but never falsify one, so this rule needs no part of α.
         """
         done = np.array([len(image.looks) == len(schedule.looks) for image in images])
         rest = np.flatnonzero(~done)
@@ -182,7 +164,7 @@ class Derivation:
             if self.radii is None:
                 done[rest] = best <= now.radius + self.epsilon * self.sigma / self.lipschitz
             else:
-                # A radius of 0 counts as certified only if any is: hence the smallest positive number.
+                # The smallest positive number stands for "certified at all"; a radius of 0 is an abstention.
                 wanted = np.unique(np.maximum([0.0, *self.radii], np.nextafter(0, 1)))
                 following = np.searchsorted(wanted, now.radius, side="right")
                 done[rest] = best < np.append(wanted, np.inf)[following]
@@ -191,11 +173,10 @@ class Derivation:
     def _optimistic_radius(
         self, schedule: Schedule, images: Sequence[ImageCounts], now: Certificates
     ) -> Float[np.ndarray, " images"]:
-        """The radius after the last look if the rest goes well; never below that of `now`."""
-        rows = np.arange(len(images))
+        """The radius after the last look in the optimistic future of `decided`; at least the radius of `now`."""
+        rows, n, level = np.arange(len(images)), schedule.n, _FUTILITY
         candidate = np.stack([image.counts["selection"] for image in images]).argmax(axis=1)
-        left, share = schedule.n - now.n, self.alpha / len(schedule.looks)
-        n, level = schedule.n, _FUTILITY
+        left, share = n - now.n, self.alpha / len(schedule.looks)
         leading = now.counts[rows, candidate]
         hoped = leading + np.ceil(left * confidence.trusted_upper(leading, now.n, level)).astype(np.int64)
         hoped = np.minimum(hoped, leading + left)
@@ -212,7 +193,95 @@ class Derivation:
         return np.maximum(now.radius, trusted_radius(p_a, p_b, self.sigma, self.lipschitz, slack))
 
     def largest_radius(self, schedule: Schedule, slack: float = 0.0) -> float:
-        """The radius where all samples of the schedule agree."""
+        """The radius if all samples of the schedule agree."""
         n, share = schedule.n, self.alpha / len(schedule.looks)
         p_a = np.maximum(confidence.trusted_lower(n, n, share) - self.tau, 0.0)
         return float(trusted_radius(p_a, 1 - p_a, self.sigma, self.lipschitz, np.array(slack)))
+
+
+def from_counts(
+    selection: Any,
+    estimation: Any,
+    *,
+    sigma: float,
+    alpha: float,
+    bound: str = "binary",
+    looks: Any = None,
+    lipschitz: float = 1.0,
+    slack: Any = 0.0,
+    tau: float = 0.0,
+) -> Certificates:
+    """Certificates from two independent sets of counts (Cohen et al. 2019, CERTIFY).
+
+    Args:
+      selection: integers ``(images, classes)``; they choose the candidate class (the lowest of equals) and, under
+        ``"multiclass"``, the buckets; nothing else.
+      estimation: integers ``(images, classes)`` from fresh noise; each row sums to at least 1 and at most 2**27. With
+        `looks`: for each image the cumulative counts ``(looks reached, classes)``.
+      sigma, lipschitz, slack: as in `certified_radius`.
+      alpha: failure probability per image.
+      bound: ``"binary"`` (p_B = 1 − p_A) or ``"multiclass"`` (class partitioning; Delattre et al. 2025): each bucket of
+        rivals has an upper bound of its own.
+      looks: all numbers of samples at which an image may have stopped, fixed beforehand; α is divided evenly over them,
+        and each image keeps the best bounds of the looks it reached. None: the sum of each row was fixed beforehand.
+      tau: total variation between the sampled noise and the Gaussian; it worsens both probabilities.
+
+    **Guarantee**: for each image separately, with probability at least 1 − alpha over the estimation samples, the
+    smoothed classifier returns ``predict`` everywhere within ``radius`` of the image, or the row abstains. Assumes
+    that the samples of an image are independent draws of one distribution, within `tau` of the Gaussian's, and that
+    selection and estimation samples are independent. With `looks` it holds for any rule of stopping at one of them,
+    because all the bounds at all the looks hold together (union bound).
+    """
+    derivation, slack = Derivation(sigma, alpha, bound, lipschitz, tau), numbers("slack", slack)
+    selection = _counts("selection", selection)
+    if looks is None:
+        rows = _counts("estimation", estimation)
+        lengths, share, horizon = np.ones(len(rows), int), 1, rows.sum(axis=1)
+    else:
+        found = array("looks", looks)
+        if found.ndim != 1 or not found.size or found.dtype.kind not in "iu" or not (found[1:] > found[:-1]).all():
+            raise UserError(f"from_counts takes looks that grow, whole numbers of samples, got {looks!r}")
+        if found[-1] > confidence.MAX_SAMPLES:
+            raise UserError(f"looks must not be above 2**27 samples, got {found[-1]}")
+        rows, lengths = _rows_at_looks(estimation, found)
+        share, horizon = len(found), np.full(len(selection), found[-1])
+    shape = len(lengths), rows.shape[1]
+    if selection.shape != shape:
+        raise UserError(f"selection counts {selection.shape} and estimation counts {shape} differ in shape")
+    if slack.shape not in ((), shape[:1]) or np.any(~((slack >= 0) & np.isfinite(slack))):
+        raise UserError("slack must be finite and not negative, one number or one per image")
+    return derivation.derive(selection, rows, lengths, horizon, slack, share)
+
+
+def _rows_at_looks(
+    estimation: Any, looks: Int[np.ndarray, " looks"]
+) -> tuple[Int[np.ndarray, "rows classes"], Int[np.ndarray, " images"]]:
+    """All rows of all images, and the number of rows of each; raises UserError for rows that fit no looks."""
+    try:
+        parts = [_integers("estimation", part) for part in list(estimation)]
+    except TypeError as error:
+        raise UserError(f"with looks, estimation counts are cumulative counts for each image: {error}") from error
+    if not parts or len({part.shape[1] for part in parts}) > 1:
+        raise UserError("estimation counts need the same classes for every image")
+    for part in parts:
+        if part.sum(axis=1).tolist() != looks[: len(part)].tolist() or (np.diff(part, axis=0) < 0).any():
+            expected, got = f"at the first of the looks {looks.tolist()}", part.sum(axis=1)
+            raise UserError(f"estimation counts must be cumulative counts {expected}, got {got} samples")
+    return _counts("estimation", np.concatenate(parts)), np.array([len(part) for part in parts])
+
+
+def _integers(name: str, counts: Any) -> Int[np.ndarray, "images classes"]:
+    counts = array(f"{name} counts", counts, "integers")
+    if counts.ndim != 2 or counts.shape[1] < 2 or not len(counts) or counts.dtype.kind not in "iu":
+        got = f"{counts.dtype} {counts.shape}"
+        raise UserError(f"{name} counts must be integers of shape (images, classes >= 2), got {got}")
+    return counts.astype(np.int64)  # a count that does not fit becomes negative
+
+
+def _counts(name: str, counts: Any) -> Int[np.ndarray, "images classes"]:
+    counts = _integers(name, counts)
+    total = counts.sum(axis=1)
+    # Each entry is checked too: the sum of huge counts may wrap around.
+    if counts.min() < 0 or max(counts.max(), total.max()) > confidence.MAX_SAMPLES or total.min() < 1:
+        raise UserError(f"{name} counts must not be negative, and sum to at least one and at most 2**27 per image")
+    return counts

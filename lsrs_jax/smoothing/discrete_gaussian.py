@@ -1,16 +1,16 @@
 """The distribution of a Gaussian rounded to a grid, sampled with integers alone. NumPy only.
 
-Latents and noise are held as whole multiples of a spacing q = 2⁻ᵏ. Their sum is exact, so that no rounding of latent +
-noise reveals where the latent was (the attack of Voráček and Hein, ICLR 2023). The noise is a *rounded* Gaussian,
-sampled by Walker's alias method (Vose 1991) from 64 uniform bits per number: one table look-up and one comparison of
-integers, the same on every platform.
+Latents and noise are whole multiples of a spacing q = 2⁻ᵏ. Their sum is exact, so that no rounding of latent + noise
+reveals the latent (the attack of Voráček and Hein, ICLR 2023). The noise is a *rounded* Gaussian, sampled by Walker's
+alias method (Vose 1991) from 64 uniform bits per number: one table look-up and one comparison of integers, the same on
+every platform.
 """
 
-import dataclasses
 import decimal
 import fractions
 import functools
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,12 +23,11 @@ MAX_LATENT = 2**23  # latents in steps of q: noise of up to 2**18 steps cannot r
 TAU = 2.0**-44
 
 
-@dataclasses.dataclass(frozen=True)
-class Grid:
+class Grid(NamedTuple):
     """A grid spacing q, a power of two with σ/q in [2¹⁴, 2¹⁵), and the alias table of |noise| for it.
 
-    The table is uint32 ``(2, 2**COLUMN_BITS)``: the high bits of each column's threshold above its alias, and the low
-    32 bits of the threshold.
+    The table is uint32 ``(2, 2**COLUMN_BITS)``. The first row has the high bits of each column's threshold, and below
+    them its alias; the second row has the low 32 bits of the threshold.
 
     **Guarantee**: with a uniform column c and a uniform threshold t, the magnitude (c where t is below the column's
     threshold, else its alias) under a uniform sign has the distribution of round(δ/q), δ ~ N(0, σ²), up to a total
@@ -46,7 +45,7 @@ def spacing(sigma: float) -> float:
 
 @functools.lru_cache(maxsize=8)
 def grid(sigma: float) -> Grid:
-    """The `Grid` of a σ; takes a second."""
+    """The `Grid` for a σ; takes a second."""
     masses = _masses(fractions.Fraction(sigma) / fractions.Fraction(spacing(sigma)))
     thresholds, aliases = _alias(masses)
     high, low = thresholds >> 32, thresholds & 0xFFFFFFFF
@@ -59,8 +58,8 @@ _FIXED = 128  # fractional bits; with up to 2**19 steps of a recurrence the erro
 def _masses(steps: fractions.Fraction) -> list[int]:
     """P[|round(δ/q)| = j] · 2⁶³ as integers that add up to 2⁶³, for σ/q = `steps`.
 
-    The density at the cells' centres follows from a recurrence of two factors; the integral over a cell from it and
-    two terms of the Taylor series, whose remainder is below 2⁻⁷⁰ relative.
+    A recurrence gives the density at the cells' centres, and two more terms of the Taylor series the integral over each
+    cell, up to a remainder below 2⁻⁷⁰ relative.
     """
     one = 1 << _FIXED
     h2 = 1 / steps**2  # squared width of a cell in units of σ
@@ -77,16 +76,14 @@ def _masses(steps: fractions.Fraction) -> list[int]:
         ratio = ratio * step >> _FIXED
     total = 2 * sum(cells) - cells[0]
     scale = 1 << (COLUMN_BITS + THRESHOLD_BITS)
-    masses = [cells[0] * scale // total, *(2 * cell * scale // total for cell in cells[1:])]
-    masses[0] += scale - sum(masses)
-    return masses
+    rest = [2 * cell * scale // total for cell in cells[1:]]
+    return [scale - sum(rest), *rest]
 
 
 def _alias(masses: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Thresholds and aliases of 2^COLUMN_BITS columns of 2^THRESHOLD_BITS each (Vose 1991), exact in integers."""
-    full = 1 << THRESHOLD_BITS
-    left, aliases = list(masses), list(range(len(masses)))
-    thresholds = [full - 1] * len(masses)  # a full column is its own alias, whatever the threshold
+    full, left, aliases = 1 << THRESHOLD_BITS, list(masses), list(range(len(masses)))
+    thresholds = [full - 1] * len(masses)  # a full column is its own alias, so that its threshold does not matter
     small = [j for j, mass in enumerate(left) if mass < full]
     large = [j for j, mass in enumerate(left) if mass >= full]
     while small and large:
@@ -99,10 +96,10 @@ def _alias(masses: list[int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def total_variation(dimensions: int) -> float:
-    """τ: total variation between a sampled noise vector and a rounded Gaussian; it worsens p_A and p_B."""
+    """τ: total variation between a sampled noise vector and a rounded Gaussian; it is charged to p_A and p_B."""
     return TAU * dimensions
 
 
 def rounding_slack(dimensions: int, q: float) -> float:
-    """√d·q, rounded up: how far the grid moves the certified latent and any other one, q/2 per coordinate each."""
+    """√d·q, rounded up: the grid moves the certified latent and any other latent by q/2 per coordinate each."""
     return math.sqrt(dimensions) * q * (1 + 2.0**-50)

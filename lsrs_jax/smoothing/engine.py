@@ -8,17 +8,18 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Int, Num
+from jaxtyping import Bool, Num
 
 from lsrs_jax.runtime.progress import SECONDS_PER_REPORT, duration
 from lsrs_jax.smoothing.counts import Counts, ImageCounts, Row
+from lsrs_jax.smoothing.sampler import Sampler
 from lsrs_jax.smoothing.schedule import Schedule
 
-_SECONDS_PER_LAUNCH = 1.0  # work of the devices between two looks at the clock
+_SECONDS_PER_LAUNCH = 1.0  # how long the devices should work on one launch
 
 
 class Images(NamedTuple):
@@ -31,40 +32,25 @@ class Images(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """Sample blocks [first, stop) of a stream that are under way for some images."""
+    """Sample blocks [first, stop) of a stream that are under way for the images at the positions `members`."""
 
-    members: list[int]  # positions in `Images`
+    members: list[int]
     stream: str
     first: int
     stop: int
     pending: Future
 
 
-class BlockSampler(Protocol):
-    """What the engine needs of a sampler: `sampler.Sampler`, or whatever else counts classes per block of noise."""
-
-    tile: tuple[int, int]
-
-    def keys(self, key: jax.Array) -> dict[str, jax.Array]: ...
-    def put(self, quantized: Num[np.ndarray, "images *latent"], ids: Any = None) -> Any: ...
-    def launch(self, batch: Any, key: jax.Array, first: int, stop: int, n: int) -> Future: ...
-    def collect(self, launched: Future, images: int) -> Int[np.ndarray, "images classes"]: ...
-
-
 class Status:
-    """What has been done and what is left at most, of `total` images, for a line of progress that `say` gets.
-
-    An earlier session has `decided` so many of them.
-    """
+    """The progress of `total` images, `decided` of them by an earlier session; gives a line about it to `say`."""
 
     def __init__(self, schedule: Schedule, total: int, decided: int, say: Callable[[str], object]) -> None:
         self._schedule, self._total, self._decided, self._say = schedule, total, decided, say
         self._finished = self._finished_samples = self._drawn = 0
-        self._measured: tuple[float, int] | None = None
-        self._shown = time.monotonic()
+        self._measured, self._shown = None, time.monotonic()
 
     def count(self, samples: int) -> None:
-        """Takes note of new samples; says the line every two seconds."""
+        """Counts new samples; says the line every two seconds."""
         self._drawn += samples
         now = time.monotonic()
         if self._measured is None:  # the first launch compiles; rates are measured from its end
@@ -73,39 +59,36 @@ class Status:
             self.show()
 
     def finish(self, images: Sequence[ImageCounts]) -> None:
-        """Takes note of images that are decided now."""
+        """Counts images that are decided now."""
         self._decided += len(images)
         self._finished += len(images)
-        self._finished_samples += sum(self._schedule.drawn(image.done) for image in images)
+        self._finished_samples += sum(image.total for image in images)
 
     def show(self) -> None:
-        """Says the line."""
+        """Says the line: images decided, rate, and the time left (at most, where images may stop early)."""
         self._shown = now = time.monotonic()
         start, before = self._measured or (now, 0)
         rate = (self._drawn - before) / max(now - start, 1e-9)
         most = (self._total - self._decided) * (self._schedule.n0 + self._schedule.n)
         left = duration(max(0, most - max(0, self._drawn - self._finished_samples)) / rate) if rate > 0 else "unknown"
+        left = f"at most {left}" if self._schedule.staged else left
         mean = f"  {self._finished_samples / self._finished:,.0f} samples per image" if self._finished else ""
-        left = f"at most {left} left" if self._schedule.staged else f"{left} left"
-        self._say(f"{self._decided:>6,} of {self._total:,} images decided{mean}  {rate:,.0f} samples/s  {left}")
+        self._say(f"{self._decided:>6,} of {self._total:,} images decided{mean}  {rate:,.0f} samples/s  {left} left")
 
 
 class Engine:
     """Samples images until each is decided.
 
     All images advance to the next look together. At every look the undecided ones are repacked into full batches, so
-    that no row of the compiled program is wasted on an image that is decided. The counts do not depend on it.
+    that no row of the compiled program is wasted on a decided image. The counts do not depend on the repacking.
 
-    Args:
-      key: the typed key of the run, see `Sampler.keys`.
-      counts: where the new rows go; its schedule says where images may stop. `ledger.Ledger` writes them to disk.
-      decided: function of images at a look → bool per image.
-      begin: called once, when the first samples have been drawn and before they are counted.
+    `counts` receives the new rows; its schedule says where images may stop. `decided` maps images at a look to a bool
+    per image. `begin` is called once, after the first samples are drawn and before they are counted.
     """
 
     def __init__(
         self,
-        sampler: BlockSampler,
+        sampler: Sampler,
         key: jax.Array,
         counts: Counts,
         decided: Callable[[list[ImageCounts]], Bool[np.ndarray, " images"]],
@@ -117,32 +100,32 @@ class Engine:
         self._blocks_per_launch = 1
 
     def run(self, images: Images) -> None:
-        """Samples some images to the end."""
+        """Samples these images until all are decided."""
         everything = range(len(images.idx))
-        finished = set(self._leave(images, [i for i in everything if self._counts.at_a_look(images.idx[i])]))
+        finished = self._finished(images, [i for i in everything if self._counts.at_a_look(images.idx[i])])
         while pending := [i for i in everything if i not in finished]:
             finished |= self._advance(images, pending)
 
-    def _leave(self, images: Images, members: list[int]) -> list[int]:
-        """Those of the members, all at a look, that are decided."""
+    def _finished(self, images: Images, members: list[int]) -> set[int]:
+        """The members that are decided; all members are at a look."""
         if not members:
-            return []
+            return set()
         at_look = [self._counts.images[images.idx[i]] for i in members]
-        found = self._decided(at_look)
-        self._status.finish([image for image, yes in zip(at_look, found, strict=True) if yes])
-        return [i for i, yes in zip(members, found, strict=True) if yes]
+        found = np.flatnonzero(self._decided(at_look))
+        self._status.finish([at_look[number] for number in found])
+        return {members[number] for number in found}
 
     def _advance(self, images: Images, pending: list[int]) -> set[int]:
         """Brings every pending image to its next stop; returns those that are decided there.
 
         While the host counts one launch, the devices work on the next.
         """
-        waiting, finished, clock = None, set(), time.monotonic()
+        waiting, finished, clock = None, set[int](), time.monotonic()
         for launch in itertools.chain(self._launches(images, pending), [None]):
             if waiting is not None:
                 clock = self._record(images, waiting, clock)
                 if self._counts.at_a_look(images.idx[waiting.members[0]]):
-                    finished.update(self._leave(images, waiting.members))
+                    finished |= self._finished(images, waiting.members)
             waiting = launch
         return finished
 
@@ -152,9 +135,9 @@ class Engine:
             groups[self._counts.done(images.idx[i])].append(i)
         size = self._sampler.tile[0]
         for done in sorted(groups):
-            stop_at = schedule.next_stop(done)
-            assert stop_at is not None, "an image at the last look is decided"
-            stream, begin, end = stop_at
+            next_stop = schedule.next_stop(done)
+            assert next_stop is not None, "an image at the last look is decided"
+            stream, begin, end = next_stop
             for start in range(0, len(groups[done]), size):
                 members, first = groups[done][start : start + size], begin
                 batch = self._sampler.put(images.latents[members], [images.idx[i] for i in members])
@@ -165,7 +148,7 @@ class Engine:
                     first = stop
 
     def _record(self, images: Images, launch: Launch, clock: float) -> float:
-        """Waits for a launch and counts its samples. Returns the time."""
+        """Waits for a launch and counts its samples; returns the time at its end."""
         members, stream, first, stop, _ = launch
         found = self._sampler.collect(launch.pending, len(members))
         now = time.monotonic()
@@ -178,7 +161,7 @@ class Engine:
             for i, counts in zip(members, found, strict=True)
         )
         self._status.count(int(found.sum()))
-        # Towards `_SECONDS_PER_LAUNCH`; counts do not depend on it.
+        # Adapt the length of the launches to `_SECONDS_PER_LAUNCH`; the counts do not depend on it.
         if now - clock < _SECONDS_PER_LAUNCH / 2 and stop - first == self._blocks_per_launch:
             self._blocks_per_launch *= 2
         elif now - clock > 2 * _SECONDS_PER_LAUNCH:

@@ -1,10 +1,10 @@
 """The compiled sampling loop: counts of a head's classes under Gaussian noise. Only integers leave the device."""
 
-import concurrent.futures
 import contextlib
 import functools
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -13,44 +13,40 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Num
 
+from lsrs_jax.runtime import mesh, rng
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.format import KEY_DOMAINS, NOISE_OFFSETS, STREAMS
-from lsrs_jax.runtime.mesh import AXIS, local_mesh, replicated
-from lsrs_jax.runtime.rng import check_key, domain_key, pinned
+from lsrs_jax.runtime.mesh import AXIS
 from lsrs_jax.runtime.validate import choice
 from lsrs_jax.smoothing.arithmetic import ARITHMETICS, make_arithmetic
-from lsrs_jax.smoothing.confidence import MAX_SAMPLES
+from lsrs_jax.smoothing.confidence import MAX_SAMPLES, leaders
 from lsrs_jax.smoothing.derivation import check_sigma
 from lsrs_jax.smoothing.head_check import Head, check_head, check_logits
 from lsrs_jax.smoothing.schedule import block_count
 
 SPMD = ("shard_map", "pmap")
-_MAX_ENTRIES = 2**31  # of one batch of noisy latents, 8 GiB
+_MAX_ENTRIES = 2**31  # float32 numbers in one batch of noisy latents: 8 GiB
 
 
 @contextlib.contextmanager
 def pinned_flags() -> Iterator[None]:
-    """Inside, random bits, dtypes and the precision of the head's products do not follow the user's JAX flags.
+    """A context in which random bits, dtypes and the precision of the head's products ignore the user's JAX flags.
 
-    A head that asks for another precision itself keeps it. Checks that would stop the loop are off: it derives a key
-    per sample block, which the check for reused keys takes for reuse.
+    A head that asks for another precision itself keeps it. Checks that would stop the loop are off; the check for
+    reused keys mistakes the loop, which derives a key per sample block, for reuse.
     """
-    with contextlib.ExitStack() as settings:
-        settings.enter_context(pinned())
-        settings.enter_context(jax.default_matmul_precision("highest"))
-        settings.enter_context(jax.debug_key_reuse(False))
-        settings.enter_context(jax.numpy_rank_promotion("allow"))
-        settings.enter_context(jax.transfer_guard("allow"))
+    precision, reuse = jax.default_matmul_precision("highest"), jax.debug_key_reuse(False)
+    with rng.pinned(), precision, reuse, jax.numpy_rank_promotion("allow"), jax.transfer_guard("allow"):
         yield
 
 
 def check_settings(sigma: Any, arithmetic: Any, noise: Any, tile: Any, spmd: Any) -> None:
-    """Raises UserError for settings of a `Sampler` that are wrong whatever the latents are."""
+    """Raises UserError for settings of a `Sampler` that are wrong for latents of any shape."""
     check_sigma(sigma)
     choice("arithmetic", arithmetic, ARITHMETICS)
     whole = isinstance(tile, tuple | list) and all(type(size) is int and size >= 1 for size in tile)
     if not whole or len(tile) != 2 or tile[0] * tile[1] < 2:
-        raise UserError(f"tile must be two whole numbers (images, samples) that hold at least 2 rows, got {tile!r}")
+        raise UserError(f"tile must be two whole numbers (images, samples) with a product of 2 or more, got {tile!r}")
     choice("spmd", spmd, SPMD)
     choice("noise", noise, NOISE_OFFSETS)
 
@@ -61,23 +57,12 @@ class Sampler:
     A *sample block* is `samples` noise vectors. It is drawn from the key of (stream, block number) alone and shared by
     every image of a batch (``noise="shared"``), or from the key of (stream, image index, block number)
     (``"independent"``). Devices take blocks in turn; a block is always evaluated as one head batch of
-    ``images · samples`` rows. So the counts of an image depend on neither the number of devices, nor how the blocks are
-    divided into calls, nor which other images fill the batch.
+    ``images · samples`` rows. So the counts of an image depend neither on the number of devices, nor on the division of
+    the blocks into calls, nor on the other images of the batch.
 
-    Args:
-      head: any function latents ``(B, *latent_shape)`` float32 → logits ``(B, K)`` whose rows are independent and
-        deterministic.
-      latent_shape: without the batch axis.
-      tile: ``(images, samples)``, the constant batch of the compiled program.
-      sigma, arithmetic, noise, spmd, devices: as in `api.SmoothedClassifier`.
-
-    Attributes:
-      num_classes: K.
-      head_digest: of the logits at some random latents, which tells heads apart.
-      traces: how often the loop was traced; tests hold it at one.
-
-    Raises:
-      UserError: for a bad argument, or a head that `head_check.check_head` refuses.
+    `latent_shape` has no batch axis; the other arguments are those of `api.SmoothedClassifier`. `head_digest` is a
+    digest of the logits at some random latents, which tells heads apart; `traces` is the number of traces of the loop.
+    Raises UserError for a bad argument, or a head that `head_check.check_head` refuses.
 
     **Guarantee**: sample i of image z is argmax head(z + σεᵢ) in the arithmetic's sense, where the εᵢ of a (key,
     stream, i) are drawn from bits of their own. The samples of an image are independent of each other; samples of
@@ -102,35 +87,26 @@ class Sampler:
             raise UserError(f"latents of shape {self.latent_shape} are empty")
         entries = math.prod((*self.tile, *self.latent_shape))
         if entries > _MAX_ENTRIES:
-            raise UserError(
-                f"the tile {self.tile} needs {entries // 2**28:,} GiB for its noisy latents alone; make it smaller"
-            )
+            gigabytes = f"{entries // 2**28:,} GiB"
+            raise UserError(f"the tile {self.tile} needs {gigabytes} for its noisy latents alone; make it smaller")
         self.arithmetic, self.traces = make_arithmetic(arithmetic, sigma), 0
-        self._head, self._noise = head, noise
-        self._mesh = local_mesh(devices)
-        self._launcher = concurrent.futures.ThreadPoolExecutor(1, "launch")
+        self._head, self._noise, self._mesh = head, noise, mesh.local_mesh(devices)
+        self._launcher = ThreadPoolExecutor(1, "launch")
         with pinned_flags():
             self.num_classes, self.head_digest = check_head(head, (math.prod(self.tile), *self.latent_shape))
-            self._tables = jax.device_put(self.arithmetic.tables, replicated(self._mesh))
+            self._tables = self._put(self.arithmetic.tables)
             self._call = self._compile(spmd)
 
     @property
     def tau(self) -> float:
-        """Total variation between the drawn and the Gaussian noise; worsens p_A and p_B."""
+        """Total variation between the drawn and the Gaussian noise; it is charged to p_A and p_B."""
         return self.arithmetic.tau(int(np.prod(self.latent_shape)))
 
     def keys(self, key: jax.Array) -> dict[str, jax.Array]:
-        """The key of every stream, derived from a typed threefry key, such as that of a training's seed.
-
-        Certification draws from a domain of its own under the key, and each stream from another child of that domain.
-        """
+        """The key of every stream, in the domain that certification has under a typed threefry key."""
         with pinned_flags():
-            domain = jax.random.fold_in(check_key(key), KEY_DOMAINS["certify"])
-            offset, everywhere = NOISE_OFFSETS[self._noise], replicated(self._mesh)
-            return {
-                stream: jax.device_put(jax.random.fold_in(domain, number + offset), everywhere)
-                for stream, number in STREAMS.items()
-            }
+            domain, offset = jax.random.fold_in(rng.check_key(key), KEY_DOMAINS["certify"]), NOISE_OFFSETS[self._noise]
+            return self._put({name: jax.random.fold_in(domain, number + offset) for name, number in STREAMS.items()})
 
     def _block_noise(self, key: jax.Array, ids: Int[Array, " images"], block: Any, tables: Any) -> Num[Array, "..."]:
         """Noise of one block: ``(samples, *latent_shape)``, or one such array per image of `ids`."""
@@ -138,11 +114,11 @@ class Sampler:
         if self._noise == "shared":
             return self.arithmetic.draw(jax.random.fold_in(key, block), size, tables)
 
-        def of_image(identifier: jax.Array) -> jax.Array:
+        def draw(identifier: jax.Array) -> jax.Array:
             own = jax.random.fold_in(jax.random.fold_in(key, identifier), block)
             return self.arithmetic.draw(own, size, tables)
 
-        return jax.vmap(of_image)(ids)
+        return jax.vmap(draw)(ids)
 
     def _device_counts(
         self, device: Any, latents: Any, ids: Any, key: Any, tables: Any, first: Any, stop: Any, n: Any
@@ -152,8 +128,7 @@ class Sampler:
         `device` is the index of this device, of shape (1,) under shard_map and () under pmap.
         """
         self.traces += 1
-        images, samples = self.tile
-        devices = jax.lax.axis_size(AXIS)
+        (images, samples), devices = self.tile, jax.lax.axis_size(AXIS)
         start = first + device.reshape(())
 
         def block_counts(step: jax.Array, counts: jax.Array) -> jax.Array:
@@ -165,40 +140,37 @@ class Sampler:
             check_logits(logits.shape, (images * samples, self.num_classes))
             predicted = jnp.where(jnp.isnan(logits).any(axis=-1), self.num_classes, jnp.argmax(logits, axis=-1))
             valid = block * samples + jnp.arange(samples, dtype=jnp.int32) < n
-
-            def count(classes: jax.Array) -> jax.Array:
-                hits = classes[:, None] == jnp.arange(self.num_classes + 1, dtype=classes.dtype)
-                return jnp.sum(hits & valid[:, None], axis=0, dtype=jnp.int32)
-
-            return counts + jax.vmap(count)(predicted.reshape(images, samples))
+            hits = predicted.reshape(images, samples, 1) == jnp.arange(self.num_classes + 1, dtype=predicted.dtype)
+            return counts + jnp.sum(hits & valid[:, None], axis=1, dtype=jnp.int32)
 
         steps = jnp.maximum(0, (stop - start + devices - 1) // devices)
         zeros = jnp.zeros((images, self.num_classes + 1), jnp.int32)
         counts = jax.lax.fori_loop(0, steps, block_counts, jax.lax.pcast(zeros, AXIS, to="varying"))
-        # No collective: devices never wait for each other, and two launches may be under way. The host adds.
-        return counts[None]
+        return counts[None]  # the host adds: without a collective, devices never wait for each other
 
     def _compile(self, spmd: str) -> Any:
         devices = self._mesh.devices.reshape(-1)
-        index = np.arange(len(devices), dtype=np.int32)
         if spmd == "pmap":
             axes = (0, *[None] * 7)
             call: Any = jax.pmap(self._device_counts, AXIS, in_axes=axes, out_axes=0, devices=list(devices))
         else:
             specs = (P(AXIS), *[P()] * 7)
             call = jax.jit(jax.shard_map(self._device_counts, mesh=self._mesh, in_specs=specs, out_specs=P(AXIS)))
-        index = jax.device_put(index, jax.NamedSharding(self._mesh, P(AXIS)))
+        index = jax.device_put(np.arange(len(devices), dtype=np.int32), mesh.split(self._mesh))
         batch = self.put(self.quantize(np.zeros((1, *self.latent_shape))))
-        key = jax.device_put(domain_key(0, "probe"), replicated(self._mesh))
-        # In the thread and the context of the caller, so that the compiled head is the one that was checked.
+        key = self._put(rng.domain_key(0, "probe"))
+        # Compile in the caller's thread and context, so that the compiled head is the one that was checked.
         program = call.lower(index, *batch, key, self._tables, *self._numbers(0, 1, 1)).compile()
         return functools.partial(program, index)
 
+    def _put(self, arrays: Any) -> Any:
+        return jax.device_put(arrays, mesh.replicated(self._mesh))
+
     def _numbers(self, *numbers: int) -> list[jax.Array]:
-        return [jax.device_put(np.int32(number), replicated(self._mesh)) for number in numbers]
+        return self._put([np.int32(number) for number in numbers])
 
     def quantize(self, latents: Any) -> Num[np.ndarray, "images *latent"]:
-        """Latents ``(images, *latent_shape)`` as the loop holds them: NumPy of the arithmetic's dtype."""
+        """Converts latents ``(images, *latent_shape)`` to the arithmetic's dtype, in NumPy."""
         latents = np.asarray(latents, np.float64)
         if latents.shape[1:] != self.latent_shape:
             raise UserError(f"this sampler takes latents of shape {self.latent_shape}, got {latents.shape[1:]}")
@@ -207,10 +179,9 @@ class Sampler:
         return self.arithmetic.quantize(latents)
 
     def put(self, quantized: Num[np.ndarray, "images *latent"], ids: Any = None) -> tuple[jax.Array, jax.Array]:
-        """Puts up to a batch of latents from `quantize` on the devices, padded.
+        """Pads latents from `quantize` to a batch and puts them on the devices.
 
-        Args:
-          ids: indices of the images, each different, where their noise is independent.
+        With independent noise, `ids` are the indices of the images, all different.
         """
         size = self.tile[0]
         if not 1 <= len(quantized) <= size or quantized.dtype != self.arithmetic.dtype:
@@ -220,22 +191,13 @@ class Sampler:
         if self._noise == "independent" and (not distinct or ids.min() < 0 or ids.max() >= 2**31):
             raise UserError("independent noise needs a different id, a whole number below 2**31, for every image")
         padding = ((0, size - len(quantized)), *[(0, 0)] * len(self.latent_shape))
-        arrays = (np.pad(quantized, padding), np.pad(ids.astype(np.int32), padding[0]))
-        return jax.device_put(arrays, replicated(self._mesh))
+        return self._put((np.pad(quantized, padding), np.pad(ids.astype(np.int32), padding[0])))
 
-    def launch(
-        self, batch: tuple[jax.Array, jax.Array], key: jax.Array, first: int, stop: int, n: int
-    ) -> concurrent.futures.Future:
-        """Starts the blocks [first, stop) of n samples for a batch from `put`; returns without waiting.
+    def launch(self, batch: tuple[jax.Array, jax.Array], key: jax.Array, first: int, stop: int, n: int) -> Future:
+        """Starts the blocks [first, stop) of n samples for a batch from `put`; returns a future for `collect`.
 
-        A GPU asks its host before every round of a loop whose length is not known at compile time. So a thread starts
-        one launch after the other, and the caller can count the samples of the last launch meanwhile.
-
-        Args:
-          key: of a stream, from `keys`.
-
-        Returns:
-          a future for `collect`.
+        `key` is the key of a stream, from `keys`. A thread starts the launches, because a GPU asks its host before
+        every round of such a loop; meanwhile the caller counts the samples of the launch before.
         """
         blocks = block_count(n, self.tile[1])
         if not 1 <= n <= MAX_SAMPLES:
@@ -244,21 +206,27 @@ class Sampler:
             raise UserError(f"blocks [{first}, {stop}) are not among the {blocks} of {n} samples")
         return self._launcher.submit(self._call, *batch, key, self._tables, *self._numbers(first, stop, n))
 
-    def collect(self, launched: concurrent.futures.Future, images: int) -> Int[np.ndarray, "images classes"]:
+    def collect(self, launched: Future, images: int) -> Int[np.ndarray, "images classes"]:
         """Waits for a launch and returns its counts; raises UserError if any logit was NaN."""
         per_device = np.asarray(jax.device_get(launched.result()), np.int64)
         counts = per_device.reshape(-1, self.tile[0], self.num_classes + 1).sum(axis=0)[:images]
         if counts[:, -1].any():
-            raise UserError(
-                f"the head returned NaN logits for {counts[:, -1].sum()} noisy samples; a NaN never certifies"
-            )
+            number = counts[:, -1].sum()
+            raise UserError(f"the head returned NaN logits for {number} noisy samples; a NaN never certifies")
         return counts[:, :-1]
 
     def one_batch(
         self, latents: Float[np.ndarray, "images *latent"], key: jax.Array, stream: str, n: int, ids: Any = None
     ) -> Int[np.ndarray, "images classes"]:
         """Counts of n samples for up to a batch of float64 latents, in one launch."""
-        launched = self.launch(
-            self.put(self.quantize(latents), ids), self.keys(key)[stream], 0, block_count(n, self.tile[1]), n
-        )
-        return self.collect(launched, len(latents))
+        batch, blocks = self.put(self.quantize(latents), ids), block_count(n, self.tile[1])
+        return self.collect(self.launch(batch, self.keys(key)[stream], 0, blocks, n), len(latents))
+
+    def predict(
+        self, latents: Float[np.ndarray, "images *latent"], key: jax.Array, n: int, alpha: float
+    ) -> Int[np.ndarray, " images"]:
+        """`api.SmoothedClassifier.predict` for float64 latents."""
+        size = self.tile[0]
+        parts = [range(start, min(start + size, len(latents))) for start in range(0, len(latents), size)]
+        counts = [self.one_batch(latents[part], key, "prediction", n, part) for part in parts]
+        return leaders(np.concatenate(counts), alpha, self.tau)

@@ -22,7 +22,7 @@ class Schedule:
     """The samples of an image: `n0` for the selection, then estimation samples with interim looks.
 
     Certificates may be derived at the looks, growing numbers of estimation samples. All but the last are multiples of
-    `samples`, the noise vectors per sample block. One look is the fixed schedule.
+    `samples`, the noise vectors per sample block. The fixed schedule has one look.
     """
 
     n0: int
@@ -57,17 +57,12 @@ class Schedule:
     @functools.cached_property
     def stops(self) -> dict[str, tuple[int, ...]]:
         """Block indices at which each stream may pause: the end of the selection, and the looks."""
-        ends = {"selection": (self.n0,), "estimation": self.looks}
-        return {stream: tuple(block_count(n, self.samples) for n in some) for stream, some in ends.items()}
-
-    def drawn(self, done: tuple[int, ...]) -> int:
-        """Number of samples in the blocks `done` (per stream)."""
-        return sum(min(stop * self.samples, n) for stop, n in zip(done, self.totals.values(), strict=True))
+        looks = tuple(block_count(look, self.samples) for look in self.looks)
+        return {"selection": (block_count(self.n0, self.samples),), "estimation": looks}
 
     def next_stop(self, done: tuple[int, ...]) -> tuple[str, int, int] | None:
         """``(stream, first, stop)``: the blocks that follow the blocks `done` (per stream); None at the end."""
-        for stream, first in zip(self.totals, done, strict=True):
-            stops = self.stops[stream]
+        for (stream, stops), first in zip(self.stops.items(), done, strict=True):
             if first < stops[-1]:
                 return stream, first, stops[bisect.bisect(stops, first)]
         return None
@@ -79,11 +74,8 @@ def make_schedule(kind: str, n0: int, n: int, samples: int) -> Schedule:
     fixed = Schedule(n0, (n,), samples)
     if kind == "fixed":
         return fixed
-    looks: list[int] = []
-    target = float(FIRST_LOOK)
+    looks, target = set[int](), float(FIRST_LOOK)
     while target * LOOK_GROWTH**0.5 < n:
-        look = block_count(int(target), samples) * samples
-        if look < n and look not in looks:
-            looks.append(look)
+        looks.add(block_count(int(target), samples) * samples)
         target *= LOOK_GROWTH
-    return Schedule(n0, (*looks, n), samples)
+    return Schedule(n0, (*sorted(look for look in looks if look < n), n), samples)

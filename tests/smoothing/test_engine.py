@@ -6,10 +6,10 @@ from scipy import stats
 
 from lsrs_jax import smoothing
 from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.smoothing.confidence import leaders
 from lsrs_jax.smoothing.counts import Counts
 from lsrs_jax.smoothing.derivation import Derivation
 from lsrs_jax.smoothing.engine import Engine, Images, Status
-from lsrs_jax.smoothing.prediction import leaders
 from lsrs_jax.smoothing.sampler import Sampler
 from lsrs_jax.smoothing.schedule import make_schedule
 from support import threefry

@@ -110,7 +110,7 @@ def test_a_foreign_file_is_refused(tmp_path):
     path.write_text("something else\nentirely\n")
     for text in ("something else\nentirely\n", "no line at all", "idx\tlabels"):
         path.write_text(text)
-        with pytest.raises(UserError, match="not a vote ledger"):
+        with pytest.raises(UserError, match="not a ledger"):
             open_ledger(path)
         assert path.read_text() == text
 
@@ -118,7 +118,8 @@ def test_a_foreign_file_is_refused(tmp_path):
 def test_a_second_writer_is_refused(path):
     with open_ledger(path), pytest.raises(UserError, match="another process"):
         open_ledger(path)
-    open_ledger(path).close()
+    with open_ledger(path):
+        pass
 
 
 def test_appending_the_same_chunks_twice_is_refused(path):

@@ -39,8 +39,11 @@ def test_another_identity_is_told_in_words_that_a_user_knows(certification):
     assert store.past_sessions(path, Identity.from_dict(identity)) == stored["record"]
     checkpoint, data = identity["checkpoint"], identity["data"] | {"version": "1.0.0", "split": "test"}
     for change, words in (
-        ({"checkpoint": {"step": 5, "digest": "11"}}, "of the checkpoint of step 3, and the newest is that of step 5;"),
-        ({"checkpoint": checkpoint | {"digest": "11"}}, "the checkpoint of step 3 has other weights than it had;"),
+        (
+            {"checkpoint": {"step": 5, "digest": "11"}},
+            "of the checkpoint of step 3, and the newest checkpoint has step 5;",
+        ),
+        ({"checkpoint": checkpoint | {"digest": "11"}}, "the weights in the checkpoint of step 3 have changed;"),
         ({"data": data | {"name": "mnist", "digest": "11"}}, "data.name was 'digits' and is now 'mnist';"),
         ({"tile": [2, 32], "stages": [96]}, "certify.tile was [2, 16] and is now [2, 32];"),
         ({"stages": [96]}, "stages was"),
