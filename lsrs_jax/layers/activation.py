@@ -1,4 +1,4 @@
-"""Gradient-norm-preserving activations as modules."""
+"""Activations as modules that preserve the norm of gradients."""
 
 import flax.linen as nn
 import numpy as np
@@ -6,8 +6,8 @@ from jaxtyping import PyTree
 
 from lsrs_jax.layers.base import Fixed, Layer, Plain, Shape
 from lsrs_jax.orthogonal import activation, spectrum
-from lsrs_jax.orthogonal.rounding import gamma
 from lsrs_jax.orthogonal.shape import Features
+from lsrs_jax.orthogonal.spectrum import gamma
 
 
 class MaxMin(Fixed):
@@ -46,5 +46,5 @@ class Householder(Layer):
         theta = np.asarray(params["theta"], np.float64)
         # [[cos θ, sin θ], [sin θ, −cos θ]] is a reflection up to the last place of its entries.
         bound = spectrum.upper_bound(1.0)
-        # γ(16): two products of sines and cosines that are themselves rounded.
+        # γ(16): two products of sines and cosines, which are themselves rounded.
         return Plain(lambda t, x: activation.householder(x, t), theta, bound, 2 - bound, "reflects pairs", gamma(16))

@@ -1,4 +1,4 @@
-"""Orthogonal matrices and convolutions as pure JAX functions; exact spectra in NumPy. No Flax here."""
+"""Orthogonal matrices and convolutions as pure JAX functions, and their exact singular values in NumPy; no Flax."""
 
 from lsrs_jax.orthogonal.activation import group_sort, householder, maxmin
 from lsrs_jax.orthogonal.convolve import convolve

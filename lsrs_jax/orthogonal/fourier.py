@@ -1,8 +1,8 @@
 """Two-dimensional Fourier transforms of real signals as matrix products, over the axes −3 and −2.
 
-For image sizes of usual networks, products are about as fast as an FFT and run on every accelerator. They also avoid
-XLA's FFT on CPU, which waits for the thread pool it runs on, so that concurrent transforms can deadlock (jax 0.10;
-the guard of openxla/xla#46345 is newer). To be tried again when the oldest supported jax contains that guard.
+Matrix products are about as fast as an FFT for usual image sizes, and run on every accelerator. XLA's FFT on CPU waits
+for the thread pool it runs on, so that concurrent transforms can deadlock (jax 0.10; openxla/xla#46345 adds a guard).
+Try the FFT again when the oldest supported jax contains that guard.
 """
 
 import jax
@@ -18,7 +18,7 @@ HalfSpectrum = Complex[Array, "*batch height width//2+1 c"]
 def _phases(
     positions: Int[np.ndarray, " m"], frequencies: Int[np.ndarray, " n"], period: int
 ) -> Complex[np.ndarray, "m n"]:
-    """exp(−2πi·position·frequency / period), with cosine and sine exact to the last place of float64."""
+    """exp(−2πi·position·frequency / period), exact to the last place of float64."""
     return np.exp(-2j * np.pi * (np.outer(positions, frequencies) % period) / period)
 
 
@@ -40,7 +40,7 @@ def inverse(spectrum: HalfSpectrum, width: int) -> Float[Array, "*batch height w
     """The real signal of a half spectrum; `width` may be even or odd."""
     height, half = spectrum.shape[-3:-1]
     across = jnp.asarray(np.conj(_phases(np.arange(height), np.arange(height), height)) / height, spectrum.dtype)
-    # Every frequency counts twice, for itself and its mirror image, unless it is its own mirror image.
+    # Every frequency counts twice, for itself and for its mirror image, except those that are their own mirror image.
     twice = np.where((np.arange(half) == 0) | (2 * np.arange(half) == width), 1.0, 2.0)
     along = np.conj(_phases(np.arange(half), np.arange(width), width)) * twice[:, None] / width
     rows = jnp.einsum("fh,...fkc->...hkc", across, spectrum)

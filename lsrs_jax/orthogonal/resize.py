@@ -20,14 +20,14 @@ def _windows(x: Images, window: Pair, what: str = "windows") -> Float[Array, "ba
 def space_to_depth(x: Images, strides: Pair) -> Float[Array, "batch height/sh width/sw sh*sw*channels"]:
     """Moves every window of ``(sh, sw)`` pixels into the channels, ordered (row, column, channel).
 
-    **Guarantee**: a permutation of entries, hence an isometry.
+    **Guarantee**: an isometry (a permutation of entries).
     """
     x = _windows(x, strides, "strides")
     return x.reshape(*x.shape[:3], -1)
 
 
 def depth_to_space(x: Images, strides: Pair) -> Float[Array, "batch height*sh width*sw channels/(sh*sw)"]:
-    """The inverse of `space_to_depth`, an isometry as well."""
+    """The inverse of `space_to_depth`. **Guarantee**: an isometry (a permutation of entries)."""
     batch, height, width, channels = x.shape
     sh, sw = strides
     if channels % (sh * sw):
@@ -39,8 +39,8 @@ def depth_to_space(x: Images, strides: Pair) -> Float[Array, "batch height*sh wi
 def haar(x: Images) -> Float[Array, "batch height/2 width/2 4*channels"]:
     """The orthonormal Haar transform of every 2x2 window.
 
-    Channels are ordered (band, C): sums first, then differences between columns, between rows, and of both. The first C
-    channels are the coarse image, so that a layer that keeps only the first channels keeps most of a natural image.
+    Channels are ordered (band, C). The bands are: sums (the coarse image), differences between columns, differences
+    between rows, differences of both. A layer that keeps only the first channels keeps most of a natural image.
 
     **Guarantee**: an isometry; its entries ±1/2 are exact.
     """
@@ -52,28 +52,25 @@ def haar(x: Images) -> Float[Array, "batch height/2 width/2 4*channels"]:
 
 def resize_channels(x: Shaped[Array, "*batch current"], channels: int) -> Shaped[Array, "*batch channels"]:
     """Pads the last axis with zeros (an isometry) or crops it (a co-isometry, 1-Lipschitz) to `channels`."""
-    current = x.shape[-1]
-    if current == channels:
-        return x
-    if current > channels:
+    if x.shape[-1] >= channels:
         return x[..., :channels]
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, channels - current)])
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, channels - x.shape[-1])])
 
 
 def average_pool(x: Images, window: Pair) -> Float[Array, "batch height/h width/w channels"]:
-    """Sums over windows that do not overlap, divided by √(h·w).
+    """Sums over non-overlapping windows, divided by √(h·w) (not by h·w as in a mean).
 
-    **Guarantee**: all singular values are 1 (a co-isometry). The plain mean would divide by h·w and lose √(h·w).
+    **Guarantee**: all singular values are 1 (a co-isometry).
     """
     return _windows(x, window).sum(axis=(3, 4)) / math.sqrt(math.prod(window))
 
 
 def l2_pool(x: Images, window: Pair, epsilon: float = 1e-6) -> Float[Array, "batch height/h width/w channels"]:
-    """√(Σ x² + ε) over windows that do not overlap.
+    """√(Σ x² + ε) over non-overlapping windows.
 
     **Guarantee**: 1-Lipschitz: ‖x‖/√(‖x‖² + ε) < 1 bounds its gradient. ε keeps the gradient finite at 0.
     """
     check_float(x, "l2_pool")
     if not 0 <= epsilon < math.inf:
-        raise UserError(f"l2_pool: epsilon must be at least 0, got {epsilon}; a negative one would stretch")
+        raise UserError(f"l2_pool: epsilon must be at least 0 and finite, got {epsilon}")
     return jnp.sqrt(jnp.square(_windows(x, window)).sum(axis=(3, 4)) + epsilon)

@@ -1,4 +1,4 @@
-"""The registry of orthogonal convolution families. To add one, write a file here, import it and enter it below."""
+"""The registry of orthogonal convolution families. To add one, write a file here and enter it in `FAMILIES`."""
 
 from lsrs_jax.orthogonal.families import adaptive, cayley, exponential, paraunitary
 from lsrs_jax.orthogonal.families.family import ConvFamily

@@ -9,9 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from lsrs_jax.orthogonal.convolve import convolve
-from lsrs_jax.orthogonal.rounding import product_rounding
 from lsrs_jax.orthogonal.shape import ConvShape, Images
-from lsrs_jax.orthogonal.spectrum import Spectrum, kernel_spectrum
+from lsrs_jax.orthogonal.spectrum import Spectrum, kernel_spectrum, product_rounding
 
 Kernel = Float[Array, "kh kw c_in c_out"]
 Raw = dict[str, Float[Array, "..."]]
@@ -38,16 +37,17 @@ def rounding_of_kernel(shape: ConvShape) -> float:
 
 
 class ConvFamily(NamedTuple):
-    """The functions of one family; `plain` is whatever `build` returns.
+    """The functions of one family. A family that builds a convolution kernel needs the first three only.
 
-    A family whose plain form is a convolution kernel needs the first three only.
+    Raw parameters are unconstrained: they are what training changes. `build` makes the built form of the layer from
+    them (a kernel, or another tree of arrays), which `apply` and `spectrum` take.
     """
 
-    check: Callable[[ConvShape], None]  # raises UserError where the family cannot be 1-Lipschitz or would be useless
+    check: Callable[[ConvShape], None]  # raises UserError if the layer would be useless or not 1-Lipschitz
     init: Callable[[PRNGKeyArray, ConvShape, str], PyTree]  # (key, shape, "identity" | "random") -> raw, float32
-    build: Callable[[PyTree, ConvShape], PyTree]  # (raw, shape) -> plain, differentiable, dtype follows raw
-    apply: Callable[[PyTree, Images, ConvShape], Images] = apply_kernel  # (plain, x, shape) -> y
-    spectrum: Callable[[PyTree, ConvShape], Spectrum] = spectrum_of_kernel  # (plain in NumPy, shape)
+    build: Callable[[PyTree, ConvShape], PyTree]  # (raw, shape) -> built, differentiable, in the dtype of raw
+    apply: Callable[[PyTree, Images, ConvShape], Images] = apply_kernel  # (built, x, shape) -> y
+    spectrum: Callable[[PyTree, ConvShape], Spectrum] = spectrum_of_kernel  # (built as NumPy arrays, shape)
     rounding: Callable[[ConvShape], float] = rounding_of_kernel  # float64 error of `apply` over ‖x‖
-    # (raw, shape) -> raw and shape of a wider kernel, whose first c_in and c_out channels are the kernel of `shape`
-    widened: Callable[[PyTree, ConvShape], tuple[PyTree, ConvShape]] = lambda raw, shape: (raw, shape)
+    # (raw, shape) -> raw parameters and shape of a larger kernel, whose first c_in and c_out channels are this kernel
+    extend: Callable[[PyTree, ConvShape], tuple[PyTree, ConvShape]] = lambda raw, shape: (raw, shape)
