@@ -108,7 +108,7 @@ def test_smoothadv_finds_the_worst_point_of_a_linear_classifier(noise, steps):
     model = small_model(2, encoder="space_to_depth", noise=noise)
     params = model.init(threefry(0))
     labels = LABELS % 2
-    loss, _ = losses.smoothadv(model, params, IMAGES, labels, threefry(4), SIGMA, 3, 0.4, steps)
+    loss, _ = losses.gaussian_cross_entropy(model, params, IMAGES, labels, threefry(4), SIGMA, 3, 0.4, steps)
     log_p = noisy_log_probabilities(model, params, 3)
     margin = log_p[ROWS, :, labels] - log_p[ROWS, :, 1 - labels]
     length = np.linalg.norm(np.diff(np.asarray(params["head"]["Dense_0"]["kernel"]), axis=1))
@@ -128,10 +128,10 @@ def test_smoothadv_consistency_asks_for_agreement_at_the_worst_point(noise):
     mean = p.mean(axis=1)
     divergence = np.mean([[stats.entropy(mean[row], p[row, i]) for i in range(3)] for row in ROWS])
     expected = -np.log(own).mean() + 10 * divergence + 0.5 * np.mean(stats.entropy(mean, axis=1))
-    loss, accuracy = losses.smoothadv_consistency(*arguments, 0.4, 2, 10.0, 0.5)
+    loss, accuracy = losses.consistency(*arguments, 10.0, 0.5, 0.4, 2)
     assert float(loss) == pytest.approx(expected, rel=1e-4)
     assert float(accuracy) == pytest.approx(np.mean(own > 0.5))
-    still = losses.smoothadv_consistency(*arguments, 0.0, 2, 10.0, 0.5)[0]
+    still = losses.consistency(*arguments, 10.0, 0.5, 0.0, 2)[0]
     assert float(still) == pytest.approx(float(losses.consistency(*arguments, 10.0, 0.5)[0]), rel=1e-6)
     assert float(still) < float(loss)
 
@@ -140,8 +140,8 @@ def test_smoothadv_attacks_and_trains_under_the_same_noise(model):
     params = model.init(threefry(0))
     arguments = model, params, IMAGES, LABELS, threefry(4), SIGMA
     plain = losses.gaussian_cross_entropy(*arguments, 4)[0]
-    assert float(losses.smoothadv(*arguments, 4, 0.0, 2)[0]) == pytest.approx(float(plain), rel=1e-6)
-    attacked = [float(losses.smoothadv(*arguments, 4, radius, 3)[0]) for radius in (0.1, 0.3, 0.9)]
+    assert float(losses.gaussian_cross_entropy(*arguments, 4, 0.0, 2)[0]) == pytest.approx(float(plain), rel=1e-6)
+    attacked = [float(losses.gaussian_cross_entropy(*arguments, 4, radius, 3)[0]) for radius in (0.1, 0.3, 0.9)]
     assert float(plain) < attacked[0] < attacked[1] < attacked[2]
 
 
@@ -150,7 +150,9 @@ def test_smoothadv_takes_the_perturbation_as_given():
     model = small_model(2, encoder="identity")
     params = model.init(threefry(0))
     labels = LABELS % 2
-    gradient = jax.grad(lambda p: losses.smoothadv(model, p, IMAGES, labels, threefry(4), SIGMA, 1, 0.4, 1)[0])(params)
+    gradient = jax.grad(
+        lambda p: losses.gaussian_cross_entropy(model, p, IMAGES, labels, threefry(4), SIGMA, 1, 0.4, 1)[0]
+    )(params)
     weights = np.asarray(params["head"]["Dense_0"]["kernel"])
     direction = weights[:, 1] - weights[:, 0]
     shift = 0.4 * np.where(labels, -1, 1)[:, None] * direction / np.linalg.norm(direction)

@@ -1,4 +1,4 @@
-"""Encoders: chains of orthogonal layers in front of the noise, by name."""
+"""Encoders by name: chains of orthogonal layers in front of the noise."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -12,7 +12,7 @@ Chain = tuple[nn.Module, ...]
 
 
 class Constructors(NamedTuple):
-    """Makes the layers of which an encoder consists."""
+    """Functions that make the layers of an encoder."""
 
     conv: Callable[..., nn.Module]  # (features, kernel_size, strides) -> an orthogonal convolution
     activation: Callable[[], nn.Module]  # follows every convolution
@@ -28,21 +28,18 @@ def _haar(stride: int) -> Chain:
     return (layers.Haar(),) * (stride - 1)
 
 
-# Name of the encoder -> how its blocks downsample: stride -> layers.
+# Name of the encoder -> the function (stride -> layers) that downsamples in its blocks.
 BLOCKS: dict[str, Callable[[int], Chain]] = {"blocks": _space_to_depth, "blocks_haar": _haar}
 
 
 def blocks(
-    make: Constructors,
-    widths: Sequence[int],
-    strides: Sequence[int],
-    downsample: Callable[[int], Chain] = _space_to_depth,
+    make: Constructors, widths: Sequence[int], strides: Sequence[int], downsample: Callable[[int], Chain]
 ) -> Chain:
     """Blocks of a network: each downsamples by its stride, then has a 3x3 orthogonal convolution and an activation.
 
-    A block of width 0 only downsamples. `downsample` is a value of `BLOCKS`: a permutation of pixels into channels, or
-    the Haar transform with the coarse channels first; a convolution with fewer output channels then starts by keeping
-    the coarse image instead of every second pixel. `heads.BlocksHead` has the same blocks, unconstrained.
+    A block of width 0 only downsamples. `downsample` is a value of `BLOCKS`. After a Haar transform, a convolution with
+    fewer output channels starts by keeping the coarse image; after space-to-depth, by keeping every second pixel.
+    `heads.BlocksHead` has the same blocks without constraints.
     """
     chain = []
     for width, stride in zip(widths, strides, strict=True):
@@ -59,7 +56,7 @@ def _stages(make: Constructors, channels: int, *stages: tuple[int, int | None]) 
         channels = width or 4 * channels
         widths += [channels] * count or [0]
         strides += [2] + [1] * (count - 1)
-    return blocks(make, widths, strides)
+    return blocks(make, widths, strides, _space_to_depth)
 
 
 def _convolutions(make: Constructors, *specs: tuple[int, int, int]) -> Chain:
@@ -68,7 +65,7 @@ def _convolutions(make: Constructors, *specs: tuple[int, int, int]) -> Chain:
     return tuple(layer for pair in pairs for layer in pair)
 
 
-# (make, channels of the image) -> layers. `partial`, `latent` and `preprocessor` are the splits of the public code that
+# (make, channels of the image) -> layers. `partial`, `latent` and `preprocessor` are the splits in the public code that
 # preceded LSRS (SC-Fac convolutions, Su, Byeon and Huang 2022).
 ENCODERS: dict[str, Callable[[Constructors, int], Chain]] = {
     "identity": lambda make, channels: (),

@@ -72,5 +72,5 @@ def l2_pool(x: Images, window: Pair, epsilon: float = 1e-6) -> Float[Array, "bat
     """
     check_float(x, "l2_pool")
     if not 0 <= epsilon < math.inf:
-        raise UserError(f"l2_pool: epsilon must be at least 0 and finite, got {epsilon}")
+        raise UserError(f"l2_pool: epsilon must be at least 0, got {epsilon}; a negative one would stretch distances")
     return jnp.sqrt(jnp.square(_windows(x, window)).sum(axis=(3, 4)) + epsilon)

@@ -1,4 +1,4 @@
-"""The optimizer of a configuration, for its section ``train``."""
+"""The optimizer that the section ``train`` of a configuration describes."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def schedule(config: Config) -> optax.Schedule:
 
 
 def _decays(params: Params) -> Any:
-    """The kernels of the head decay. Decay of the encoder's raw parameters would pull its kernels to the identity."""
+    """Marks the kernels of the head. Decay of the encoder's raw parameters would pull its kernels to the identity."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key == "head" and path[-1].key == "kernel", params)
 
 
