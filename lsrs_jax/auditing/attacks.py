@@ -38,15 +38,13 @@ class Smoothed(NamedTuple):
         return jax.nn.logsumexp(own, axis=0) - jnp.log(samples)
 
     def share(self, images: Images, classes: Classes, key: jax.Array, samples: int, rounds: int = 1) -> PerImage:
-        """Share of the samples for a class minus the share of the strongest other class: positive if the class wins.
-
-        Draws `rounds` batches of `samples` one after the other, to save memory.
-        """
+        """Share of the samples for a class minus the share of the strongest other class: positive if the class wins."""
 
         def shares(number: jax.Array) -> jax.Array:
             logits = self._logits(images, jax.random.fold_in(key, number), samples)
             return jax.nn.one_hot(jnp.argmax(logits, axis=2), logits.shape[2]).mean(axis=0)
 
+        # `rounds` batches of `samples`, one after the other, to save memory
         mean = jax.lax.map(shares, jnp.arange(rounds)).mean(axis=0)
         own = jax.nn.one_hot(classes, mean.shape[1], dtype=bool)
         return (mean * own).sum(axis=1) - jnp.where(own, -1.0, mean).max(axis=1)
@@ -71,7 +69,7 @@ def pgd(
 ) -> Images:
     """Projected gradient descent on the probability of `classes`, from a random start (Salman et al. 2019).
 
-    Every step draws `samples` noise vectors. Returns images with ``‖x′ − x‖ ≤ radius``, up to float32 rounding.
+    Returns images with ``‖x′ − x‖ ≤ radius``, up to float32 rounding.
     """
     radius, (start_key, key) = _like(radius, images), jax.random.split(key)
     gradient = jax.grad(lambda x, step_key: target.log_probability(x, classes, step_key, samples).sum())
@@ -88,10 +86,7 @@ def pgd(
 def shorten(
     target: Smoothed, images: Images, points: Images, classes: Classes, key: jax.Array, *, samples: int, rounds: int = 1
 ) -> Images:
-    """Bisects between each image and its point for the nearest point at which the class still loses.
-
-    If the class wins at the point itself, returns that point.
-    """
+    """Bisects between image and point for the nearest point at which the class loses; else returns the point."""
     direction = points - images
 
     def halve(i: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -118,11 +113,10 @@ def decision(
 ) -> Images:
     """A decision-based attack, from predictions without gradients (HopSkipJump; Chen, Jordan and Wainwright 2020).
 
-    `starts` are points at which the class loses, such as images of other classes; if it wins there, the attack fails.
-    The attack goes from a start towards the image until the boundary. Each iteration estimates the normal of the
-    boundary from predictions at random neighbours (`directions`), takes a step along it, and returns to the boundary.
-
-    Returns the nearest points found; the caller checks that the class loses there.
+    `starts` are points at which the class loses, such as images of other classes. The attack goes from them towards the
+    images until the boundary. Each iteration estimates the normal of the boundary from predictions at random neighbours
+    (`directions`), takes a step along it, and returns to the boundary. Returns the nearest points found; the caller
+    checks that the class loses there.
     """
 
     def loses(points: jax.Array, share_key: jax.Array) -> jax.Array:

@@ -105,19 +105,16 @@ class Auditor:
         self._decide = jax.jit(functools.partial(attacks.decision, target, **sizes))
 
     def _predict(self, images: np.ndarray) -> np.ndarray:
-        votes = self._settings.votes
-        return predict_classes(self._sampler, self._predict_key, self._encode(images), votes, self._alpha)
+        latents, n = self._encode(images), self._settings.votes
+        return predict_classes(self._sampler, self._predict_key, latents, n, self._alpha)
 
     def _fill(self, values: np.ndarray) -> np.ndarray:
         """Fills the batch with repetitions of the last image."""
         return np.pad(values, ((0, self._batch - len(values)), *[(0, 0)] * (values.ndim - 1)), mode="edge")
 
     def __call__(self, images: _Images, certified: _Classes, radius: _PerImage, number: int) -> Found:
-        """Attacks float64 images (at most a batch) and their certificates: class (−1 without one) and ℓ2 radius.
-
-        The `number` of the batch determines the noise.
-        """
-        count, batch_key = len(images), jax.random.fold_in(self._key, number)
+        """Attacks at most a batch of float64 images with certificates: class (−1 without one) and ℓ2 radius."""
+        count, batch_key = len(images), jax.random.fold_in(self._key, number)  # the number of the batch sets the noise
         keys = (jax.random.fold_in(batch_key, use) for use in itertools.count())
         batch = _Batch(self._predict, images, certified, radius)
         padded, wanted = self._fill(images), self._fill(np.maximum(batch.classes, 0))

@@ -62,7 +62,7 @@ class Audit(NamedTuple):
     distance: np.ndarray
 
     def robust_accuracy(self, radius: float) -> float:
-        """Empirical upper bound: share of images that are correct and that no attack flipped within this radius.
+        """Share of images that are correct and that no attack flipped within this radius: an upper bound.
 
         An image without certificate on which `predict` abstains counts as wrong, as in certified accuracy.
         """
@@ -125,15 +125,14 @@ def read_finished(path: Path) -> tuple[str, Audit] | None:
 class Journal:
     """The audit of one folder of certificates. Writes it row by row, and resumes an unfinished one.
 
-    `certificates` is the digest of the attacked table, `done` the indices of the images that the audit holds.
-
-    Raises:
-      UserError: if the folder holds an audit with other settings, or of another table.
+    `certificates` is the digest of the attacked table, `done` the indices of the images that the audit holds. Raises
+    UserError if the folder holds an audit with other settings, or of another table.
     """
 
     def __init__(self, folder: Path, settings: Settings, certificates: str) -> None:
         self.path = path = folder / "audit.tsv"
-        self._identity, self.done = plain({"certificates": certificates, "settings": settings._asdict()}), set()
+        self._identity = plain({"certificates": certificates, "settings": settings._asdict()})
+        self.done: set[int] = set()
         if not path.exists() or not (path.with_suffix(".json").exists() or path.read_bytes().count(b"\n") > 1):
             self._seal(None)
             write_atomic(path, "\t".join(AUDIT_COLUMNS) + "\n")

@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, PyTree, Shaped
 
 from lsrs_jax.layers.base import Layer, Plain, Shape, check_image, check_sizes, matrix_plain
 from lsrs_jax.orthogonal import families, matrix, spectrum
-from lsrs_jax.orthogonal.kernels import build_kernels
 from lsrs_jax.orthogonal.shape import ConvShape, Features, Images, check_float, check_mode
 from lsrs_jax.runtime.errors import UserError
 
@@ -45,8 +44,7 @@ class OrthogonalConv(Layer):
     `initializer` is ``"identity"`` (exact for ``adaptive`` with k − s even, ``paraunitary`` with odd k/s and
     ``exponential``; approximate otherwise) or ``"random"``.
 
-    Raises:
-      UserError: for a shape with which the layer would not be 1-Lipschitz, would ignore pixels, or would be useless.
+    A shape raises UserError if the layer would not be 1-Lipschitz, would ignore pixels, or would be useless.
 
     **Guarantee**: 1-Lipschitz in ℓ2. Circular: all singular values are 1 up to rounding (≤ 1e-5 in float32), except for
     degenerate weights of ``adaptive`` (zero, or deficient in rank), where some fall below. Zero padding: none exceeds 1
@@ -125,8 +123,7 @@ class OrthogonalDense(Layer):
 class Encoder(nn.Module):
     """A chain of the modules of this package. **Guarantee**: Lipschitz constant at most the product of theirs.
 
-    It builds the kernels of all its convolutions before the first one runs (`build_kernels`). An empty chain is the
-    identity: smoothing in input space.
+    It builds all its kernels together, before the first layer runs. An empty chain is the identity.
     """
 
     layers: tuple[nn.Module, ...] = ()
@@ -146,4 +143,4 @@ class Encoder(nn.Module):
             if isinstance(layer, OrthogonalConv):
                 convolutions[index] = layer.method, layer.conv_shape(shape), layer.get_variable("params", "raw")
             shape = layer.output_shape(shape)
-        return dict(zip(convolutions, build_kernels(list(convolutions.values())), strict=True))
+        return dict(zip(convolutions, families.build_kernels(list(convolutions.values())), strict=True))

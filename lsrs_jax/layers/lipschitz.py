@@ -54,12 +54,10 @@ class LipschitzReport:
         return product if product == 1.0 else math.nextafter(math.ceil(product * 1e12) / 1e12, math.inf)
 
     def rounding(self, norm: ArrayLike) -> Float[np.ndarray, "..."]:
-        """ℓ2 bound on the float64 rounding error of the output, for inputs of at most this norm.
-
-        Each layer adds its own rounding error and stretches the error of the layers before it by at most its σ_max.
-        """
+        """ℓ2 bound on the float64 rounding error of the output, for inputs of at most this norm."""
         norm = np.asarray(norm, np.float64)
         error = np.zeros_like(norm)
+        # Each layer adds its own rounding error and stretches the error of the layers before it by at most its σ_max.
         for layer in self.layers:
             error = layer.sigma_max * error + layer.rounding * (layer.sigma_max * (norm + error) + layer.offset)
             norm = layer.sigma_max * norm + layer.offset
@@ -71,19 +69,14 @@ class LipschitzReport:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LipschitzReport":
-        """The inverse of `to_dict`, from JSON.
-
-        Raises:
-          ValueError: for values that `to_dict` cannot return, such as a constant that is not the product of the layers.
-        """
+        """The inverse of `to_dict`, from JSON; raises ValueError for values that `to_dict` cannot return."""
         try:
             bounds = tuple(LayerBound(**layer) for layer in values["layers"])
-            if not all(isinstance(values[name], list | tuple) for name in ("input_shape", "output_shape")):
-                raise ValueError("its shapes are not lists")
-            report = cls(bounds, tuple(values["input_shape"]), tuple(values["output_shape"]))
-            for shape in (report.input_shape, report.output_shape):
-                if not all(type(size) is int and size >= 1 for size in shape) or math.prod(shape) > _LARGEST:
+            for shape in (values["input_shape"], values["output_shape"]):
+                sizes = shape if isinstance(shape, list | tuple) else [0]
+                if not all(type(size) is int and size >= 1 for size in sizes) or math.prod(sizes) > _LARGEST:
                     raise ValueError(f"{shape} cannot be the shape of an image or latent")
+            report = cls(bounds, tuple(values["input_shape"]), tuple(values["output_shape"]))
             if report.constant != values["constant"]:
                 raise ValueError("the Lipschitz constant is not the product of the layers' constants")
         except (KeyError, TypeError, OverflowError) as error:

@@ -28,7 +28,7 @@ def _haar(stride: int) -> Chain:
     return (layers.Haar(),) * (stride - 1)
 
 
-# Name of the encoder -> the function (stride -> layers) that downsamples in its blocks.
+# Encoder -> the function (stride -> layers) that downsamples in its blocks.
 BLOCKS: dict[str, Callable[[int], Chain]] = {"blocks": _space_to_depth, "blocks_haar": _haar}
 
 
@@ -37,9 +37,8 @@ def blocks(
 ) -> Chain:
     """Blocks of a network: each downsamples by its stride, then has a 3x3 orthogonal convolution and an activation.
 
-    A block of width 0 only downsamples. `downsample` is a value of `BLOCKS`. After a Haar transform, a convolution with
-    fewer output channels starts by keeping the coarse image; after space-to-depth, by keeping every second pixel.
-    `heads.BlocksHead` has the same blocks without constraints.
+    A block of width 0 only downsamples. `downsample` is a value of `BLOCKS`. A convolution with fewer output channels
+    starts by keeping the coarse image after a Haar transform, and every second pixel after space-to-depth.
     """
     chain = []
     for width, stride in zip(widths, strides, strict=True):

@@ -25,10 +25,7 @@ def traffic(function: Callable[..., Any], *arguments: Any) -> int:
 
 
 def peak_memory(function: Callable[..., Any], *arguments: Any) -> int:
-    """Peak of the bytes alive during ``function(*arguments)``, with the arguments.
-
-    Operations are taken to run in program order, each into its own memory; a compiler that fuses them needs less.
-    """
+    """Peak of the bytes alive if the operations of ``function(*arguments)`` run in program order, without fusion."""
     return _peak_bytes(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 

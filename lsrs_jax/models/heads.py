@@ -1,7 +1,6 @@
 """Heads: Linen modules that classify the latent, ``(B, …) → (B, num_classes)``, with independent rows.
 
-A head that is linear in the latent also has a method ``matrix(params) -> Matrix``, for deterministic certificates and
-for subspace projection.
+A head that is linear in the latent also has a method ``matrix(params) -> Matrix``.
 """
 
 from collections.abc import Callable
@@ -29,12 +28,21 @@ class _Classifier(nn.Module):
     num_classes: int
 
 
-class LinearHead(_Classifier):
-    """One dense layer on the flattened latent."""
+class MLPHead(_Classifier):
+    """Dense layers with ReLU on the flattened latent."""
+
+    widths: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(self, z: Latents) -> Logits:
-        return nn.Dense(self.num_classes)(z.reshape(z.shape[0], -1))
+        z = z.reshape(z.shape[0], -1)
+        for width in self.widths:
+            z = nn.relu(nn.Dense(width)(z))
+        return nn.Dense(self.num_classes)(z)
+
+
+class LinearHead(MLPHead):
+    """One dense layer on the flattened latent."""
 
     def matrix(self, params: Any) -> Matrix:
         return np.asarray(params["Dense_0"]["kernel"], np.float64), np.asarray(params["Dense_0"]["bias"], np.float64)
@@ -66,19 +74,6 @@ class OrthogonalHead(_Classifier):
         raw = params["OrthogonalDense_0"]
         dense = OrthogonalDense(self.num_classes, method="cayley", parent=None)
         return dense.materialize(raw, raw["raw"].shape[:1]).params, np.zeros(self.num_classes)
-
-
-class MLPHead(_Classifier):
-    """Dense layers with ReLU on the flattened latent."""
-
-    widths: tuple[int, ...]
-
-    @nn.compact
-    def __call__(self, z: Latents) -> Logits:
-        z = z.reshape(z.shape[0], -1)
-        for width in self.widths:
-            z = nn.relu(nn.Dense(width)(z))
-        return nn.Dense(self.num_classes)(z)
 
 
 def _conv(channels: int, size: int = 3, stride: int = 1, use_bias: bool = True) -> nn.Conv:
@@ -121,10 +116,9 @@ class ResNetHead(_Classifier):
 
 
 class BottleneckHead(_Classifier):
-    """Residual blocks of ResNet-50 (1x1, 3x3 and 1x1 convolutions), then the mean over positions and a dense layer.
+    """Residual blocks of ResNet-50 with group normalisation (Wu and He 2018), so that rows stay independent.
 
-    Group normalisation (Wu and He 2018) replaces batch normalisation, so that rows stay independent; the last scale of
-    a block starts at zero. The 3x3 convolution has the stride.
+    Then the mean over positions and a dense layer. The last scale of a block starts at zero.
     """
 
     stages: tuple[tuple[int, int, int], ...]  # (inner channels, blocks, stride of the first); output: 4 x the channels
@@ -146,10 +140,7 @@ class BottleneckHead(_Classifier):
 
 
 class BlocksHead(_Classifier):
-    """Blocks as in `encoders.blocks` without constraints: space-to-depth by the stride, a 3x3 convolution, ReLU.
-
-    Then the mean over positions and a dense layer. A block of width 0 only downsamples.
-    """
+    """Blocks as in `encoders.blocks` without constraints, with ReLU, then the mean over positions and a dense layer."""
 
     widths: tuple[int, ...]
     strides: tuple[int, ...]

@@ -33,8 +33,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"maxmin": layers.MaxMin, "hou
 class Model:
     """A split classifier as pure functions of its parameters.
 
-    With noise on the latent of a non-empty encoder, the normalisation is part of the encoder and counts in its
-    Lipschitz constant. Under ISRS it is part of the base classifier, after the noise.
+    The normalisation is part of the encoder and counts in its Lipschitz constant; under ISRS it follows the noise.
     """
 
     encoder: layers.Encoder  # chain of orthogonal layers; empty for ISRS
@@ -89,10 +88,9 @@ class Model:
     def for_certification(self, params: Params, dtype: str = "float32") -> tuple[Materialized, Head]:
         """The encoder with its Lipschitz constant, and the classifier behind it as a pure function of latents.
 
-        The head (under ISRS the whole base classifier) computes in `dtype`, ``"float32"`` or ``"bfloat16"``. Under ISRS
-        the encoder is an empty chain with constant 1, and the kernels of a split model are built once here instead of
-        once per sample. In front of a linear head, the encoder ends with a projection onto the subspace of the head's
-        weights (`linear_head.project_linear_head`).
+        The classifier computes in `dtype`, ``"float32"`` or ``"bfloat16"``. Under ISRS the encoder is an empty chain
+        with constant 1, and the kernels of a split model are built only once, here. In front of a linear head, the
+        encoder ends with a projection onto the subspace of the head's weights (`linear_head.project_linear_head`).
 
         **Guarantee**: ``head(encoder.apply(·))`` without noise is the trained classifier up to float rounding; the
         certificate is about the functions returned here.
@@ -116,11 +114,7 @@ class Model:
         return identity, _in_dtype(lambda noisy: head(whole.apply(base, noisy)), dtype)
 
     def with_linear_head(self, params: Params) -> tuple[Materialized, np.ndarray, np.ndarray]:
-        """Encoder (with normalisation), weights and bias of the head, for a deterministic certificate.
-
-        Raises:
-          UserError: for a head that is not linear.
-        """
+        """Encoder (with normalisation), weights and bias of the head; raises UserError if the head is not linear."""
         matrix = getattr(self.head, "matrix", None)
         if not matrix:
             linear = ", ".join(name for name, head in HEADS.items() if hasattr(head, "matrix"))
@@ -192,7 +186,6 @@ class Cost(NamedTuple):
 
 
 def cost(model: Model) -> Cost:
-    """The `Cost` of a model."""
     params, latent = model.shapes()
 
     def per_row(function: Callable[[Params, Any], jax.Array], shape: tuple[int, ...]) -> float:
@@ -210,12 +203,8 @@ def describe(model: Model) -> str:
     encoder, head = (sum(leaf.size for leaf in jax.tree.leaves(params[part])) for part in ("encoder", "head"))
     price = f"{found.head / 1e6:.2f} MFLOP per sample"
     if not model.smooths_input:
-        price = (
-            f"{found.encoder / 1e6:.2f} MFLOP once per image, {price}: {found.speedup:.1f}x as many samples per FLOP "
-            "as with the noise on the image"
-        )
+        faster = f"{found.speedup:.1f}x as many samples per FLOP as with the noise on the image"
+        price = f"{found.encoder / 1e6:.2f} MFLOP once per image, {price}: {faster}"
     shape = latent.shape[1:]
-    return (
-        f"encoder {encoder:,} parameters, noise on {'x'.join(map(str, shape))} ({math.prod(shape):,} numbers), "
-        f"head {head:,} parameters\n{price}"
-    )
+    noise = f"noise on {'x'.join(map(str, shape))} ({math.prod(shape):,} numbers)"
+    return f"encoder {encoder:,} parameters, {noise}, head {head:,} parameters\n{price}"

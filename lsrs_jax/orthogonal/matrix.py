@@ -46,19 +46,18 @@ def adjoint(a: Inexact[Array, "*batch m n"]) -> Inexact[Array, "*batch n m"]:
 def bjorck_step(q: Matrix) -> Matrix:
     """One Björck iteration Q ← 1.5 Q − 0.5 Q QᴴQ (Björck and Bowie 1971), for m ≥ n.
 
-    **Guarantee**: a singular value s in [0, √3) becomes 1.5 s − 0.5 s³ ≤ 1, so no singular value is above 1 after the
-    step (up to the rounding of its two products). A deviation e from 1 becomes about 1.5 e².
+    **Guarantee**: a singular value s in [0, √3) becomes 1.5 s − 0.5 s³ ≤ 1 (up to the rounding of the two products). A
+    deviation e from 1 becomes about 1.5 e².
     """
     return 1.5 * q - 0.5 * q @ (adjoint(q) @ q)
 
 
 @highest_precision
 def bjorck(w: Matrix) -> Matrix:
-    """Makes W with m ≥ n semi-orthogonal by Björck's iteration.
+    """Makes W with m ≥ n semi-orthogonal by a fixed number of Björck's iterations.
 
-    First, each column is scaled by (Σ_j |WᵀW|_ij + ε)^−½, which gives ‖W‖ ≤ 1 (Prach and Lampert 2022, Theorem 1). The
-    number of steps is fixed, so that training and certification compute the same matrix. Use it for clearly tall W
-    (m ≥ 2n), whose singular values stay away from 0; square matrices need more steps: use `exponential` or `cayley`.
+    First, each column is scaled by (Σ_j |WᵀW|_ij + ε)^−½, which gives ‖W‖ ≤ 1 (Prach and Lampert 2022, Theorem 1). Use
+    `exponential` or `cayley` if W is not clearly tall (m < 2n): small singular values need more iterations.
 
     **Guarantee**: no singular value exceeds 1, converged or not (up to the rounding of the dtype). All are 1 up to
     rounding if the smallest singular value of the scaled W is above about .05; a rank-deficient W keeps small ones.
@@ -94,8 +93,8 @@ def expm_skew(a: Square) -> Square:
     """exp(A) for skew-Hermitian A, by scaling, a Taylor polynomial and squaring.
 
     The number of squarings depends on the norm √‖A²‖_F of each matrix. Each squaring doubles the deviation from
-    orthogonality. One Björck step at the end removes it: float32 results are orthogonal to about 1e-6. Matrices of a
-    Frobenius norm above 4,096, whose angles float32 does not resolve, are scaled to this norm.
+    orthogonality; a Björck step removes it at the end (1e-6 remain in float32). Matrices of a Frobenius norm above
+    4,096, whose angles float32 does not resolve, are scaled to this norm.
     """
     if a.size == 0:
         return a
@@ -106,8 +105,7 @@ def expm_skew(a: Square) -> Square:
     squarings = jnp.clip(jnp.ceil(jnp.log2(jnp.maximum(norm, 1e-30))), 0, _MAX_SQUARINGS).astype(jnp.int32)
     scale = jnp.exp2(-squarings.astype(norm.dtype))
     a, square = scale * a, scale**2 * square
-    # Paterson-Stockmeyer in blocks of four coefficients. For ‖A‖ ≤ 1 the remainder is 2e-9 after three blocks and 4e-19
-    # after five.
+    # Paterson-Stockmeyer with blocks of four terms. For ‖A‖ ≤ 1 the remainder is 2e-9 after three and 4e-19 after five.
     blocks = 5 if norm.dtype == jnp.float64 else 3
     powers = [jnp.eye(a.shape[-1], dtype=a.dtype), a, square, square @ a]
     fourth = square @ square
@@ -125,10 +123,9 @@ def expm_skew(a: Square) -> Square:
 
 
 def exponential(w: Matrix) -> Matrix:
-    """Makes a semi-orthogonal matrix from unconstrained W by the matrix exponential.
+    """Makes a semi-orthogonal matrix from unconstrained W by the matrix exponential; W = 0 gives the identity.
 
-    Square W gives exp(W − Wᴴ) (Lezcano-Casado and Martínez-Rubio 2019). A rectangular W is first padded with zeros to a
-    square, and the result is cropped. W = 0 gives the (rectangular) identity.
+    Square W gives exp(W − Wᴴ) (Lezcano-Casado and Martínez-Rubio 2019); rectangular W is padded to a square first.
 
     **Guarantee**: all min(m, n) singular values are 1 up to the rounding of the dtype.
     """
@@ -172,10 +169,9 @@ def _eliminate(m: Square) -> Square:
 def accretive_inverse(m: Square) -> Square:
     """Inverse of matrices whose Hermitian part (M + Mᴴ)/2 is at least the identity.
 
-    Such matrices need no pivoting, so that products and one small loop are enough. LAPACK's concurrent triangular
-    solves can deadlock on a CPU of few cores (seen with jax 0.10, not reported upstream; use LAPACK when a stack of
-    solves on two cores does not hang any more). The error of the elimination grows with ‖M‖². Each of the two Newton
-    steps at the end squares it.
+    Elimination without pivoting; each of two Newton steps squares its error, which grows with ‖M‖². LAPACK's concurrent
+    triangular solves can deadlock on a CPU of few cores (seen with jax 0.10, not reported upstream; use LAPACK when a
+    stack of solves on two cores does not hang any more).
     """
     inverse, identity = _eliminate(m), jnp.eye(m.shape[-1], dtype=m.dtype)
     for _ in range(2):
@@ -192,12 +188,11 @@ def _accretive_inverse_jvp(primals: tuple[Square], tangents: tuple[Square]) -> t
 
 @highest_precision
 def cayley(w: Matrix) -> Matrix:
-    """Makes a semi-orthogonal matrix from unconstrained W by the Cayley transform.
+    """Makes a semi-orthogonal matrix from unconstrained W by the Cayley transform; W = 0 gives the identity.
 
     Tall W = [U; V] with A = U − Uᴴ + VᴴV gives [(I+A)⁻¹(I−A); −2V(I+A)⁻¹] (Trockman and Kolter 2021, appendix); wide W
-    gives the adjoint of the result for Wᴴ. I + A is invertible for every W because A + Aᴴ = 2VᴴV ≥ 0. W = 0 gives the
-    (rectangular) identity. W of a Frobenius norm above 1,024, whose angles float32 does not resolve, is scaled to this
-    norm. A Björck step removes the error of the inverse.
+    gives the adjoint of the result for Wᴴ. I + A is invertible because A + Aᴴ = 2VᴴV ≥ 0. W of a Frobenius norm above
+    1,024, whose angles float32 does not resolve, is scaled to it. A Björck step removes the error of the inverse.
 
     **Guarantee**: all min(m, n) singular values are 1 up to the rounding of the dtype.
     """

@@ -18,16 +18,13 @@ def _windows(x: Images, window: Pair, what: str = "windows") -> Float[Array, "ba
 
 
 def space_to_depth(x: Images, strides: Pair) -> Float[Array, "batch height/sh width/sw sh*sw*channels"]:
-    """Moves every window of ``(sh, sw)`` pixels into the channels, ordered (row, column, channel).
-
-    **Guarantee**: an isometry (a permutation of entries).
-    """
+    """Moves every window of pixels into the channels, ordered (row, column, channel). **Guarantee**: an isometry."""
     x = _windows(x, strides, "strides")
     return x.reshape(*x.shape[:3], -1)
 
 
 def depth_to_space(x: Images, strides: Pair) -> Float[Array, "batch height*sh width*sw channels/(sh*sw)"]:
-    """The inverse of `space_to_depth`. **Guarantee**: an isometry (a permutation of entries)."""
+    """The inverse of `space_to_depth`. **Guarantee**: an isometry."""
     batch, height, width, channels = x.shape
     sh, sw = strides
     if channels % (sh * sw):
@@ -37,12 +34,9 @@ def depth_to_space(x: Images, strides: Pair) -> Float[Array, "batch height*sh wi
 
 
 def haar(x: Images) -> Float[Array, "batch height/2 width/2 4*channels"]:
-    """The orthonormal Haar transform of every 2x2 window.
+    """The orthonormal Haar transform of every 2x2 window. **Guarantee**: an isometry; its entries ±1/2 are exact.
 
-    Channels are ordered (band, C). The bands are: sums (the coarse image), differences between columns, differences
-    between rows, differences of both. A layer that keeps only the first channels keeps most of a natural image.
-
-    **Guarantee**: an isometry; its entries ±1/2 are exact.
+    Channels are ordered (band, C): sums (the coarse image), differences of columns, of rows, of both.
     """
     x = _windows(x, (2, 2), "strides")
     rows = x[..., 0, :, :] + x[..., 1, :, :], x[..., 0, :, :] - x[..., 1, :, :]
@@ -58,10 +52,7 @@ def resize_channels(x: Shaped[Array, "*batch current"], channels: int) -> Shaped
 
 
 def average_pool(x: Images, window: Pair) -> Float[Array, "batch height/h width/w channels"]:
-    """Sums over non-overlapping windows, divided by √(h·w) (not by h·w as in a mean).
-
-    **Guarantee**: all singular values are 1 (a co-isometry).
-    """
+    """Sums over windows without overlap, over √(h·w). **Guarantee**: all singular values are 1 (a co-isometry)."""
     return _windows(x, window).sum(axis=(3, 4)) / math.sqrt(math.prod(window))
 
 

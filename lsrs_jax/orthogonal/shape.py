@@ -14,7 +14,7 @@ Features = Shaped[Array, "*batch channels"]
 
 
 class ConvShape(NamedTuple):
-    """Kernel ``(kh, kw)``, strides ``(sh, sw)``, channels, input size ``(H, W)`` and padding of one convolution."""
+    """Kernel ``(kh, kw)``, strides ``(sh, sw)``, channels, input size ``(H, W)`` and padding of a convolution."""
 
     kernel_size: Pair
     strides: Pair
@@ -30,7 +30,7 @@ class ConvShape(NamedTuple):
 
     @property
     def taps(self) -> Pair:
-        """Kernel size on the space-to-depth grid, rounded up."""
+        """Kernel size after space-to-depth by the strides, rounded up."""
         return -(-self.kernel_size[0] // self.strides[0]), -(-self.kernel_size[1] // self.strides[1])
 
     @property
@@ -68,13 +68,11 @@ def check_padding(padding: str) -> None:
 
 def check_common(shape: ConvShape) -> None:
     """Raises UserError for a shape that no family can build."""
-    if min(*shape.kernel_size, *shape.strides, *shape.input_hw, shape.c_in, shape.c_out) < 1:
+    kernel, strides = shape.kernel_size, shape.strides
+    if min(*kernel, *strides, *shape.input_hw, shape.c_in, shape.c_out) < 1:
         raise UserError(f"kernel size, strides, channels and input size must be at least 1, got {tuple(shape)}")
-    if shape.kernel_size[0] < shape.strides[0] or shape.kernel_size[1] < shape.strides[1]:
-        raise UserError(
-            f"kernel size {shape.kernel_size} is smaller than the strides {shape.strides}: the layer would ignore "
-            "pixels; use a kernel at least as large as the strides"
-        )
+    if kernel[0] < strides[0] or kernel[1] < strides[1]:
+        raise UserError(f"kernel size {kernel} is smaller than the strides {strides}: the layer would ignore pixels")
     check_padding(shape.padding)
     check_divisible(shape.input_hw, shape.strides)
 

@@ -44,13 +44,10 @@ def dense_singular_values(matrix: Shaped[np.ndarray, "m n"]) -> Float[np.ndarray
 
 
 def conv_singular_values(kernel: Kernel, input_hw: Pair, strides: Pair = (1, 1)) -> PerFrequency:
-    """All singular values of a circular convolution; kh and kw may exceed the image.
+    """All singular values of a circular convolution whose strides divide the image; kh and kw may exceed it.
 
     Space-to-depth turns a strided circular convolution into an unstrided one. The Fourier transform makes that
     block-diagonal, with one c_out × c_in·sh·sw block per frequency (Sedghi, Gupta and Long 2019).
-
-    Raises:
-      ValueError: if the strides do not divide the image.
     """
     kernel = np.asarray(kernel, np.float64)
     (sh, sw), (height, width) = strides, input_hw
@@ -87,11 +84,10 @@ def frequency_singular_values(blocks: Inexact[np.ndarray, "height width m n"]) -
 
 
 def kernel_spectrum(kernel: Kernel, input_hw: Pair, strides: Pair = (1, 1), padding: str = "circular") -> Spectrum:
-    """Extreme singular values of `convolve.convolve` with this kernel, exact for circular padding.
+    """Extreme singular values of `convolve` with this kernel, exact for circular padding.
 
-    A zero-padded convolution embeds the image into a larger torus, convolves there and crops. Its norm is therefore at
-    most the norm on a torus of ``size + k − 1``, rounded up to a multiple of the stride. The norm on a torus of the
-    image's own size is no bound.
+    A zero-padded convolution embeds the image into a larger torus, convolves there and crops. Its norm is at most the
+    norm on a torus of ``size + k − 1``, rounded up to a multiple of the stride (but not on one of the image's size).
     """
     if padding == "circular":
         return Spectrum.of(conv_singular_values(kernel, input_hw, strides), "SVD per frequency of the kernel")
@@ -113,7 +109,6 @@ def gamma(terms: int) -> float:
 def product_rounding(terms: int) -> float:
     """ℓ2 error of y = Ax in float64 over ‖A‖‖x‖, for a matrix with at most `terms` entries in each row and column.
 
-    Entrywise the error is at most γ|A||x|, and ‖|A|‖ ≤ √(‖A‖₁‖A‖∞) ≤ √terms · ‖A‖ (the Cauchy-Schwarz inequality for
-    each row and each column).
+    Entrywise the error is at most γ|A||x|, and ‖|A|‖ ≤ √(‖A‖₁‖A‖∞) ≤ √terms · ‖A‖ (Cauchy-Schwarz per row and column).
     """
     return gamma(terms) * math.sqrt(terms)

@@ -36,8 +36,8 @@ def digest(params: Any) -> str:
 
 def _digest_if_whole(tree: Any) -> str | None:
     """`digest`, or None for a tree that is divided over several processes: no process holds all of it."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
-    whole = all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in leaves)
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    whole = all(array.is_fully_addressable or array.is_fully_replicated for array in arrays)
     return digest(tree) if whole else None
 
 
@@ -99,24 +99,21 @@ class Checkpoints:
     def restore(self, step: int, params: Any, opt_state: Any) -> tuple[Any, Any]:
         """Parameters and optimizer state of `step`, with the shapes and shardings of the two targets.
 
-        Raises:
-          UserError: for a damaged checkpoint (its digests differ), or one of another network.
+        Raises UserError for a damaged checkpoint (its digests differ), or one of another network.
         """
         restored = _restore(self._manager, self._folder, step, model=params, train=opt_state)
         saved, read = restored["meta"].get("optimizer"), _digest_if_whole(restored["train"])
         if None not in (saved, read) and saved != read:
-            folder = self._folder / str(step)
-            raise UserError(f"checkpoint {folder} is damaged, the digest of its optimizer differs; {_REMEDY}")
+            what = f"checkpoint {self._folder / str(step)} is damaged, the digest of its optimizer differs"
+            raise UserError(f"{what}; {_REMEDY}")
         return restored["model"], restored["train"]
 
 
 def restore_model(workdir: Path, target: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
     """Parameters of a checkpoint, the newest by default, on the default device; and ``{"step", "digest", …}``.
 
-    `target` is a tree of arrays or `jax.ShapeDtypeStruct` with the expected shapes.
-
-    Raises:
-      UserError: for a missing or damaged checkpoint (its digest differs), or one of another network.
+    `target` is a tree of arrays or `jax.ShapeDtypeStruct` with the expected shapes. Raises UserError for a missing or
+    damaged checkpoint (its digest differs), or one of another network.
     """
     with _opened(workdir) as (manager, folder, newest):
         restored = _restore(manager, folder, newest if step is None else step, model=target)
@@ -125,9 +122,9 @@ def restore_model(workdir: Path, target: Any, step: int | None = None) -> tuple[
 
 def trained_on(workdir: Path) -> dict[str, Any]:
     """The description of the data that `Checkpoints.save` put into the newest checkpoint."""
-    with _opened(workdir) as (manager, folder, newest), _checkpoint_readable(folder / str(newest)):
-        meta = manager.restore(newest, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        return {name: value for name, value in meta.items() if name not in ("step", "digest", "optimizer")}
+    with _opened(workdir) as opened:
+        meta = _restore(*opened)["meta"]
+    return {name: value for name, value in meta.items() if name not in ("step", "digest", "optimizer")}
 
 
 @contextlib.contextmanager
@@ -144,20 +141,19 @@ def _opened(workdir: Path) -> Iterator[tuple[ocp.CheckpointManager, epath.Path, 
 
 
 def _restore(manager: ocp.CheckpointManager, folder: epath.Path, step: int, **targets: Any) -> Any:
-    """Reads ``meta`` and the items that have a target; checks step and digest of the parameters."""
+    """Reads ``meta`` and the items that have a target; checks the step, and the digest of the parameters if read."""
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def describe(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or device)
 
     items = {name: ocp.args.StandardRestore(jax.tree.map(describe, tree)) for name, tree in targets.items()}
-    where = folder / str(step)
-    with _checkpoint_readable(where):
+    where = f"checkpoint {folder / str(step)}"
+    with _readable(f"{where}: it is damaged, or made for another network or image size", _REMEDY):
         restored = manager.restore(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore()))
         meta = restored["meta"]
-        intact = digest(restored["model"]) == meta["digest"] and meta["step"] == step
-    if not intact:
-        raise UserError(f"checkpoint {where} is damaged: its digest or step is not the one that it names; {_REMEDY}")
+        if meta["step"] != step or (targets and digest(restored["model"]) != meta["digest"]):
+            raise UserError(f"{where} is damaged: its digest or step is not the one that it names; {_REMEDY}")
     return restored
 
 
@@ -173,10 +169,6 @@ def _readable(what: str, remedy: str) -> Iterator[None]:
         ignore_leftovers()
         line = " ".join(str(error).split()).partition(" See full TensorStore")[0][:160]
         raise UserError(f"cannot read {what} ({type(error).__name__}: {line}); {remedy}") from error
-
-
-def _checkpoint_readable(where: epath.Path) -> contextlib.AbstractContextManager[None]:
-    return _readable(f"checkpoint {where}: it is damaged, or made for another network or image size", _REMEDY)
 
 
 def _all_readable(folder: epath.Path) -> contextlib.AbstractContextManager[None]:

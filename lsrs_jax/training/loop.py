@@ -25,10 +25,9 @@ from lsrs_jax.runtime.signals import agreed, deferred
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.training.checkpoint import Checkpoints
 from lsrs_jax.training.losses import Labels, make_loss
-from lsrs_jax.training.optimizer import make_optimizer, schedule
 
 Log = Callable[..., None]  # takes a dict of metrics and, optionally, the time left as text
-_UNDER_WAY = 2  # steps whose outcome the host does not wait for
+_UNDER_WAY = 2  # steps that may run before the host reads the flags of the first
 _ON_GPU = {"xla_gpu_enable_triton_gemm": False}
 
 
@@ -50,6 +49,30 @@ class State(NamedTuple):
 
     def resumed(self, result: Any, rest: Any) -> "State":
         return State(result, rest, None) if self.average is None else State(rest[1], rest[0], result)
+
+
+def schedule(config: Config) -> optax.Schedule:
+    """Learning rate as a function of the step: linear warm-up, then constant or cosine to zero."""
+    peak, warmup = config.learning_rate, config.warmup_steps
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, config.steps - warmup)
+    else:
+        after = optax.constant_schedule(peak)
+    return optax.join_schedules([optax.linear_schedule(peak / max(warmup, 1), peak, warmup), after], [warmup])
+
+
+def _decays(params: Params) -> Any:
+    """Marks the kernels of the head. Decay of the encoder's raw parameters would pull its kernels to the identity."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key == "head" and path[-1].key == "kernel", params)
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """Adam or SGD with Nesterov momentum, and weight decay on the kernels of the head."""
+    decay = optax.add_decayed_weights(config.weight_decay, _decays)
+    rate = optax.scale_by_learning_rate(schedule(config))
+    if config.optimizer == "adam":
+        return optax.chain(optax.scale_by_adam(), decay, rate)
+    return optax.chain(decay, optax.trace(0.9, nesterov=True), rate)
 
 
 def compiler_options() -> dict[str, bool] | None:
@@ -76,7 +99,7 @@ def step_function(
     def train_step(state: State, images: Images, labels: Labels, key: jax.Array, step: jax.Array) -> Any:
         def loss_of(params: Params) -> Any:
             if shardings:
-                # XLA computes wrong gradients of orthogonal kernels that are built from sharded parameters (jax 0.10, not
+                # XLA computes wrong gradients of orthogonal kernels built from sharded parameters (jax 0.10, not
                 # reported upstream). Remove this when they equal the gradients of replicated parameters without it.
                 params = jax.lax.with_sharding_constraint(params, shardings[1])
             return loss(model, params, images, labels, jax.random.fold_in(key, step))
@@ -96,15 +119,14 @@ def step_function(
 
 def parts(model: Model, config: Config, mesh: Mesh) -> tuple[Callable[[jax.Array], State], State, jax.stages.Wrapped]:
     """``(fresh, shardings, train_step)``: the function key → first `State`, its shardings, and `step_function`."""
-    settings, whole = config.train, replicated(mesh)
-    transformation = make_optimizer(settings)
+    whole, transformation = replicated(mesh), make_optimizer(config.train)
 
     def fresh(key: jax.Array) -> State:
         params = model.init(key)
-        return State(params, transformation.init(params), jax.tree.map(jnp.copy, params) if settings.ema else None)
+        return State(params, transformation.init(params), jax.tree.map(jnp.copy, params) if config.train.ema else None)
 
     shapes = jax.eval_shape(fresh, domain_key(config.seed, "init"))
-    shardings = sharded(mesh, shapes) if settings.shard_parameters else jax.tree.map(lambda _: whole, shapes)
+    shardings = sharded(mesh, shapes) if config.train.shard_parameters else jax.tree.map(lambda _: whole, shapes)
     return fresh, shardings, step_function(model, config, transformation.update, (shardings, whole))
 
 
@@ -114,7 +136,6 @@ class Evaluator:
     def __init__(self, model: Model, sigma: float, dataset: ImageSet, mesh: Mesh, batch: int = 256) -> None:
         self._dataset, self._mesh = dataset, mesh
         self._batch = -(-min(batch, len(dataset)) // mesh.size) * mesh.size
-        self._own = own_rows(mesh, self._batch)
 
         @functools.partial(jax.jit, out_shardings=replicated(mesh), compiler_options=compiler_options())
         def correct(params: Params, images: Images, labels: Labels, valid: jax.Array, key: jax.Array) -> Any:
@@ -127,11 +148,11 @@ class Evaluator:
 
     def __call__(self, params: Params, key: jax.Array) -> np.ndarray:
         """``(noisy accuracy, clean accuracy)`` over the whole data set; the last batch is padded and masked."""
-        size, totals = len(self._dataset), np.zeros(2, np.int64)
+        size, totals, own = len(self._dataset), np.zeros(2, np.int64), own_rows(self._mesh, self._batch)
         for index, start in enumerate(range(0, size, self._batch)):
-            numbers = np.arange(start, start + self._batch)[self._own]
-            rows = np.minimum(numbers, size - 1)
-            arrays = from_own_rows(self._mesh, (*self._dataset.read(rows, np.float32), numbers < size))
+            rows = np.arange(start, start + self._batch)[own]
+            images = self._dataset.read(np.minimum(rows, size - 1), np.float32)
+            arrays = from_own_rows(self._mesh, (*images, rows < size))
             totals += [int(hits) for hits in self._correct(params, *arrays, jax.random.fold_in(key, index))]
         return totals / size
 
@@ -179,9 +200,8 @@ class _Training:
                 done = step + 1
                 if not self._window:
                     self._since = step, time.monotonic()
-                self._state, metrics = self._train_step(
-                    self._state, *from_own_rows(self._mesh, batch), key, np.uint32(step)
-                )
+                arrays = from_own_rows(self._mesh, batch)
+                self._state, metrics = self._train_step(self._state, *arrays, key, np.uint32(step))
                 if step == first:  # this step compiles, so its time says nothing about the rate
                     jax.block_until_ready(metrics)
                     self._progress, self._since = Progress(settings.steps, done), (done, time.monotonic())
@@ -204,13 +224,10 @@ class _Training:
         return reshard(self._state.result, self._whole)
 
     def _stops(self, signalled: bool) -> bool:
-        """Says if the step that was just launched is the last one, on which all processes agree.
-
-        The devices combine the flags of all processes with every step. A process reads the result a few steps later, so
-        that it does not wait for them.
-        """
+        """True if the step that was just launched is the last one. All processes agree on it."""
         if not self._mesh.is_multi_process:
             return signalled
+        # The devices combine the flags of all processes with every step; the host reads them a few steps later.
         flags = np.full(len(self._mesh.local_devices), signalled, np.int32)
         self._flags.append(self._any(from_own_rows(self._mesh, flags)))
         return len(self._flags) > _UNDER_WAY and bool(self._flags.popleft())
@@ -218,8 +235,7 @@ class _Training:
     def _report(self, done: int) -> None:
         """Waits for the device; logs the means over the steps since the last report, and their speed."""
         losses, accuracies = np.asarray(jax.device_get(self._window), np.float64).T
-        self._window = []
-        settings, finite = self._config.train, np.isfinite(losses)
+        self._window, settings, finite = [], self._config.train, np.isfinite(losses)
         if not finite.all():
             bad = int(np.argmin(finite))
             raise UserError(
@@ -228,15 +244,15 @@ class _Training:
                 + (" into another --workdir; its checkpoints are kept" if self._checkpoints.latest() else "")
             )
         images, seconds = (done - self._since[0]) * self._config.data.batch_size, time.monotonic() - self._since[1]
-        rate = self._rate(done - 1)
-        values = {"step": done, "loss": losses.mean(), "accuracy": accuracies.mean(), "learning_rate": rate}
+        values = {"step": done, "loss": losses.mean(), "accuracy": accuracies.mean()}
+        values["learning_rate"] = self._rate(done - 1)
         if images:
             values["images_per_second"] = round(images / seconds, 1)
         self._log(values, self._progress.left(done) if self._first + 1 < done < settings.steps else None)
 
     def _test(self, done: int) -> None:
-        key = jax.random.fold_in(domain_key(self._config.seed, "evaluate"), done)
         try:
+            key = jax.random.fold_in(domain_key(self._config.seed, "evaluate"), done)
             noisy, clean = self._evaluate(self._state.result, key)
         except UserError:  # about the test data: save what was trained
             if not self._mesh.is_multi_process:

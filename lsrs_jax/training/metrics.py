@@ -21,10 +21,10 @@ class Metrics:
         self._file = self._path.open("a", encoding="utf-8")
         try:
             from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(workdir / "tensorboard"))
         except ImportError:
             self._board = None
-        else:
-            self._board = SummaryWriter(str(workdir / "tensorboard"))
 
     def __call__(self, metrics: Mapping[str, Any], left: str | None = None) -> None:
         metrics = {key: value if key == "step" else float(value) for key, value in metrics.items()}

@@ -87,10 +87,8 @@ def training_need(model: Model, config: Config) -> Need:
 
 
 def sampling_need(model: Model, config: Config) -> Need:
-    """The `Need` of one batch (images x samples) of certification on one device, counted in the jaxpr.
-
-    XLA's own analysis leaves out the operations that it fuses on a CPU.
-    """
+    """The `Need` of one batch (images x samples) of certification on one device."""
+    # Counted in the jaxpr, because XLA's analysis on a CPU leaves out the operations that it fuses.
     images, samples = config.certify.tile
     model = dataclasses.replace(model, head_dtype=config.certify.head_dtype)
 
@@ -118,8 +116,10 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:,.2f} GiB"
 
 
-def _time(seconds: float) -> str:
-    return f"{seconds * 1000:,.3g} ms" if seconds < 1 else f"{seconds:,.1f} s"
+def _cells(need: Need, chip: Chip, dtype: str, calls: float) -> str:
+    seconds = need.seconds(chip, dtype, calls)
+    time = f"{seconds * 1000:,.3g} ms" if seconds < 1 else f"{seconds:,.1f} s"
+    return f"{'fits' if need.fits(chip) else 'does not fit':>16}{time:>16}"
 
 
 def report(model: Model, config: Config) -> str:
@@ -144,17 +144,14 @@ def report(model: Model, config: Config) -> str:
         lines.append("certification: deterministic, without samples")
     lines += ["", f"{'chip':<14}{'memory':>9}" + "".join(f"{name:>16}{unit:>16}" for name, unit, *_ in columns)]
     for name, chip in CHIPS.items():
-        cells = "".join(
-            f"{'fits' if need.fits(chip) else 'does not fit':>16}{_time(need.seconds(chip, dtype, calls)):>16}"
-            for _, _, need, calls, dtype, _ in columns
-        )
+        cells = "".join(_cells(need, chip, dtype, calls) for _, _, need, calls, dtype, _ in columns)
         lines.append(f"{name:<14}{chip.memory:>5.0f} GiB{cells}")
     lines += [
         "",
         f"Memory: as XLA allocates it for {jax.default_backend()}; other platforms differ. Times: a step on as many",
         "chips as there are devices here (JAX_NUM_CPU_DEVICES=8 simulates eight), a certificate on one chip. They are",
-        f"the longer of arithmetic at {USED:.0%} of the peak and memory traffic at the full rate. Communication and the",
-        "launches of kernels, which are many for small networks, come in addition.",
+        f"the longer of arithmetic at {USED:.0%} of the peak and memory traffic at the full rate. Communication and",
+        "the launches of kernels, which matter for small networks, come in addition.",
     ]
     here = _memory_here()
     for name, _, need, _, _, remedy in columns:

@@ -38,8 +38,8 @@ def check(shape: ConvShape) -> None:
 def init(key: PRNGKeyArray, shape: ConvShape, mode: str) -> Raw:
     """Raw parameters: a rotation ``(c_out, s·s·m)`` and projector factors ``(taps, m, m//2)`` per axis.
 
-    ``mode="identity"`` sets the rotation to I and makes the projectors equal in pairs: a kernel with k − s even then
-    starts as the identity (space-to-depth, cropped or zero-padded in the channels). ``"random"`` draws everything.
+    ``mode="identity"`` sets the rotation to I and makes the projectors equal in pairs, so that a kernel with k − s even
+    starts as space-to-depth (cropped or zero-padded in the channels).
     """
     check_mode(mode)
     width, (rows, columns) = _width(shape), _extra(shape)
@@ -55,10 +55,7 @@ def init(key: PRNGKeyArray, shape: ConvShape, mode: str) -> Raw:
 
 
 def _lengthen(kernel: Kernel, factor: Float[Array, "m m//2"], axis: int, flipped: bool) -> Kernel:
-    """Composes a kernel ``(kh, kw, c_out, m)`` with the filter (P, I − P) along `axis`, P = UUᵀ for the factor U.
-
-    A `flipped` filter is (I − P, P). Every second one is flipped, so that equal pairs cancel for odd m as well.
-    """
+    """Composes a kernel ``(kh, kw, c_out, m)`` with a filter: (P, I − P), flipped (I − P, P), P = UUᵀ for the factor U."""
     projected = kernel @ factor @ adjoint(factor)
     first, second = (kernel - projected, projected) if flipped else (projected, kernel - projected)
     after, before = [[(0, 0)] * 4 for _ in range(2)]
@@ -80,6 +77,7 @@ def build(raw: Raw, shape: ConvShape) -> Kernel:
     for index in range(max(rows, columns)):
         for axis, count, start in ((0, rows, 0), (1, columns, rows)):
             if index < count:
+                # Every second filter is flipped, so that equal pairs cancel for odd m as well.
                 kernel = _lengthen(kernel, factors[start + index], axis, index % 2 == 1)
     return jnp.swapaxes(kernel[..., : shape.c_in], -1, -2)
 

@@ -14,19 +14,11 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 from numpy.polynomial import polynomial
 
-from lsrs_jax.orthogonal.convolve import convolve
-from lsrs_jax.orthogonal.families.family import ConvFamily, Raw, spectrum_of_kernel
+from lsrs_jax.orthogonal import spectrum
+from lsrs_jax.orthogonal.families.family import ConvFamily, Raw, convolve, spectrum_of_kernel
 from lsrs_jax.orthogonal.matrix import adjoint, gram_bound, highest_precision
 from lsrs_jax.orthogonal.resize import resize_channels, space_to_depth
 from lsrs_jax.orthogonal.shape import ConvShape, Images, check_common, check_mode
-from lsrs_jax.orthogonal.spectrum import (
-    Spectrum,
-    frequency_blocks,
-    frequency_singular_values,
-    gamma,
-    product_rounding,
-    upper_bound,
-)
 from lsrs_jax.runtime.errors import UserError
 
 # A multiple of 4: then |p(iλ)| ≤ 1 for λ ≤ 3.3, and 1 − |p(iλ)| ≤ 2.2e-6 for λ ≤ 1.
@@ -54,10 +46,8 @@ def init(key: PRNGKeyArray, shape: ConvShape, mode: str) -> Raw:
 
 
 def _norm_bound(kernel: Float[Array, "kh kw C C"]) -> Float[Array, ""]:
-    """An upper bound on the norm of the convolution under either padding, from the norms of its unfoldings.
-
-    The four unfoldings of an antisymmetric kernel have only two different norms (Singla and Feizi 2021b).
-    """
+    """Bounds the norm of the convolution under either padding by those of its unfoldings (Singla and Feizi 2021b)."""
+    # The four unfoldings of an antisymmetric kernel have only two different norms.
     kh, kw, width, _ = kernel.shape
     flat = kernel.transpose(2, 0, 1, 3).reshape(width, kh * kw * width)
     crossed = kernel.transpose(0, 2, 1, 3).reshape(kh * width, kw * width)
@@ -103,29 +93,25 @@ def _taylor_range(norm: float) -> tuple[float, float]:
     return values.min(), values.max()
 
 
-def spectrum(kernel: Float[np.ndarray, "kh kw C C"], shape: ConvShape) -> Spectrum:
-    """Circular padding: SVD of p(L̂) per frequency. Zero padding: the range of |p(iλ)| over |λ| ≤ ‖L‖.
-
-    Raises:
-      UserError: under zero padding, for a kernel that is not antisymmetric.
-    """
+def _spectrum(kernel: Float[np.ndarray, "kh kw C C"], shape: ConvShape) -> spectrum.Spectrum:
+    """Circular padding: SVD of p(L̂) per frequency. Zero padding: range of |p(iλ)|, |λ| ≤ ‖L‖, for antisymmetric L."""
     if shape.padding == "circular":
-        blocks = frequency_blocks(kernel, shape.output_hw)
+        blocks = spectrum.frequency_blocks(kernel, shape.output_hw)
         total = identity = np.eye(blocks.shape[-1])
         for term in range(TERMS, 0, -1):
             total = identity + blocks @ total / term
-        cropped = total[..., : shape.c_out, : shape.phases]
-        return Spectrum.of(frequency_singular_values(cropped), "SVD per frequency of the Taylor polynomial")
+        sigma = spectrum.frequency_singular_values(total[..., : shape.c_out, : shape.phases])
+        return spectrum.Spectrum.of(sigma, "SVD per frequency of the Taylor polynomial")
     if not np.array_equal(kernel, -np.flip(np.swapaxes(kernel, -1, -2), (0, 1))):
         raise UserError("exponential: the kernel is not antisymmetric, so it has no bound under zero padding")
     norm = spectrum_of_kernel(kernel, shape._replace(input_hw=shape.output_hw, strides=(1, 1))).sigma_max
-    low, high = _taylor_range(upper_bound(norm))
-    return Spectrum(high, low, f"Taylor polynomial over skew spectra of norm {norm:.3g}")
+    low, high = _taylor_range(spectrum.upper_bound(norm))
+    return spectrum.Spectrum(high, low, f"Taylor polynomial over skew spectra of norm {norm:.3g}")
 
 
 def rounding(shape: ConvShape) -> float:
     """Float64 error of `apply` over ‖x‖: T products with L, each with a division and a sum, of norm at most e‖x‖."""
-    return TERMS * math.e * (product_rounding(math.prod(_taps(shape)) * _width(shape)) + gamma(4))
+    return TERMS * math.e * (spectrum.product_rounding(math.prod(_taps(shape)) * _width(shape)) + spectrum.gamma(4))
 
 
-FAMILY: ConvFamily = ConvFamily(check_common, init, build, apply, spectrum, rounding)
+FAMILY: ConvFamily = ConvFamily(check_common, init, build, apply, _spectrum, rounding)

@@ -26,8 +26,8 @@ def check(shape: ConvShape) -> None:
 def init(key: PRNGKeyArray, shape: ConvShape, mode: str) -> Raw:
     """Raw parameters: per axis a rotation ``(C, C)`` and, from the second tap on, a projector factor ``(C, C//2)``.
 
-    ``mode="identity"`` sets the rotations to I and makes the projectors equal in pairs: an odd kernel then starts as
-    the identity (cropped or zero-padded in the channels). ``"random"`` draws everything.
+    ``mode="identity"`` sets the rotations to I and makes the projectors equal in pairs, so that an odd kernel starts as
+    the identity (cropped or zero-padded in the channels).
     """
     check_mode(mode)
     width = max(shape.c_out, shape.phases)
