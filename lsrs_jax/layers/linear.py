@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PyTree, Shaped
 from lsrs_jax.layers.base import Layer, Plain, Shape, check_image, check_sizes, matrix_plain
 from lsrs_jax.orthogonal import families, matrix, spectrum
 from lsrs_jax.orthogonal.shape import ConvShape, Features, Images, check_float, check_mode
-from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.validate import choice
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
@@ -100,8 +100,7 @@ class OrthogonalDense(Layer):
     initializer: str = "random"  # or "identity"
 
     def output_shape(self, input_shape: Shape) -> Shape:
-        if self.method not in matrix.METHODS:
-            raise UserError(f"unknown dense method {self.method!r}: choose one of {', '.join(sorted(matrix.METHODS))}")
+        choice("dense method", self.method, sorted(matrix.METHODS))
         check_mode(self.initializer)
         check_sizes("OrthogonalDense", features=self.features)
         return (*input_shape[:-1], self.features)

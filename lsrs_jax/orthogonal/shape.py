@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.validate import choice
 
 Pair = tuple[int, int]
 Images = Float[Array, "batch height width channels"]
@@ -79,5 +80,4 @@ def check_common(shape: ConvShape) -> None:
 
 def check_mode(mode: str) -> None:
     """Raises UserError for an unknown initializer."""
-    if mode not in ("identity", "random"):
-        raise UserError(f"unknown initializer {mode!r}: choose 'identity' or 'random'")
+    choice("initializer", mode, ("identity", "random"))

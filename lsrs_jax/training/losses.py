@@ -2,12 +2,13 @@
 
 Under noise, every image gets `noises` Gaussian samples at the place where certification adds the noise: the latent, or
 the image under ISRS. The latent is computed once per image. Images lie in [0, 1], σ is that of the certification, and
-every call needs a fresh key. A loss returns the means ``(loss, accuracy)`` over the batch (and the samples).
+every call needs a fresh key. A loss is the mean over the batch (and the samples).
 """
 
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,21 +21,29 @@ from lsrs_jax.runtime.types import Config
 
 Labels = Int[jax.Array, " B"]
 Samples = Float[jax.Array, "B noises K"]  # logits
-Metrics = tuple[Float[jax.Array, ""], Float[jax.Array, ""]]  # loss, accuracy
+Scalar = Float[jax.Array, ""]
 
 
-def make_loss(config: Config) -> Callable[[Model, Params, Images, Labels, jax.Array], Metrics]:
-    """The loss that ``config.train.loss`` names, as a function ``(model, params, images, labels, key)``."""
-    train, noise = config.train, {"sigma": config.sigma, "noises": config.train.noises}
-    losses: dict[str, Callable[..., Metrics]] = {
-        "gaussian": functools.partial(gaussian_cross_entropy, **noise),
-        "smoothadv": functools.partial(gaussian_cross_entropy, **noise, **train.smoothadv),
-        "consistency": functools.partial(consistency, **noise, **train.consistency),
-        "smoothadv_consistency": functools.partial(consistency, **noise, **train.smoothadv, **train.consistency),
-        "macer": functools.partial(macer, **noise, **train.macer),
-        "margin": lambda *batch: margin_cross_entropy(*batch[:4], train.radius, train.temperature),
+def make_loss(config: Config) -> Callable[[Model, Params, Images, Labels, jax.Array], tuple[Scalar, Scalar]]:
+    """The loss of ``config.train.loss`` as a function ``(model, params, images, labels, key)`` → (loss, accuracy)."""
+    train = config.train
+    if train.loss == "margin":
+        return lambda *batch: margin_cross_entropy(*batch[:4], train.radius, train.temperature)
+    agreement = functools.partial(consistency, **train.consistency)
+    losses: dict[str, Callable[[Samples, Labels], Scalar]] = {
+        "gaussian": cross_entropy,
+        "smoothadv": cross_entropy,
+        "consistency": agreement,
+        "smoothadv_consistency": agreement,
+        "macer": functools.partial(macer, sigma=config.sigma, **train.macer),
     }
-    return losses[train.loss]
+    loss, attack = losses[train.loss], train.smoothadv if train.loss.startswith("smoothadv") else {}
+
+    def under_noise(model: Model, params: Params, *batch: Any) -> tuple[Scalar, Scalar]:
+        logits, labels = sample(model, params, *batch, config.sigma, train.noises, **attack), batch[1]
+        return loss(logits, labels), accuracy(logits, labels)
+
+    return under_noise
 
 
 def _noisy_logits(model: Model, params: Params, latents: Latents, noise: jax.Array) -> Samples:
@@ -43,18 +52,18 @@ def _noisy_logits(model: Model, params: Params, latents: Latents, noise: jax.Arr
     return logits.reshape(len(latents), noises, -1)
 
 
-def _sample(
+def sample(
     model: Model,
     params: Params,
     images: Images,
     labels: Labels,
     key: jax.Array,
     sigma: float,
-    noises: int,
-    radius: float = 0.0,
-    steps: int = 0,
+    noises: int = 1,
+    radius: float = 0.0,  # of the attack: ℓ2, in the latent
+    steps: int = 0,  # of the attack; 0: no attack
 ) -> Samples:
-    """Logits of noisy latents, around the latent of the image or, if `steps` > 0, around an adversarial latent.
+    """Logits of noisy latents, around the latent of the image or, after an attack, around an adversarial latent.
 
     The attack (SmoothAdv; Salman et al. 2019, section 3) starts at the latent. Projected gradient steps of length
     2·radius/steps increase −log of the true class's mean probability over the samples. It differentiates through the
@@ -84,69 +93,37 @@ def _sample(
     return _noisy_logits(model, params, latents + jax.lax.stop_gradient(shift), noise)
 
 
-def _cross_entropy(logits: Samples, labels: Labels) -> jax.Array:
+def accuracy(logits: Samples, labels: Labels) -> Scalar:
+    """Accuracy of the base classifier under noise."""
+    return jnp.mean(jnp.argmax(logits, axis=-1) == labels[:, None])
+
+
+def cross_entropy(logits: Samples, labels: Labels) -> Scalar:
+    """Cross entropy of the base classifier under noise (Cohen et al. 2019, section 3.3)."""
     repeated = jnp.broadcast_to(labels[:, None], logits.shape[:2])
     return optax.softmax_cross_entropy_with_integer_labels(logits, repeated).mean()
 
 
-def _accuracy(logits: Samples, labels: Labels) -> jax.Array:
-    return jnp.mean(jnp.argmax(logits, axis=-1) == labels[:, None])
+def consistency(logits: Samples, labels: Labels, weight: float, entropy: float) -> Scalar:
+    """Cross entropy, and predictions that agree under several samples (Jeong and Shin 2020, sections 3 and 4).
 
-
-def gaussian_cross_entropy(
-    model: Model,
-    params: Params,
-    images: Images,
-    labels: Labels,
-    key: jax.Array,
-    sigma: float,
-    noises: int = 1,
-    radius: float = 0.0,  # ℓ2, in the latent; see `_sample`
-    steps: int = 0,  # 0: no attack
-) -> Metrics:
-    """Cross entropy of the base classifier under noise (Cohen et al. 2019, section 3.3); with an attack: SmoothAdv."""
-    logits = _sample(model, params, images, labels, key, sigma, noises, radius, steps)
-    return _cross_entropy(logits, labels), _accuracy(logits, labels)
-
-
-def consistency(
-    model: Model,
-    params: Params,
-    images: Images,
-    labels: Labels,
-    key: jax.Array,
-    sigma: float,
-    noises: int,  # at least 2; the paper uses 2
-    weight: float,  # λ of the mean KL divergence from the mean prediction to each sample's; the paper uses 10 and 20
-    entropy: float,  # η of the entropy of the mean prediction; the paper uses 0.5
-    radius: float = 0.0,
-    steps: int = 0,
-) -> Metrics:
-    """Cross entropy, and predictions that agree under several samples (Jeong and Shin 2020, sections 3 and 4)."""
-    logits = _sample(model, params, images, labels, key, sigma, noises, radius, steps)
+    `weight` λ multiplies the mean KL divergence from the mean prediction to each sample's (10 and 20 in the paper),
+    `entropy` η the entropy of the mean prediction (0.5 in the paper). The paper uses 2 samples.
+    """
     each = jax.nn.log_softmax(logits)
-    mean = jax.nn.logsumexp(each, axis=1, keepdims=True) - math.log(noises)
+    mean = jax.nn.logsumexp(each, axis=1, keepdims=True) - math.log(logits.shape[1])
     divergence = jnp.sum(jnp.exp(mean) * (mean - each), axis=-1).mean()
     uncertainty = -jnp.sum(jnp.exp(mean) * mean, axis=-1).mean()
-    loss = _cross_entropy(logits, labels) + weight * divergence + entropy * uncertainty
-    return loss, _accuracy(logits, labels)
+    return cross_entropy(logits, labels) + weight * divergence + entropy * uncertainty
 
 
-def macer(
-    model: Model,
-    params: Params,
-    images: Images,
-    labels: Labels,
-    key: jax.Array,
-    sigma: float,
-    noises: int,  # samples per image; the paper uses 16
-    weight: float,  # λ of the hinge; the paper uses 12 at σ = 0.25
-    margin: float,  # γ: the hinge asks for Φ⁻¹(p_A) − Φ⁻¹(p_B) up to this value; the paper uses 8
-    sharpness: float,  # β, the inverse temperature of the softmax behind p_A and p_B; the paper uses 16
-) -> Metrics:
-    """Cross entropy of the mean prediction, and a hinge on the certified radius (MACER; Zhai et al. 2020, sec. 4)."""
-    logits = _sample(model, params, images, labels, key, sigma, noises)
-    mean = jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=1) - math.log(noises)
+def macer(logits: Samples, labels: Labels, sigma: float, weight: float, margin: float, sharpness: float) -> Scalar:
+    """Cross entropy of the mean prediction, and a hinge on the certified radius (MACER; Zhai et al. 2020, sec. 4).
+
+    `weight` λ multiplies the hinge (12 in the paper at σ = 0.25), which asks for Φ⁻¹(p_A) − Φ⁻¹(p_B) up to `margin` γ
+    (8). `sharpness` β is the inverse temperature of the softmax behind p_A and p_B (16). The paper uses 16 samples.
+    """
+    mean = jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=1) - math.log(logits.shape[1])
     natural = -jnp.take_along_axis(mean, labels[:, None], axis=1).mean()
     soft = jax.nn.softmax(sharpness * logits).mean(axis=1)
     own = jax.nn.one_hot(labels, soft.shape[-1], dtype=bool)
@@ -155,12 +132,12 @@ def macer(
     p_a, p_b = jnp.clip(p_a, 1e-6, 1 - 1e-6), jnp.clip(p_b, 1e-6, 1 - 1e-6)
     gap = jax.scipy.special.ndtri(p_a) - jax.scipy.special.ndtri(p_b)
     hinge = jnp.where(p_a > p_b, jnp.maximum(margin - gap, 0.0), 0.0)
-    return natural + weight * sigma / 2 * hinge.mean(), _accuracy(logits, labels)
+    return natural + weight * sigma / 2 * hinge.mean()
 
 
 def margin_cross_entropy(
     model: Model, params: Params, images: Images, labels: Labels, radius: float, temperature: float
-) -> Metrics:
+) -> tuple[Scalar, Scalar]:
     """Cross entropy without noise, after √2·radius was subtracted from the true logit (Prach and Lampert 2022, sec. 5).
 
     An orthogonal head needs this lead for a certified `radius` ≥ 0 (ℓ2, in the latent). The logits are divided by

@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 from lsrs_jax.orthogonal.families import adaptive, cayley, exponential, paraunitary
 from lsrs_jax.orthogonal.families.family import ConvFamily
 from lsrs_jax.orthogonal.shape import ConvShape
-from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.validate import choice
 
 FAMILIES: dict[str, ConvFamily] = {
     "adaptive": adaptive.FAMILY,
@@ -29,8 +29,7 @@ _STORED_NUMBERS = 2**18
 
 def family(method: str) -> ConvFamily:
     """The family called `method`; raises UserError for an unknown name."""
-    if method not in FAMILIES:
-        raise UserError(f"unknown convolution method {method!r}: choose one of {', '.join(sorted(FAMILIES))}")
+    choice("convolution method", method, sorted(FAMILIES))
     return FAMILIES[method]
 
 

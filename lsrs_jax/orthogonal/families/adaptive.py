@@ -55,7 +55,7 @@ def init(key: PRNGKeyArray, shape: ConvShape, mode: str) -> Raw:
 
 
 def _lengthen(kernel: Kernel, factor: Float[Array, "m m//2"], axis: int, flipped: bool) -> Kernel:
-    """Composes a kernel ``(kh, kw, c_out, m)`` with a filter: (P, I − P), flipped (I − P, P), P = UUᵀ for the factor U."""
+    """Composes a kernel ``(kh, kw, c_out, m)`` with the filter (P, I − P), flipped (I − P, P); P = UUᵀ for factor U."""
     projected = kernel @ factor @ adjoint(factor)
     first, second = (kernel - projected, projected) if flipped else (projected, kernel - projected)
     after, before = [[(0, 0)] * 4 for _ in range(2)]
