@@ -1,7 +1,6 @@
 """Reads and writes audit.tsv and audit.json, beside the certificates that were attacked.
 
-audit.json holds the digest of the attacked table, the settings, the digest of audit.tsv (None until the audit is
-finished), its format number and its own digest.
+audit.json holds the digests of the attacked table and of a finished audit.tsv, and the settings.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Linen modules over `lsrs_jax.orthogonal`, each 1-Lipschitz unless its docstring says otherwise.
 
-Every module has, beside ``__call__``, ``output_shape(input_shape)`` and ``materialize(params, input_shape)``. The
-latter returns the layer as a `Plain`: a pure function, its float64 arrays, and the singular values proven on them.
+Each also has ``output_shape(input_shape)`` and ``materialize(params, input_shape)``, which returns the layer as a
+`Plain`: a pure function, its float64 arrays, and the singular values proven on them.
 """
 
 from lsrs_jax.layers.activation import GroupSort, Householder, MaxMin

@@ -25,7 +25,7 @@ def _compiled(function: Callable[..., PyTree], raw: PyTree, shape: tuple[ConvSha
 
 
 def _build_float64(function: Callable[..., PyTree], raw: PyTree, *shape: ConvShape) -> PyTree:
-    """Calls ``function(raw, *shape)`` in float64 on the host CPU; returns NumPy arrays."""
+    """Returns ``function(raw, *shape)`` as NumPy arrays, computed in float64 on the host CPU."""
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
         raw = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), raw)
         return jax.tree.map(np.asarray, _compiled(function, raw, shape))

@@ -1,7 +1,6 @@
 """Encoders by name: chains of orthogonal layers in front of the noise."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import flax.linen as nn
 
@@ -9,13 +8,8 @@ from lsrs_jax import layers
 from lsrs_jax.runtime.errors import UserError
 
 Chain = tuple[nn.Module, ...]
-
-
-class Constructors(NamedTuple):
-    """Functions that make the layers of an encoder."""
-
-    conv: Callable[..., nn.Module]  # (features, kernel_size, strides) -> an orthogonal convolution
-    activation: Callable[[], nn.Module]  # follows every convolution
+Pair = tuple[int, int]
+Make = Callable[[int, Pair, Pair], Chain]  # (channels, kernel size, strides) -> orthogonal convolution, activation
 
 
 def _space_to_depth(stride: int) -> Chain:
@@ -32,9 +26,7 @@ def _haar(stride: int) -> Chain:
 BLOCKS: dict[str, Callable[[int], Chain]] = {"blocks": _space_to_depth, "blocks_haar": _haar}
 
 
-def blocks(
-    make: Constructors, widths: Sequence[int], strides: Sequence[int], downsample: Callable[[int], Chain]
-) -> Chain:
+def blocks(make: Make, widths: Sequence[int], strides: Sequence[int], downsample: Callable[[int], Chain]) -> Chain:
     """Blocks of a network: each downsamples by its stride, then has a 3x3 orthogonal convolution and an activation.
 
     A block of width 0 only downsamples. `downsample` is a value of `BLOCKS`. A convolution with fewer output channels
@@ -44,11 +36,11 @@ def blocks(
     for width, stride in zip(widths, strides, strict=True):
         chain += downsample(stride)
         if width:
-            chain += [make.conv(width, (3, 3)), make.activation()]
+            chain += make(width, (3, 3), (1, 1))
     return tuple(chain)
 
 
-def _stages(make: Constructors, channels: int, *stages: tuple[int, int | None]) -> Chain:
+def _stages(make: Make, channels: int, *stages: tuple[int, int | None]) -> Chain:
     """Stages ``(count, width)``: space-to-depth by 2, then `count` convolutions; width None keeps all channels."""
     widths, strides = [], []
     for count, width in stages:
@@ -58,15 +50,14 @@ def _stages(make: Constructors, channels: int, *stages: tuple[int, int | None]) 
     return blocks(make, widths, strides, _space_to_depth)
 
 
-def _convolutions(make: Constructors, *specs: tuple[int, int, int]) -> Chain:
+def _convolutions(make: Make, *specs: tuple[int, int, int]) -> Chain:
     """Convolutions ``(channels, kernel, stride)``, each followed by an activation."""
-    pairs = [(make.conv(width, (size, size), (stride, stride)), make.activation()) for width, size, stride in specs]
-    return tuple(layer for pair in pairs for layer in pair)
+    return tuple(layer for width, size, stride in specs for layer in make(width, (size, size), (stride, stride)))
 
 
 # (make, channels of the image) -> layers. `partial`, `latent` and `preprocessor` are the splits in the public code that
 # preceded LSRS (SC-Fac convolutions, Su, Byeon and Huang 2022).
-ENCODERS: dict[str, Callable[[Constructors, int], Chain]] = {
+ENCODERS: dict[str, Callable[[Make, int], Chain]] = {
     "identity": lambda make, channels: (),
     "space_to_depth": lambda make, channels: _stages(make, channels, (0, None)),
     "shallow": lambda make, channels: _stages(make, channels, (2, None)),

@@ -17,7 +17,7 @@ import numpy as np
 
 from lsrs_jax import layers
 from lsrs_jax.layers.lipschitz import Materialized, materialize, project
-from lsrs_jax.models.encoders import BLOCKS, ENCODERS, Constructors, blocks
+from lsrs_jax.models.encoders import BLOCKS, ENCODERS, Chain, Pair, blocks
 from lsrs_jax.models.flops import flops
 from lsrs_jax.models.heads import HEADS, BlocksHead, Head, Images, Latents, Logits
 from lsrs_jax.models.linear_head import project_linear_head
@@ -134,8 +134,11 @@ def build(config: Config, input_shape: tuple[int, ...], num_classes: int) -> Mod
     choice("model.encoder", config.encoder, sorted(encoders))
     choice("model.head", config.head, sorted(heads))
     _check_blocks(config)
-    family = {"method": config.method, "initializer": config.initializer, "padding": config.padding}
-    make = Constructors(functools.partial(layers.OrthogonalConv, **family), ACTIVATIONS[config.activation])
+
+    def make(channels: int, kernel_size: Pair, strides: Pair) -> Chain:
+        family = {"method": config.method, "initializer": config.initializer, "padding": config.padding}
+        return layers.OrthogonalConv(channels, kernel_size, strides, **family), ACTIVATIONS[config.activation]()
+
     widths, strides, split = tuple(config.widths), tuple(config.strides), config.split
     if config.encoder in BLOCKS:
         encoder = blocks(make, widths[:split], strides[:split], BLOCKS[config.encoder])

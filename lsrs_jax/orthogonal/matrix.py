@@ -1,8 +1,8 @@
 """Orthogonal matrices from unconstrained ones: matrix exponential, Cayley transform, Björck iteration.
 
 Every function works on stacks of real or complex matrices in float32 or float64, and is differentiable. All products
-run at the highest matmul precision whatever the user's flags: TF32 or bfloat16 products have errors of 6e-3 to 5e-2,
-and the results would not be orthogonal.
+run at the highest matmul precision, also against the user's flags: TF32 or bfloat16 products have errors of 6e-3 to
+5e-2, and the results would not be orthogonal.
 """
 
 import functools

@@ -57,10 +57,7 @@ def average_pool(x: Images, window: Pair) -> Float[Array, "batch height/h width/
 
 
 def l2_pool(x: Images, window: Pair, epsilon: float = 1e-6) -> Float[Array, "batch height/h width/w channels"]:
-    """√(Σ x² + ε) over non-overlapping windows.
-
-    **Guarantee**: 1-Lipschitz: ‖x‖/√(‖x‖² + ε) < 1 bounds its gradient. ε keeps the gradient finite at 0.
-    """
+    """√(Σ x² + ε) over windows without overlap. **Guarantee**: 1-Lipschitz (its gradient is ‖x‖/√(‖x‖² + ε) < 1)."""
     check_float(x, "l2_pool")
     if not 0 <= epsilon < math.inf:
         raise UserError(f"l2_pool: epsilon must be at least 0, got {epsilon}; a negative one would stretch distances")
