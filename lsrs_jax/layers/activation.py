@@ -30,13 +30,11 @@ class GroupSort(Fixed):
 
 
 class Householder(Layer):
-    """Reflects channel pairs across a learnable line (Singla, Singla and Feizi 2021). **Guarantee**: 1-Lipschitz.
-
-    Each pair of channels has one angle. It starts at π/2, where the layer is `MaxMin`.
-    """
+    """Reflects channel pairs across a learnable line (Singla, Singla and Feizi 2021). **Guarantee**: 1-Lipschitz."""
 
     @nn.compact
     def __call__(self, x: Features) -> Features:
+        # One angle per pair of channels; at π/2 the layer is `MaxMin`.
         return activation.householder(x, self.param("theta", nn.initializers.constant(np.pi / 2), (x.shape[-1] // 2,)))
 
     def output_shape(self, input_shape: Shape) -> Shape:

@@ -32,14 +32,7 @@ def _build_float64(function: Callable[..., PyTree], raw: PyTree, *shape: ConvSha
 
 
 class OrthogonalConv(Layer):
-    """Orthogonal convolution without bias.
-
-    `method` names a family in `lsrs_jax.orthogonal.FAMILIES`:
-
-    * ``"adaptive"``: one k×k convolution, any stride (BCOP ∘ RKO; Li et al. 2019, Boissin et al. 2025).
-    * ``"paraunitary"``: one k×k convolution, the strides divide k (matrix exponentials; Su et al. 2022).
-    * ``"exponential"``: eight convolutions with a skew kernel (SOC; Singla and Feizi 2021).
-    * ``"cayley"``: a product per frequency, for one image size (Trockman and Kolter 2021).
+    """Orthogonal convolution without bias; `method` names a family in `lsrs_jax.orthogonal.FAMILIES`.
 
     `initializer` is ``"identity"`` (exact for ``adaptive`` with k − s even, ``paraunitary`` with odd k/s and
     ``exponential``; approximate otherwise) or ``"random"``.
@@ -55,7 +48,7 @@ class OrthogonalConv(Layer):
     features: int  # output channels; any number (isometry or co-isometry)
     kernel_size: tuple[int, int]  # (kh, kw), at least the strides; may exceed the image
     strides: tuple[int, int] = (1, 1)  # (sh, sw); must divide the image
-    method: str = "adaptive"
+    method: str = "adaptive"  # or "paraunitary", "exponential", "cayley"
     initializer: str = "identity"
     padding: str = "circular"  # or, except for "cayley", "zero"
 

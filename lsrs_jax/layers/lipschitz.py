@@ -16,7 +16,7 @@ from lsrs_jax import layers
 from lsrs_jax.layers.base import Shape, matrix_plain
 from lsrs_jax.runtime.errors import UserError
 
-_LARGEST = 2**31  # most numbers of an image or latent in a report
+_LARGEST = 2**31  # largest number of entries of an image or latent
 
 
 @dataclasses.dataclass(frozen=True)

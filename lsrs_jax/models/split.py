@@ -123,7 +123,7 @@ class Model:
 
 
 def _in_dtype(function: Head, dtype: str) -> Head:
-    """Computes `function` in `dtype`: casts the noisy latents to it, and the logits back to float32."""
+    """The same function in `dtype`: it casts the noisy latents to `dtype`, and the logits back to float32."""
     return function if dtype == "float32" else lambda noisy: function(noisy.astype(dtype)).astype(jnp.float32)
 
 
