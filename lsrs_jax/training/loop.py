@@ -200,8 +200,9 @@ class _Training:
                 done = step + 1
                 if not self._window:
                     self._since = step, time.monotonic()
-                arrays = from_own_rows(self._mesh, batch)
-                self._state, metrics = self._train_step(self._state, *arrays, key, np.uint32(step))
+                self._state, metrics = self._train_step(
+                    self._state, *from_own_rows(self._mesh, batch), key, np.uint32(step)
+                )
                 if step == first:  # this step compiles, so its time says nothing about the rate
                     jax.block_until_ready(metrics)
                     self._progress, self._since = Progress(settings.steps, done), (done, time.monotonic())

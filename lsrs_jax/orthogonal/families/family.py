@@ -38,8 +38,8 @@ def convolve(
         return jax.lax.conv_general_dilated(x, kernel, strides, around, dimension_numbers=layout)
     if np.any(around):
         x = jnp.pad(x, ((0, 0), *around, (0, 0)), mode="wrap")
-    # XLA on CPU has a fast path for padded convolutions only (compare jax-ml/jax#12868). One row of zeros at the bottom
-    # selects it; the extra row of output is cut off. Remove this when benchmarks/orthogonal.py is as fast without it.
+    # XLA on CPU has a fast path for padded convolutions only (compare jax-ml/jax#12868). Zeros at the bottom select it;
+    # the extra row of output is cut off. Remove this when benchmarks/orthogonal.py is as fast without it.
     bottom = ((0, strides[0]), (0, 0))
     return jax.lax.conv_general_dilated(x, kernel, strides, bottom, dimension_numbers=layout)[:, :-1]
 
