@@ -28,7 +28,7 @@ def make_loss(config: Config) -> Callable[[Model, Params, Images, Labels, jax.Ar
     """The loss of ``config.train.loss`` as a function ``(model, params, images, labels, key)`` → (loss, accuracy)."""
     train = config.train
     if train.loss == "margin":
-        return lambda *batch: margin_cross_entropy(*batch[:4], train.radius, train.temperature)
+        return lambda *batch: margin_cross_entropy(*batch[:4], radius=train.radius, temperature=train.temperature)
     agreement = functools.partial(consistency, **train.consistency)
     losses: dict[str, Callable[[Samples, Labels], Scalar]] = {
         "gaussian": cross_entropy,
@@ -40,7 +40,7 @@ def make_loss(config: Config) -> Callable[[Model, Params, Images, Labels, jax.Ar
     loss, attack = losses[train.loss], train.smoothadv if train.loss.startswith("smoothadv") else {}
 
     def under_noise(model: Model, params: Params, *batch: Any) -> tuple[Scalar, Scalar]:
-        logits, labels = sample(model, params, *batch, config.sigma, train.noises, **attack), batch[1]
+        logits, labels = sample(model, params, *batch, sigma=config.sigma, noises=train.noises, **attack), batch[1]
         return loss(logits, labels), accuracy(logits, labels)
 
     return under_noise
