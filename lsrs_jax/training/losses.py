@@ -8,7 +8,6 @@ every call needs a fresh key. A loss is the mean over the batch (and the samples
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +21,11 @@ from lsrs_jax.runtime.types import Config
 Labels = Int[jax.Array, " B"]
 Samples = Float[jax.Array, "B noises K"]  # logits
 Scalar = Float[jax.Array, ""]
+Metrics = tuple[Scalar, Scalar]  # loss, accuracy
 
 
-def make_loss(config: Config) -> Callable[[Model, Params, Images, Labels, jax.Array], tuple[Scalar, Scalar]]:
-    """The loss of ``config.train.loss`` as a function ``(model, params, images, labels, key)`` → (loss, accuracy)."""
+def make_loss(config: Config) -> Callable[[Model, Params, Images, Labels, jax.Array], Metrics]:
+    """The loss of ``config.train.loss`` as a function ``(model, params, images, labels, key)`` → `Metrics`."""
     train = config.train
     if train.loss == "margin":
         return lambda *batch: margin_cross_entropy(*batch[:4], radius=train.radius, temperature=train.temperature)
@@ -39,8 +39,8 @@ def make_loss(config: Config) -> Callable[[Model, Params, Images, Labels, jax.Ar
     }
     loss, attack = losses[train.loss], train.smoothadv if train.loss.startswith("smoothadv") else {}
 
-    def under_noise(model: Model, params: Params, *batch: Any) -> tuple[Scalar, Scalar]:
-        logits, labels = sample(model, params, *batch, sigma=config.sigma, noises=train.noises, **attack), batch[1]
+    def under_noise(model: Model, params: Params, images: Images, labels: Labels, key: jax.Array) -> Metrics:
+        logits = sample(model, params, images, labels, key, config.sigma, train.noises, **attack)
         return loss(logits, labels), accuracy(logits, labels)
 
     return under_noise
@@ -137,7 +137,7 @@ def macer(logits: Samples, labels: Labels, sigma: float, weight: float, margin: 
 
 def margin_cross_entropy(
     model: Model, params: Params, images: Images, labels: Labels, radius: float, temperature: float
-) -> tuple[Scalar, Scalar]:
+) -> Metrics:
     """Cross entropy without noise, after √2·radius was subtracted from the true logit (Prach and Lampert 2022, sec. 5).
 
     An orthogonal head needs this lead for a certified `radius` ≥ 0 (ℓ2, in the latent). The logits are divided by
