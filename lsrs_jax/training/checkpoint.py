@@ -130,10 +130,15 @@ def trained_on(workdir: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def _opened(workdir: Path) -> Iterator[tuple[ocp.CheckpointManager, epath.Path, int]]:
     """The Orbax manager of a workdir, the folder of its checkpoints, and the newest complete step."""
-    folder, options = checkpoints(workdir), ocp.CheckpointManagerOptions(read_only=True)
+    folder = checkpoints(workdir)
     if not folder.is_dir():
         raise UserError(f"no checkpoint in {workdir}: train first (python -m lsrs_jax.train --workdir={workdir} ...)")
-    with _all_readable(folder), ocp.CheckpointManager(folder, options=options, item_names=_ITEMS) as manager:
+    with (
+        _all_readable(folder),  # silences the warnings of the options as well
+        ocp.CheckpointManager(
+            folder, options=ocp.CheckpointManagerOptions(read_only=True), item_names=_ITEMS
+        ) as manager,
+    ):
         newest = manager.latest_step()
         if newest is None:
             raise UserError(f"no complete checkpoint in {folder}: let the training finish or resume it")
