@@ -11,7 +11,7 @@ from lsrs_jax import orthogonal
 from lsrs_jax.certification.platform_check import check_encoder, check_noise
 from lsrs_jax.layers import Encoder, Haar, MaxMin, OrthogonalConv
 from lsrs_jax.layers.lipschitz import Float64Encoder, materialize
-from lsrs_jax.orthogonal.kernels import build_kernels
+from lsrs_jax.orthogonal import build_kernels
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.rng import domain_key, pinned
 from lsrs_jax.smoothing import discrete_gaussian

@@ -20,7 +20,7 @@ from lsrs_jax.runtime.rng import domain_key
 from lsrs_jax.smoothing.derivation import Derivation
 from lsrs_jax.smoothing.engine import Engine, Images, Status
 from lsrs_jax.smoothing.schedule import make_schedule
-from lsrs_jax.training import loop, optimizer
+from lsrs_jax.training import loop
 
 IMAGE, CLASSES = (32, 32, 3), 10
 HEADS = {
@@ -196,7 +196,7 @@ def _training(variant, flags):
     """A compiled function of k that takes k training steps of a variant and waits."""
     config = config_from_flags([f"--config={DEFAULT}:{variant}", *flags])
     model = models.build(config.model, IMAGE, CLASSES)
-    transformation = optimizer.make_optimizer(config.train)
+    transformation = loop.make_optimizer(config.train)
     params = model.init(domain_key(0, "init"))
     state = loop.State(params, transformation.init(params), jax.tree.map(jnp.copy, params))
     step = loop.step_function(model, config, transformation.update)

@@ -32,9 +32,9 @@ def test_an_experiment_runs_from_its_configuration_to_certificates(tmp_path, ran
         f"--workdir={tmp_path / 'w'}",
         *(f"--config.{flag}" for flag in (*small, *flags)),
     )
-    assert "MFLOP per vote" in out
+    assert "MFLOP per sample" in out
     out = run("certify", f"--workdir={tmp_path / 'w'}")
-    assert "MFLOP per vote" in out
+    assert "MFLOP per sample" in out
     table = read_table(tmp_path / "w" / "certify" / "default" / "certificates.tsv")
     np.testing.assert_array_equal(table.idx, [0, 3, 6, 9])
     assert (table.samples == votes).all()

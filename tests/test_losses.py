@@ -30,6 +30,12 @@ def model(request):
     return small_model(noise=request.param, head="mlp")
 
 
+def under_noise(loss, model, params, labels, noises, *settings, **attack):
+    """A loss and the accuracy, as `make_loss` computes them."""
+    logits = losses.sample(model, params, IMAGES, labels, threefry(4), SIGMA, noises, **attack)
+    return loss(logits, labels, *settings), losses.accuracy(logits, labels)
+
+
 def noisy_log_probabilities(model, params, noises):
     """Float64 ``(B, noises, K)`` from the definition, one sample at a time."""
     points = np.asarray(IMAGES if model.smooths_input else model.encode(params, IMAGES))
@@ -43,7 +49,7 @@ def noisy_log_probabilities(model, params, noises):
 @pytest.mark.parametrize("noises", [1, 3])
 def test_gaussian_is_cross_entropy_under_the_certification_noise(model, noises):
     params = model.init(threefry(0))
-    loss, accuracy = losses.gaussian_cross_entropy(model, params, IMAGES, LABELS, threefry(4), SIGMA, noises)
+    loss, accuracy = under_noise(losses.cross_entropy, model, params, LABELS, noises)
     expected = noisy_log_probabilities(model, params, noises)
     assert float(loss) == pytest.approx(-expected[ROWS, :, LABELS].mean(), rel=1e-5)
     assert float(accuracy) == pytest.approx(np.mean(expected.argmax(-1) == LABELS[:, None]))
@@ -51,7 +57,7 @@ def test_gaussian_is_cross_entropy_under_the_certification_noise(model, noises):
 
 def test_consistency_adds_divergence_and_entropy(model):
     params = model.init(threefry(0))
-    loss, _ = losses.consistency(model, params, IMAGES, LABELS, threefry(4), SIGMA, 3, 10.0, 0.5)
+    loss, _ = under_noise(losses.consistency, model, params, LABELS, 3, 10.0, 0.5)
     log_p = noisy_log_probabilities(model, params, 3)
     mean = np.exp(log_p).mean(axis=1)
     divergence = np.mean([[stats.entropy(mean[row], np.exp(log_p[row, i])) for i in range(3)] for row in ROWS])
@@ -63,7 +69,7 @@ def test_consistency_adds_divergence_and_entropy(model):
 
 def test_macer_pays_for_small_radii_of_right_answers_only(model):
     params = model.init(threefry(0))
-    loss, _ = losses.macer(model, params, IMAGES, LABELS, threefry(4), SIGMA, 5, 12.0, 1.0, 16.0)
+    loss, _ = under_noise(losses.macer, model, params, LABELS, 5, SIGMA, 12.0, 1.0, 16.0)
     log_p = noisy_log_probabilities(model, params, 5)
     soft = np.exp(16 * log_p)
     soft = (soft / soft.sum(-1, keepdims=True)).mean(axis=1)
@@ -83,8 +89,8 @@ def test_macers_hinge_is_the_certified_radius():
     params = model.init(threefry(0))
     params["head"]["Dense_0"]["kernel"] *= 5  # sharp: soft votes become votes
     labels = np.asarray(model.classify(params, IMAGES)).argmax(1)
-    arguments = model, params, IMAGES, labels, threefry(4), SIGMA, 4000
-    with_hinge, without = (losses.macer(*arguments, weight, 8.0, 200.0)[0] for weight in (1.0, 0.0))
+    arguments = losses.macer, model, params, labels, 4000, SIGMA
+    with_hinge, without = (under_noise(*arguments, weight, 8.0, 200.0)[0] for weight in (1.0, 0.0))
     difference = np.diff(np.asarray(params["head"]["Dense_0"]["kernel"]), axis=1).ravel()
     radius = np.abs(np.diff(np.asarray(model.classify(params, IMAGES)), axis=1)).ravel() / np.linalg.norm(difference)
     expected = np.maximum(SIGMA * 8 / 2 - radius, 0).mean()
@@ -95,9 +101,7 @@ def test_macer_survives_unanimous_votes():
     model = small_model()
     params = model.init(threefry(0))
     params["head"]["Dense_0"]["bias"] = jnp.asarray([1e3, 0.0, 0.0])
-    gradient = jax.jit(
-        jax.grad(lambda p: losses.macer(model, p, IMAGES, LABELS, threefry(4), SIGMA, 4, 12.0, 8.0, 16.0)[0])
-    )
+    gradient = jax.jit(jax.grad(lambda p: under_noise(losses.macer, model, p, LABELS, 4, SIGMA, 12.0, 8.0, 16.0)[0]))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient(params)))
 
 
@@ -108,7 +112,7 @@ def test_smoothadv_finds_the_worst_point_of_a_linear_classifier(noise, steps):
     model = small_model(2, encoder="space_to_depth", noise=noise)
     params = model.init(threefry(0))
     labels = LABELS % 2
-    loss, _ = losses.smoothadv(model, params, IMAGES, labels, threefry(4), SIGMA, 3, 0.4, steps)
+    loss, _ = under_noise(losses.cross_entropy, model, params, labels, 3, radius=0.4, steps=steps)
     log_p = noisy_log_probabilities(model, params, 3)
     margin = log_p[ROWS, :, labels] - log_p[ROWS, :, 1 - labels]
     length = np.linalg.norm(np.diff(np.asarray(params["head"]["Dense_0"]["kernel"]), axis=1))
@@ -120,7 +124,7 @@ def test_smoothadv_consistency_asks_for_agreement_at_the_worst_point(noise):
     model = small_model(2, encoder="space_to_depth", noise=noise)
     params = model.init(threefry(0))
     labels = LABELS % 2
-    arguments = model, params, IMAGES, labels, threefry(4), SIGMA, 3
+    arguments = losses.consistency, model, params, labels, 3, 10.0, 0.5
     log_p = noisy_log_probabilities(model, params, 3)
     length = np.linalg.norm(np.diff(np.asarray(params["head"]["Dense_0"]["kernel"]), axis=1))
     own = 1 / (1 + np.exp(-(log_p[ROWS, :, labels] - log_p[ROWS, :, 1 - labels] - 0.4 * length)))
@@ -128,20 +132,20 @@ def test_smoothadv_consistency_asks_for_agreement_at_the_worst_point(noise):
     mean = p.mean(axis=1)
     divergence = np.mean([[stats.entropy(mean[row], p[row, i]) for i in range(3)] for row in ROWS])
     expected = -np.log(own).mean() + 10 * divergence + 0.5 * np.mean(stats.entropy(mean, axis=1))
-    loss, accuracy = losses.smoothadv_consistency(*arguments, 0.4, 2, 10.0, 0.5)
+    loss, accuracy = under_noise(*arguments, radius=0.4, steps=2)
     assert float(loss) == pytest.approx(expected, rel=1e-4)
     assert float(accuracy) == pytest.approx(np.mean(own > 0.5))
-    still = losses.smoothadv_consistency(*arguments, 0.0, 2, 10.0, 0.5)[0]
-    assert float(still) == pytest.approx(float(losses.consistency(*arguments, 10.0, 0.5)[0]), rel=1e-6)
+    still = under_noise(*arguments, radius=0.0, steps=2)[0]
+    assert float(still) == pytest.approx(float(under_noise(*arguments)[0]), rel=1e-6)
     assert float(still) < float(loss)
 
 
 def test_smoothadv_attacks_and_trains_under_the_same_noise(model):
     params = model.init(threefry(0))
-    arguments = model, params, IMAGES, LABELS, threefry(4), SIGMA
-    plain = losses.gaussian_cross_entropy(*arguments, 4)[0]
-    assert float(losses.smoothadv(*arguments, 4, 0.0, 2)[0]) == pytest.approx(float(plain), rel=1e-6)
-    attacked = [float(losses.smoothadv(*arguments, 4, radius, 3)[0]) for radius in (0.1, 0.3, 0.9)]
+    arguments = losses.cross_entropy, model, params, LABELS, 4
+    plain = under_noise(*arguments)[0]
+    assert float(under_noise(*arguments, radius=0.0, steps=2)[0]) == pytest.approx(float(plain), rel=1e-6)
+    attacked = [float(under_noise(*arguments, radius=radius, steps=3)[0]) for radius in (0.1, 0.3, 0.9)]
     assert float(plain) < attacked[0] < attacked[1] < attacked[2]
 
 
@@ -150,7 +154,9 @@ def test_smoothadv_takes_the_perturbation_as_given():
     model = small_model(2, encoder="identity")
     params = model.init(threefry(0))
     labels = LABELS % 2
-    gradient = jax.grad(lambda p: losses.smoothadv(model, p, IMAGES, labels, threefry(4), SIGMA, 1, 0.4, 1)[0])(params)
+    gradient = jax.grad(lambda p: under_noise(losses.cross_entropy, model, p, labels, 1, radius=0.4, steps=1)[0])(
+        params
+    )
     weights = np.asarray(params["head"]["Dense_0"]["kernel"])
     direction = weights[:, 1] - weights[:, 0]
     shift = 0.4 * np.where(labels, -1, 1)[:, None] * direction / np.linalg.norm(direction)

@@ -71,14 +71,14 @@ def test_heads_treat_rows_independently(head):
         ({"split": -1}, "between 0 and the 4 blocks"),
         (
             {"encoder": "blocks"},
-            "leaves 2 of 4 blocks to nobody: choose 'blocks' for model.head as well, or model.split=4",
+            "leaves 2 of 4 blocks unused: choose 'blocks' for model.head as well, or model.split=4",
         ),
         (
             {"head": "blocks"},
-            "leaves 2 of 4 blocks to nobody: choose 'blocks' for model.encoder as well, or model.split=0",
+            "leaves 2 of 4 blocks unused: choose 'blocks' for model.encoder as well, or model.split=0",
         ),
-        ({"encoder": "blocks", "split": 0}, "leaves 4 of 4 blocks to nobody"),
-        ({"encoder": "identity", "head": "blocks", "split": 4}, "leaves 4 of 4 blocks to nobody"),
+        ({"encoder": "blocks", "split": 0}, "leaves 4 of 4 blocks unused"),
+        ({"encoder": "identity", "head": "blocks", "split": 4}, "leaves 4 of 4 blocks unused"),
         ({"encoder": "blocks_haar", "head": "blocks", "strides": (4, 1, 1, 1)}, "strides of 1 and 2, got 4"),
         ({"encoder": "blocks", "head": "vit"}, "unknown model.head 'vit'"),
         ({"std": (-1.0,)}, "must be positive"),
@@ -163,7 +163,7 @@ class TestTheDial:
         linear = self.dial(4, head="normalized")
         params = linear.init(threefry(0))
         assert len(linear.with_linear_head(params)[1]) == 2 * 2 * 10
-        with pytest.raises(UserError, match="leaves 1 of 4 blocks to nobody"):
+        with pytest.raises(UserError, match="leaves 1 of 4 blocks unused"):
             self.dial(3, head="linear")
 
     def test_haar_strides_start_by_keeping_the_coarse_image(self):

@@ -126,7 +126,7 @@ def test_the_command_prints_a_plan_and_starts_nothing(tmp_path):
     assert "does not fit" in out
     assert not (tmp_path / "w").exists()
     out = run("train", *QUICK, "--plan", "--config.model.head=linear", "--config.certify.certificate=deterministic")
-    assert "certification: deterministic, without votes" in out
+    assert "certification: deterministic, without samples" in out
     assert "a certificate" not in out.split("\n\n")[1]
     assert "not allowed with argument" in refused("train", *QUICK, "--plan", "--profile=1")
     assert "--workdir (or --plan)" in refused("train", *QUICK)

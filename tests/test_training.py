@@ -13,7 +13,7 @@ from lsrs_jax.data import Dataset, batch_indices
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.mesh import local_mesh, replicated
 from lsrs_jax.runtime.rng import domain_key, pinned
-from lsrs_jax.training import checkpoint, loop, optimizer
+from lsrs_jax.training import checkpoint, loop
 from lsrs_jax.training.loop import Evaluator
 from support import threefry
 
@@ -30,7 +30,7 @@ def test_weight_decay_touches_the_heads_kernels_only():
     params = model.init(threefry(0))
     settings = default().train
     settings.weight_decay, settings.schedule, settings.learning_rate = 0.1, "constant", 0.5
-    transformation = optimizer.make_optimizer(settings)
+    transformation = loop.make_optimizer(settings)
     zero = jax.tree.map(np.zeros_like, params)
     updates, _ = transformation.update(zero, transformation.init(params), params)
     moved = optax.apply_updates(params, updates)
@@ -82,7 +82,7 @@ def test_the_speed_of_training_is_that_of_steps_alone(tmp_path, monkeypatch):
 def test_the_average_is_what_is_kept_and_the_parameters_train_on(tmp_path):
     *_, last = trained(tmp_path / "last")
     config, model, dataset, average = trained(tmp_path / "average", ema=0.3)
-    transformation = optimizer.make_optimizer(config.train)
+    transformation = loop.make_optimizer(config.train)
     with pinned():
         params = model.init(domain_key(config.seed, "init"))
         step_function = loop.step_function(model, config, transformation.update)
@@ -110,13 +110,13 @@ def test_a_bfloat16_head_trains_float32_parameters(tmp_path):
 def test_schedule_warms_up_and_falls_to_zero():
     settings = default().train
     settings.steps, settings.warmup_steps, settings.learning_rate = 100, 10, 1.0
-    rate = optimizer.schedule(settings)
+    rate = loop.schedule(settings)
     values = [float(rate(step)) for step in range(101)]
     assert values[0] == pytest.approx(0.1)
     assert max(values) == pytest.approx(values[10]) == pytest.approx(1.0)
     assert values[100] == pytest.approx(0, abs=1e-6)
     settings.schedule = "constant"
-    assert float(optimizer.schedule(settings)(99)) == 1.0
+    assert float(loop.schedule(settings)(99)) == 1.0
 
 
 def test_evaluation_counts_every_image_once():

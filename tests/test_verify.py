@@ -188,7 +188,7 @@ def test_a_dropped_line_of_votes_is_found_even_under_new_digests(copy):
 @pytest.mark.parametrize(
     ("section", "field", "value", "why"),
     [
-        ("lipschitz", "constant", 0.5, "the Lipschitz constant is not that of the layers"),
+        ("lipschitz", "constant", 0.5, "the Lipschitz constant is not the product"),
         ("identity", "sigma", 1.0, "were drawn with sigma 1.0, not 0.5"),
         ("derivation", "alpha", 0.05, "contradicts itself"),
     ],

@@ -1,1 +1,1 @@
-"""Attacks on certificates: what tries to break them, who judges it, and the table of what was found."""
+"""Attacks on certificates: the attacks, the predictions that judge them, and the table of results."""

@@ -1,7 +1,7 @@
-"""Attacks on a smoothed classifier, which try to break its certificates. Pure functions over batches of images.
+"""Attacks on a smoothed classifier, which try to break its certificates: pure functions of batches of images.
 
-They run in float32 with noise of their own, never that of a certification or of the prediction that judges them. They
-search all of R^d, as a certificate claims: nothing is clipped to pixels in [0, 1].
+They run in float32. Their noise is independent of the noise of the certification and of the predictions that judge
+them. A certificate holds in all of R^d, so the attacks do not clip pixels to [0, 1].
 """
 
 from collections.abc import Callable
@@ -14,18 +14,18 @@ from jaxtyping import Array, Float, Int
 Images = Float[Array, "images *image"]
 Classes = Int[Array, " images"]
 PerImage = Float[Array, " images"]
-_HALVINGS = 12  # of the way from an image to a point
+_HALVINGS = 12  # steps of a bisection between an image and a point
 
 
 class Smoothed(NamedTuple):
-    """A smoothed classifier as attacks see it, differentiable where encoder and head are."""
+    """A smoothed classifier as attacks see it, differentiable if encoder and head are."""
 
     encode: Callable  # images (B, …) -> latents (B, …)
     head: Callable  # latents (B, …) -> logits (B, K)
     sigma: float
 
     def _logits(self, images: Images, key: jax.Array, samples: int) -> Float[Array, "samples images classes"]:
-        """Logits under noise that the images share."""
+        """Logits under noise; all images get the same noise."""
         latents = self.encode(images)
         noise = self.sigma * jax.random.normal(key, (samples, 1, *latents.shape[1:]), latents.dtype)
         noisy = (latents + noise).reshape(samples * len(latents), *latents.shape[1:])
@@ -38,22 +38,20 @@ class Smoothed(NamedTuple):
         return jax.nn.logsumexp(own, axis=0) - jnp.log(samples)
 
     def share(self, images: Images, classes: Classes, key: jax.Array, samples: int, rounds: int = 1) -> PerImage:
-        """Share of the samples for a class minus that of the strongest other class: positive where it wins.
-
-        `samples` are drawn at once, `rounds` times, so that no more memory is needed than for one round.
-        """
+        """Share of the samples for a class minus the share of the strongest other class: positive if the class wins."""
 
         def shares(number: jax.Array) -> jax.Array:
             logits = self._logits(images, jax.random.fold_in(key, number), samples)
             return jax.nn.one_hot(jnp.argmax(logits, axis=2), logits.shape[2]).mean(axis=0)
 
+        # `rounds` batches of `samples`, one after the other, to save memory
         mean = jax.lax.map(shares, jnp.arange(rounds)).mean(axis=0)
         own = jax.nn.one_hot(classes, mean.shape[1], dtype=bool)
         return (mean * own).sum(axis=1) - jnp.where(own, -1.0, mean).max(axis=1)
 
 
 def _norm(offset: Images) -> jax.Array:
-    """ℓ2 norm per image, with axes kept for broadcasting."""
+    """ℓ2 norm per image, with axes for broadcasting."""
     return jnp.sqrt(jnp.sum(offset**2, axis=tuple(range(1, offset.ndim)), keepdims=True))
 
 
@@ -62,17 +60,16 @@ def _unit(offset: Images) -> Images:
 
 
 def _like(numbers: PerImage, images: Images) -> jax.Array:
-    """Numbers with axes for broadcasting against images."""
+    """Numbers per image, with axes for broadcasting."""
     return numbers.reshape(-1, *[1] * (images.ndim - 1))
 
 
 def pgd(
     target: Smoothed, images: Images, classes: Classes, radius: PerImage, key: jax.Array, *, steps: int, samples: int
 ) -> Images:
-    """Projected gradient descent on the smoothed classifier (Salman et al. 2019), from a random start.
+    """Projected gradient descent on the probability of `classes`, from a random start (Salman et al. 2019).
 
-    Tries to leave the `classes` in gradient steps with so many noise `samples` each. Returns images of
-    ``‖x′ − x‖ ≤ radius``, up to float32 rounding.
+    Returns images with ``‖x′ − x‖ ≤ radius``, up to float32 rounding.
     """
     radius, (start_key, key) = _like(radius, images), jax.random.split(key)
     gradient = jax.grad(lambda x, step_key: target.log_probability(x, classes, step_key, samples).sum())
@@ -89,10 +86,7 @@ def pgd(
 def shorten(
     target: Smoothed, images: Images, points: Images, classes: Classes, key: jax.Array, *, samples: int, rounds: int = 1
 ) -> Images:
-    """Bisects between each point and its image for the nearest point where the class still loses.
-
-    Where the class wins at the given point already, that point is returned.
-    """
+    """Bisects between image and point for the nearest point at which the class loses; else returns the point."""
     direction = points - images
 
     def halve(i: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -117,13 +111,12 @@ def decision(
     directions: int,
     samples: int,
 ) -> Images:
-    """A decision-based attack: predictions, no gradients (HopSkipJump; Chen, Jordan and Wainwright 2020).
+    """A decision-based attack, from predictions without gradients (HopSkipJump; Chen, Jordan and Wainwright 2020).
 
-    Starts at points where the class loses, such as images of other classes, and goes to the boundary on the way to the
-    image. Each iteration estimates the normal of the boundary from predictions at random neighbours (`directions`),
-    takes a step along it, and returns to the boundary. Where the class wins at its start, nothing will be found.
-
-    Returns the nearest points found; the caller checks whether the class really loses there.
+    `starts` are points at which the class loses, such as images of other classes. The attack goes from them towards the
+    images until the boundary. Each iteration estimates the normal of the boundary from predictions at random neighbours
+    (`directions`), takes a step along it, and returns to the boundary. Returns the nearest points found; the caller
+    checks that the class loses there.
     """
 
     def loses(points: jax.Array, share_key: jax.Array) -> jax.Array:
@@ -140,7 +133,7 @@ def decision(
         units, lost = jax.lax.map(ask, jnp.arange(directions))
         answers = 2.0 * lost - 1.0
         mean = answers.mean(axis=0)
-        # Where all answers agree they count themselves; where they are mixed, their differences from the mean count.
+        # The weights are the answers if all agree, else their differences from the mean.
         weights = jnp.where(jnp.abs(mean) == 1, answers, answers - mean)
         normal = _unit(jnp.einsum("kb,kb...->b...", weights, units))
 

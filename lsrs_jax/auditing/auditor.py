@@ -1,4 +1,4 @@
-"""All attacks on a batch of certified images, and the predictions that judge them."""
+"""Runs all attacks on a batch of certified images, and the predictions that judge them."""
 
 import functools
 import itertools
@@ -16,11 +16,9 @@ from lsrs_jax.runtime.rng import domain_key, pinned, root_key
 from lsrs_jax.smoothing.head_check import Head
 from lsrs_jax.smoothing.sampler import Sampler
 
-# In σ/L, beyond the boundary that an attack found: next to the boundary `predict` abstains.
-_PUSHES = (0.05, 0.15, 0.4)
-_LADDER = (1.0, 2.0, 4.0)  # radii of PGD beyond the certified one, in σ/L
-_DIRECTIONS = 24  # neighbours at which a decision-based step predicts
-
+_PUSHES = (0.05, 0.15, 0.4)  # steps beyond the boundary, in σ/L: at the boundary itself `predict` abstains
+_LADDER = (1.0, 2.0, 4.0)  # radii of PGD beyond the certified radius, in σ/L
+_DIRECTIONS = 24  # neighbours per step of the decision-based attack
 
 _Images = Float[np.ndarray, "images *image"]
 _Classes = Int[np.ndarray, " images"]
@@ -28,7 +26,7 @@ _PerImage = Float[np.ndarray, " images"]
 
 
 class _Batch:
-    """A batch of images under attack, and what was found so far."""
+    """A batch of images under attack, and the results so far."""
 
     def __init__(
         self, predict: Callable[[_Images], _Classes], images: _Images, certified: _Classes, radius: _PerImage
@@ -46,7 +44,7 @@ class _Batch:
         return np.linalg.norm((points - self.images).reshape(len(points), -1), axis=1)
 
     def judge(self, name: str, points: _Images, predicted: _Classes | None = None) -> None:
-        """Predicts at points that an attack found, and counts flips."""
+        """Predicts at points that an attack returned, and counts flips."""
         distance, found = self.norms(points), self.found
         predicted = self._predict(points) if predicted is None else predicted
         flipped = (predicted >= 0) & (self.classes >= 0) & (predicted != self.classes)
@@ -58,7 +56,7 @@ class _Batch:
         found.distance[nearer], found.attack[nearer] = distance[nearer], name
 
     def scaled(self, points: _Images, lengths: _PerImage) -> _Images:
-        """Points in the same directions from the images, at these distances; never farther."""
+        """Moves points along their directions from the images to these distances, rounded down."""
         scale = lengths / np.maximum(self.norms(points), 1e-300) * (1 - 1e-9)
         return self.images + scale.reshape(-1, *[1] * (self.images.ndim - 1)) * (points - self.images)
 
@@ -66,8 +64,8 @@ class _Batch:
 class Auditor:
     """Attacks on one classifier (from `models.Model.for_certification`), compiled once for a batch of images.
 
-    `sampler` is that of the certification: its predictions at level `alpha` judge the attacks. `lipschitz` is the
-    constant that the certificates claim. Attacks draw noise of their own under the `seed` of the certification.
+    The predictions of the certification's `sampler` at level `alpha` judge the attacks. `lipschitz` is the constant
+    that the certificates claim, `seed` the seed of the certification (attacks draw from a domain of their own).
     """
 
     def __init__(
@@ -106,19 +104,16 @@ class Auditor:
         self._decide = jax.jit(functools.partial(attacks.decision, target, **sizes))
 
     def _predict(self, images: np.ndarray) -> np.ndarray:
-        votes = self._settings.votes
-        return self._sampler.predict(self._encode(images), self._predict_key, votes, self._alpha)
+        latents, n = self._encode(images), self._settings.votes
+        return self._sampler.predict(latents, self._predict_key, n, self._alpha)
 
     def _fill(self, values: np.ndarray) -> np.ndarray:
-        """Fills a whole batch with repetitions of the last image."""
+        """Fills the batch with repetitions of the last image."""
         return np.pad(values, ((0, self._batch - len(values)), *[(0, 0)] * (values.ndim - 1)), mode="edge")
 
     def __call__(self, images: _Images, certified: _Classes, radius: _PerImage, number: int) -> Found:
-        """Attacks up to a batch of float64 images and their certificates: class (−1 without one) and ℓ2 radius.
-
-        The noise follows from the `number` of the batch.
-        """
-        count, batch_key = len(images), jax.random.fold_in(self._key, number)
+        """Attacks at most a batch of float64 images with certificates: class (−1 without one) and ℓ2 radius."""
+        count, batch_key = len(images), jax.random.fold_in(self._key, number)  # the number of the batch sets the noise
         keys = (jax.random.fold_in(batch_key, use) for use in itertools.count())
         batch = _Batch(self._predict, images, certified, radius)
         padded, wanted = self._fill(images), self._fill(np.maximum(batch.classes, 0))
@@ -129,7 +124,7 @@ class Auditor:
             return np.asarray(points, np.float64)[:count]
 
         def beyond(name: str, points: np.ndarray) -> None:
-            """Judges points of an attack where the way to them leaves the class, and inside the radius."""
+            """Judges points beyond the boundary on the way from the images to `points`, and inside the radius."""
             near = self._shorten(device[0], jnp.asarray(self._fill(points), jnp.float32), device[1], next(keys))
             near = np.asarray(near, np.float64)[:count]
             boundary = batch.norms(near)
@@ -149,7 +144,7 @@ class Auditor:
 
 
 def _starts(images: np.ndarray, classes: np.ndarray) -> jax.Array:
-    """For each image of a batch the nearest one of another class in it, or noise where there is none."""
+    """For each image of a batch, the nearest image of another class in it, or noise if there is none."""
     rng = np.random.default_rng(0)
     starts = images + rng.normal(0, 1, images.shape)
     for row, own in enumerate(classes):

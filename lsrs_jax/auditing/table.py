@@ -1,7 +1,6 @@
-"""audit.tsv and audit.json beside the certificates that were attacked.
+"""Reads and writes audit.tsv and audit.json, beside the certificates that were attacked.
 
-audit.json holds the digest of the attacked table, the settings, the digest of audit.tsv (None until the audit is
-finished), its format number and its own digest.
+audit.json holds the digests of the attacked table and of a finished audit.tsv, and the settings.
 """
 
 from pathlib import Path
@@ -19,7 +18,7 @@ _WHOLE = ("idx", "label", "predict", "unperturbed", "pairs", "flips", "undecided
 
 
 class Settings(NamedTuple):
-    """How hard the attacks try; part of the identity of an audit."""
+    """Sizes of the attacks. A resumed audit must have the same settings."""
 
     images: int
     fractions: tuple[float, ...]
@@ -30,7 +29,7 @@ class Settings(NamedTuple):
 
 
 class Attacked(NamedTuple):
-    """Rows of the table that is attacked."""
+    """Rows of the attacked table."""
 
     idx: np.ndarray
     label: np.ndarray
@@ -39,32 +38,30 @@ class Attacked(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What attacks found on a batch of images; arrays over images. After `Attacked`, the columns of an audit.tsv."""
+    """Results of the attacks; arrays over images. `Attacked` and `Found` are the columns of an audit.tsv."""
 
     unperturbed: np.ndarray  # class that `predict` gives the image itself, or −1
-    pairs: np.ndarray  # points inside the certified radius that were tried
-    flips: np.ndarray  # those among them where `predict` returned another class than the certificate
-    undecided: np.ndarray  # those where it abstained: neither a flip nor the class of the certificate
-    # ℓ2 norm of the nearest flip of all, inf without one; away from the certified class where there is a certificate,
-    # else from `unperturbed`.
-    distance: np.ndarray
+    pairs: np.ndarray  # number of tried points inside the certified radius
+    flips: np.ndarray  # how often `predict` returned another class than the certificate there
+    undecided: np.ndarray  # how often `predict` abstained there
+    distance: np.ndarray  # ℓ2 norm of the nearest flip away from the certified (else the unperturbed) class, or inf
     attack: np.ndarray  # the name of the attack that found the nearest flip
 
 
 class Audit(NamedTuple):
-    """An audit.tsv; arrays over images, as in `Attacked` and `Found`."""
+    """The rows of an audit.tsv; arrays over images, as in `Attacked` and `Found`."""
 
     idx: np.ndarray
     predict: np.ndarray
     radius: np.ndarray
-    correct: np.ndarray  # whether the image is right without an attack: by its certificate, else by `unperturbed`
+    correct: np.ndarray  # True if the certified (else the unperturbed) class is the label
     pairs: np.ndarray
     flips: np.ndarray
     undecided: np.ndarray
     distance: np.ndarray
 
     def robust_accuracy(self, radius: float) -> float:
-        """Empirical upper bound: share of images that are right and that no attack flipped within this radius.
+        """Share of images that are correct and that no attack flipped within this radius: an upper bound.
 
         An image without certificate on which `predict` abstains counts as wrong, as in certified accuracy.
         """
@@ -72,10 +69,10 @@ class Audit(NamedTuple):
 
 
 def read_audit(path: Path) -> Audit:
-    """Reads an audit.tsv; raises UserError naming the line that cannot be read."""
+    """Reads an audit.tsv; raises UserError that names the line that cannot be read."""
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     if lines[0].split("\t") != list(AUDIT_COLUMNS):
-        raise UserError(f"{path} is not an audit: its first line differs")
+        raise UserError(f"{path} is not an audit: its first line has other columns")
     rows = []
     for number, line in enumerate(lines[1:-1], start=2):
         try:
@@ -98,20 +95,20 @@ def read_audit(path: Path) -> Audit:
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    """The content of audit.json beside an audit.tsv; raises UserError where a finished audit has changed."""
+    """The content of audit.json beside an audit.tsv; raises UserError if a finished audit has changed."""
     facts = path.with_suffix(".json")
     if not facts.exists():
         raise UserError(f"{path} has no {facts.name} beside it; restore it, or move the audit away")
     stored = read_sealed(facts, _check_facts, f"move it and {path.name} away to audit again")
     if stored["audit"] not in (None, digest_of(path)):
-        remedy = "restore it, or move both away to audit again"
-        raise UserError(f"{path} has changed: its digest is not the one in {facts.name}; {remedy}")
+        what = f"{path} has changed: its digest is not the one in {facts.name}"
+        raise UserError(f"{what}; restore it, or move both away to audit again")
     return stored
 
 
 def _check_facts(stored: dict[str, Any]) -> None:
     if stored["digest"] is None:
-        raise ValueError("it names no digest of its own")
+        raise ValueError("it has no digest of its own")
     refuse_unknown(stored, {"certificates": None, "settings": Settings._fields, "audit": None, "digest": None})
     for name, kind in (("certificates", str), ("settings", dict), ("audit", str | None)):
         if not isinstance(stored[name], kind):
@@ -119,48 +116,45 @@ def _check_facts(stored: dict[str, Any]) -> None:
 
 
 def read_finished(path: Path) -> tuple[str, Audit] | None:
-    """``(digest of the attacked table, `Audit`)`` of a finished audit, else None; UserError where it has changed."""
+    """``(digest of the attacked table, `Audit`)``, or None if unfinished; raises UserError if it has changed."""
     facts = _facts(path)
     return (facts["certificates"], read_audit(path)) if facts["audit"] else None
 
 
 class Journal:
-    """The audit of one folder of certificates, row by row; what an earlier session has written stays.
+    """The audit of one folder of certificates. Writes it row by row, and resumes an unfinished one.
 
-    Settings of another audit, or another digest of the attacked table (`certificates`), are refused. `done` are the
-    indices of the images that are in it.
+    `certificates` is the digest of the attacked table, `done` the indices of the images that the audit holds. Raises
+    UserError if the folder holds an audit with other settings, or of another table.
     """
 
     def __init__(self, folder: Path, settings: Settings, certificates: str) -> None:
-        self.path = folder / "audit.tsv"
+        self.path = path = folder / "audit.tsv"
         self._identity = plain({"certificates": certificates, "settings": settings._asdict()})
-        self.done = self._resume()
-
-    def _resume(self) -> set[int]:
-        """Images that an earlier session of the same audit has done; begins a new audit where there is none."""
-        path = self.path
+        self.done: set[int] = set()
         if not path.exists() or not (path.with_suffix(".json").exists() or path.read_bytes().count(b"\n") > 1):
             self._seal(None)
             write_atomic(path, "\t".join(AUDIT_COLUMNS) + "\n")
-            return set()
+            return
         stored = _facts(path)
         if difference := first_difference({name: stored[name] for name in self._identity}, self._identity):
             name, old, new = difference
             what = f"other certificates or settings ({name} was {old!r} and is now {new!r})"
             raise UserError(f"{path} is the audit of {what}; move it away, or give the old settings to resume")
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-        write_atomic(path, "\n".join(lines[:-1]) + "\n")  # without what a kill may have left of a line
-        return set(read_audit(path).idx.tolist()) if len(lines) > 2 else set()
+        write_atomic(path, "\n".join(lines[:-1]) + "\n")  # without the last line, which a kill may have cut off
+        if len(lines) > 2:
+            self.done = set(read_audit(path).idx.tolist())
 
     def _seal(self, audit: str | None) -> None:
         write_sealed(self.path.with_suffix(".json"), self._identity | {"audit": audit})
 
     def finish(self) -> None:
-        """Seals what was found: from now on a change of it is noticed."""
+        """Seals the audit: readers refuse it if it changes from now on."""
         self._seal(digest_of(self.path))
 
     def append(self, rows: Attacked, found: Found) -> None:
-        """Writes what attacks found on some rows, but for images that are in the audit already."""
+        """Writes the results of some rows, without the images that the audit already holds."""
         new = [row for row in zip(*rows, *found, strict=True) if int(row[0]) not in self.done]
         cells = [[repr(float(cell)) if isinstance(cell, float) else str(cell) for cell in row] for row in new]
         with deferred():

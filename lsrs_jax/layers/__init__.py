@@ -1,13 +1,12 @@
 """Linen modules over `lsrs_jax.orthogonal`, each 1-Lipschitz unless its docstring says otherwise.
 
-Every module has, beside ``__call__``, ``output_shape(input_shape)`` and ``materialize(params, input_shape)``, which
-returns the same layer as a plain function of plain arrays with its singular values proven on those very arrays.
+Each also has ``output_shape(input_shape)`` and ``materialize(params, input_shape)``, which returns the layer as a
+`Plain`: a pure function, its float64 arrays, and the singular values proven on them.
 """
 
 from lsrs_jax.layers.activation import GroupSort, Householder, MaxMin
 from lsrs_jax.layers.base import Layer, Plain
-from lsrs_jax.layers.encoder import Encoder
-from lsrs_jax.layers.linear import OrthogonalConv, OrthogonalDense
+from lsrs_jax.layers.linear import Encoder, OrthogonalConv, OrthogonalDense
 from lsrs_jax.layers.resize import AveragePool, Channels, DepthToSpace, Flatten, Haar, L2Pool, Normalize, SpaceToDepth
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Gradient-norm-preserving activations as modules."""
+"""Activations as modules that preserve the norm of gradients."""
 
 import flax.linen as nn
 import numpy as np
@@ -6,8 +6,8 @@ from jaxtyping import PyTree
 
 from lsrs_jax.layers.base import Fixed, Layer, Plain, Shape
 from lsrs_jax.orthogonal import activation, spectrum
-from lsrs_jax.orthogonal.rounding import gamma
 from lsrs_jax.orthogonal.shape import Features
+from lsrs_jax.orthogonal.spectrum import gamma
 
 
 class MaxMin(Fixed):
@@ -30,13 +30,11 @@ class GroupSort(Fixed):
 
 
 class Householder(Layer):
-    """Reflects channel pairs across a learnable line (Singla, Singla and Feizi 2021). **Guarantee**: 1-Lipschitz.
-
-    Each pair of channels has one angle. It starts at π/2, where the layer is `MaxMin`.
-    """
+    """Reflects channel pairs across a learnable line (Singla, Singla and Feizi 2021). **Guarantee**: 1-Lipschitz."""
 
     @nn.compact
     def __call__(self, x: Features) -> Features:
+        # One angle per pair of channels; at π/2 the layer is `MaxMin`.
         return activation.householder(x, self.param("theta", nn.initializers.constant(np.pi / 2), (x.shape[-1] // 2,)))
 
     def output_shape(self, input_shape: Shape) -> Shape:
@@ -46,5 +44,5 @@ class Householder(Layer):
         theta = np.asarray(params["theta"], np.float64)
         # [[cos θ, sin θ], [sin θ, −cos θ]] is a reflection up to the last place of its entries.
         bound = spectrum.upper_bound(1.0)
-        # γ(16): two products of sines and cosines that are themselves rounded.
+        # γ(16): two products of sines and cosines, which are themselves rounded.
         return Plain(lambda t, x: activation.householder(x, t), theta, bound, 2 - bound, "reflects pairs", gamma(16))

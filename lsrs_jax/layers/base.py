@@ -10,22 +10,21 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from lsrs_jax.orthogonal import spectrum
-from lsrs_jax.orthogonal.rounding import product_rounding
 from lsrs_jax.runtime.errors import UserError
 
 Shape = tuple[int, ...]
 
 
 class Plain(NamedTuple):
-    """A layer for certification: plain arrays, proven singular values, and what float64 arithmetic adds.
+    """A layer as a pure function of float64 arrays, with proven singular values and a bound on its rounding error.
 
     The rounding bounds assume that XLA's float64 products and convolutions are sums of products, in any order.
     """
 
     apply: Callable[[PyTree, Array], Array]  # (params, x[B, ...]) -> y, in the dtype of x and params
-    params: PyTree[Float[np.ndarray, "..."]]  # float64
+    params: PyTree[Float[np.ndarray, "..."]]  # float64; for an orthogonal layer the built form, not the raw parameters
     sigma_max: float  # upper bound on the Lipschitz constant
-    sigma_min: float  # lower bound on the smallest of min(inputs, outputs) singular values; 0 where none is known
+    sigma_min: float  # lower bound on the smallest of min(inputs, outputs) singular values; 0 if no bound is known
     proof: str
     rounding: float = 0.0  # ℓ2 error of apply in float64 over sigma_max · ‖x‖ + offset
     offset: float = 0.0  # upper bound on ‖apply(0)‖
@@ -33,29 +32,29 @@ class Plain(NamedTuple):
 
 def matrix_plain(apply: Callable[[PyTree, Array], Array], matrix: Float[np.ndarray, "m n"]) -> Plain:
     """The `Plain` of a product with a matrix, whose singular values are computed here."""
-    sigma, rounding = spectrum.dense_singular_values(matrix), product_rounding(max(matrix.shape))
+    sigma, rounding = spectrum.dense_singular_values(matrix), spectrum.product_rounding(max(matrix.shape))
     return Plain(apply, matrix, spectrum.upper_bound(sigma.max()), float(sigma.min()), "SVD of the matrix", rounding)
 
 
 class Layer(nn.Module):
-    """A Linen module with a known Lipschitz constant. All trainable variables live in the collection ``params``."""
+    """A Linen module with a known Lipschitz constant. All trainable variables are in the collection ``params``."""
 
     def output_shape(self, input_shape: Shape) -> Shape:
-        """Shape of the output, without the batch axis; raises UserError for an input the layer cannot take."""
+        """Shape of the output without the batch axis; raises UserError for an input that the layer cannot take."""
         raise NotImplementedError
 
     def materialize(self, params: PyTree, input_shape: Shape) -> Plain:
-        """The same layer as a `Plain`: its constant is proven on the very arrays that the `Plain` holds."""
+        """The same layer as a `Plain`, whose constant is proven on exactly the arrays that it holds."""
         raise NotImplementedError
 
 
 class Fixed(Layer):
-    """A layer without parameters whose singular values are all 1 (of its Jacobian, where it is not linear)."""
+    """A layer without parameters. All its singular values (of its Jacobian, if it is not linear) are 1."""
 
     proof: ClassVar[str] = ""
 
     def output_shape(self, input_shape: Shape) -> Shape:
-        # Traces ``__call__``, which raises UserError for an input the layer cannot take.
+        # Traces ``__call__``, which raises UserError for an input that the layer cannot take.
         layer = self.clone(parent=None)
         return jax.eval_shape(lambda x: layer(x), jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)).shape[1:]
 
@@ -65,7 +64,7 @@ class Fixed(Layer):
 
 
 def check_sizes(layer: str, **sizes: object) -> None:
-    """Raises unless every value is a positive integer, or a pair of them where its name ends in ``_pair``."""
+    """Raises UserError unless every value is a positive integer, or a pair of them if its name ends in ``_pair``."""
     for name, value in sizes.items():
         pair = name.endswith("_pair")
         values = tuple(value) if pair and isinstance(value, tuple | list) else (value,)
@@ -75,7 +74,7 @@ def check_sizes(layer: str, **sizes: object) -> None:
 
 
 def check_image(layer: str, shape: Shape, **sizes: object) -> None:
-    """Raises unless `shape` is ``(H, W, C)`` and the sizes pass `check_sizes`."""
+    """Raises UserError unless `shape` is ``(H, W, C)`` and the sizes pass `check_sizes`."""
     if len(shape) != 3:
         raise UserError(f"{layer} takes images (B, H, W, C), got an input of shape (B, {', '.join(map(str, shape))})")
     check_sizes(layer, **sizes)

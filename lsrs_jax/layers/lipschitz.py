@@ -1,4 +1,4 @@
-"""Turns a trained encoder into plain arrays and a proven Lipschitz constant."""
+"""Turns a trained encoder into a pure function of float64 arrays, with a proven Lipschitz constant."""
 
 import contextlib
 import dataclasses
@@ -16,12 +16,12 @@ from lsrs_jax import layers
 from lsrs_jax.layers.base import Shape, matrix_plain
 from lsrs_jax.runtime.errors import UserError
 
-_LARGEST = 2**31  # an image or a latent of more numbers is a mistake
+_LARGEST = 2**31  # largest number of entries of an image or latent
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerBound:
-    """One line of the report; the numbers are those of `lsrs_jax.layers.Plain`."""
+    """One line of the report: the fields of `lsrs_jax.layers.Plain` without the function and its arrays."""
 
     layer: str
     sigma_max: float
@@ -35,9 +35,9 @@ class LayerBound:
 class LipschitzReport:
     """Singular values of every layer of an encoder, for one input size.
 
-    **Guarantee**: the encoder, as the plain function on the plain float64 parameters beside this report, is
-    ``constant``-Lipschitz in ℓ2 on inputs of ``input_shape``. The constant is the product of the layers' σ_max
-    (float64 SVD of the very arrays that run, each with a margin for the SVD's own error), rounded up.
+    **Guarantee**: the encoder, as the function and float64 parameters of the `Materialized` that holds this report, is
+    ``constant``-Lipschitz in ℓ2 on inputs of ``input_shape``. The constant is the product of the layers' σ_max (float64
+    SVD of exactly the arrays that run, each with a margin for the SVD's own error), rounded up.
     """
 
     layers: tuple[LayerBound, ...]
@@ -50,42 +50,35 @@ class LipschitzReport:
         for layer in self.layers:
             if layer.sigma_max != 1.0:
                 product = math.nextafter(product * layer.sigma_max, math.inf)
-        # Rounded up to a multiple of 1e-12: the last places of an SVD differ between machines, certificates should not.
+        # Rounded up to a multiple of 1e-12, because the last places of an SVD differ between machines.
         return product if product == 1.0 else math.nextafter(math.ceil(product * 1e12) / 1e12, math.inf)
 
     def rounding(self, norm: ArrayLike) -> Float[np.ndarray, "..."]:
-        """ℓ2 bound on what float64 arithmetic adds to the output, for inputs of at most this norm.
-
-        Each layer adds its own rounding error and stretches the error of the layers before it by at most its σ_max.
-        """
+        """ℓ2 bound on the float64 rounding error of the output, for inputs of at most this norm."""
         norm = np.asarray(norm, np.float64)
         error = np.zeros_like(norm)
+        # Each layer adds its own rounding error and stretches the error of the layers before it by at most its σ_max.
         for layer in self.layers:
             error = layer.sigma_max * error + layer.rounding * (layer.sigma_max * (norm + error) + layer.offset)
             norm = layer.sigma_max * norm + layer.offset
         return error * (1 + 1e-9)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types for JSON, the constant included."""
+        """The report as JSON types, with the constant."""
         return dataclasses.asdict(self) | {"constant": self.constant}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LipschitzReport":
-        """The inverse of `to_dict`, from JSON.
-
-        Raises:
-          ValueError: for values that `to_dict` cannot return, such as a constant that is not that of the layers.
-        """
+        """The inverse of `to_dict`, from JSON; raises ValueError for values that `to_dict` cannot return."""
         try:
             bounds = tuple(LayerBound(**layer) for layer in values["layers"])
-            if not all(isinstance(values[name], list | tuple) for name in ("input_shape", "output_shape")):
-                raise ValueError("its shapes are not lists")
-            report = cls(bounds, tuple(values["input_shape"]), tuple(values["output_shape"]))
-            for shape in (report.input_shape, report.output_shape):
-                if not all(type(size) is int and size >= 1 for size in shape) or math.prod(shape) > _LARGEST:
+            for shape in (values["input_shape"], values["output_shape"]):
+                sizes = shape if isinstance(shape, list | tuple) else [0]
+                if not all(type(size) is int and size >= 1 for size in sizes) or math.prod(sizes) > _LARGEST:
                     raise ValueError(f"{shape} cannot be the shape of an image or latent")
+            report = cls(bounds, tuple(values["input_shape"]), tuple(values["output_shape"]))
             if report.constant != values["constant"]:
-                raise ValueError("the Lipschitz constant is not that of the layers")
+                raise ValueError("the Lipschitz constant is not the product of the layers' constants")
         except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"not a report of a Lipschitz constant ({error})") from error
         return report
@@ -106,7 +99,7 @@ class Materialized(NamedTuple):
 
 
 def materialize(encoder: nn.Module, params: PyTree, input_shape: Sequence[int]) -> Materialized:
-    """Turns an `Encoder` and its parameters into a plain function, plain parameters and a `LipschitzReport`.
+    """Turns an `Encoder` and its parameters into a `Materialized`.
 
     `params` are the variables of the encoder, or their ``params`` collection. The report holds for inputs of
     `input_shape` ``(H, W, C)`` only, and ``apply`` refuses others.
@@ -117,7 +110,7 @@ def materialize(encoder: nn.Module, params: PyTree, input_shape: Sequence[int]) 
     if not isinstance(encoder, layers.Encoder):
         raise UserError(f"materialize takes an lsrs_jax.layers.Encoder, got {type(encoder).__name__}")
     params = params.get("params", params)
-    shape, plains, rows = tuple(input_shape), [], []
+    shape, plains, bounds = tuple(input_shape), [], []
     for index, layer in enumerate(encoder.layers):
         name = f"{index} {type(layer).__name__}"
         if not isinstance(layer, layers.Layer):
@@ -129,36 +122,32 @@ def materialize(encoder: nn.Module, params: PyTree, input_shape: Sequence[int]) 
             plain = layer.materialize(values, shape)
         except (KeyError, TypeError) as error:
             raise UserError(
-                f"layer {name} of the encoder finds no parameters that fit ({error}); pass those of this very chain, "
-                "with an instance of its own for every layer"
+                f"layer {name} of the encoder finds no parameters that fit ({error}); pass the parameters of this "
+                "encoder, and use an instance of its own for every layer"
             ) from error
         except np.linalg.LinAlgError as error:
             raise UserError(f"the singular values of layer {name} cannot be computed ({error}); train again") from error
         plains.append(plain)
-        rows.append(_bound(name, plain))
+        bounds.append(LayerBound(name, *plain[2:]))
         shape = layer.output_shape(shape)
-    report = LipschitzReport(tuple(rows), tuple(input_shape), shape)
+    report = LipschitzReport(tuple(bounds), tuple(input_shape), shape)
 
-    def apply(plain_params: PyTree, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch ..."]:
+    def apply(params: PyTree, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch ..."]:
         if x.shape[1:] != report.input_shape:
             raise UserError(f"this encoder was materialized for inputs {report.input_shape}, got {x.shape[1:]}")
-        for plain, values in zip(plains, plain_params, strict=True):
+        for plain, values in zip(plains, params, strict=True):
             x = plain.apply(values, x)
         return x
 
     return Materialized(apply, tuple(plain.params for plain in plains), report)
 
 
-def _bound(name: str, plain: layers.Plain) -> LayerBound:
-    return LayerBound(name, plain.sigma_max, plain.sigma_min, plain.proof, plain.rounding, plain.offset)
-
-
 def project(materialized: Materialized, basis: Float[np.ndarray, "d m"]) -> Materialized:
-    """Appends a linear map: the products of the flattened latents with the m columns of a float64 matrix."""
+    """Appends one more layer: the product of the flattened latents with a float64 matrix."""
     plain = matrix_plain(lambda basis, z: z.reshape(z.shape[0], -1) @ basis, np.asarray(basis, np.float64))
     report = materialized.report
-    bounds = (*report.layers, _bound(f"{len(report.layers)} span of the weights", plain))
-    report = dataclasses.replace(report, layers=bounds, output_shape=basis.shape[1:])
+    last = LayerBound(f"{len(report.layers)} span of the weights", *plain[2:])  # on-disk format
+    report = dataclasses.replace(report, layers=(*report.layers, last), output_shape=basis.shape[1:])
 
     def apply(params: PyTree, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch m"]:
         return plain.apply(params[-1], materialized.apply(params[:-1], x))
@@ -167,10 +156,10 @@ def project(materialized: Materialized, basis: Float[np.ndarray, "d m"]) -> Mate
 
 
 class Float64Encoder:
-    """Runs a `Materialized` encoder in float64, NumPy in and out.
+    """Runs a `Materialized` encoder in float64, on NumPy arrays.
 
-    One program with a constant `batch`, compiled on the first call, on the default device (or on the CPU where the
-    device has no float64: TPU), with every product at the highest precision.
+    One program with a constant `batch` runs on the default device, with every product at the highest precision. It runs
+    on the CPU if the default device is a TPU, which has no float64.
     """
 
     def __init__(self, materialized: Materialized, batch: int) -> None:

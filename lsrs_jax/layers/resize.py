@@ -1,4 +1,4 @@
-"""Resizing as modules: permutations, padding, cropping, pooling; and the scaling of the input."""
+"""Resizing as modules (permutations, padding, cropping, pooling), and the scaling of the input."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,8 +6,8 @@ from jaxtyping import Array, Float, PyTree, Shaped
 
 from lsrs_jax.layers.base import Fixed, Layer, Plain, Shape, check_image, check_sizes
 from lsrs_jax.orthogonal import resize, spectrum
-from lsrs_jax.orthogonal.rounding import gamma, product_rounding
 from lsrs_jax.orthogonal.shape import Features, Images, check_float
+from lsrs_jax.orthogonal.spectrum import gamma, product_rounding
 from lsrs_jax.runtime.errors import UserError
 
 

@@ -1,7 +1,6 @@
-"""Encoders: chains of orthogonal layers in front of the noise, by name."""
+"""Encoders by name: chains of orthogonal layers in front of the noise."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import flax.linen as nn
 
@@ -9,13 +8,8 @@ from lsrs_jax import layers
 from lsrs_jax.runtime.errors import UserError
 
 Chain = tuple[nn.Module, ...]
-
-
-class Constructors(NamedTuple):
-    """Makes the layers of which an encoder consists."""
-
-    conv: Callable[..., nn.Module]  # (features, kernel_size, strides) -> an orthogonal convolution
-    activation: Callable[[], nn.Module]  # follows every convolution
+Pair = tuple[int, int]
+Make = Callable[[int, Pair, Pair], Chain]  # (channels, kernel size, strides) -> orthogonal convolution, activation
 
 
 def _space_to_depth(stride: int) -> Chain:
@@ -28,49 +22,42 @@ def _haar(stride: int) -> Chain:
     return (layers.Haar(),) * (stride - 1)
 
 
-# Name of the encoder -> how its blocks downsample: stride -> layers.
+# Encoder -> the function (stride -> layers) that downsamples in its blocks.
 BLOCKS: dict[str, Callable[[int], Chain]] = {"blocks": _space_to_depth, "blocks_haar": _haar}
 
 
-def blocks(
-    make: Constructors,
-    widths: Sequence[int],
-    strides: Sequence[int],
-    downsample: Callable[[int], Chain] = _space_to_depth,
-) -> Chain:
+def blocks(make: Make, widths: Sequence[int], strides: Sequence[int], downsample: Callable[[int], Chain]) -> Chain:
     """Blocks of a network: each downsamples by its stride, then has a 3x3 orthogonal convolution and an activation.
 
-    A block of width 0 only downsamples. `downsample` is a value of `BLOCKS`: a permutation of pixels into channels, or
-    the Haar transform with the coarse channels first; a convolution with fewer output channels then starts by keeping
-    the coarse image instead of every second pixel. `heads.BlocksHead` has the same blocks, unconstrained.
+    A block of width 0 only downsamples. `downsample` is a value of `BLOCKS`. A convolution with fewer output channels
+    starts by keeping the coarse image after a Haar transform, and every second pixel after space-to-depth.
     """
     chain = []
     for width, stride in zip(widths, strides, strict=True):
         chain += downsample(stride)
         if width:
-            chain += [make.conv(width, (3, 3)), make.activation()]
+            chain += make(width, (3, 3), (1, 1))
     return tuple(chain)
 
 
-def _stages(make: Constructors, channels: int, *stages: tuple[int, int | None]) -> Chain:
+def _stages(make: Make, channels: int, *stages: tuple[int, int | None]) -> Chain:
     """Stages ``(count, width)``: space-to-depth by 2, then `count` convolutions; width None keeps all channels."""
     widths, strides = [], []
     for count, width in stages:
         channels = width or 4 * channels
         widths += [channels] * count or [0]
         strides += [2] + [1] * (count - 1)
-    return blocks(make, widths, strides)
+    return blocks(make, widths, strides, _space_to_depth)
 
 
-def _convolutions(make: Constructors, *specs: tuple[int, int, int]) -> Chain:
+def _convolutions(make: Make, *specs: tuple[int, int, int]) -> Chain:
     """Convolutions ``(channels, kernel, stride)``, each followed by an activation."""
-    pairs = [(make.conv(width, (size, size), (stride, stride)), make.activation()) for width, size, stride in specs]
-    return tuple(layer for pair in pairs for layer in pair)
+    return tuple(layer for width, size, stride in specs for layer in make(width, (size, size), (stride, stride)))
 
 
-# (make, channels of the image) -> layers. `partial`, `latent` and `preprocessor` are the splits of the public code that
+# (make, channels of the image) -> layers. `partial`, `latent` and `preprocessor` are the splits in the public code that
 # preceded LSRS (SC-Fac convolutions, Su, Byeon and Huang 2022).
-ENCODERS: dict[str, Callable[[Constructors, int], Chain]] = {
+ENCODERS: dict[str, Callable[[Make, int], Chain]] = {
     "identity": lambda make, channels: (),
     "space_to_depth": lambda make, channels: _stages(make, channels, (0, None)),
     "shallow": lambda make, channels: _stages(make, channels, (2, None)),

@@ -12,9 +12,9 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal, jaxprs_in_params
 def flops(function: Callable[..., Any], *arguments: Any) -> int:
     """FLOPs of the convolutions and matrix products of ``function(*arguments)``; nothing else is counted.
 
-    A multiplication and an addition count two, eight if the factors are complex. Products with padding (circular or
-    zero) count, products with the zeros of a dilated input do not. The arguments may be `jax.ShapeDtypeStruct`. The
-    body of a ``scan`` counts once per iteration, that of any other loop once; all branches of a condition count.
+    A multiplication and an addition count 2, or 8 if complex. Products with padding count, products with the zeros of a
+    dilated input do not. The body of a ``scan`` counts once per iteration, other loops once; all branches of
+    a condition count. The arguments may be `jax.ShapeDtypeStruct`.
     """
     return _total(jax.make_jaxpr(function)(*arguments).jaxpr, _flops)
 
@@ -25,8 +25,7 @@ def traffic(function: Callable[..., Any], *arguments: Any) -> int:
 
 
 def peak_memory(function: Callable[..., Any], *arguments: Any) -> int:
-    """Peak of the bytes alive during ``function(*arguments)``, arguments included, if operations run in program order
-    and each into its own memory. A compiler that fuses operations needs less."""
+    """Peak of the bytes alive if the operations of ``function(*arguments)`` run in program order, without fusion."""
     return _peak_bytes(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
@@ -46,23 +45,23 @@ def _flops(equation: JaxprEqn) -> int:
     left, right = (operand.aval.shape for operand in equation.invars[:2])  # pyright: ignore[reportAttributeAccessIssue]
     per_product = 8 if jnp.issubdtype(out.dtype, jnp.complexfloating) else 2
     if equation.primitive.name == "conv_general_dilated":
-        # The output contains the output features already; most entries of a dilated input are zero.
+        # The size of the output includes the output features. A dilated input has one nonzero entry in `dilation`.
         features = right[equation.params["dimension_numbers"].rhs_spec[0]]
-        zeros = math.prod(equation.params["lhs_dilation"])
-        return per_product * math.prod(out.shape) * (math.prod(right) // features) // zeros
+        dilation = math.prod(equation.params["lhs_dilation"])
+        return per_product * math.prod(out.shape) * (math.prod(right) // features) // dilation
     (contracted, _), _ = equation.params["dimension_numbers"]
     return per_product * math.prod(out.shape) * math.prod(left[axis] for axis in contracted)
 
 
 def _sizes(variables: Iterable[Any]) -> int:
-    """Bytes of variables, without random keys, which are few and small."""
+    """Bytes of arrays; random keys, which are few and small, are left out."""
     avals = [variable.aval for variable in variables if hasattr(variable.aval, "shape")]
     arrays = [aval for aval in avals if not jnp.issubdtype(aval.dtype, jax.dtypes.extended)]
     return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in arrays)
 
 
 def _peak_bytes(jaxpr: Jaxpr) -> int:
-    """Most bytes of variables alive at once, where each is freed after its last use and arguments are kept."""
+    """Most bytes of variables alive at once. A variable is freed after its last use, an argument never."""
     last = {variable: len(jaxpr.eqns) for variable in jaxpr.outvars if not isinstance(variable, Literal)}
     for index, equation in reversed(list(enumerate(jaxpr.eqns))):
         for variable in equation.invars:
@@ -71,8 +70,7 @@ def _peak_bytes(jaxpr: Jaxpr) -> int:
     live = peak = _sizes(jaxpr.invars) + _sizes(jaxpr.constvars)
     for index, equation in enumerate(jaxpr.eqns):
         live += _sizes(equation.outvars)
-        # The arguments and results of an inner jaxpr are counted here already.
-        parts = jaxprs_in_params(equation.params)
+        parts = jaxprs_in_params(equation.params)  # Their arguments and results are already counted here.
         inner = [_peak_bytes(part) - _sizes((*part.invars, *part.outvars)) for part in parts]
         peak = max(peak, live + max([0, *inner]))
         used = {variable for variable in equation.invars if not isinstance(variable, Literal)}

@@ -1,7 +1,6 @@
 """Heads: Linen modules that classify the latent, ``(B, …) → (B, num_classes)``, with independent rows.
 
-A head that is linear in the latent also has a method ``matrix(params) -> Matrix``. With it the classifier has a
-deterministic certificate as well.
+A head that is linear in the latent also has a method ``matrix(params) -> Matrix``.
 """
 
 from collections.abc import Callable
@@ -29,26 +28,34 @@ class _Classifier(nn.Module):
     num_classes: int
 
 
-class LinearHead(_Classifier):
-    """One dense layer on the flattened latent."""
+class MLPHead(_Classifier):
+    """Dense layers with ReLU on the flattened latent."""
+
+    widths: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(self, z: Latents) -> Logits:
-        return nn.Dense(self.num_classes)(z.reshape(z.shape[0], -1))
+        z = z.reshape(z.shape[0], -1)
+        for width in self.widths:
+            z = nn.relu(nn.Dense(width)(z))
+        return nn.Dense(self.num_classes)(z)
+
+
+class LinearHead(MLPHead):
+    """One dense layer on the flattened latent."""
 
     def matrix(self, params: Any) -> Matrix:
         return np.asarray(params["Dense_0"]["kernel"], np.float64), np.asarray(params["Dense_0"]["bias"], np.float64)
 
 
 class NormalizedHead(_Classifier):
-    """A linear head whose K weight vectors have length 1 (last-layer normalisation, Singla, Singla and Feizi 2021)."""
+    """A linear head with weight vectors of length 1 (last-layer normalisation, Singla, Singla and Feizi 2021)."""
 
     @nn.compact
     def __call__(self, z: Latents) -> Logits:
         z = z.reshape(z.shape[0], -1)
         weights = self.param("kernel", nn.initializers.orthogonal(), (z.shape[-1], self.num_classes))
         bias = self.param("bias", nn.initializers.zeros, (self.num_classes,))
-        # The constant keeps the gradient finite at zero weights.
         return z @ (weights / jnp.sqrt(jnp.sum(weights**2, axis=0) + 1e-12)) + bias
 
     def matrix(self, params: Any) -> Matrix:
@@ -57,7 +64,7 @@ class NormalizedHead(_Classifier):
 
 
 class OrthogonalHead(_Classifier):
-    """A linear head with orthonormal weight vectors (Cayley transform): the logits are jointly 1-Lipschitz."""
+    """A linear head with orthonormal weight vectors (Cayley transform): the vector of logits is 1-Lipschitz."""
 
     @nn.compact
     def __call__(self, z: Latents) -> Logits:
@@ -69,31 +76,18 @@ class OrthogonalHead(_Classifier):
         return dense.materialize(raw, raw["raw"].shape[:1]).params, np.zeros(self.num_classes)
 
 
-class MLPHead(_Classifier):
-    """Dense layers with ReLU on the flattened latent."""
-
-    widths: tuple[int, ...]
-
-    @nn.compact
-    def __call__(self, z: Latents) -> Logits:
-        z = z.reshape(z.shape[0], -1)
-        for width in self.widths:
-            z = nn.relu(nn.Dense(width)(z))
-        return nn.Dense(self.num_classes)(z)
-
-
 def _conv(channels: int, size: int = 3, stride: int = 1, use_bias: bool = True) -> nn.Conv:
     kernel = nn.initializers.he_normal()
     return nn.Conv(channels, (size, size), (stride, stride), use_bias=use_bias, kernel_init=kernel)
 
 
 def _pooled(z: Images, num_classes: int) -> Logits:
-    """The mean over positions, then a dense layer. There are no batch statistics: rows stay independent."""
+    """The mean over positions, then a dense layer."""
     return nn.Dense(num_classes)(z.mean(axis=(1, 2)))
 
 
 class ConvHead(_Classifier):
-    """3x3 convolutions with ReLU, the mean over positions, a dense layer."""
+    """3x3 convolutions with ReLU, then the mean over positions and a dense layer."""
 
     stages: tuple[tuple[int, int], ...]  # (channels, stride) of each convolution
 
@@ -105,7 +99,7 @@ class ConvHead(_Classifier):
 
 
 class ResNetHead(_Classifier):
-    """A 3x3 stem, residual blocks of two 3x3 convolutions with ReLU, the mean over positions, a dense layer."""
+    """A 3x3 stem, residual blocks of two 3x3 convolutions with ReLU, then the mean over positions and a dense layer."""
 
     stages: tuple[tuple[int, int], ...]  # (channels, stride) of each block; the stem has the channels of the first
     stem: bool = True
@@ -122,19 +116,18 @@ class ResNetHead(_Classifier):
 
 
 class BottleneckHead(_Classifier):
-    """Residual blocks of ResNet-50 (1x1, 3x3 and 1x1 convolutions), the mean over positions, a dense layer.
+    """Residual blocks of ResNet-50 with group normalisation (Wu and He 2018), so that rows stay independent.
 
-    Group normalisation (Wu and He 2018) replaces batch normalisation, so that rows stay independent; a block's last
-    scale starts at zero. The 3x3 convolution has the stride. The stem: a 7x7 convolution and a max pool of stride 2.
+    Then the mean over positions and a dense layer. The last scale of a block starts at zero.
     """
 
     stages: tuple[tuple[int, int, int], ...]  # (inner channels, blocks, stride of the first); output: 4 x the channels
-    stem: bool = False
+    stem: bool = False  # start with a 7x7 convolution and a max pool, both of stride 2
 
     @nn.compact
     def __call__(self, z: Images) -> Logits:
         def conv(z: Images, channels: int, size: int, stride: int = 1, **scale: Any) -> Images:
-            return nn.GroupNorm(_GROUPS, **scale)(_conv(channels, size, stride, use_bias=False)(z))
+            return nn.GroupNorm(32, **scale)(_conv(channels, size, stride, use_bias=False)(z))
 
         if self.stem:
             z = nn.max_pool(nn.relu(conv(z, 64, 7, 2)), (3, 3), (2, 2), "SAME")
@@ -147,10 +140,7 @@ class BottleneckHead(_Classifier):
 
 
 class BlocksHead(_Classifier):
-    """`lsrs_jax.models.encoders.blocks` without constraints: the same shapes and FLOPs, and ReLU as activation.
-
-    Each block: space-to-depth by its stride, a 3x3 convolution, ReLU. Then the mean over positions, a dense layer.
-    """
+    """Blocks as in `encoders.blocks` without constraints, with ReLU, then the mean over positions and a dense layer."""
 
     widths: tuple[int, ...]
     strides: tuple[int, ...]
@@ -165,14 +155,11 @@ class BlocksHead(_Classifier):
         return _pooled(z, self.num_classes)
 
 
-_GROUPS = 32
 _RESNET50 = ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2))
 _RESNET18 = ((64, 1), (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1))
-_RESNET10 = ((64, 1), (128, 2), (256, 2), (512, 2))
-_LATENT = ((128, 1), (128, 1), (256, 2))
 
-# Number of classes -> module. `resnet` to `resnet18` have no normalisation. `resnet18_tail` is layers 3 and 4 of its
-# network, `resnet50_tail` layer 4. `resnet_latent` is for a latent with few pixels and many channels.
+# Number of classes -> module. `resnet` to `resnet18` have no normalisation. `resnet18_tail` is layers 3 and 4 of a
+# ResNet-18, `resnet50_tail` layer 4 of a ResNet-50. `resnet_latent` is for a latent of few pixels and many channels.
 HEADS: dict[str, Callable[[int], nn.Module]] = {
     "linear": LinearHead,
     "normalized": NormalizedHead,
@@ -181,8 +168,8 @@ HEADS: dict[str, Callable[[int], nn.Module]] = {
     "convnet": lambda classes: ConvHead(classes, ((32, 1), (64, 2), (64, 1))),
     "convnet_light": lambda classes: ConvHead(classes, ((64, 2), (64, 1))),
     "resnet": lambda classes: ResNetHead(classes, ((32, 1), (64, 2))),
-    "resnet_latent": lambda classes: ResNetHead(classes, _LATENT),
-    "resnet10": lambda classes: ResNetHead(classes, _RESNET10),
+    "resnet_latent": lambda classes: ResNetHead(classes, ((128, 1), (128, 1), (256, 2))),
+    "resnet10": lambda classes: ResNetHead(classes, ((64, 1), (128, 2), (256, 2), (512, 2))),
     "resnet18": lambda classes: ResNetHead(classes, _RESNET18),
     "resnet18_tail": lambda classes: ResNetHead(classes, _RESNET18[4:], stem=False),
     "resnet50": lambda classes: BottleneckHead(classes, _RESNET50, stem=True),

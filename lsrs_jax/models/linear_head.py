@@ -1,4 +1,4 @@
-"""Subspace projection of linear heads: the noise gets as many dimensions as there are classes."""
+"""Subspace projection of linear heads: the noise has only as many dimensions as there are classes."""
 
 import dataclasses
 import functools
@@ -21,23 +21,22 @@ class SubspaceProjection:
 
     basis: Float64[np.ndarray, "d K"]  # orthonormal columns; the new latents are z @ basis
     head: Callable[[Float[jax.Array, "B K"]], Float[jax.Array, "B K"]]  # new latents -> logits
-    # Proven Lipschitz constant of z -> z @ basis, 1 up to rounding. The certificate must be divided by it.
-    lipschitz: float
+    lipschitz: float  # proven constant of z -> z @ basis, 1 up to rounding; divide certified radii by it
 
 
-def _affine(triangle: jax.Array, offset: jax.Array, z: jax.Array) -> jax.Array:
+def _affine(triangle: jax.Array, offset: jax.Array, z: jax.Array) -> jax.Array:  # unlike a lambda it can be pickled
     return z @ triangle + offset
 
 
 def project_linear_head(weights: Float[np.ndarray, "d K"], bias: Float[np.ndarray, " K"]) -> SubspaceProjection:
     """Projects a linear head with d ≥ K onto the subspace of its weights.
 
-    With W = QR the logits are Rᵀ(Qᵀz) + b. For δ ~ N(0, σ²I_d), Qᵀδ is distributed as N(0, σ²I_K). So smoothing the
-    small head at Qᵀz is the same in distribution as smoothing the linear head at z, but a sample takes K random numbers
-    instead of d, and the error budget of the grid is smaller.
+    With W = QR the logits are Rᵀ(Qᵀz) + b. For δ ~ N(0, σ²I_d), Qᵀδ is distributed as N(0, σ²I_K). Smoothing the small
+    head at Qᵀz is therefore the same in distribution as smoothing the linear head at z, but a sample takes K random
+    numbers instead of d, and the error budget of the grid is smaller.
 
-    **Guarantee**: Qᵀ is one more Lipschitz layer, in front of the noise, and the certificate of the small head at Qᵀz
-    holds for the classifier that is its smoothing after that layer. No property of floating-point sums is assumed.
+    **Guarantee**: Qᵀ is one more Lipschitz layer in front of the noise. The certificate of the small head at Qᵀz holds
+    for the classifier that smooths the small head after that layer. No property of floating-point sums is assumed.
     """
     weights, bias = np.asarray(weights, np.float64), np.asarray(bias, np.float64)
     if weights.ndim != 2 or bias.shape != weights.shape[1:] or weights.shape[0] < weights.shape[1]:

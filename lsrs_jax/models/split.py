@@ -1,8 +1,7 @@
-"""Classifiers that are split at a latent: a pair of an encoder and a head.
+"""Classifiers that are split at a latent into an encoder and a head.
 
-The encoder ``identity`` puts the noise on the image: input-space randomized smoothing (ISRS, Cohen et al. 2019) runs
-through the same code. ``noise="input"`` is another baseline, ISRS of a split model: the same encoder and head, with the
-noise in front of both.
+With the encoder ``identity`` the noise is on the image: input-space randomized smoothing (ISRS, Cohen et al. 2019).
+``noise="input"`` is ISRS of a split model: the same encoder and head, with the noise in front of both.
 """
 
 import dataclasses
@@ -18,7 +17,7 @@ import numpy as np
 
 from lsrs_jax import layers
 from lsrs_jax.layers.lipschitz import Materialized, materialize, project
-from lsrs_jax.models.encoders import BLOCKS, ENCODERS, Constructors, blocks
+from lsrs_jax.models.encoders import BLOCKS, ENCODERS, Chain, Pair, blocks
 from lsrs_jax.models.flops import flops
 from lsrs_jax.models.heads import HEADS, BlocksHead, Head, Images, Latents, Logits
 from lsrs_jax.models.linear_head import project_linear_head
@@ -34,8 +33,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"maxmin": layers.MaxMin, "hou
 class Model:
     """A split classifier as pure functions of its parameters.
 
-    With noise on the latent of a non-empty encoder, the normalisation belongs to the encoder and counts in the
-    Lipschitz constant. Under ISRS it belongs to the base classifier, after the noise.
+    The normalisation is part of the encoder and counts in its Lipschitz constant; under ISRS it follows the noise.
     """
 
     encoder: layers.Encoder  # chain of orthogonal layers; empty for ISRS
@@ -43,7 +41,7 @@ class Model:
     normalize: layers.Normalize | None  # per channel
     noise: str  # "latent" or "input"
     input_shape: tuple[int, ...]  # (H, W, C)
-    head_dtype: str = "float32"  # or "bfloat16", in which `classify` computes the head; logits are float32
+    head_dtype: str = "float32"  # or "bfloat16": the dtype in which `classify` computes the head; logits are float32
 
     @property
     def smooths_input(self) -> bool:
@@ -53,15 +51,14 @@ class Model:
         """Fresh parameters, float32."""
         encoder_key, head_key = jax.random.split(key)
         x = jnp.zeros((1, *self.input_shape), jnp.float32)
-        # Each in one compilation: the many small operations that build a kernel take seconds to compile one by one. An
-        # encoder without parameters (identity) has no collection at all.
+        # jit, because the many small operations that build a kernel take seconds to compile one by one.
         encoder = jax.jit(self.encoder.init)(encoder_key, x).get("params", {})
         latent = jax.eval_shape(self._encoded, encoder, x)
         head = jax.jit(self.head.init)(head_key, jnp.zeros(latent.shape, latent.dtype))
         return {"encoder": encoder, "head": head["params"]}
 
     def shapes(self, batch: int = 1) -> tuple[Params, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of the parameters, and of a batch of what the noise is added to."""
+        """Shapes and dtypes of the parameters, and of a batch of the latents (under ISRS images) that get the noise."""
         params = jax.eval_shape(self.init, jax.random.key(0))
         image = jax.ShapeDtypeStruct((batch, *self.input_shape), jnp.float32)
         return params, jax.eval_shape(self.encode, params, image)
@@ -74,7 +71,7 @@ class Model:
         return self.head.apply({"params": jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)}, latents)
 
     def encode(self, params: Params, images: Images) -> Latents:
-        """Images in [0, 1] → what the noise is added to (under ISRS the images themselves)."""
+        """Images in [0, 1] → the latents that get the noise (under ISRS the images themselves)."""
         return images if self.smooths_input else self._encoded(params["encoder"], images)
 
     def classify(self, params: Params, noisy: Latents) -> Logits:
@@ -83,26 +80,22 @@ class Model:
         return _in_dtype(functools.partial(self._head_apply, params["head"], self.head_dtype), self.head_dtype)(base)
 
     def _materialized(self, params: Params) -> Materialized:
-        """Normalisation and encoder in one."""
-        front = () if self.normalize is None else (self.normalize,)
-        named = {
-            f"layers_{index + len(front)}": params["encoder"].get(f"layers_{index}", {})
-            for index in range(len(self.encoder.layers))
-        }
+        """Normalisation and encoder as one chain of layers."""
+        front, values = () if self.normalize is None else (self.normalize,), params["encoder"]
+        named = {f"layers_{i + len(front)}": values.get(f"layers_{i}", {}) for i in range(len(self.encoder.layers))}
         return materialize(layers.Encoder((*front, *self.encoder.layers)), named, self.input_shape)
 
     def for_certification(self, params: Params, dtype: str = "float32") -> tuple[Materialized, Head]:
-        """The encoder, whose report carries its Lipschitz constant, and the classifier behind it as a plain function.
+        """The encoder with its Lipschitz constant, and the classifier behind it as a pure function of latents.
 
-        The head (under ISRS the whole base classifier) computes in `dtype`, ``"float32"`` or ``"bfloat16"``. Under ISRS
-        the encoder is an empty chain with constant 1; the orthogonal kernels of a split model are then built once here,
-        and not once per sample. In front of a linear head the encoder ends with a projection onto the subspace of the
-        head's weights (`linear_head.project_linear_head`), where the noise has as many dimensions as there are classes.
+        The classifier computes in `dtype`, ``"float32"`` or ``"bfloat16"``. Under ISRS the encoder is an empty chain
+        with constant 1, and the kernels of a split model are built only once, here. In front of a linear head, the
+        encoder ends with a projection onto the subspace of the head's weights (`linear_head.project_linear_head`).
 
         **Guarantee**: ``head(encoder.apply(·))`` without noise is the trained classifier up to float rounding; the
         certificate is about the functions returned here.
         """
-        plain = self._materialized(params)
+        whole = self._materialized(params)
         identity = materialize(layers.Encoder(), {}, self.input_shape)
         matrix = getattr(self.head, "matrix", None)
         if matrix and not (self.smooths_input and self.encoder.layers):
@@ -113,18 +106,15 @@ class Model:
                 weights, bias = weights * scale[:, None], bias - (mean * scale) @ weights
             if len(weights) >= len(bias):
                 small = project_linear_head(weights, bias)
-                return project(identity if self.smooths_input else plain, small.basis), _in_dtype(small.head, dtype)
+                return project(identity if self.smooths_input else whole, small.basis), _in_dtype(small.head, dtype)
         head = functools.partial(self._head_apply, jax.tree.map(np.asarray, params["head"]), dtype)
         if not self.smooths_input:
-            return plain, _in_dtype(head, dtype)
-        base = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), plain.params)
-        return identity, _in_dtype(lambda noisy: head(plain.apply(base, noisy)), dtype)
+            return whole, _in_dtype(head, dtype)
+        base = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), whole.params)
+        return identity, _in_dtype(lambda noisy: head(whole.apply(base, noisy)), dtype)
 
     def with_linear_head(self, params: Params) -> tuple[Materialized, np.ndarray, np.ndarray]:
-        """Normalisation and encoder in one, and the `Matrix` of the head, for a deterministic certificate.
-
-        Raises UserError for a head that is not linear.
-        """
+        """Encoder (with normalisation), weights and bias of the head; raises UserError if the head is not linear."""
         matrix = getattr(self.head, "matrix", None)
         if not matrix:
             linear = ", ".join(name for name, head in HEADS.items() if hasattr(head, "matrix"))
@@ -133,19 +123,22 @@ class Model:
 
 
 def _in_dtype(function: Head, dtype: str) -> Head:
-    """The function computed in `dtype`: latents are cast after the noise was added, logits come back as float32."""
+    """The same function in `dtype`: it casts the noisy latents to `dtype`, and the logits back to float32."""
     return function if dtype == "float32" else lambda noisy: function(noisy.astype(dtype)).astype(jnp.float32)
 
 
 def build(config: Config, input_shape: tuple[int, ...], num_classes: int) -> Model:
-    """The `Model` of a config's section ``model``; raises UserError for unknown names and shapes that do not fit."""
+    """Makes the `Model` of the section ``model``; raises UserError for unknown names and shapes that do not fit."""
     encoders, heads = ENCODERS | BLOCKS, HEADS | {"blocks": BlocksHead}
     choice("model.activation", config.activation, sorted(ACTIVATIONS))
     choice("model.encoder", config.encoder, sorted(encoders))
     choice("model.head", config.head, sorted(heads))
     _check_blocks(config)
-    family = {"method": config.method, "initializer": config.initializer, "padding": config.padding}
-    make = Constructors(functools.partial(layers.OrthogonalConv, **family), ACTIVATIONS[config.activation])
+
+    def make(channels: int, kernel_size: Pair, strides: Pair) -> Chain:
+        family = {"method": config.method, "initializer": config.initializer, "padding": config.padding}
+        return layers.OrthogonalConv(channels, kernel_size, strides, **family), ACTIVATIONS[config.activation]()
+
     widths, strides, split = tuple(config.widths), tuple(config.strides), config.split
     if config.encoder in BLOCKS:
         encoder = blocks(make, widths[:split], strides[:split], BLOCKS[config.encoder])
@@ -162,17 +155,14 @@ def build(config: Config, input_shape: tuple[int, ...], num_classes: int) -> Mod
     return model
 
 
-_WIDEST = 2**20  # channels or stride: a larger value is a mistake
-
-
 def _check_blocks(config: Config) -> None:
-    """Raises UserError unless widths, strides and split describe a network, all of whose blocks are in the model."""
-    widths, strides, split = tuple(config.widths), tuple(config.strides), config.split
-    sane = all(0 <= width <= _WIDEST for width in widths) and all(1 <= stride <= _WIDEST for stride in strides)
-    if len(widths) != len(strides) or not sane:
+    """Raises UserError unless widths, strides and split describe a network, and encoder and head use all its blocks."""
+    widths, strides, split, most = tuple(config.widths), tuple(config.strides), config.split, 2**20
+    valid = all(0 <= width <= most for width in widths) and all(1 <= stride <= most for stride in strides)
+    if len(widths) != len(strides) or not valid:
         raise UserError(
             f"model.widths {widths} and model.strides {strides} must be as many, widths from 0 and strides from 1 to "
-            f"{_WIDEST}: channels of every block, and the space-to-depth in front of it"
+            f"{most}: the channels of every block, and the space-to-depth in front of it"
         )
     if not 0 <= split <= len(widths):
         raise UserError(f"model.split must lie between 0 and the {len(widths)} blocks of model.widths, got {split}")
@@ -181,29 +171,28 @@ def _check_blocks(config: Config) -> None:
     if left:
         other, whole = ("head", len(widths)) if in_encoder else ("encoder", 0)
         raise UserError(
-            f"model.split {split} leaves {left} of {len(widths)} blocks to nobody: choose 'blocks' for model.{other} "
-            f"as well, or model.split={whole}"
+            f"model.split {split} leaves {left} of {len(widths)} blocks unused: choose 'blocks' for model.{other} as "
+            f"well, or model.split={whole}"
         )
 
 
 class Cost(NamedTuple):
-    """FLOPs of the convolutions and matrix products for one image (`models.flops.flops`), without kernel building."""
+    """FLOPs of the convolutions and matrix products for one image, without the building of kernels."""
 
     encoder: float  # once per image; 0 under ISRS
     head: float  # once per sample; under ISRS the whole base classifier
 
     @property
     def speedup(self) -> float:
-        """FLOPs of a sample of the same network under input noise, divided by those of a sample here."""
+        """FLOPs per sample with the noise on the image, divided by the FLOPs per sample of this model."""
         return (self.encoder + self.head) / self.head
 
 
 def cost(model: Model) -> Cost:
-    """The `Cost` of a model."""
     params, latent = model.shapes()
 
     def per_row(function: Callable[[Params, Any], jax.Array], shape: tuple[int, ...]) -> float:
-        """Difference of two batch sizes: what does not grow with the batch, such as kernel building, cancels."""
+        """Difference of two batch sizes, in which the FLOPs that build kernels cancel."""
         one, two = (flops(function, params, jax.ShapeDtypeStruct((n, *shape), jnp.float32)) for n in (1, 2))
         return float(two - one)
 
@@ -215,14 +204,10 @@ def describe(model: Model) -> str:
     """Two lines for the log: sizes of encoder, latent and head, and the FLOPs per sample."""
     (params, latent), found = model.shapes(), cost(model)
     encoder, head = (sum(leaf.size for leaf in jax.tree.leaves(params[part])) for part in ("encoder", "head"))
-    price = f"{found.head / 1e6:.2f} MFLOP per vote"
+    price = f"{found.head / 1e6:.2f} MFLOP per sample"
     if not model.smooths_input:
-        price = (
-            f"{found.encoder / 1e6:.2f} MFLOP once per image, {price}: {found.speedup:.1f}x as many votes per FLOP as "
-            "with the noise on the image"
-        )
+        faster = f"{found.speedup:.1f}x as many samples per FLOP as with the noise on the image"
+        price = f"{found.encoder / 1e6:.2f} MFLOP once per image, {price}: {faster}"
     shape = latent.shape[1:]
-    return (
-        f"encoder {encoder:,} parameters, noise on {'x'.join(map(str, shape))} ({math.prod(shape):,} numbers), "
-        f"head {head:,} parameters\n{price}"
-    )
+    noise = f"noise on {'x'.join(map(str, shape))} ({math.prod(shape):,} numbers)"
+    return f"encoder {encoder:,} parameters, {noise}, head {head:,} parameters\n{price}"

@@ -1,9 +1,8 @@
-"""Orthogonal matrices and convolutions as pure JAX functions; exact spectra in NumPy. No Flax here."""
+"""Orthogonal matrices and convolutions as pure JAX functions, and their exact singular values in NumPy; no Flax."""
 
 from lsrs_jax.orthogonal.activation import group_sort, householder, maxmin
-from lsrs_jax.orthogonal.convolve import convolve
-from lsrs_jax.orthogonal.families import FAMILIES, ConvFamily, family
-from lsrs_jax.orthogonal.kernels import build_kernels
+from lsrs_jax.orthogonal.families import FAMILIES, ConvFamily, build_kernels, family
+from lsrs_jax.orthogonal.families.family import convolve
 from lsrs_jax.orthogonal.matrix import METHODS, bjorck, bjorck_step, cayley, expm_skew, exponential, gram_bound
 from lsrs_jax.orthogonal.resize import average_pool, depth_to_space, haar, l2_pool, resize_channels, space_to_depth
 from lsrs_jax.orthogonal.shape import ConvShape

@@ -1,4 +1,4 @@
-"""Gradient-norm-preserving activations over the last axis."""
+"""Activations over the last axis that preserve the norm of gradients."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -8,7 +8,7 @@ from lsrs_jax.runtime.errors import UserError
 
 
 def maxmin(x: Features) -> Features:
-    """Sorts pairs (c, c + C//2) of the last axis: maxima first, minima second (Anil, Lucas and Grosse 2019).
+    """Sorts pairs (c, c + C//2): all maxima come first, then all minima (Anil, Lucas and Grosse 2019).
 
     **Guarantee**: 1-Lipschitz, and an isometry wherever it is differentiable (its Jacobian is a permutation). The
     last channel of an odd number passes through unchanged.
@@ -21,7 +21,7 @@ def maxmin(x: Features) -> Features:
 def group_sort(x: Features, size: int) -> Features:
     """Sorts groups of `size` channels (c, c + C//size, …), largest first (Anil, Lucas and Grosse 2019).
 
-    ``size=2`` is `maxmin`; ``size=C`` sorts all channels. Channels beyond a multiple of `size` pass through unchanged.
+    ``size=2`` is `maxmin`. Channels beyond a multiple of `size` pass through unchanged.
 
     **Guarantee**: 1-Lipschitz, and an isometry wherever it is differentiable (its Jacobian is a permutation).
     """
@@ -38,8 +38,8 @@ def group_sort(x: Features, size: int) -> Features:
 def householder(x: Features, theta: Float[Array, " channels//2"]) -> Features:
     """Reflects each pair (a, b) = (c, c + C//2) with a·sin(θ/2) < b·cos(θ/2) into the other half plane.
 
-    Singla, Singla and Feizi 2021. The normal of the half plane is v = (sin θ/2, −cos θ/2), the reflection I − 2vvᵀ.
-    The angle θ = π/2 is `maxmin`. The last channel of an odd number passes through unchanged.
+    The reflection is I − 2vvᵀ with v = (sin θ/2, −cos θ/2) (Singla, Singla and Feizi 2021). With θ = π/2 it is
+    `maxmin`. The last channel of an odd number passes through unchanged.
 
     **Guarantee**: 1-Lipschitz for every θ, and an isometry wherever it is differentiable: both branches are orthogonal
     and agree on the line between them.

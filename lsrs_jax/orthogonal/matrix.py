@@ -1,8 +1,8 @@
 """Orthogonal matrices from unconstrained ones: matrix exponential, Cayley transform, Björck iteration.
 
-Every function works on stacks of matrices, real or complex, in float32 or float64, and is differentiable. All products
-run at the highest matmul precision whatever the user's flags: with TF32 or bfloat16 products the results would be off
-by 6e-3 to 5e-2 and no longer orthogonal.
+Every function works on stacks of real or complex matrices in float32 or float64, and is differentiable. All products
+run at the highest matmul precision, also against the user's flags: TF32 or bfloat16 products have errors of 6e-3 to
+5e-2, and the results would not be orthogonal.
 """
 
 import functools
@@ -21,9 +21,9 @@ Square = Inexact[Array, "*batch n n"]
 
 _BJORCK_STEPS = 12
 _GRAM_SQUARINGS = 5
-_MAX_SQUARINGS = 12  # of the matrix exponential
-_BLOCK = 16  # matrices up to this size are inverted without halving
-_LARGEST = 1024.0  # Frobenius norm of W in the Cayley transform; larger W are scaled to it
+_MAX_SQUARINGS = 12  # in the matrix exponential
+_BLOCK = 16  # Matrices up to this size are inverted without splitting them into halves.
+_LARGEST = 1024.0  # The Cayley transform scales W of a larger Frobenius norm to this norm.
 
 
 def highest_precision(function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -42,32 +42,25 @@ def adjoint(a: Inexact[Array, "*batch m n"]) -> Inexact[Array, "*batch n m"]:
     return jnp.conj(jnp.swapaxes(a, -1, -2))
 
 
-def skew(a: Square) -> Square:
-    """A − Aᴴ."""
-    return a - adjoint(a)
-
-
 @highest_precision
 def bjorck_step(q: Matrix) -> Matrix:
     """One Björck iteration Q ← 1.5 Q − 0.5 Q QᴴQ (Björck and Bowie 1971), for m ≥ n.
 
-    **Guarantee**: a singular value s in [0, √3) becomes 1.5 s − 0.5 s³ ≤ 1, so the step never pushes one above 1
-    (up to the rounding of its two products), and a deviation e from 1 becomes about 1.5 e².
+    **Guarantee**: a singular value s in [0, √3) becomes 1.5 s − 0.5 s³ ≤ 1 (up to the rounding of the two products). A
+    deviation e from 1 becomes about 1.5 e².
     """
     return 1.5 * q - 0.5 * q @ (adjoint(q) @ q)
 
 
 @highest_precision
 def bjorck(w: Matrix) -> Matrix:
-    """Makes W with m ≥ n semi-orthogonal by Björck's iteration.
+    """Makes W with m ≥ n semi-orthogonal by a fixed number of Björck's iterations.
 
-    W is first scaled per column by (Σ_j |WᵀW|_ij + ε)^−½, which gives ‖W‖ ≤ 1 without any state (Prach and Lampert
-    2022, Theorem 1). The number of steps is fixed, so that a trained matrix and the one that is certified agree.
-    Meant for clearly tall W (m ≥ 2n), whose singular values stay away from 0; square matrices need more steps: use
-    `exponential` or `cayley`.
+    First, each column is scaled by (Σ_j |WᵀW|_ij + ε)^−½, which gives ‖W‖ ≤ 1 (Prach and Lampert 2022, Theorem 1). Use
+    `exponential` or `cayley` if W is not clearly tall (m < 2n): small singular values need more iterations.
 
     **Guarantee**: no singular value exceeds 1, converged or not (up to the rounding of the dtype). All are 1 up to
-    rounding where the smallest of the scaled W is above about .05; a rank-deficient W keeps its small ones.
+    rounding if the smallest singular value of the scaled W is above about .05; a rank-deficient W keeps small ones.
     """
     gram = jnp.abs(adjoint(w) @ w).sum(axis=-1)
     w = w * jax.lax.rsqrt(gram + 1e-12)[..., None, :]
@@ -99,9 +92,9 @@ def gram_bound(w: Float[Array, "*batch m n"]) -> Float[Array, "*batch"]:
 def expm_skew(a: Square) -> Square:
     """exp(A) for skew-Hermitian A, by scaling, a Taylor polynomial and squaring.
 
-    The number of squarings follows the norm of each matrix, √‖A²‖_F. Each squaring doubles the departure from
-    orthogonality; one Björck step at the end removes it, so float32 results stay orthogonal to about 1e-6. Matrices of
-    a Frobenius norm above 4,096, where float32 has lost the angles anyway, are scaled back to it.
+    The number of squarings depends on the norm √‖A²‖_F of each matrix. Each squaring doubles the deviation from
+    orthogonality; a Björck step removes it at the end (1e-6 remain in float32). Matrices of a Frobenius norm above
+    4,096, whose angles float32 does not resolve, are scaled to this norm.
     """
     if a.size == 0:
         return a
@@ -112,42 +105,39 @@ def expm_skew(a: Square) -> Square:
     squarings = jnp.clip(jnp.ceil(jnp.log2(jnp.maximum(norm, 1e-30))), 0, _MAX_SQUARINGS).astype(jnp.int32)
     scale = jnp.exp2(-squarings.astype(norm.dtype))
     a, square = scale * a, scale**2 * square
-    # Paterson-Stockmeyer in blocks of four coefficients. With ‖A‖ ≤ 1 the remainder is 2e-9 after three blocks
-    # and 4e-19 after five.
+    # Paterson-Stockmeyer with blocks of four terms. For ‖A‖ ≤ 1 the remainder is 2e-9 after three and 4e-19 after five.
     blocks = 5 if norm.dtype == jnp.float64 else 3
     powers = [jnp.eye(a.shape[-1], dtype=a.dtype), a, square, square @ a]
     fourth = square @ square
 
     def block(index: int) -> Square:
-        terms = (power / math.factorial(4 * index + i) for i, power in enumerate(powers))
-        return sum(terms)  # pyright: ignore[reportReturnType] (int only for an empty sum)
+        return sum(power / math.factorial(4 * index + i) for i, power in enumerate(powers))  # pyright: ignore[reportReturnType]
 
     q = block(blocks - 1)
     for index in reversed(range(blocks - 1)):
         q = block(index) + fourth @ q
 
-    # Squarings that are not needed are computed and discarded: a `cond` would make a GPU wait for its host.
+    # Unneeded squarings are computed and discarded, because a `cond` would make a GPU wait for its host.
     steps = jnp.arange(_MAX_SQUARINGS)
     return bjorck_step(jax.lax.scan(lambda q, step: (jnp.where(step < squarings, q @ q, q), None), q, steps)[0])
 
 
 def exponential(w: Matrix) -> Matrix:
-    """Makes a semi-orthogonal matrix from unconstrained W by the matrix exponential.
+    """Makes a semi-orthogonal matrix from unconstrained W by the matrix exponential; W = 0 gives the identity.
 
-    For square W the result is exp(W − Wᴴ); a rectangle is padded with zeros to a square first and cropped afterwards
-    (Lezcano-Casado and Martínez-Rubio 2019). W = 0 gives the (rectangular) identity.
+    Square W gives exp(W − Wᴴ) (Lezcano-Casado and Martínez-Rubio 2019); rectangular W is padded to a square first.
 
     **Guarantee**: all min(m, n) singular values are 1 up to the rounding of the dtype.
     """
     rows, columns = w.shape[-2:]
     if rows < columns:
         return adjoint(exponential(adjoint(w)))
-    padding = [(0, 0)] * (w.ndim - 1) + [(0, rows - columns)]
-    return expm_skew(skew(jnp.pad(w, padding)))[..., :columns]
+    w = jnp.pad(w, [(0, 0)] * (w.ndim - 1) + [(0, rows - columns)])
+    return expm_skew(w - adjoint(w))[..., :columns]
 
 
 def _sweep(m: Square) -> Square:
-    """Inverse by Gauss-Jordan elimination on the diagonal, in place."""
+    """Inverse by Gauss-Jordan elimination, in place, with the diagonal as pivots."""
 
     def eliminate(k: Int[Array, ""], m: Square) -> Square:
         column, row = m[..., :, k], m[..., k, :]
@@ -161,7 +151,7 @@ def _sweep(m: Square) -> Square:
 
 
 def _eliminate(m: Square) -> Square:
-    """Inverse by halves: both the first diagonal block and its Schur complement keep a Hermitian part ≥ I."""
+    """Block-wise inverse: the first diagonal block and its Schur complement both have a Hermitian part ≥ I again."""
     n = m.shape[-1]
     if n <= _BLOCK:
         return _sweep(m)
@@ -179,10 +169,9 @@ def _eliminate(m: Square) -> Square:
 def accretive_inverse(m: Square) -> Square:
     """Inverse of matrices whose Hermitian part (M + Mᴴ)/2 is at least the identity.
 
-    Such matrices need no pivoting, so that products and one small loop suffice. LAPACK is avoided: its concurrent
-    triangular solves can deadlock on a CPU of few cores (seen with jax 0.10, not reported upstream; this can go when a
-    stack of solves on two cores does not hang any more). The error of the elimination grows with the
-    square of ‖M‖; each of the two Newton steps at the end squares the error.
+    Elimination without pivoting; each of two Newton steps squares its error, which grows with ‖M‖². LAPACK's concurrent
+    triangular solves can deadlock on a CPU of few cores (seen with jax 0.10, not reported upstream; use LAPACK when a
+    stack of solves on two cores does not hang any more).
     """
     inverse, identity = _eliminate(m), jnp.eye(m.shape[-1], dtype=m.dtype)
     for _ in range(2):
@@ -199,12 +188,11 @@ def _accretive_inverse_jvp(primals: tuple[Square], tangents: tuple[Square]) -> t
 
 @highest_precision
 def cayley(w: Matrix) -> Matrix:
-    """Makes a semi-orthogonal matrix from unconstrained W by the Cayley transform.
+    """Makes a semi-orthogonal matrix from unconstrained W by the Cayley transform; W = 0 gives the identity.
 
-    With W = [U; V] tall and A = U − Uᴴ + VᴴV the result is [(I+A)⁻¹(I−A); −2V(I+A)⁻¹] (Trockman and Kolter 2021,
-    appendix); for wide W it is the adjoint of the result for Wᴴ. I + A is invertible for every W because
-    A + Aᴴ = 2VᴴV ≥ 0. W = 0 gives the (rectangular) identity. W of a Frobenius norm above 1,024, where float32 has lost
-    the angles anyway, is scaled back to it. A Björck step removes the error that the inverse leaves.
+    Tall W = [U; V] with A = U − Uᴴ + VᴴV gives [(I+A)⁻¹(I−A); −2V(I+A)⁻¹] (Trockman and Kolter 2021, appendix); wide W
+    gives the adjoint of the result for Wᴴ. I + A is invertible because A + Aᴴ = 2VᴴV ≥ 0. W of a Frobenius norm above
+    1,024, whose angles float32 does not resolve, is scaled to it. A Björck step removes the error of the inverse.
 
     **Guarantee**: all min(m, n) singular values are 1 up to the rounding of the dtype.
     """
@@ -217,7 +205,7 @@ def cayley(w: Matrix) -> Matrix:
     w = w / jnp.maximum(norms, 1.0)
     top, bottom = w[..., :columns, :], w[..., columns:, :]
     identity = jnp.eye(columns, dtype=w.dtype)
-    inverse = accretive_inverse(identity + skew(top) + adjoint(bottom) @ bottom)
+    inverse = accretive_inverse(identity + (top - adjoint(top)) + adjoint(bottom) @ bottom)
     return bjorck_step(jnp.concatenate([2 * inverse - identity, -2 * bottom @ inverse], axis=-2))
 
 

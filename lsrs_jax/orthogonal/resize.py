@@ -18,16 +18,13 @@ def _windows(x: Images, window: Pair, what: str = "windows") -> Float[Array, "ba
 
 
 def space_to_depth(x: Images, strides: Pair) -> Float[Array, "batch height/sh width/sw sh*sw*channels"]:
-    """Moves every window of ``(sh, sw)`` pixels into the channels, ordered (row, column, channel).
-
-    **Guarantee**: a permutation of entries, hence an isometry.
-    """
+    """Moves every window of pixels into the channels, ordered (row, column, channel). **Guarantee**: an isometry."""
     x = _windows(x, strides, "strides")
     return x.reshape(*x.shape[:3], -1)
 
 
 def depth_to_space(x: Images, strides: Pair) -> Float[Array, "batch height*sh width*sw channels/(sh*sw)"]:
-    """The inverse of `space_to_depth`, an isometry as well."""
+    """The inverse of `space_to_depth`. **Guarantee**: an isometry."""
     batch, height, width, channels = x.shape
     sh, sw = strides
     if channels % (sh * sw):
@@ -37,12 +34,9 @@ def depth_to_space(x: Images, strides: Pair) -> Float[Array, "batch height*sh wi
 
 
 def haar(x: Images) -> Float[Array, "batch height/2 width/2 4*channels"]:
-    """The orthonormal Haar transform of every 2x2 window.
+    """The orthonormal Haar transform of every 2x2 window. **Guarantee**: an isometry; its entries ±1/2 are exact.
 
-    Channels are ordered (band, C): sums first, then differences between columns, between rows, and of both. The first C
-    channels are the coarse image, so that a layer that keeps only the first channels keeps most of a natural image.
-
-    **Guarantee**: an isometry; its entries ±1/2 are exact.
+    Channels are ordered (band, C): sums (the coarse image), differences of columns, of rows, of both.
     """
     x = _windows(x, (2, 2), "strides")
     rows = x[..., 0, :, :] + x[..., 1, :, :], x[..., 0, :, :] - x[..., 1, :, :]
@@ -52,28 +46,19 @@ def haar(x: Images) -> Float[Array, "batch height/2 width/2 4*channels"]:
 
 def resize_channels(x: Shaped[Array, "*batch current"], channels: int) -> Shaped[Array, "*batch channels"]:
     """Pads the last axis with zeros (an isometry) or crops it (a co-isometry, 1-Lipschitz) to `channels`."""
-    current = x.shape[-1]
-    if current == channels:
-        return x
-    if current > channels:
+    if x.shape[-1] >= channels:
         return x[..., :channels]
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, channels - current)])
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, channels - x.shape[-1])])
 
 
 def average_pool(x: Images, window: Pair) -> Float[Array, "batch height/h width/w channels"]:
-    """Sums over windows that do not overlap, divided by √(h·w).
-
-    **Guarantee**: all singular values are 1 (a co-isometry). The plain mean would divide by h·w and lose √(h·w).
-    """
+    """Sums over windows without overlap, over √(h·w). **Guarantee**: all singular values are 1 (a co-isometry)."""
     return _windows(x, window).sum(axis=(3, 4)) / math.sqrt(math.prod(window))
 
 
 def l2_pool(x: Images, window: Pair, epsilon: float = 1e-6) -> Float[Array, "batch height/h width/w channels"]:
-    """√(Σ x² + ε) over windows that do not overlap.
-
-    **Guarantee**: 1-Lipschitz: ‖x‖/√(‖x‖² + ε) < 1 bounds its gradient. ε keeps the gradient finite at 0.
-    """
+    """√(Σ x² + ε) over windows without overlap. **Guarantee**: 1-Lipschitz (its gradient is ‖x‖/√(‖x‖² + ε) < 1)."""
     check_float(x, "l2_pool")
     if not 0 <= epsilon < math.inf:
-        raise UserError(f"l2_pool: epsilon must be at least 0, got {epsilon}; a negative one would stretch")
+        raise UserError(f"l2_pool: epsilon must be at least 0, got {epsilon}; a negative one would stretch distances")
     return jnp.sqrt(jnp.square(_windows(x, window)).sum(axis=(3, 4)) + epsilon)

@@ -1,4 +1,4 @@
-"""The static description of one convolution, and the checks that layers share."""
+"""The shape of a convolution, and the checks that layers share."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,16 +7,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.validate import choice
 
 Pair = tuple[int, int]
 Images = Float[Array, "batch height width channels"]
 Features = Shaped[Array, "*batch channels"]
 
-PADDINGS: tuple[str, ...] = ("circular", "zero")
-
 
 class ConvShape(NamedTuple):
-    """Kernel ``(kh, kw)``, strides ``(sh, sw)``, channels, input size ``(H, W)`` and padding of one convolution."""
+    """Kernel ``(kh, kw)``, strides ``(sh, sw)``, channels, input size ``(H, W)`` and padding of a convolution."""
 
     kernel_size: Pair
     strides: Pair
@@ -32,7 +31,7 @@ class ConvShape(NamedTuple):
 
     @property
     def taps(self) -> Pair:
-        """Kernel size on the space-to-depth grid, rounded up."""
+        """Kernel size after space-to-depth by the strides, rounded up."""
         return -(-self.kernel_size[0] // self.strides[0]), -(-self.kernel_size[1] // self.strides[1])
 
     @property
@@ -45,23 +44,23 @@ class ConvShape(NamedTuple):
 
 
 def check_divisible(size: Sequence[int], strides: Sequence[int], what: str = "strides") -> None:
-    """Raises where a stride or window does not divide the image: such a circular layer is not 1-Lipschitz."""
+    """Raises UserError if a stride or window does not divide the image."""
     if size[0] % strides[0] or size[1] % strides[1]:
         raise UserError(
-            f"{what} {tuple(strides)} do not divide the input size {size[0]}x{size[1]}, and the layer would lose its "
-            f"guarantee or cut off pixels; choose a size divisible by them, or other {what}"
+            f"{what} {tuple(strides)} do not divide the input size {size[0]}x{size[1]}: the layer would not be "
+            f"1-Lipschitz, or would ignore pixels; choose a size divisible by them, or other {what}"
         )
 
 
 def check_float(x: Shaped[Array, "..."], what: str) -> None:
-    """Raises for integers: a kernel of an integer type would be all zeros, and squares of integers overflow."""
+    """Raises UserError for integers: kernels cast to their type would be zero, and their squares overflow."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise UserError(f"{what} takes floating-point inputs, got {x.dtype}: scale images to [0, 1] first")
 
 
 def check_padding(padding: str) -> None:
-    """Raises for every padding but circular and zero: with repeated pixels a layer can stretch by up to 2."""
-    if padding not in PADDINGS:
+    """Raises UserError for a padding other than circular and zero: repeated pixels can stretch distances."""
+    if padding not in ("circular", "zero"):
         raise UserError(
             f"unknown padding {padding!r}: choose 'circular' or 'zero' (reflect and edge padding repeat pixels, and "
             "the layer would not be 1-Lipschitz)"
@@ -69,19 +68,16 @@ def check_padding(padding: str) -> None:
 
 
 def check_common(shape: ConvShape) -> None:
-    """Raises UserError for mistakes that no family allows."""
-    if min(*shape.kernel_size, *shape.strides, *shape.input_hw, shape.c_in, shape.c_out) < 1:
+    """Raises UserError for a shape that no family can build."""
+    kernel, strides = shape.kernel_size, shape.strides
+    if min(*kernel, *strides, *shape.input_hw, shape.c_in, shape.c_out) < 1:
         raise UserError(f"kernel size, strides, channels and input size must be at least 1, got {tuple(shape)}")
-    if shape.kernel_size[0] < shape.strides[0] or shape.kernel_size[1] < shape.strides[1]:
-        raise UserError(
-            f"kernel size {shape.kernel_size} is smaller than the strides {shape.strides}: pixels would be skipped; "
-            "use a kernel at least as large as the strides"
-        )
+    if kernel[0] < strides[0] or kernel[1] < strides[1]:
+        raise UserError(f"kernel size {kernel} is smaller than the strides {strides}: the layer would ignore pixels")
     check_padding(shape.padding)
     check_divisible(shape.input_hw, shape.strides)
 
 
 def check_mode(mode: str) -> None:
-    """Raises for an unknown initializer."""
-    if mode not in ("identity", "random"):
-        raise UserError(f"unknown initializer {mode!r}: choose 'identity' or 'random'")
+    """Raises UserError for an unknown initializer."""
+    choice("initializer", mode, ("identity", "random"))

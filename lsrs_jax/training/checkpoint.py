@@ -1,8 +1,8 @@
 """Checkpoints of a training. No other file uses Orbax.
 
 A checkpoint has three items: ``model`` (parameters; enough to certify), ``train`` (optimizer state) and ``meta``
-(JSON: step, digests, what the parameters were trained on). Restoring takes a target of shapes and puts every array on
-the devices of the target, so that a checkpoint written on eight devices opens on one.
+(JSON: step, digests, description of the data). Restoring takes a target of shapes and puts every array on the devices
+of the target, so that one device can open a checkpoint of eight.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from lsrs_jax.runtime.logs import ignore_leftovers, quiet
 from lsrs_jax.runtime.workdir import checkpoints
 
 _ITEMS = ("model", "train", "meta")
-_REMEDY = "restore it from a copy, or move that folder away to fall back to an older one"
+_REMEDY = "restore it from a copy, or move its folder away to use an older checkpoint"
 
 
 def digest(params: Any) -> str:
@@ -35,9 +35,9 @@ def digest(params: Any) -> str:
 
 
 def _digest_if_whole(tree: Any) -> str | None:
-    """`digest`, or None for a tree that is divided over several processes, none of which holds all of it."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
-    whole = all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in leaves)
+    """`digest`, or None for a tree that is divided over several processes: no process holds all of it."""
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    whole = all(array.is_fully_addressable or array.is_fully_replicated for array in arrays)
     return digest(tree) if whole else None
 
 
@@ -60,7 +60,7 @@ class Checkpoints:
             with self._writing():
                 self._manager.close()
         except UserError:
-            if kind is None:  # otherwise the exception that is being raised says more
+            if kind is None:  # otherwise let the exception of the block go on, which says more
                 raise
 
     @contextlib.contextmanager
@@ -68,13 +68,12 @@ class Checkpoints:
         try:
             with quiet():
                 yield
-        except Exception as error:  # Orbax and TensorStore raise whatever their writers raise, often in a later save
+        except Exception as error:  # any error of Orbax's and TensorStore's writers, often in a later save
             line = " ".join(str(error).split())[-160:]
             of_device = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
             if of_device and jax.process_count() > 1:
                 raise OthersLost(
-                    f"another process of this run ended while a checkpoint was written ({line}); the same command "
-                    "resumes"
+                    f"another process of this run ended while it wrote a checkpoint ({line}); the same command resumes"
                 ) from error
             raise UserError(
                 f"cannot write a checkpoint into {self._folder} ({type(error).__name__}: ...{line}); correct that, for "
@@ -86,7 +85,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, params: Any, opt_state: Any, **trained_on: Any) -> None:
-        """Starts saving; the arrays are copied to the host before this returns. `trained_on` describes the data."""
+        """Copies the arrays to the host and starts to write them. `trained_on` describes the data."""
         meta = {"step": int(step), "digest": digest(params), "optimizer": _digest_if_whole(opt_state)} | trained_on
         items = {"model": ocp.args.StandardSave(params), "train": ocp.args.StandardSave(opt_state)}
         with self._writing():
@@ -100,21 +99,21 @@ class Checkpoints:
     def restore(self, step: int, params: Any, opt_state: Any) -> tuple[Any, Any]:
         """Parameters and optimizer state of `step`, with the shapes and shardings of the two targets.
 
-        Raises UserError for a damaged or foreign checkpoint; the digests of what was read must match.
+        Raises UserError for a damaged checkpoint (its digests differ), or one of another network.
         """
         restored = _restore(self._manager, self._folder, step, model=params, train=opt_state)
         saved, read = restored["meta"].get("optimizer"), _digest_if_whole(restored["train"])
         if None not in (saved, read) and saved != read:
-            where = self._folder / str(step)
-            raise UserError(f"checkpoint {where} is damaged, the digest of its optimizer differs; {_REMEDY}")
+            what = f"checkpoint {self._folder / str(step)} is damaged, the digest of its optimizer differs"
+            raise UserError(f"{what}; {_REMEDY}")
         return restored["model"], restored["train"]
 
 
 def restore_model(workdir: Path, target: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
     """Parameters of a checkpoint, the newest by default, on the default device; and ``{"step", "digest", …}``.
 
-    `target` is a tree of arrays or `jax.ShapeDtypeStruct` with the expected shapes. Raises UserError for a missing,
-    truncated or foreign checkpoint; the digest of what was read must match.
+    `target` is a tree of arrays or `jax.ShapeDtypeStruct` with the expected shapes. Raises UserError for a missing or
+    damaged checkpoint (its digest differs), or one of another network.
     """
     with _opened(workdir) as (manager, folder, newest):
         restored = _restore(manager, folder, newest if step is None else step, model=target)
@@ -122,20 +121,20 @@ def restore_model(workdir: Path, target: Any, step: int | None = None) -> tuple[
 
 
 def trained_on(workdir: Path) -> dict[str, Any]:
-    """What the newest checkpoint says about the data it was trained on, by `Checkpoints.save`; {} if nothing."""
-    with _opened(workdir) as (manager, folder, newest), _checkpoint_readable(folder / str(newest)):
-        meta = manager.restore(newest, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        return {name: value for name, value in meta.items() if name not in ("step", "digest", "optimizer")}
+    """The description of the data that `Checkpoints.save` put into the newest checkpoint."""
+    with _opened(workdir) as opened:
+        meta = _restore(*opened)["meta"]
+    return {name: value for name, value in meta.items() if name not in ("step", "digest", "optimizer")}
 
 
 @contextlib.contextmanager
 def _opened(workdir: Path) -> Iterator[tuple[ocp.CheckpointManager, epath.Path, int]]:
-    """The manager of a workdir that has a complete checkpoint, its folder, and the newest step."""
+    """The Orbax manager of a workdir, the folder of its checkpoints, and the newest complete step."""
     folder = checkpoints(workdir)
     if not folder.is_dir():
         raise UserError(f"no checkpoint in {workdir}: train first (python -m lsrs_jax.train --workdir={workdir} ...)")
     with (
-        _all_readable(folder),
+        _all_readable(folder),  # silences the warnings of the options as well
         ocp.CheckpointManager(
             folder, options=ocp.CheckpointManagerOptions(read_only=True), item_names=_ITEMS
         ) as manager,
@@ -147,20 +146,19 @@ def _opened(workdir: Path) -> Iterator[tuple[ocp.CheckpointManager, epath.Path, 
 
 
 def _restore(manager: ocp.CheckpointManager, folder: epath.Path, step: int, **targets: Any) -> Any:
-    """Reads ``meta`` and the items that have a target; checks step and digest of the parameters."""
+    """Reads ``meta`` and the items that have a target; checks the step, and the digest of the parameters if read."""
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def describe(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or device)
 
     items = {name: ocp.args.StandardRestore(jax.tree.map(describe, tree)) for name, tree in targets.items()}
-    where = folder / str(step)
-    with _checkpoint_readable(where):
+    where = f"checkpoint {folder / str(step)}"
+    with _readable(f"{where}: it is damaged, or made for another network or image size", _REMEDY):
         restored = manager.restore(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore()))
         meta = restored["meta"]
-        intact = digest(restored["model"]) == meta["digest"] and meta["step"] == step
-    if not intact:
-        raise UserError(f"checkpoint {where} is damaged: its digest or step is not the one it names; {_REMEDY}")
+        if meta["step"] != step or (targets and digest(restored["model"]) != meta["digest"]):
+            raise UserError(f"{where} is damaged: its digest or step is not the one that it names; {_REMEDY}")
     return restored
 
 
@@ -172,14 +170,10 @@ def _readable(what: str, remedy: str) -> Iterator[None]:
             yield
     except UserError:
         raise
-    except Exception as error:  # Orbax and TensorStore raise whatever their readers raise
+    except Exception as error:  # any error of Orbax's and TensorStore's readers
         ignore_leftovers()
         line = " ".join(str(error).split()).partition(" See full TensorStore")[0][:160]
         raise UserError(f"cannot read {what} ({type(error).__name__}: {line}); {remedy}") from error
-
-
-def _checkpoint_readable(where: epath.Path) -> contextlib.AbstractContextManager[None]:
-    return _readable(f"checkpoint {where}: it is damaged, or made for another network or image size", _REMEDY)
 
 
 def _all_readable(folder: epath.Path) -> contextlib.AbstractContextManager[None]:

@@ -1,4 +1,4 @@
-"""The training loop: data parallel over the devices of all processes, resumable to the exact next batch."""
+"""The training loop: data parallel over the devices of all processes; resumes with exactly the next batch."""
 
 import collections
 import contextlib
@@ -25,13 +25,14 @@ from lsrs_jax.runtime.signals import agreed, deferred
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.training.checkpoint import Checkpoints
 from lsrs_jax.training.losses import Labels, make_loss
-from lsrs_jax.training.optimizer import make_optimizer, schedule
 
-Log = Callable[..., None]  # of a dict of metrics and, with training metrics, the time left as text
+Log = Callable[..., None]  # takes a dict of metrics and, optionally, the time left as text
+_UNDER_WAY = 2  # steps that may run before the host reads the flags of the first
+_ON_GPU = {"xla_gpu_enable_triton_gemm": False}
 
 
 class State(NamedTuple):
-    """What a training carries from step to step."""
+    """What a training carries from step to step. A checkpoint holds `result` (the model) and `rest`."""
 
     params: Any
     optimizer: Any
@@ -39,26 +40,47 @@ class State(NamedTuple):
 
     @property
     def result(self) -> Any:
-        """The parameters that are evaluated, certified and kept as the model."""
+        """The parameters that are evaluated and certified."""
         return self.params if self.average is None else self.average
 
     @property
     def rest(self) -> Any:
-        """What a resumption needs in addition to the result."""
         return self.optimizer if self.average is None else (self.optimizer, self.params)
 
     def resumed(self, result: Any, rest: Any) -> "State":
-        """The state with this `result` and `rest`."""
         return State(result, rest, None) if self.average is None else State(rest[1], rest[0], result)
 
 
-_ON_GPU = {"xla_gpu_enable_triton_gemm": False}
+def schedule(config: Config) -> optax.Schedule:
+    """Learning rate as a function of the step: linear warm-up, then constant or cosine to zero."""
+    peak, warmup = config.learning_rate, config.warmup_steps
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, config.steps - warmup)
+    else:
+        after = optax.constant_schedule(peak)
+    return optax.join_schedules([optax.linear_schedule(peak / max(warmup, 1), peak, warmup), after], [warmup])
+
+
+def _decays(params: Params) -> Any:
+    """Marks the kernels of the head. Decay of the encoder's raw parameters would pull its kernels to the identity."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key == "head" and path[-1].key == "kernel", params)
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """Adam or SGD with Nesterov momentum, and weight decay on the kernels of the head."""
+    decay = optax.add_decayed_weights(config.weight_decay, _decays)
+    rate = optax.scale_by_learning_rate(schedule(config))
+    if config.optimizer == "adam":
+        return optax.chain(optax.scale_by_adam(), decay, rate)
+    return optax.chain(decay, optax.trace(0.9, nesterov=True), rate)
 
 
 def compiler_options() -> dict[str, bool] | None:
-    """Options of `jax.jit` for programs that build orthogonal kernels. On a GPU, XLA would try dozens of its own
-    kernels for each of their many small products: minutes of compilation, where cuBLAS takes seconds (the flag of
-    NVIDIA/JAX-Toolbox#317). To go when XLA compiles such a program in seconds by default."""
+    """Options of `jax.jit` for programs that build orthogonal kernels.
+
+    On a GPU, XLA would try dozens of its own kernels for each of the many small products, which takes minutes; cuBLAS
+    takes seconds (NVIDIA/JAX-Toolbox#317). Remove this when XLA compiles such a program in seconds by default.
+    """
     return _ON_GPU if jax.default_backend() == "gpu" else None
 
 
@@ -67,8 +89,8 @@ def step_function(
 ) -> jax.stages.Wrapped:
     """One optimizer step, ``(state, images, labels, key, step)`` → ``(state, (loss, accuracy))``, jitted.
 
-    The noise of step s comes from the key of (seed, "train", s) alone. `shardings` are those of the state, and of what
-    every device holds whole; XLA chooses them if None.
+    The noise depends on the key and the number of the step only. `shardings` are the sharding of the state and the
+    sharding of replicated arrays; XLA chooses both if it is None.
     """
     model = dataclasses.replace(model, head_dtype=config.train.head_dtype)
     loss, decay = make_loss(config), config.train.ema
@@ -77,8 +99,8 @@ def step_function(
     def train_step(state: State, images: Images, labels: Labels, key: jax.Array, step: jax.Array) -> Any:
         def loss_of(params: Params) -> Any:
             if shardings:
-                # XLA computes wrong gradients of the construction of an orthogonal kernel from divided parameters (jax
-                # 0.10, not reported upstream). To go when they agree with those of whole parameters without it.
+                # XLA computes wrong gradients of orthogonal kernels built from sharded parameters (jax 0.10, not
+                # reported upstream). Remove this when they equal the gradients of replicated parameters without it.
                 params = jax.lax.with_sharding_constraint(params, shardings[1])
             return loss(model, params, images, labels, jax.random.fold_in(key, step))
 
@@ -87,7 +109,7 @@ def step_function(
         params = optax.apply_updates(state.params, updates)
         if state.average is None:
             return State(params, optimizer_state, None), metrics
-        # A lower decay in the first steps forgets the random initialisation.
+        # A lower decay in the first steps removes the random initial parameters from the average.
         kept = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
         average = jax.tree.map(lambda old, new: kept * old + (1 - kept) * new, state.average, params)
         return State(params, optimizer_state, average), metrics
@@ -96,26 +118,24 @@ def step_function(
 
 
 def parts(model: Model, config: Config, mesh: Mesh) -> tuple[Callable[[jax.Array], State], State, jax.stages.Wrapped]:
-    """``(fresh, shardings, train_step)``: key → first `State`, its shardings on the mesh, and `step_function` there."""
-    settings, whole = config.train, replicated(mesh)
-    transformation = make_optimizer(settings)
+    """``(fresh, shardings, train_step)``: the function key → first `State`, its shardings, and `step_function`."""
+    whole, transformation = replicated(mesh), make_optimizer(config.train)
 
     def fresh(key: jax.Array) -> State:
         params = model.init(key)
-        return State(params, transformation.init(params), jax.tree.map(jnp.copy, params) if settings.ema else None)
+        return State(params, transformation.init(params), jax.tree.map(jnp.copy, params) if config.train.ema else None)
 
     shapes = jax.eval_shape(fresh, domain_key(config.seed, "init"))
-    shardings = sharded(mesh, shapes) if settings.shard_parameters else jax.tree.map(lambda _: whole, shapes)
+    shardings = sharded(mesh, shapes) if config.train.shard_parameters else jax.tree.map(lambda _: whole, shapes)
     return fresh, shardings, step_function(model, config, transformation.update, (shardings, whole))
 
 
 class Evaluator:
-    """Accuracy of the base classifier on a split, with one noise sample per image and without noise."""
+    """Accuracy of the base classifier on a data set, with one noise sample per image and without noise."""
 
     def __init__(self, model: Model, sigma: float, dataset: ImageSet, mesh: Mesh, batch: int = 256) -> None:
         self._dataset, self._mesh = dataset, mesh
         self._batch = -(-min(batch, len(dataset)) // mesh.size) * mesh.size
-        self._own = own_rows(mesh, self._batch)
 
         @functools.partial(jax.jit, out_shardings=replicated(mesh), compiler_options=compiler_options())
         def correct(params: Params, images: Images, labels: Labels, valid: jax.Array, key: jax.Array) -> Any:
@@ -127,50 +147,24 @@ class Evaluator:
         self._correct = correct
 
     def __call__(self, params: Params, key: jax.Array) -> np.ndarray:
-        """``(noisy accuracy, clean accuracy)`` over the whole split; the last batch is padded and masked."""
-        size, totals = len(self._dataset), np.zeros(2, np.int64)
+        """``(noisy accuracy, clean accuracy)`` over the whole data set; the last batch is padded and masked."""
+        size, totals, own = len(self._dataset), np.zeros(2, np.int64), own_rows(self._mesh, self._batch)
         for index, start in enumerate(range(0, size, self._batch)):
-            numbers = np.arange(start, start + self._batch)[self._own]
-            rows = np.minimum(numbers, size - 1)
-            arrays = from_own_rows(self._mesh, (*self._dataset.read(rows, np.float32), numbers < size))
+            rows = np.arange(start, start + self._batch)[own]
+            images = self._dataset.read(np.minimum(rows, size - 1), np.float32)
+            arrays = from_own_rows(self._mesh, (*images, rows < size))
             totals += [int(hits) for hits in self._correct(params, *arrays, jax.random.fold_in(key, index))]
         return totals / size
 
 
 def check_batch(config: Config, dataset: ImageSet) -> None:
-    """Raises UserError unless batch and crop fit the data and the batch divides over the devices."""
-    size, (height, width, _) = len(dataset), dataset.shape
-    batch_indices(size, config.data.batch_size, config.seed, 0)
+    """Raises UserError unless batch and crop fit the data and the devices divide the batch."""
+    (height, width, _), batch, devices = dataset.shape, config.data.batch_size, jax.device_count()
+    batch_indices(len(dataset), batch, config.seed, 0)
     if config.data.crop >= min(height, width):
         raise UserError(f"data.crop {config.data.crop} shifts images of {height}x{width} out of sight; make it smaller")
-    devices = jax.device_count()
-    if config.data.batch_size % devices:
-        raise UserError(
-            f"data.batch_size {config.data.batch_size} is not divisible by the {devices} devices; choose a "
-            f"multiple of {devices}"
-        )
-
-
-_UNDER_WAY = 2  # steps whose outcome the host does not wait for
-
-
-class _Stop:
-    """Decides after which step to stop: all processes agree on one, once a signal has reached any of them.
-
-    Their flags are combined on the devices with every step and read a few steps later, so that nothing waits for them.
-    """
-
-    def __init__(self, mesh: Mesh, signalled: Callable[[], bool]) -> None:
-        self._mesh, self._signalled, self._flags = mesh, signalled, collections.deque()
-        self._any = jax.jit(jnp.max, out_shardings=replicated(mesh))
-
-    def __call__(self) -> bool:
-        """Whether the step that was just launched is the last one."""
-        if self._mesh.is_multi_process:
-            flags = np.full(len(self._mesh.local_devices), self._signalled(), np.int32)
-            self._flags.append(self._any(from_own_rows(self._mesh, flags)))
-            return len(self._flags) > _UNDER_WAY and bool(self._flags.popleft())
-        return self._signalled()
+    if batch % devices:
+        raise UserError(f"data.batch_size {batch} must be a multiple of {devices}, the number of devices")
 
 
 class _Training:
@@ -181,17 +175,18 @@ class _Training:
     ) -> None:
         self._config, self._train_set, self._checkpoints, self._log = config, train_set, checkpoints, log
         self._mesh = global_mesh()
-        self._whole = replicated(self._mesh)
+        self._whole, self._flags = replicated(self._mesh), collections.deque()
+        self._any = jax.jit(jnp.max, out_shardings=self._whole)
         fresh, shardings, self._train_step = parts(model, config, self._mesh)
         self._state = jax.jit(fresh, out_shardings=shardings)(domain_key(config.seed, "init"))
         self._first = checkpoints.latest() or 0
         if self._first:
-            # A checkpoint holds the result whole, for certification.
+            # A checkpoint holds the result replicated, for certification.
             result, rest = checkpoints.restore(self._first, reshard(self._state.result, self._whole), self._state.rest)
             self._state = self._state.resumed(reshard(result, shardings.result), rest)
         self._evaluate = Evaluator(model, config.sigma, test_set, self._mesh)
         self._rate, self._window = schedule(config.train), []
-        self._since = 0, 0.0  # number of steps and time at which the speed of the next report begins
+        self._since = 0, 0.0  # step and time from which the next report measures the speed
 
     def run(self) -> Params:
         config, settings, first = self._config, self._config.train, self._first
@@ -199,9 +194,8 @@ class _Training:
         batches = training_batches(self._train_set, config.data, config.seed, first, settings.steps, own)
         key = domain_key(config.seed, "train")
         self._saved = time.monotonic()
-        # A step donates its state to the next one: a signal takes effect after a step, when its state has been saved.
+        # A step donates its state to the next one, so a signal takes effect after a step, when its state is saved.
         with contextlib.closing(batches), deferred() as signalled:
-            stopping = _Stop(self._mesh, signalled)
             for step, batch in zip(range(first, settings.steps), batches, strict=True):
                 done = step + 1
                 if not self._window:
@@ -217,7 +211,7 @@ class _Training:
                     done == settings.steps or done % every == 0
                     for every in (settings.log_every, settings.evaluate_every, settings.checkpoint_every)
                 )
-                stop = stopping()
+                stop = self._stops(signalled())
                 if stop or report or evaluate or save:
                     self._report(done)
                 if evaluate:
@@ -230,11 +224,19 @@ class _Training:
             self._checkpoints.wait()
         return reshard(self._state.result, self._whole)
 
+    def _stops(self, signalled: bool) -> bool:
+        """True if the step that was just launched is the last one. All processes agree on it."""
+        if not self._mesh.is_multi_process:
+            return signalled
+        # The devices combine the flags of all processes with every step; the host reads them a few steps later.
+        flags = np.full(len(self._mesh.local_devices), signalled, np.int32)
+        self._flags.append(self._any(from_own_rows(self._mesh, flags)))
+        return len(self._flags) > _UNDER_WAY and bool(self._flags.popleft())
+
     def _report(self, done: int) -> None:
-        """Logs means over the steps since the last report, which waits for the device, and the speed of these steps."""
+        """Waits for the device; logs the means over the steps since the last report, and their speed."""
         losses, accuracies = np.asarray(jax.device_get(self._window), np.float64).T
-        self._window = []
-        settings, finite = self._config.train, np.isfinite(losses)
+        self._window, settings, finite = [], self._config.train, np.isfinite(losses)
         if not finite.all():
             bad = int(np.argmin(finite))
             raise UserError(
@@ -243,17 +245,17 @@ class _Training:
                 + (" into another --workdir; its checkpoints are kept" if self._checkpoints.latest() else "")
             )
         images, seconds = (done - self._since[0]) * self._config.data.batch_size, time.monotonic() - self._since[1]
-        rate = self._rate(done - 1)
-        values = {"step": done, "loss": losses.mean(), "accuracy": accuracies.mean(), "learning_rate": rate}
+        values = {"step": done, "loss": losses.mean(), "accuracy": accuracies.mean()}
+        values["learning_rate"] = self._rate(done - 1)
         if images:
             values["images_per_second"] = round(images / seconds, 1)
         self._log(values, self._progress.left(done) if self._first + 1 < done < settings.steps else None)
 
     def _test(self, done: int) -> None:
-        key = jax.random.fold_in(domain_key(self._config.seed, "evaluate"), done)
         try:
+            key = jax.random.fold_in(domain_key(self._config.seed, "evaluate"), done)
             noisy, clean = self._evaluate(self._state.result, key)
-        except UserError:  # of the test data: what was trained is kept
+        except UserError:  # about the test data: save what was trained
             if not self._mesh.is_multi_process:
                 self._save(done)
                 self._checkpoints.wait()
@@ -263,7 +265,7 @@ class _Training:
     def _save(self, done: int) -> None:
         data = {"input_shape": list(self._train_set.shape), "classes": self._train_set.num_classes}
         self._checkpoints.save(done, reshard(self._state.result, self._whole), self._state.rest, **data)
-        # Seconds since the last checkpoint. Over all sessions they add up to the time behind what was kept.
+        # Seconds since the last checkpoint: over all sessions they add up to the time that the saved steps took.
         self._log({"step": done, "train_seconds": round(time.monotonic() - self._saved, 2)})
         self._saved = time.monotonic()
 
@@ -273,10 +275,12 @@ def train(
 ) -> Params:
     """Trains to ``config.train.steps``, from the newest checkpoint if there is one.
 
-    Every process of the run calls this with the same arguments. A batch does not depend on the number of processes;
-    each cuts its own rows out of it. `log` is called in step order. Returns the final parameters (or their average, if
-    one is kept). Raises UserError if the loss stops being finite (the last checkpoint is kept), and Interrupted after a
-    signal to any process, when the steps under way are finished and saved.
+    Every process of the run calls this with the same arguments and takes its own rows of each batch; the batches do not
+    depend on the number of processes. Calls `log` in step order. Returns the final parameters, or their average.
+
+    Raises:
+      UserError: if the loss stops being finite; the last checkpoint is kept.
+      Interrupted: after a signal to any process, when the steps under way are finished and saved.
     """
     with pinned():
         return _Training(model, config, train_set, test_set, checkpoints, log).run()

@@ -1,4 +1,4 @@
-"""Metrics of a training, as it writes and shows them."""
+"""Writes and prints the metrics of a training."""
 
 import json
 import math
@@ -10,21 +10,21 @@ from lsrs_jax.runtime.files import with_filename, write_atomic
 
 
 class Metrics:
-    """Writes metrics.jsonl, TensorBoard events where tensorboardX is installed, and lines on the screen."""
+    """Writes metrics.jsonl, TensorBoard events (if tensorboardX is installed), and lines on the screen."""
 
     def __init__(self, workdir: Path, first: int) -> None:
         self._path = workdir / "metrics.jsonl"
         text = self._path.read_text(encoding="utf-8", errors="replace") if self._path.exists() else ""
-        # Steps after the checkpoint `first` run again: their lines are dropped, and with them one that a kill cut off.
+        # The steps after the checkpoint `first` run again: drop their lines, and a line that a kill has cut off.
         kept = [line for line in text[: text.rfind("\n") + 1].splitlines() if _step(line) <= first]
         write_atomic(self._path, "".join(f"{line}\n" for line in kept))
         self._file = self._path.open("a", encoding="utf-8")
         try:
             from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(workdir / "tensorboard"))
         except ImportError:
             self._board = None
-        else:
-            self._board = SummaryWriter(str(workdir / "tensorboard"))
 
     def __call__(self, metrics: Mapping[str, Any], left: str | None = None) -> None:
         metrics = {key: value if key == "step" else float(value) for key, value in metrics.items()}
@@ -34,17 +34,14 @@ class Metrics:
         if self._board:
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, metrics["step"])
-        shown = "  ".join(f"{name} {_brief(value)}" for name, value in metrics.items() if name != "step")
+        cells = {name: f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}" for name, value in metrics.items()}
+        shown = "  ".join(f"{name} {cell}" for name, cell in cells.items() if name != "step")
         print(f"step {metrics['step']:>6}  {shown}" + (f"  {left} left" if left else ""), flush=True)
 
     def close(self) -> None:
         self._file.close()
         if self._board:
             self._board.close()
-
-
-def _brief(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _step(line: str) -> float:

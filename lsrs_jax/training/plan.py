@@ -1,4 +1,4 @@
-"""Estimates what a training and its certification will need: memory, FLOPs, and time on the chips of `CHIPS`."""
+"""Estimates memory, FLOPs and time of a training and its certification, on the chips of `CHIPS`."""
 
 import dataclasses
 import math
@@ -19,18 +19,19 @@ from lsrs_jax.runtime.rng import domain_key, pinned
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.training.loop import parts
 
-USED = 0.3  # share of the peak FLOP/s; from sampling of configs/cifar10.py on an H200 (docs/results/accelerator.md)
-FREE = 0.9  # share of a chip's memory that a program can use; the rest goes to the runtime and to fragmentation
+USED = 0.3  # share of the peak FLOP/s, as measured for configs/cifar10.py on an H200 (docs/results/accelerator.md)
+FREE = 0.9  # share of a chip's memory that a program can use; the runtime and fragmentation take the rest
+_REMEDIES = "more devices, a smaller data.batch_size or train.shard_parameters=true"
 
 
 class Chip(NamedTuple):
-    """Dense peaks without sparsity, from the data sheet of the vendor."""
+    """Peaks without sparsity, from the vendor's data sheet."""
 
     memory: float  # GiB
     bandwidth: float  # TB/s
     bfloat16: float  # TFLOP/s of matrix products
-    float32: float  # TFLOP/s in true float32, for sampling; on a TPU six products in bfloat16 make one
-    training: float  # TFLOP/s of float32 at JAX's default precision: TF32, on a TPU bfloat16
+    float32: float  # TFLOP/s in true float32, for sampling; a TPU computes one product as six in bfloat16
+    training: float  # TFLOP/s of float32 at JAX's default precision: TF32, or bfloat16 on a TPU
 
 
 CHIPS = {
@@ -53,26 +54,22 @@ class Need:
     moved: float  # bytes that these read and write
 
     def fits(self, chip: Chip) -> bool:
-        """Whether a chip's memory is enough."""
+        """True if the chip has enough memory."""
         return self.memory <= FREE * chip.memory * 2**30
 
     def seconds(self, chip: Chip, dtype: str, times: float = 1) -> float:
-        """Time of `times` calls, by arithmetic or memory traffic; kernel launches and the host come on top."""
+        """Time of `times` calls: the longer of arithmetic and memory traffic, without launches and the host."""
         peak = {"float32": chip.float32, "bfloat16": chip.bfloat16, "training": chip.training}[dtype]
         return times * max(self.flops / (USED * peak * 1e12), self.moved / (chip.bandwidth * 1e12))
 
 
 def training_need(model: Model, config: Config) -> Need:
-    """The `Need` of an optimizer step on all devices of this run, with memory as XLA allocates it for them."""
+    """The `Need` of an optimizer step on all devices of this run, with the memory that XLA allocates for it."""
     mesh, size = global_mesh(), config.data.batch_size
     with pinned():
         fresh, shardings, train_step = parts(model, config, mesh)
         key = jax.device_put(domain_key(config.seed, "train"), replicated(mesh))
-
-        def with_sharding(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-        state = jax.tree.map(with_sharding, jax.eval_shape(fresh, key), shardings)
+        state = jax.tree.map(lambda leaf, s: leaf.update(sharding=s), jax.eval_shape(fresh, key), shardings)
 
         def arguments(size: int) -> tuple[Any, ...]:
             images = jax.ShapeDtypeStruct((size, *model.input_shape), jnp.float32, sharding=split(mesh))
@@ -84,14 +81,14 @@ def training_need(model: Model, config: Config) -> Need:
         counts = []
         for count in (flops, traffic):
             one, two = (count(train_step, *arguments(times * size)) for times in (1, 2))
-            # Every device does the part that does not grow with the batch, such as the construction of kernels.
+            # Every device does all work that does not grow with the batch, such as the building of kernels.
             counts.append(2 * one - two + (two - one) / mesh.size)
         return Need(memory - found.alias_size_in_bytes, *counts)
 
 
 def sampling_need(model: Model, config: Config) -> Need:
-    """The `Need` of one tile (images x samples) of certification on one device, counted in the jaxpr: on a CPU, XLA's
-    analysis of a program without gradients leaves out what it fuses."""
+    """The `Need` of one batch (images x samples) of certification on one device."""
+    # Counted in the jaxpr, because XLA's analysis on a CPU leaves out the operations that it fuses.
     images, samples = config.certify.tile
     model = dataclasses.replace(model, head_dtype=config.certify.head_dtype)
 
@@ -108,7 +105,7 @@ def sampling_need(model: Model, config: Config) -> Need:
 
 
 def _memory_here() -> int | None:
-    """Bytes of memory of a device of this machine, if they are known."""
+    """Bytes of memory of one device of this machine, or None if unknown."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
@@ -119,14 +116,16 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:,.2f} GiB"
 
 
-def _time(seconds: float) -> str:
-    return f"{seconds * 1000:,.3g} ms" if seconds < 1 else f"{seconds:,.1f} s"
+def _cells(need: Need, chip: Chip, dtype: str, calls: float) -> str:
+    seconds = need.seconds(chip, dtype, calls)
+    time = f"{seconds * 1000:,.3g} ms" if seconds < 1 else f"{seconds:,.1f} s"
+    return f"{'fits' if need.fits(chip) else 'does not fit':>16}{time:>16}"
 
 
 def report(model: Model, config: Config) -> str:
-    """The estimate as text: sizes, memory per device, time on every chip of `CHIPS`, and warnings if it cannot fit."""
+    """The estimate as text: sizes, memory per device, time on every chip of `CHIPS`; warnings if memory is short."""
     certify, need = config.certify, training_need(model, config)
-    # (name, unit that is timed, need of a program, calls per unit, field of `Chip`, what helps if memory is too small)
+    # (name, unit that is timed, need of a program, calls per unit, field of `Chip`, remedy if memory is short)
     columns = [("training", "a step", need, 1, "training", _REMEDIES)]
     lines = [
         describe(model),
@@ -138,33 +137,27 @@ def report(model: Model, config: Config) -> str:
         calls = n / math.prod(certify.tile)
         columns.append(("certification", "a certificate", tile, calls, certify.head_dtype, "a smaller certify.tile"))
         lines.append(
-            f"certification: {n:,} votes an image at most, {calls * tile.flops / 1e12:,.3g} TFLOP; on each device "
-            f"{_gib(tile.memory)} for a tile of {certify.tile[0]} images x {certify.tile[1]} votes"
+            f"certification: at most {n:,} samples an image, {calls * tile.flops / 1e12:,.3g} TFLOP; on each device "
+            f"{_gib(tile.memory)} for a batch of {certify.tile[0]} images x {certify.tile[1]} samples"
         )
     else:
-        lines.append("certification: deterministic, without votes")
+        lines.append("certification: deterministic, without samples")
     lines += ["", f"{'chip':<14}{'memory':>9}" + "".join(f"{name:>16}{unit:>16}" for name, unit, *_ in columns)]
     for name, chip in CHIPS.items():
-        cells = "".join(
-            f"{'fits' if need.fits(chip) else 'does not fit':>16}{_time(need.seconds(chip, dtype, calls)):>16}"
-            for _, _, need, calls, dtype, _ in columns
-        )
+        cells = "".join(_cells(need, chip, dtype, calls) for _, _, need, calls, dtype, _ in columns)
         lines.append(f"{name:<14}{chip.memory:>5.0f} GiB{cells}")
     lines += [
         "",
-        f"Memory as XLA allocates it for {jax.default_backend()}; other platforms fuse otherwise. Times: a step on as",
-        "many chips as there are devices here (JAX_NUM_CPU_DEVICES=8 simulates eight), a certificate on one;",
-        f"products at {USED:.0%} of the peak, or memory traffic at the full rate where that takes longer.",
-        "Communication, and the many launches of small networks, come on top.",
+        f"Memory: as XLA allocates it for {jax.default_backend()}; other platforms differ. Times: a step on as many",
+        "chips as there are devices here (JAX_NUM_CPU_DEVICES=8 simulates eight), a certificate on one chip. They are",
+        f"the longer of arithmetic at {USED:.0%} of the peak and memory traffic at the full rate. Communication and",
+        "the launches of kernels, which matter for small networks, come in addition.",
     ]
     here = _memory_here()
     for name, _, need, _, _, remedy in columns:
         if here and need.memory > FREE * here:
             needed = f"needs {_gib(need.memory)} per device, this machine has {_gib(here)}"
-            lines.append(f"warning: {name} {needed}: take {remedy}")
+            lines.append(f"warning: {name} {needed}: use {remedy}")
         if small := ", ".join(chip for chip, peaks in CHIPS.items() if not need.fits(peaks)):
-            lines.append(f"warning: {name} on {jax.device_count()} device(s) does not fit {small}: take {remedy}")
+            lines.append(f"warning: {name} on {jax.device_count()} device(s) does not fit {small}: use {remedy}")
     return "\n".join(lines)
-
-
-_REMEDIES = "more devices, a smaller data.batch_size or train.shard_parameters=true"

@@ -1,7 +1,6 @@
-"""Paraunitary convolutions from matrix exponentials: separable complete factorisation, SC-Fac (Su et al. 2022).
+"""Paraunitary convolution kernels from matrix exponentials: separable complete factorisation, SC-Fac (Su et al. 2022).
 
-Matrices act from the left on columns of C channels, C = max(c_out, c_in·s·s); the kernel is cropped to the channels of
-the layer.
+Matrices act from the left on columns of C = max(c_out, c_in·s·s) channels; the kernel is cropped to those of the layer.
 """
 
 import jax
@@ -15,7 +14,7 @@ from lsrs_jax.runtime.errors import UserError
 
 
 def check(shape: ConvShape) -> None:
-    """Raises UserError where the construction does not exist: a stride that does not divide the kernel."""
+    """Raises UserError if a stride does not divide the kernel size: the construction needs it."""
     check_common(shape)
     if shape.kernel_size[0] % shape.strides[0] or shape.kernel_size[1] % shape.strides[1]:
         raise UserError(
@@ -27,8 +26,8 @@ def check(shape: ConvShape) -> None:
 def init(key: PRNGKeyArray, shape: ConvShape, mode: str) -> Raw:
     """Raw parameters: per axis a rotation ``(C, C)`` and, from the second tap on, a projector factor ``(C, C//2)``.
 
-    ``mode="identity"`` sets the rotations to I and matches the projectors in pairs, so that an odd kernel is exactly
-    the identity (cropped or zero-padded in the channels) at the start; ``"random"`` draws everything.
+    ``mode="identity"`` sets the rotations to I and makes the projectors equal in pairs, so that an odd kernel starts as
+    the identity (cropped or zero-padded in the channels).
     """
     check_mode(mode)
     width = max(shape.c_out, shape.phases)
@@ -46,31 +45,29 @@ def init(key: PRNGKeyArray, shape: ConvShape, mode: str) -> Raw:
 
 @highest_precision
 def _filter(rotation: Float[Array, "C C"], projectors: Float[Array, "taps-1 C C"]) -> Float[Array, "taps C C"]:
-    """One-dimensional paraunitary filter: a rotation lengthened by one projector per tap."""
+    """One-dimensional paraunitary filter: a rotation, and one projector per further tap."""
     taps = rotation[None]
     for index, p in enumerate(projectors):
         shifted, kept = jnp.pad(taps, ((1, 0), (0, 0), (0, 0))), jnp.pad(taps, ((0, 1), (0, 0), (0, 0)))
-        # Projectors act on alternating sides, so that matched projectors cancel around the middle tap.
+        # Projectors act on alternating sides, so that equal projectors cancel around the middle tap.
         taps = shifted + (kept - shifted) @ p if index % 2 == 0 else kept + p @ (shifted - kept)
     return taps
 
 
 @highest_precision
 def build(raw: Raw, shape: ConvShape) -> Kernel:
-    """The kernel of raw parameters, differentiable.
+    """Builds the kernel from raw parameters, differentiable.
 
     **Guarantee**: as a circular convolution with these strides on any size they divide, the kernel has all singular
-    values 1 up to rounding (isometry where c_out ≥ c_in·s·s, co-isometry otherwise); under zero padding none exceeds 1.
+    values 1 up to rounding (isometry if c_out ≥ c_in·s·s, co-isometry otherwise); under zero padding none exceeds 1.
     """
     width, rank = raw["rotations"].shape[-1], raw["height"].shape[-1]
-    # One batched matrix exponential computes both rotations and every projector of the layer.
     factors = jnp.pad(jnp.concatenate([raw["height"], raw["width"]]), ((0, 0), (0, 0), (0, width - rank)))
     orthogonal = exponential(jnp.concatenate([raw["rotations"], factors]))
     columns = orthogonal[2:, :, :rank]
     projectors = columns @ adjoint(columns)
     split = len(raw["height"])
-    vertical = _filter(orthogonal[0], projectors[:split])
-    horizontal = _filter(orthogonal[1], projectors[split:])
+    vertical, horizontal = _filter(orthogonal[0], projectors[:split]), _filter(orthogonal[1], projectors[split:])
     kernel = jnp.einsum("hij,wjk->hwik", vertical, horizontal)[:, :, : shape.c_out, : shape.phases]
     (th, tw), (sh, sw) = shape.taps, shape.strides
     kernel = kernel.reshape(th, tw, shape.c_out, sh, sw, shape.c_in).transpose(0, 3, 1, 4, 5, 2)
