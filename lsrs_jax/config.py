@@ -149,7 +149,7 @@ FIELDS: dict[str, Field] = {
     "certify.stop": Field(0, REQUIRED, "Certification ends before this index; 0 means the end of the split.", _STOP),
     "certify.step": Field(1, REQUIRED, "One of this many images is certified.", _at_least(1)),
     "certify.arithmetic": Field("sound", "float32", '"sound" adds the noise exactly, on a grid.', _ARITHMETIC),
-    "certify.noise": Field("shared", "shared", 'If "shared", the images of a batch get the same noise.', _NOISE),
+    "certify.noise": Field("shared", "shared", 'If "shared", all images get the same noise.', _NOISE),
     "certify.head_dtype": Field("float32", "float32", "The head is sampled in this dtype.", _one_of(*DTYPES)),
     "certify.tile": Field((32, 8), REQUIRED, "A compiled batch has these numbers of images and samples.", _TILE),
     "certify.spmd": Field("shard_map", REQUIRED, "This function of JAX divides the work over devices.", _SPMD),

@@ -1,12 +1,12 @@
 """How latents and noise are represented, drawn and added on the device: exact integers, or the classic float32."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.random import threefry_2x32
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.format import COLUMN_BITS, THRESHOLD_BITS
@@ -17,11 +17,23 @@ from lsrs_jax.smoothing.derivation import check_sigma
 _LARGEST = 2.0**120  # limit of float32 latents: beyond it float32 or a norm might overflow
 
 
+class Arithmetic(Protocol):
+    """How the sampler represents latents and noise; `GridArithmetic` explains the methods."""
+
+    dtype: Any  # of the latents on the device
+    sigma: float  # that a radius may claim
+    tables: Any  # what `draw` needs on every device
+    identity: dict[str, Any]  # besides sigma, the facts that determine the distribution of the noise
+
+    def quantize(self, latents: Float[np.ndarray, "images *latent"]) -> Num[np.ndarray, "images *latent"]: ...
+    def slack(self, latents: Float[np.ndarray, "images *latent"]) -> Float[np.ndarray, " images"]: ...
+    def tau(self, dimensions: int) -> float: ...
+    def draw(self, key: jax.Array, size: tuple[int, ...], tables: Any) -> Num[Array, "*size"]: ...
+    def add(self, latent: Num[Array, "*latent"], noise: Num[Array, "*shape"]) -> Float[Array, "*shape"]: ...
+
+
 class GridArithmetic:
     """Latents and noise as whole multiples of a power of two: exact grid arithmetic (``arithmetic="sound"``).
-
-    `sigma` is the σ that a radius may claim, `tables` what `draw` needs on every device, and `identity` (a part of the
-    identity of a run) the facts, besides σ, that determine the distribution of the noise.
 
     **Guarantee**: `add` feeds to the head one fixed function ρ (round to the grid, clip to ±2²⁴ steps, convert to
     float32, all exact) of latent + Gaussian noise, because ρ(v + δ) = v + ρ(δ) for v on the grid; the distribution of
@@ -116,7 +128,6 @@ class Float32Arithmetic:
         return latent + noise
 
 
-Arithmetic = GridArithmetic | Float32Arithmetic
 ARITHMETICS = {"sound": GridArithmetic, "float32": Float32Arithmetic}
 
 

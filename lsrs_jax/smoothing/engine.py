@@ -8,15 +8,14 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Num
+from jaxtyping import Bool, Int, Num
 
 from lsrs_jax.runtime.progress import SECONDS_PER_REPORT, duration
 from lsrs_jax.smoothing.counts import Counts, ImageCounts, Row
-from lsrs_jax.smoothing.sampler import Sampler
 from lsrs_jax.smoothing.schedule import Schedule
 
 _SECONDS_PER_LAUNCH = 1.0  # how long the devices should work on one launch
@@ -39,6 +38,17 @@ class Launch(NamedTuple):
     first: int
     stop: int
     pending: Future
+
+
+class BlockSampler(Protocol):
+    """Counts the classes of a batch per sample block; `sampler.Sampler` explains the methods."""
+
+    tile: tuple[int, int]
+
+    def keys(self, key: jax.Array) -> dict[str, jax.Array]: ...
+    def put(self, quantized: Num[np.ndarray, "images *latent"], ids: Any = None) -> Any: ...
+    def launch(self, batch: Any, key: jax.Array, first: int, stop: int, n: int) -> Future: ...
+    def collect(self, launched: Future, images: int) -> Int[np.ndarray, "images classes"]: ...
 
 
 class Status:
@@ -88,7 +98,7 @@ class Engine:
 
     def __init__(
         self,
-        sampler: Sampler,
+        sampler: BlockSampler,
         key: jax.Array,
         counts: Counts,
         decided: Callable[[list[ImageCounts]], Bool[np.ndarray, " images"]],

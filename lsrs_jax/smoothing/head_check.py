@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,10 @@ from lsrs_jax.runtime.rng import domain_key
 _SCALES = (0.01, 1.0, 100.0, 0.0, 1.0, 1.0)  # of the random rows that surround the row under test
 
 
-# Any function latents → logits whose rows are independent and deterministic.
-Head = Callable[[Float[Array, "batch *latent"]], Float[Array, "batch classes"]]
+class Head(Protocol):
+    """Any function latents → logits whose rows are independent and deterministic."""
+
+    def __call__(self, latents: Float[Array, "batch *latent"], /) -> Float[Array, "batch classes"]: ...
 
 
 # A batch takes up to 8 GiB, so each is drawn on the device that uses it, one at a time.

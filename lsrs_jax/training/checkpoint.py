@@ -49,6 +49,7 @@ class Checkpoints:
         if self._folder.exists() and not self._folder.is_dir():
             raise UserError(f"{self._folder} is not a folder; move it away, or use another --workdir")
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._saving = contextlib.ExitStack()  # silences Orbax while it writes
         with _all_readable(self._folder):
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=_ITEMS)
 
@@ -57,7 +58,7 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         try:
-            with self._writing():
+            with self._saving, self._writing():
                 self._manager.close()
         except UserError:
             if kind is None:  # otherwise let the exception of the block go on, which says more
@@ -88,12 +89,13 @@ class Checkpoints:
         """Copies the arrays to the host and starts to write them. `trained_on` describes the data."""
         meta = {"step": int(step), "digest": digest(params), "optimizer": _digest_if_whole(opt_state)} | trained_on
         items = {"model": ocp.args.StandardSave(params), "train": ocp.args.StandardSave(opt_state)}
+        self._saving.enter_context(quiet())  # Orbax goes on in threads of its own until `wait`
         with self._writing():
             self._manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)))
 
     def wait(self) -> None:
         """Blocks until everything is on disk."""
-        with self._writing():
+        with self._saving, self._writing():
             self._manager.wait_until_finished()
 
     def restore(self, step: int, params: Any, opt_state: Any) -> tuple[Any, Any]:
