@@ -1,4 +1,4 @@
-"""Eight simulated CPU devices for every test; helpers for real data that may be absent."""
+"""Fixtures of all tests: eight simulated CPU devices, short trainings, and real data where they are present."""
 
 import gc
 import os
@@ -14,7 +14,7 @@ from support import ROOT, prepared, threefry
 from support.commands import QUICK, run
 
 jax.config.update("jax_num_cpu_devices", 8)
-# Compiled programs are kept between tests and runs of the suite, but not in the user's cache.
+# The compilation cache is shared by all tests and runs of the suite. It lies outside the user's cache.
 os.environ["XDG_CACHE_HOME"] = str(Path(tempfile.gettempdir()) / f"lsrs_jax_tests_{os.getuid()}")
 cache_compilations()
 
@@ -22,8 +22,8 @@ SHARED = Path(os.environ.get("LSRS_SHARED", ROOT.parent / "shared"))
 
 
 @pytest.fixture(scope="module", autouse=True)
-def little_memory():
-    """Compiled programs of one file are dropped before the next one; they are still on disk."""
+def drop_compiled_programs():
+    """Drops the compiled programs of a test file from memory when the file is finished; they stay on disk."""
     yield
     jax.clear_caches()
     gc.collect()
@@ -31,7 +31,7 @@ def little_memory():
 
 @pytest.fixture(scope="session")
 def reference():
-    """Published certification logs."""
+    """The folder of published certification logs."""
     folder = SHARED / "reference"
     if not folder.is_dir():
         pytest.skip("the published logs are not here")
@@ -58,7 +58,7 @@ def random_cifar10(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder that the tests of a file share."""
+    """A folder that all tests of one file share."""
     return tmp_path_factory.mktemp("folder")
 
 
@@ -72,7 +72,7 @@ def certification(folder):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A short training on 8 simulated devices, by the command."""
+    """The workdir of a short training on 8 simulated devices."""
     workdir = tmp_path_factory.mktemp("runs") / "digits"
     out = run("train", *QUICK, f"--workdir={workdir}", devices=8)
     assert "8 x cpu" in out
@@ -82,7 +82,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def certified(trained):
-    """Certified on 1 device; the checkpoint came from 8."""
+    """The table of certificates of `trained`, computed on 1 device."""
     out = run("certify", f"--workdir={trained}", "--config.certify.name=base")
     assert "Lipschitz constant 1.0000000" in out
     assert "samples/s" in out
@@ -91,15 +91,15 @@ def certified(trained):
 
 @pytest.fixture
 def copy(trained, certified, tmp_path):
-    """A copy of the training and its certificates, to do with as one likes."""
+    """A copy of the training and its certificates, which the test may change."""
     target = tmp_path / "copy"
     shutil.copytree(trained, target)
     return target
 
 
 @pytest.fixture
-def hurried():
-    """For tests of hundreds of small programs, where compiling is all the time: XLA compiles in a hurry."""
+def fast_compilation():
+    """Switches most XLA optimizations off, for tests that spend their time on compiling small programs."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

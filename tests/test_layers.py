@@ -12,7 +12,7 @@ from lsrs_jax.orthogonal import depth_to_space, space_to_depth
 from lsrs_jax.runtime.errors import UserError
 from support import threefry
 
-# layer, input shape, whether it keeps norms
+# layer, input shape, whether the layer keeps norms
 LAYERS = {
     "adaptive": (layers.OrthogonalConv(6, (3, 3)), (6, 6, 3), True),
     "adaptive strided": (layers.OrthogonalConv(14, (3, 3), (2, 2), initializer="random"), (6, 8, 3), True),
@@ -73,7 +73,7 @@ class LayerTest(chex.TestCase, parameterized.TestCase):
 
     @parameterized.named_parameters(*((name, *case) for name, case in LAYERS.items()))
     def test_no_pair_of_inputs_is_stretched(self, layer, shape, isometry):
-        """The definition, on pairs near and far, around zero too."""
+        """Checks the definition of 1-Lipschitz on pairs of near and distant points, also around zero."""
         rng = np.random.default_rng(0)
         x = rng.standard_normal((64, *shape)) * 10.0 ** rng.uniform(-3, 1, (64, *[1] * len(shape)))
         step = rng.standard_normal(x.shape) * 10.0 ** rng.uniform(-6, 1, (64, *[1] * len(shape)))
@@ -88,7 +88,7 @@ class LayerTest(chex.TestCase, parameterized.TestCase):
 
 def test_group_sort_sorts_groups():
     x = jnp.array([[1.0, 5.0, 3.0, 2.0, 4.0, 6.0, -7.0]])
-    # groups (c, c + 2, c + 4), largest first; the seventh channel passes
+    # The groups are (c, c + 2, c + 4), largest first; the seventh channel does not change.
     np.testing.assert_array_equal(layers.GroupSort(3).apply({}, x), [[4.0, 6.0, 3.0, 5.0, 1.0, 2.0, -7.0]])
     np.testing.assert_array_equal(layers.GroupSort(2).apply({}, x), layers.MaxMin().apply({}, x))
     np.testing.assert_array_equal(layers.GroupSort(7).apply({}, x), -np.sort(-np.asarray(x)))
@@ -196,7 +196,7 @@ def test_integers_are_refused_instead_of_silenced(layer):
 
 
 def convolution(method, features, shape):
-    """A 3x3 layer of a family for images of a shape, if the family takes it."""
+    """A 3x3 layer of a family for images of a shape, if the family accepts it."""
     layer = layers.OrthogonalConv(features, (3, 3), method=method, initializer="random")
     try:
         layer.output_shape(shape)
@@ -246,7 +246,7 @@ def test_materialize_counts_every_factor_and_runs_in_float64():
 
 def test_an_encoder_builds_its_kernels_together_and_computes_the_same():
     first, second, third, fourth = (layers.OrthogonalConv(12, (3, 3), initializer="random") for _ in range(4))
-    # What follows a layer of unknown shape is built on its own.
+    # The kernels after a layer of unknown shape are built one by one.
     chain = (layers.SpaceToDepth((2, 2)), first, layers.MaxMin(), second, layers.MaxMin(), third, nn.Dense(12), fourth)
     encoder, params = encoder_and_params((8, 8, 3), chain)
     x = jax.random.normal(threefry(2), (3, 8, 8, 3))
@@ -292,7 +292,7 @@ def test_the_encoder_never_stretches_beyond_its_constant():
     rng = np.random.default_rng(0)
     x = rng.random((64, 8, 8, 3))
     step = rng.standard_normal(x.shape) * 10.0 ** rng.uniform(-4, 0, (64, 1, 1, 1))
-    step[:32, :, :, [0, 2]] = 0  # the channel of the smallest std, where the bound is attained
+    step[:32, :, :, [0, 2]] = 0  # only the channel of the smallest std moves, where the bound is attained
     ratio = np.linalg.norm((run(x + step) - run(x)).reshape(64, -1), axis=1) / np.linalg.norm(
         step.reshape(64, -1), axis=1
     )
@@ -328,7 +328,7 @@ def test_materialize_refuses_what_it_cannot_prove():
 
 
 def extended_convolution(x, kernel, strides):
-    """`convolve.convolve` of one image in extended precision, circular."""
+    """Circular `convolve.convolve` of one image in extended precision."""
     kernel, (sh, sw) = kernel.astype(np.longdouble), strides
     (height, width, _), (kh, kw) = x.shape, kernel.shape[:2]
     y = np.zeros((height // sh, width // sw, kernel.shape[3]), np.longdouble)
@@ -404,8 +404,7 @@ def test_float64_rounding_stays_within_its_bound_and_float32_does_not(name):
 
 
 def test_cayleys_rounding_stays_within_its_bound():
-    """Its blocks applied as dense matrices per frequency in extended precision would need an extended FFT: two orders
-    of summation stand for the error instead."""
+    """An exact reference would need an FFT in extended precision, so the test compares two orders of summation."""
     encoder, params = encoder_and_params((8, 8, 4), (layers.OrthogonalConv(4, (3, 3), method="cayley"),))
     plain = materialize(encoder, params, (8, 8, 4))
     x = np.random.default_rng(0).random((8, 8, 4))

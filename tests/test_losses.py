@@ -10,7 +10,7 @@ from lsrs_jax.runtime.mesh import local_mesh, replicated, split
 from lsrs_jax.training import losses
 from support import threefry
 
-pytestmark = pytest.mark.usefixtures("hurried")
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 IMAGES = np.random.default_rng(0).random((6, 4, 4, 1)).astype(np.float32)
 LABELS = np.array([0, 1, 2, 0, 1, 2])
@@ -31,13 +31,13 @@ def model(request):
 
 
 def under_noise(loss, model, params, labels, noises, *settings, **attack):
-    """A loss and the accuracy, as `make_loss` computes them."""
+    """The loss and the accuracy that `make_loss` computes."""
     logits = losses.sample(model, params, IMAGES, labels, threefry(4), SIGMA, noises, **attack)
     return loss(logits, labels, *settings), losses.accuracy(logits, labels)
 
 
 def noisy_log_probabilities(model, params, noises):
-    """Float64 ``(B, noises, K)`` from the definition, one sample at a time."""
+    """Log-probabilities ``(B, noises, K)`` in float64, by the definition, one sample at a time."""
     points = np.asarray(IMAGES if model.smooths_input else model.encode(params, IMAGES))
     noise = SIGMA * jax.random.normal(threefry(4), (6 * noises, *points.shape[1:]))
     noise = np.asarray(noise).reshape(6, noises, *points.shape[1:])
@@ -67,7 +67,7 @@ def test_consistency_adds_divergence_and_entropy(model):
     assert float(loss) == pytest.approx(expected, rel=1e-5)
 
 
-def test_macer_pays_for_small_radii_of_right_answers_only(model):
+def test_macer_penalizes_small_radii_of_correct_answers_only(model):
     params = model.init(threefry(0))
     loss, _ = under_noise(losses.macer, model, params, LABELS, 5, SIGMA, 12.0, 1.0, 16.0)
     log_p = noisy_log_probabilities(model, params, 5)
@@ -84,10 +84,10 @@ def test_macer_pays_for_small_radii_of_right_answers_only(model):
 
 
 def test_macers_hinge_is_the_certified_radius():
-    """Two classes, a linear head: the radius is known, and so is the hinge that it leaves."""
+    """For two classes and a linear head the radius is known, and so is the hinge loss."""
     model = small_model(2, encoder="identity")
     params = model.init(threefry(0))
-    params["head"]["Dense_0"]["kernel"] *= 5  # sharp: soft votes become votes
+    params["head"]["Dense_0"]["kernel"] *= 5  # large logits, so that the softmax is almost one-hot
     labels = np.asarray(model.classify(params, IMAGES)).argmax(1)
     arguments = losses.macer, model, params, labels, 4000, SIGMA
     with_hinge, without = (under_noise(*arguments, weight, 8.0, 200.0)[0] for weight in (1.0, 0.0))
@@ -97,7 +97,7 @@ def test_macers_hinge_is_the_certified_radius():
     assert float(with_hinge - without) == pytest.approx(expected, abs=0.02)
 
 
-def test_macer_survives_unanimous_votes():
+def test_macer_has_finite_gradients_when_all_samples_agree():
     model = small_model()
     params = model.init(threefry(0))
     params["head"]["Dense_0"]["bias"] = jnp.asarray([1e3, 0.0, 0.0])
@@ -108,7 +108,7 @@ def test_macer_survives_unanimous_votes():
 @pytest.mark.parametrize("steps", [1, 2, 5])
 @pytest.mark.parametrize("noise", ["latent", "input"])
 def test_smoothadv_finds_the_worst_point_of_a_linear_classifier(noise, steps):
-    """Two classes: the worst shift goes straight to the other class and moves every margin by radius · ‖w‖."""
+    """With two classes, the worst shift is along w and changes every margin by radius · ‖w‖."""
     model = small_model(2, encoder="space_to_depth", noise=noise)
     params = model.init(threefry(0))
     labels = LABELS % 2
@@ -150,7 +150,7 @@ def test_smoothadv_attacks_and_trains_under_the_same_noise(model):
 
 
 def test_smoothadv_takes_the_perturbation_as_given():
-    """Otherwise the training gradient of a linear head would see its weights twice."""
+    """Otherwise the training gradient of a linear head would depend on its weights twice."""
     model = small_model(2, encoder="identity")
     params = model.init(threefry(0))
     labels = LABELS % 2

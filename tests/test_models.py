@@ -14,7 +14,7 @@ from lsrs_jax.models.heads import HEADS
 from lsrs_jax.runtime.errors import UserError
 from support import threefry
 
-pytestmark = pytest.mark.usefixtures("hurried")
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
 def model_of(shape=(8, 8, 1), **fields):
@@ -135,44 +135,44 @@ def test_every_encoder_is_1_lipschitz(encoder, method):
     assert 1.0 <= plain.report.constant <= 1 + 1e-9
 
 
-class TestTheDial:
-    """Blocks of one network: the first belong to the encoder, the others to the head."""
+class TestSplitsOfOneNetwork:
+    """The first blocks of one network belong to the encoder, the others to the head."""
 
-    def dial(self, split, **fields):
-        network = {"encoder": "blocks", "head": "blocks", "widths": (6, 0, 10, 10), "strides": (2, 2, 1, 2)}
-        return model_of((16, 16, 3), **network | {"split": split} | fields)
+    def network(self, split, **fields):
+        common = {"encoder": "blocks", "head": "blocks", "widths": (6, 0, 10, 10), "strides": (2, 2, 1, 2)}
+        return model_of((16, 16, 3), **common | {"split": split} | fields)
 
     def test_flops_move_from_head_to_encoder_and_none_are_lost(self):
         blocks = [2 * 9 * 12 * 6 * 64, 0, 2 * 9 * 24 * 10 * 16, 2 * 9 * 40 * 10 * 4]
         for split in range(5):
-            cost = models.cost(self.dial(split))
-            # A circular convolution computes one row more than it keeps: of 8, of 4, of 2.
+            cost = models.cost(self.network(split))
+            # A circular convolution computes one row more than it returns, for 8, 4 and 2 rows.
             assert sum(blocks[:split]) <= cost.encoder <= 1.5 * sum(blocks[:split])
-            assert cost.head == sum(blocks[split:]) + 2 * 10 * 10  # and the dense layer
+            assert cost.head == sum(blocks[split:]) + 2 * 10 * 10  # the last term is the dense layer
             assert cost.speedup == (cost.encoder + cost.head) / cost.head
 
-    def test_under_input_noise_all_flops_are_the_votes(self):
-        latent, image = models.cost(self.dial(3)), models.cost(self.dial(3, noise="input"))
+    def test_under_input_noise_the_head_has_all_flops(self):
+        latent, image = models.cost(self.network(3)), models.cost(self.network(3, noise="input"))
         assert image.encoder == 0
         assert image.head == latent.encoder + latent.head
         assert image.speedup == 1
 
-    def test_the_ends_of_the_dial(self):
-        free = self.dial(0)
+    def test_the_first_and_the_last_split(self):
+        free = self.network(0)
         assert free.smooths_input
-        linear = self.dial(4, head="normalized")
+        linear = self.network(4, head="normalized")
         params = linear.init(threefry(0))
         assert len(linear.with_linear_head(params)[1]) == 2 * 2 * 10
         with pytest.raises(UserError, match="leaves 1 of 4 blocks unused"):
-            self.dial(3, head="linear")
+            self.network(3, head="linear")
 
     def test_haar_strides_start_by_keeping_the_coarse_image(self):
-        """A narrower block throws numbers away: at the start every second pixel, or the finest Haar bands."""
+        """A narrower block drops numbers: initially every second pixel, or with Haar strides the finest bands."""
         smooth = np.add.outer(np.arange(16), 2 * np.arange(16)) / 48.0
         images = jnp.asarray(np.stack([smooth, smooth**2])[..., None].repeat(3, -1), jnp.float32)
         kept = {}
         for encoder in ("blocks", "blocks_haar"):
-            model = self.dial(1, encoder=encoder, widths=(4, 0, 10, 10))
+            model = self.network(1, encoder=encoder, widths=(4, 0, 10, 10))
             latents = np.asarray(model.encode(model.init(threefry(0)), images))
             kept[encoder] = np.linalg.norm(latents[0] - latents[1]) / np.linalg.norm(images[0] - images[1])
         assert kept["blocks"] < 0.65
@@ -180,7 +180,7 @@ class TestTheDial:
 
     def test_a_split_keeps_the_shape_at_the_cut(self):
         for split, shape in ((1, (8, 8, 6)), (2, (4, 4, 24)), (3, (4, 4, 10)), (4, (2, 2, 10))):
-            model = self.dial(split)
+            model = self.network(split)
             params = model.init(threefry(0))
             x = jnp.zeros((2, 16, 16, 3))
             assert model.encode(params, x).shape == (2, *shape)
@@ -190,7 +190,7 @@ class TestTheDial:
 def test_the_cost_counts_convolutions_and_not_the_building_of_kernels():
     model = model_of((8, 8, 4), encoder="blocks", head="blocks", widths=(16, 16), strides=(1, 1), split=1)
     product = 2 * 9 * 4 * 16 * 8 * 8
-    assert models.cost(model).encoder == product * 9 / 8  # one row more than it keeps
+    assert models.cost(model).encoder == product * 9 / 8  # it computes one row more than it returns
     text = models.describe(model)
     assert "noise on 8x8x16 (1,024 numbers)" in text
     assert f"{product * 9 / 8 / 1e6:.2f} MFLOP once per image" in text

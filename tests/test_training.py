@@ -42,7 +42,7 @@ def test_weight_decay_touches_the_heads_kernels_only():
 
 
 def trained(tmp_path, log=lambda *_: None, **fields):
-    """(result, rest) of a training of 6 steps, read back from its checkpoint."""
+    """Trains for 6 steps and compares with the checkpoint; returns (config, model, data, parameters)."""
     config = default()
     config.data.batch_size, config.train.steps, config.train.evaluate_every = 8, 6, 6
     config.model.head, config.train.learning_rate = "linear", 0.1
@@ -58,7 +58,7 @@ def trained(tmp_path, log=lambda *_: None, **fields):
 
 
 def test_the_options_for_gpus_are_ones_that_xla_has():
-    """A name that XLA drops would end every training on a GPU, and none here."""
+    """If XLA dropped one of these names, every training on a GPU would fail, but none on a CPU."""
     assert jax.jit(lambda x: x + 1, compiler_options=loop._ON_GPU)(1.0) == 2.0
     with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
         jax.jit(lambda x: x + 1, compiler_options={f"{name}_": value for name, value in loop._ON_GPU.items()})(1.0)
@@ -75,8 +75,9 @@ def test_the_speed_of_training_is_that_of_steps_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(Evaluator, "__call__", slow)
     trained(tmp_path, lambda metrics, left=None: logged.append((metrics, left)), log_every=1, evaluate_every=2)
     rows = [row for row, _ in logged if "loss" in row]
-    assert [row.get("images_per_second") for row in rows] == [None] + [8.0] * 5  # batches of 8, a tick for each
-    assert all(left is None for row, left in logged if row["step"] in (1, 6))  # nothing is known, or nothing left
+    assert [row.get("images_per_second") for row in rows] == [None] + [8.0] * 5  # batches of 8, one clock tick for each
+    # At step 1 the speed is unknown, and at step 6 nothing is left to do.
+    assert all(left is None for row, left in logged if row["step"] in (1, 6))
 
 
 def test_the_average_is_what_is_kept_and_the_parameters_train_on(tmp_path):
@@ -120,7 +121,7 @@ def test_schedule_warms_up_and_falls_to_zero():
 
 
 def test_evaluation_counts_every_image_once():
-    """37 images on 8 devices: the padding must not count."""
+    """With 37 images on 8 devices, the padding must not be counted."""
     model = small_model()
     params = model.init(threefry(0))
     images = np.random.default_rng(0).integers(0, 256, (37, 4, 4, 1), np.uint8)
@@ -148,7 +149,7 @@ def test_checkpoints_move_between_device_counts(tmp_path):
 
 
 def test_a_damaged_state_of_the_optimizer_is_refused(tmp_path):
-    """It would be trained on, to other parameters."""
+    """Otherwise training would continue from it and reach other parameters."""
     params = {"a": np.arange(12, dtype=np.float32)}
     state = {"m": np.random.default_rng(0).normal(size=20_000).astype(np.float32)}
     with checkpoint.Checkpoints(tmp_path) as checkpoints:

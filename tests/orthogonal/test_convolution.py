@@ -17,10 +17,10 @@ from lsrs_jax.orthogonal.families import exponential
 from lsrs_jax.runtime.errors import UserError
 from support import ROOT, threefry
 
-pytestmark = pytest.mark.usefixtures("hurried")
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 
-# A covering sample: every kernel size, stride, channel count and image size of the full grid occurs, with rectangles,
-# kernels larger than the image, one input channel, and both directions of a channel change.
+# A sample of the full grid. It contains every kernel size, stride, channel count and image size, and also rectangles,
+# kernels larger than the image, a single input channel, and more or fewer output than input channels.
 SAMPLE = [
     ((1, 1), (1, 1), 1, 1, (4, 4)),
     ((1, 1), (1, 1), 4, 2, (1, 1)),
@@ -53,7 +53,7 @@ def legal(family, shape):
     return True
 
 
-# What each family of the start refuses of the sample; a new family may refuse anything.
+# The shapes of the sample that each built-in family refuses. A new family may refuse any shape.
 REFUSED = {
     "adaptive": [((4, 4), (2, 2), 1, 3)],
     "paraunitary": [((3, 3), (2, 2), 4, 17), ((5, 5), (4, 4), 2, 8)],
@@ -69,21 +69,21 @@ def skip_if_refused(method, shape):
 
 
 def initial(family, key, shape, mode):
-    """``family.init``, compiled whole: one by one, its operations take longer."""
+    """``family.init``, compiled as one program, which is faster than operation by operation."""
     return jax.jit(family.init, static_argnums=(1, 2))(key, shape, mode)
 
 
 def built(family, raw, shape):
-    """``family.build``, compiled whole."""
+    """``family.build``, compiled as one program."""
     return jax.jit(family.build, static_argnums=1)(raw, shape)
 
 
 def run(family, plain, x, shape):
-    """``family.apply``, compiled whole."""
+    """``family.apply``, compiled as one program."""
     return jax.jit(family.apply, static_argnums=2)(plain, x, shape)
 
 
-# Eight Taylor terms leave 2.2e-6 below 1, in float64 too; above 1 there is nothing.
+# With eight Taylor terms, singular values can be 2.2e-6 below 1, in float64 too. They are never above 1.
 EXACT = {"exponential": 3e-6}
 
 
@@ -106,7 +106,7 @@ def test_singular_values_are_one(method, arguments):
         assert found.sigma_max <= 1 + above
         assert found.sigma_max >= 1 - below
         assert found.sigma_min >= 1 - below
-        if method != "cayley":  # the same kernel, zero-padded
+        if method != "cayley":  # the same kernel under zero padding
             found = family.spectrum(plain, padded)
             assert found.sigma_max <= 1 + above
             assert method != "exponential" or found.sigma_min >= 1 - below
@@ -119,7 +119,7 @@ def test_singular_values_are_one_on_the_full_grid(method):
     family, worst, cases = FAMILIES[method], [0.0, 0.0], 0
     for k, s, c_in, c_out in itertools.product((1, 2, 3, 4, 5, 7), (1, 2, 4), CHANNELS, CHANNELS):
         raw = plain = None
-        if c_out == CHANNELS[0]:  # thousands of compiled programs exceed what a process may map
+        if c_out == CHANNELS[0]:  # a process cannot map the memory of thousands of compiled programs
             jax.clear_caches()
         for hw, padding in itertools.product(SIZES, ("circular", "zero")):
             shape = ConvShape((k, k), (s, s), c_in, c_out, hw, padding)
@@ -127,7 +127,7 @@ def test_singular_values_are_one_on_the_full_grid(method):
                 continue
             if raw is None:
                 raw = initial(family, threefry(cases), shape, "random")
-            if plain is None or method == "cayley":  # the kernels of the others do not depend on the size
+            if plain is None or method == "cayley":  # the kernels of the other families do not depend on the size
                 plain = jax.tree.map(np.asarray, built(family, raw, shape))
             found = family.spectrum(plain, shape)
             worst[0], cases = max(worst[0], found.sigma_max - 1), cases + 1
@@ -155,7 +155,7 @@ def test_singular_values_are_one_on_the_full_grid(method):
     ids=str,
 )
 def test_the_layer_as_run_has_the_reported_spectrum(method, padding, arguments):
-    """Against the dense Jacobian."""
+    """Compares with the singular values of the dense Jacobian."""
     family, shape = FAMILIES[method], ConvShape(*arguments, padding)
     if not legal(family, shape):
         pytest.skip("the family refuses this shape")
@@ -172,7 +172,7 @@ def test_the_layer_as_run_has_the_reported_spectrum(method, padding, arguments):
 
 
 def test_the_torus_of_the_images_size_does_not_bound_a_zero_padded_convolution():
-    """The reason for the larger torus: this kernel doubles its input there, and hardly moves it on the small one."""
+    """The reason for the larger torus: on the small one this kernel is 0, but under zero padding its norm is 1."""
     kernel = np.zeros((3, 1, 1, 1))
     kernel[:, 0, 0, 0] = [1, 0, -1]  # on a torus of two rows the taps cancel
     assert conv_singular_values(kernel, (2, 1)).max() <= 1e-12
@@ -189,7 +189,7 @@ def test_an_exponential_kernel_that_is_not_antisymmetric_is_refused_under_zero_p
         FAMILIES["exponential"].spectrum(np.ones((3, 3, 2, 2)), shape)
 
 
-def test_the_exponential_is_the_exponential():
+def test_the_exponential_layer_is_the_matrix_exponential():
     shape = ConvShape((3, 3), (1, 1), 2, 2, (3, 4), "zero")
     family = FAMILIES["exponential"]
     kernel = built(family, initial(family, threefry(3), shape, "random"), shape)
@@ -209,7 +209,7 @@ def test_the_range_of_the_taylor_polynomial(norm):
     assert low <= values.min() + 1e-12
     assert high >= values.max() - 1e-12
     assert (low, high) == (pytest.approx(values.min(), abs=1e-6), pytest.approx(values.max(), abs=1e-6))
-    assert (high > 1 + 1e-9) == (norm > 3.39)  # above it a layer would stretch: hence the cap on the norm
+    assert (high > 1 + 1e-9) == (norm > 3.39)  # a layer of a larger norm would stretch, so the norm is capped
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
@@ -250,14 +250,14 @@ def test_initialisations_differ(method, key):
 
 @pytest.mark.parametrize("method", FAMILIES)
 def test_leaves_of_an_initialisation_can_be_donated(method, key):
-    """Two leaves in one buffer could not."""
+    """Two leaves that share a buffer could not be donated."""
     shape = ConvShape((3, 3), (1, 1), 4, 4, (4, 4))
     raw = FAMILIES[method].init(key, shape, "identity")
     assert jax.tree.leaves(jax.jit(lambda raw: jax.tree.map(lambda leaf: leaf + 1, raw), donate_argnums=0)(raw))
 
 
 @pytest.mark.parametrize("method", FAMILIES)
-def test_the_pure_functions_refuse_what_the_module_refuses(method, key):
+def test_the_pure_functions_refuse_bad_input_as_the_module_does(method, key):
     shape = ConvShape((3, 3), (1, 1), 4, 4, (4, 4))
     family = FAMILIES[method]
     with pytest.raises(UserError, match="unknown initializer"):
@@ -267,7 +267,7 @@ def test_the_pure_functions_refuse_what_the_module_refuses(method, key):
         family.apply(plain, jnp.ones((1, 4, 4, 4), jnp.uint8), shape)
 
 
-def test_the_family_that_the_documentation_adds_is_one(monkeypatch, key):
+def test_the_example_family_of_the_documentation_works(monkeypatch, key):
     section = (ROOT / "docs" / "layers.md").read_text().partition("## Adding a family\n")[2]
     module = {}
     exec(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1], module)
@@ -275,7 +275,7 @@ def test_the_family_that_the_documentation_adds_is_one(monkeypatch, key):
     test_singular_values_are_one("pointwise", SAMPLE[1])
     test_initialisations_differ("pointwise", key)
     test_leaves_of_an_initialisation_can_be_donated("pointwise", key)
-    test_the_pure_functions_refuse_what_the_module_refuses("pointwise", key)
+    test_the_pure_functions_refuse_bad_input_as_the_module_does("pointwise", key)
     test_construction_ignores_the_users_matmul_precision("pointwise", key)
 
 
@@ -311,7 +311,7 @@ def test_25_optimizer_steps_do_not_leave_the_manifold(method, arguments, key):
     pairs = zip(jax.tree.leaves(raw), jax.tree.leaves(start), strict=True)
     moved = max(float(jnp.abs(a - b).max()) for a, b in pairs if a.size)
     found = family.spectrum(jax.tree.map(np.asarray, built(family, raw, shape)), shape)
-    assert moved > 0.05 or shape.c_in == shape.c_out == 1  # the only orthogonal 1x1 matrix near 1 is 1
+    assert moved > 0.05 or shape.c_in == shape.c_out == 1  # the only orthogonal 1x1 matrix near 1 is 1 itself
     assert found.sigma_min >= 1 - 1e-5
     assert found.sigma_max <= 1 + 5e-6
 
@@ -333,7 +333,7 @@ def test_gradients_are_finite_at_degenerate_weights(method, weights, key):
     gradient = jax.jit(jax.grad(lambda raw: jnp.sum(family.apply(family.build(raw, shape), x, shape) * target)))(raw)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
     found = family.spectrum(jax.tree.map(np.asarray, built(family, raw, shape)), shape)
-    assert found.sigma_max <= 1 + 5e-6  # a deficient factor may lose norm, never gain it
+    assert found.sigma_max <= 1 + 5e-6  # a factor of deficient rank may shrink norms, but must not enlarge them
 
 
 @pytest.mark.parametrize("method", FAMILIES)
@@ -349,7 +349,7 @@ def test_gradients_through_the_construction_are_right(method, key):
 
 @pytest.mark.parametrize("method", FAMILIES)
 def test_kernels_built_together_are_those_built_alone(method, key):
-    """Also across shapes, of which one is a part of another (from fewer channels, to fewer)."""
+    """This also holds for kernels of different shapes that are built as parts of a larger one."""
     family = FAMILIES[method]
     shapes = [ConvShape((3, 3), (1, 1), *pair, (3, 4)) for pair in ((4, 4), (6, 6), (4, 4), (2, 4), (4, 3))]
     raws = [initial(family, threefry(i), shape, "random") for i, shape in enumerate(shapes)]
@@ -361,7 +361,7 @@ def test_kernels_built_together_are_those_built_alone(method, key):
 
 
 def primitives(function, *arguments):
-    """Names of all primitives in a traced function, inner ones included."""
+    """Names of all primitives in a traced function, including those of inner functions."""
     names = []
 
     def walk(jaxpr):
@@ -374,7 +374,7 @@ def primitives(function, *arguments):
     return names
 
 
-def test_building_is_batched_and_recomputed_where_memory_asks(key):
+def test_building_is_batched_and_large_kernels_are_rematerialized(key):
     def trace(channels, count):
         shape = ConvShape((3, 3), (1, 1), channels, channels, (4, 4))
         raws = [jax.tree.map(jnp.zeros_like, FAMILIES["adaptive"].init(key, shape, "random")) for _ in range(count)]
@@ -382,13 +382,13 @@ def test_building_is_batched_and_recomputed_where_memory_asks(key):
 
     products = [trace(8, count).count("dot_general") for count in (1, 5)]
     assert products[0] == products[1] > 0
-    assert "cond" not in trace(8, 5)  # a GPU waits for its host before each
+    assert "cond" not in trace(8, 5)  # a GPU waits for its host before each `cond`
     assert "remat2" not in trace(8, 2) + trace(8, 1)
     assert "remat2" in trace(512, 2)
 
 
-def test_parts_of_one_kernel_are_built_with_it(key):
-    """At the cost of a stack: as many products as one of them alone."""
+def test_a_kernel_that_is_part_of_another_is_built_with_it(key):
+    """The program has as many matrix products as for the largest kernel alone."""
 
     def products(*channels):
         shapes = [ConvShape((3, 3), (1, 1), *pair, (4, 4)) for pair in channels]
@@ -446,7 +446,7 @@ def test_unsound_layers_are_refused(method, arguments, why):
     ids=str,
 )
 def test_exact_spectrum_of_any_kernel(arguments):
-    """Against the dense Jacobian, for kernels that are not orthogonal at all."""
+    """Compares with the dense Jacobian, for kernels that are not orthogonal."""
     shape = ConvShape(*arguments)
     kernel = np.random.default_rng(0).standard_normal((*shape.kernel_size, shape.c_in, shape.c_out)).astype(np.float32)
     size = (*shape.input_hw, shape.c_in)

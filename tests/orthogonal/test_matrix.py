@@ -10,7 +10,7 @@ from lsrs_jax import orthogonal
 from lsrs_jax.orthogonal import matrix
 from lsrs_jax.orthogonal.families import cayley
 
-pytestmark = pytest.mark.usefixtures("hurried")
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
 def gaussian(shape, scale, dtype=np.float32, seed=0):
@@ -162,7 +162,7 @@ def test_bjorck_never_exceeds_one(kind):
         w[:, 0] = w[:, 1] + 1e-5
     sigma = orthogonal.dense_singular_values(jax.jit(matrix.bjorck)(w))
     assert sigma.max() <= 1 + 1e-6
-    assert sigma.min() < 0.999  # these do not converge, and are sound all the same
+    assert sigma.min() < 0.999  # these matrices do not converge, and still no singular value exceeds 1
     gradient = jax.jit(jax.grad(lambda w: jnp.sum(matrix.bjorck(w) * gaussian(w.shape, 1.0, seed=4))))(w)
     assert np.isfinite(gradient).all()
 
@@ -187,7 +187,7 @@ def test_accretive_inverse_is_the_inverse(n):
 
 
 def test_many_cayley_transforms_in_one_program_finish():
-    """With LAPACK's triangular solves this hung on two cores."""
+    """With LAPACK's triangular solves, this program hung on two cores."""
     weights = [jnp.asarray(gaussian((40, 48, 48), 1.0, seed=seed)) for seed in range(6)]
     many = jax.jit(lambda weights: [matrix.cayley(w) for w in weights])
     for _ in range(20):
@@ -202,7 +202,7 @@ def test_fourier_transforms_are_numpys(size):
         spectrum = cayley.transform(jnp.asarray(x), size)
         np.testing.assert_allclose(spectrum, np.fft.rfft2(x, axes=(1, 2)), atol=1e-12)
         np.testing.assert_allclose(cayley.inverse(spectrum, size[1]), x, atol=1e-12)
-        # A kernel larger than the torus wraps around it, and the offset moves its origin.
+        # A kernel that is larger than the torus wraps around it; the offset moves the origin of the kernel.
         moved = cayley.transform(jnp.asarray(x), (2, 2), (1, 0))
     folded = np.zeros((2, 2, 2, 3))
     for i, j in np.ndindex(size):
