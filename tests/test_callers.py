@@ -1,4 +1,4 @@
-"""Arguments of callers: whatever the numbers, a sound result or one line."""
+"""Arguments of callers: any numbers give a valid result or an error of one line."""
 
 import fractions
 import math
@@ -19,7 +19,7 @@ from lsrs_jax.smoothing.schedule import make_schedule
 from support import threefry
 from support.hostile import answer, examples
 
-# --------------------------------------------------------------------------------------------------- numbers by callers
+# ------------------------------------------------------------------------------------------------- numbers from callers
 
 SCALARS = st.one_of(
     st.none(),
@@ -74,12 +74,12 @@ def test_confidence_bounds_are_ordered_probabilities_or_one_line(k, n, alpha):
 @example(1000, 0.0, 3, -100.0, False)
 @example(2**27, 0.0, 5, -90.0, False)
 def test_confidence_bounds_hold_for_every_count_and_level(n, share, offset, exponent, from_above):
-    """The tail beyond each bound is at most alpha, by SciPy's binomial distribution."""
+    """By SciPy's binomial distribution, the tail probability at each bound is at most alpha."""
     k = min(int(share * n) + offset, n)
     k = n - k if from_above else k
     alpha = 10.0**exponent
     low, high = float(confidence.lower(k, n, alpha)), float(confidence.upper(k, n, alpha))
-    tolerance = 1e-7 + 1e-9 * n**0.5  # of the logarithms in SciPy
+    tolerance = 1e-7 + 1e-9 * n**0.5  # rounding of the logarithms in SciPy
     if k > 0:
         assert stats.binom.logsf(k - 1, n, low) <= np.log(alpha) + tolerance
     if k < n:
@@ -102,18 +102,20 @@ RADIUS_ARGUMENTS = {
 @example({"p_a_lower": 0.9, "p_b_upper": 0.1, "sigma": 0.5, "lipschitz": 2.0**-200, "slack": 1e308}, None, None)
 @example({"p_a_lower": [0.9] * 3, "p_b_upper": [0.1] * 2, "sigma": 0.5}, None, None)
 @example({"p_a_lower": 5e-324, "p_b_upper": 0.1, "sigma": 0.5}, None, None)
-def test_a_radius_is_finite_and_shrinks_with_every_charge_or_is_refused(arguments, name, wrong):
+def test_a_radius_is_finite_and_shrinks_with_the_slack_or_is_refused(arguments, name, wrong):
     arguments = arguments if name is None else arguments | {name: wrong}
     radius = answer(certified_radius, **arguments)
     if radius is not None:
         assert (np.isfinite(radius) & (radius >= 0)).all()
-        charged = certified_radius(**arguments | {"slack": np.asarray(arguments.get("slack", 0.0), float) + 0.125})
-        assert (charged <= radius).all()
-        assert (charged < radius).all() or (radius == 0).any() or (radius * arguments.get("lipschitz", 1.0) > 1e9).any()
+        with_slack = certified_radius(**arguments | {"slack": np.asarray(arguments.get("slack", 0.0), float) + 0.125})
+        assert (with_slack <= radius).all()
+        assert (
+            (with_slack < radius).all() or (radius == 0).any() or (radius * arguments.get("lipschitz", 1.0) > 1e9).any()
+        )
 
 
 @st.composite
-def votes(draw):
+def counts_arguments(draw):
     """Valid arguments of `from_counts`: small or large counts, with looks or without."""
     images, classes = draw(st.integers(1, 3)), draw(st.integers(2, 4))
     sizes = st.integers(0, 30) | st.integers(0, 2**24)
@@ -158,11 +160,11 @@ def check_certificates(found):
 
 
 @examples(200)
-@given(votes(), st.fixed_dictionaries(COUNT_ARGUMENTS))
+@given(counts_arguments(), st.fixed_dictionaries(COUNT_ARGUMENTS))
 def test_certificates_are_sound_and_grow_with_alpha(counts, settings):
     found = from_counts(**counts, **settings)
     check_certificates(found)
-    if settings["bound"] == "binary":  # buckets are chosen for the alpha at hand
+    if settings["bound"] == "binary":  # the buckets depend on alpha
         larger = from_counts(**counts, **settings | {"alpha": math.sqrt(settings["alpha"])})
         assert (larger.radius >= found.radius * (1 - 1e-6) - 1e-9).all()
     for name, change in (("sigma", 0.5), ("lipschitz", 2.0), ("slack", 1.5), ("tau", 2.0)):
@@ -171,7 +173,7 @@ def test_certificates_are_sound_and_grow_with_alpha(counts, settings):
 
 
 @examples(300)
-@given(votes(), st.sampled_from(["selection", "estimation", "looks", *COUNT_ARGUMENTS]), WRONG)
+@given(counts_arguments(), st.sampled_from(["selection", "estimation", "looks", *COUNT_ARGUMENTS]), WRONG)
 @example({"selection": [[2**62] * 5], "estimation": [[2**62] * 5]}, "tau", 0.0)
 @example({"selection": [[9, 1]], "estimation": [[[9, 1]]]}, "looks", [10.0])
 @example({"selection": [[9, 1]], "estimation": [[[9, 1]]]}, "looks", 10)
@@ -180,7 +182,7 @@ def test_certificates_are_sound_and_grow_with_alpha(counts, settings):
 @example({"selection": [[9, 1]], "estimation": [[9, 1]]}, "bound", np.zeros(2))
 @example({"selection": [[9, 1]], "estimation": [[9, 1]]}, "sigma", np.float16(0.5))
 @example({"selection": [[9, 1]], "estimation": [[9, 1]]}, "sigma", np.complex128(0.5))
-def test_wrong_votes_certify_nothing_or_are_refused(counts, name, wrong):
+def test_wrong_counts_certify_nothing_or_are_refused(counts, name, wrong):
     arguments = {"sigma": 0.5, "alpha": 0.01} | counts | {name: wrong}
     found = answer(from_counts, **arguments)
     if found is not None:
@@ -199,7 +201,7 @@ def test_wrong_votes_certify_nothing_or_are_refused(counts, name, wrong):
 @example("fixed", 1, 1, 1.5)
 @example("staged", 1, 10**400, 7)
 @example(np.array(["fixed"] * 2), 1, 1, 1)
-def test_a_plan_has_growing_looks_or_is_refused(kind, n0, n, samples):
+def test_a_schedule_has_growing_looks_or_is_refused(kind, n0, n, samples):
     plan = answer(make_schedule, kind, n0, n, samples)
     if plan is not None:
         assert plan.n == n
@@ -231,9 +233,9 @@ def test_a_derivation_decides_images_at_their_last_look_or_is_refused(arguments,
     assert 0 <= derivation.largest_radius(plan) < math.inf
 
     def image(looks):
-        votes = np.array([[look - look // 4, look // 4] for look in looks])
-        counts = {"selection": np.array([8, 2]), "estimation": votes[-1]}
-        return types.SimpleNamespace(looks=votes, counts=counts, slack=1e-3)
+        cumulative = np.array([[look - look // 4, look // 4] for look in looks])
+        counts = {"selection": np.array([8, 2]), "estimation": cumulative[-1]}
+        return types.SimpleNamespace(looks=cumulative, counts=counts, slack=1e-3)
 
     first, last = image(plan.looks[:1]), image(plan.looks)
     decided = derivation.decided(plan, [first, last])
@@ -273,7 +275,7 @@ NUMBERS = (
 @example((1e-20, 0.0), [(1e300, -1e300)])
 @example((5e-324, 0.0), [(1.0, -1.0)])
 def test_a_margin_is_never_rounded_up(logits, weights):
-    """In exact arithmetic: radius² · ‖w_y − w_j‖² ≤ (z_y − z_j)²."""
+    """Checks radius² · ‖w_y − w_j‖² ≤ (z_y − z_j)² in exact arithmetic."""
     found = answer(certified_margin, [logits], weights)
     if found is not None:
         exact = fractions.Fraction

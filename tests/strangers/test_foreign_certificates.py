@@ -1,4 +1,4 @@
-"""A certificates.json from strangers: the same certificates or one line."""
+"""A certificates.json from strangers gives the same certificates, or an error of one line."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Checkpoints from strangers: the same parameters or one line, and nothing in them is executed."""
+"""Checkpoints from strangers give the same parameters, or an error of one line; nothing in them is executed."""
 
 import contextlib
 import json
@@ -28,14 +28,14 @@ def trained(folder):
     with checkpoint.Checkpoints(folder / "run") as checkpoints:
         checkpoints.save(2, PARAMS, MOMENTUM)
         checkpoints.wait()
-    # Orbax leaves half-finished tasks behind when a checkpoint is damaged; the commands are deaf to them as well.
+    # Orbax leaves unfinished tasks behind when a checkpoint is damaged. The commands ignore their errors, too.
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     yield folder / "run"
     sys.unraisablehook = hook
 
 
 def restore(workdir):
-    """Whether the checkpoint of a workdir was restored, to the very numbers; else it was refused in one line."""
+    """Whether the checkpoint of a workdir was restored exactly; otherwise it must be refused in one line."""
     restored = answer(checkpoint.restore_model, workdir, TARGET)
     if restored is None:
         return False
@@ -76,7 +76,7 @@ def test_no_checkpoint_is_unpickled(trained, tmp_path):
 def test_a_damaged_checkpoint_gives_the_same_parameters_or_one_line(trained, data):
     files = [path for path in sorted((trained / "checkpoints").rglob("*")) if path.is_file()]
     names = sorted({path.name for path in files if len(path.name) < 32})
-    name = data.draw(st.sampled_from([*names, "data"]))  # names of data files are drawn anew by every training
+    name = data.draw(st.sampled_from([*names, "data"]))  # every training gives its data files new random names
     some = [path for path in files if path.name == name or (name == "data" and len(path.name) >= 32)]
     path = some[data.draw(st.integers(0, len(some) - 1))]
     content = data.draw(

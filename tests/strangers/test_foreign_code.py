@@ -1,4 +1,4 @@
-"""Nothing in a file or a flag from strangers is executed."""
+"""No content of a file or a flag from strangers is executed."""
 
 import os
 import pickle
@@ -14,7 +14,7 @@ from lsrs_jax.config import default
 from lsrs_jax.training.metrics import Metrics
 from support.executions import Payload, nothing_executed, payloads
 from support.hostile import answer, changed, json_text, places
-from support.samples import CONFIG, FIELDS, TABLE, derive, load, read, votes_of
+from support.samples import CONFIG, FIELDS, TABLE, counts_of, derive, load, read
 
 
 @pytest.mark.parametrize("attack", ["eval", "exec", "pickle", "system", "process"])
@@ -34,20 +34,20 @@ def test_the_listener_hears_an_execution(tmp_path, attack):
 
 
 def everywhere(value, texts):
-    """The value with one of the texts in each of its places in turn."""
+    """One copy of the value for each of its parts, in which one of the texts replaces that part."""
     return [changed(value, where, texts[number % len(texts)]) for number, where in enumerate(places(value))]
 
 
 def test_no_file_and_no_flag_is_executed(folder, certification, tmp_path, monkeypatch):
-    """In every field of every file that is read, and in every flag."""
+    """Puts code into every field of every file that is read, and into every flag."""
     canary = tmp_path / "canary"
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)  # it unpickles what it has pickled itself
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)  # this library unpickles its own data
     home, _, stored, table = certification
     texts = payloads(canary)
     whole = [*(text.encode() for text in texts), pickle.dumps(Payload(canary)), pickle.dumps(Payload(canary), 0)]
     rows = [line.split("\t") for line in TABLE.splitlines()]
     tables = ["\n".join("\t".join(map(str, row)) for row in table).encode() for table in everywhere(rows, texts)]
-    derive(certification, json_text(stored).encode())  # lazy imports are executions too
+    derive(certification, json_text(stored).encode())  # done once before, because lazy imports execute code
     load(folder / "config.json", json_text(CONFIG).encode())
     answer(cli.config_from_flags, ["--config.certify.n=5"], default())
     with nothing_executed(canary):
@@ -61,7 +61,7 @@ def test_no_file_and_no_flag_is_executed(folder, certification, tmp_path, monkey
             Metrics(folder, 10).close()
         for text in [*tables, *whole]:
             read(folder / "table.tsv", text)
-            votes_of(folder / "ledger.tsv", _HEADER.encode() + text)
+            counts_of(folder / "ledger.tsv", _HEADER.encode() + text)
         for field in FIELDS:
             for text in texts:
                 answer(cli.config_from_flags, [f"--config.{field}={text}"], default())

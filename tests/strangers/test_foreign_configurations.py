@@ -1,4 +1,4 @@
-"""Configurations and flags from strangers: valid ones or one line."""
+"""Configurations and flags from strangers are valid, or give an error of one line."""
 
 import json
 import math

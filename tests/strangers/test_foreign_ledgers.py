@@ -1,4 +1,4 @@
-"""Ledgers from strangers: the same votes or one line."""
+"""Ledgers from strangers give the same counts, or an error of one line."""
 
 import math
 
@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from lsrs_jax.certification.ledger import _HEADER, Ledger, _crc
 from lsrs_jax.runtime.errors import UserError
 from support.hostile import NOT_NUMBERS, NOT_WHOLE, examples
-from support.samples import PLAN, VOTES, votes_of
+from support.samples import ROWS, SCHEDULE, counts_of
 
 
 @pytest.fixture(scope="module")
 def ledger_bytes(folder):
-    with Ledger(folder / "whole.tsv", PLAN, 3) as ledger:
-        ledger.append(VOTES)
+    with Ledger(folder / "whole.tsv", SCHEDULE, 3) as ledger:
+        ledger.append(ROWS)
     return (folder / "whole.tsv").read_bytes()
 
 
@@ -26,19 +26,19 @@ def test_no_changed_byte_of_a_ledger_gives_other_counts(folder, ledger_bytes, da
     where = data.draw(st.integers(0, len(ledger_bytes) - 1))
     changed = bytearray(ledger_bytes)
     changed[where] = data.draw(st.sampled_from(b"\t\n\r 0123456789:,.\0\xff") | st.integers(0, 255))
-    found = votes_of(folder / "ledger.tsv", bytes(changed))
+    found = counts_of(folder / "ledger.tsv", bytes(changed))
     if changed == ledger_bytes:
         assert found is not None
-    elif found is not None:  # the end of the last line is gone: it counts as torn
+    elif found is not None:  # the end of the last line is missing, so the line counts as torn
         assert where == len(ledger_bytes) - 1
         whole = ledger_bytes.splitlines(keepends=True)
-        assert found == votes_of(folder / "ledger.tsv", b"".join(whole[:-1]))
+        assert found == counts_of(folder / "ledger.tsv", b"".join(whole[:-1]))
 
 
 @examples(150)
 @given(st.binary(max_size=200), st.booleans())
 def test_any_bytes_are_an_empty_ledger_or_one_line(folder, content, headed):
-    assert votes_of(folder / "ledger.tsv", _HEADER.encode() * headed + content) in (None, {})
+    assert counts_of(folder / "ledger.tsv", _HEADER.encode() * headed + content) in (None, {})
 
 
 COUNTS = st.integers(-1, 11).map(str) | st.sampled_from([*NOT_NUMBERS[:-1], *NOT_WHOLE, "9" * 18, "1e308"])
@@ -69,7 +69,9 @@ COUNTS = st.integers(-1, 11).map(str) | st.sampled_from([*NOT_NUMBERS[:-1], *NOT
 )
 def test_rows_with_the_right_checksum_add_up_or_are_refused(folder, rows):
     content = ["\t".join(fields) for fields in rows]
-    found = votes_of(folder / "ledger.tsv", (_HEADER + "".join(f"{line}\t{_crc(line)}\n" for line in content)).encode())
+    found = counts_of(
+        folder / "ledger.tsv", (_HEADER + "".join(f"{line}\t{_crc(line)}\n" for line in content)).encode()
+    )
     for label, slack, seconds, (selection, estimation) in (found or {}).values():
         assert label >= 0
         assert sum(selection) == 10
@@ -81,10 +83,10 @@ def test_rows_with_the_right_checksum_add_up_or_are_refused(folder, rows):
 
 def test_huge_counts_whose_sum_wraps_around_are_refused(folder):
     classes = 100
-    votes = [10**18 - 1] * 18  # about 2**64
-    votes += [(2**64 + 10) - sum(votes)]
-    assert np.array(votes).sum() == 10
-    line = "0\t0\t0.0\tselection\t0\t1\t" + ",".join(f"{i}:{count}" for i, count in enumerate(votes)) + "\t0.1"
+    counts = [10**18 - 1] * 18  # about 2**64
+    counts += [(2**64 + 10) - sum(counts)]
+    assert np.array(counts).sum() == 10
+    line = "0\t0\t0.0\tselection\t0\t1\t" + ",".join(f"{i}:{count}" for i, count in enumerate(counts)) + "\t0.1"
     (folder / "ledger.tsv").write_text(f"{_HEADER}{line}\t{_crc(line)}\n")
     with pytest.raises(UserError, match="where 10 belong"):
-        Ledger(folder / "ledger.tsv", PLAN, classes)
+        Ledger(folder / "ledger.tsv", SCHEDULE, classes)

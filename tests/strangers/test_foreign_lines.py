@@ -1,4 +1,4 @@
-"""What commands say to files and flags from strangers: one printable line."""
+"""Commands answer bad files and flags from strangers with one printable line."""
 
 import contextlib
 import json
@@ -31,7 +31,7 @@ def test_the_message_of_an_error_is_one_printable_line(text):
 
 
 def one_line(monkeypatch, capsys, run, arguments):
-    """The line on stderr of a command that must end with exit code 2; as `commands.refused`, in this process."""
+    """The line on stderr of a command that must end with exit code 2; like `commands.refused`, but in this process."""
     monkeypatch.setattr(sys, "argv", ["lsrs_jax", *map(str, arguments)])
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     monkeypatch.setattr(cli.signals, "handled", contextlib.nullcontext)
@@ -53,12 +53,12 @@ def test_commands_answer_files_of_strangers_with_one_line_and_leave_them_alone(
     workdir = tmp_path / "run\nof a stranger"
     copied = workdir / "certify" / "default"
     copied.mkdir(parents=True)
-    votes = (home / "votes.0.tsv").read_bytes()
+    ledger = (home / "votes.0.tsv").read_bytes()
     good = {
         workdir / "config.json": json.dumps(config_to_dict(config)).encode(),
         copied / "certificates.json": json.dumps(stored).encode(),
         copied / "certificates.tsv": table,
-        copied / "votes.0.tsv": votes,
+        copied / "votes.0.tsv": ledger,
     }
     pickled = pickle.dumps(Payload(tmp_path / "canary"))
     bad = [
@@ -69,7 +69,7 @@ def test_commands_answer_files_of_strangers_with_one_line_and_leave_them_alone(
         (copied / "certificates.json", sealed(changed(stored, ("identity", "arithmetic"), {})).encode()),
         (copied / "certificates.json", sealed(changed(stored, ("identity", "certificate"), "a\nb")).encode()),
         (copied / "certificates.json", pickled),
-        (copied / "votes.0.tsv", votes[:-9] + b"\xff" + votes[-8:]),
+        (copied / "votes.0.tsv", ledger[:-9] + b"\xff" + ledger[-8:]),
         (copied / "votes.0.tsv", pickled),
     ]
     for path, content in bad:

@@ -1,4 +1,4 @@
-"""Metrics, audits and what lies beside a table: read, left out, or one line."""
+"""Metrics, audits and files beside a table are read, left out, or refused with one line."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ def test_a_foreign_file_beside_a_table_says_nothing_or_is_refused_in_one_line(fo
     content = {"radii": {"derivation": {"radii": value}}, "derivation": {"derivation": value}, None: value}[where]
     (home / "certificates.json").write_text(json_text(content), encoding="utf-8", errors="surrogatepass")
     found = answer(reported, home)
-    if found is None:  # nested too deeply to be read
+    if found is None:  # the JSON is nested too deeply to be read
         return
     labels, notes = found
     assert labels == ["peer"]
@@ -102,7 +102,7 @@ def test_the_name_of_a_folder_breaks_neither_table_nor_terminal(tmp_path_factory
         for run in ("x", name):
             (home / name / "certify" / run).mkdir(parents=True, exist_ok=True)
             (home / name / "certify" / run / "certificates.tsv").write_text(TABLE)
-    except (OSError, ValueError):  # no name for this file system
+    except (OSError, ValueError):  # the file system does not allow this name
         return
     for label in reported(home / name)[0]:
         assert label.isprintable()

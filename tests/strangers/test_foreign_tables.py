@@ -1,4 +1,4 @@
-"""Tables from strangers: sound numbers or one line."""
+"""Tables from strangers give valid numbers, or an error of one line."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What several test files share: paths, keys, commands, prepared data, hostile input."""
+"""Helpers that several test files share: paths, keys, commands, prepared data, hostile input."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Runs the commands: in this process, or where a process is the point, in one of their own."""
+"""Runs the commands in this process or, where a test needs it, in a process of their own."""
 
 import contextlib
 import hashlib
@@ -30,7 +30,7 @@ QUICK = [
 
 
 def full_disk(size):
-    """Prefix of a command in which no file may grow beyond so many bytes."""
+    """A prefix for a command that limits the size of every file to this many bytes."""
     code = "import os, resource, sys; n = int(sys.argv[1]); resource.setrlimit(resource.RLIMIT_FSIZE, (n, n)); "
     return [sys.executable, "-c", code + "os.execv(sys.argv[2], sys.argv[2:])", str(size)]
 
@@ -48,7 +48,7 @@ def start(command, *arguments, devices=1, prefix=(), **environment):
 
 
 def start_together(count, command, *arguments, devices=1, **environment):
-    """The `count` processes of one run, over localhost."""
+    """Starts the `count` processes of one run; they communicate over localhost."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
@@ -59,14 +59,14 @@ def start_together(count, command, *arguments, devices=1, **environment):
 
 
 def run_together(count, command, *arguments, **settings):
-    """Stdout of the first of several processes that must all succeed."""
+    """Runs several processes that must all succeed; returns the stdout of the first."""
     ends = [finish(process) for process in start_together(count, command, *arguments, **settings)]
     assert [code for code, _, _ in ends] == [0] * count, "\n".join(err for _, _, err in ends)
     return ends[0][1]
 
 
 def finish(process):
-    """(exit code, stdout, stderr)."""
+    """Waits for a process; returns (exit code, stdout, stderr)."""
     out, err = process.communicate(timeout=600)
     return process.returncode, out, err
 
@@ -106,11 +106,11 @@ def ended(command, *arguments, devices=1, process=False, **settings):
 
 @contextlib.contextmanager
 def as_a_process(command, arguments, count):
-    """Inside, a command sees its arguments, the repository as its folder and so many devices; it leaves no traces."""
+    """Gives a command its arguments, the repository as working directory, and `count` devices; undoes all changes."""
     hook, logger = sys.unraisablehook, logging.getLogger("asyncio")
     level, handlers = logger.level, {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(ROOT), warnings.catch_warnings():
-        # Those of Python itself, not those of pytest.
+        # The warning filters of Python, not those of pytest.
         warnings.simplefilter("default")
         for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
             warnings.simplefilter("ignore", category)
@@ -129,7 +129,7 @@ def as_a_process(command, arguments, count):
 
 
 def fingerprint(folder):
-    """Digest of every file below a folder."""
+    """The digest of every file below a folder, by its path."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -138,7 +138,7 @@ def fingerprint(folder):
 
 
 def without_time(path):
-    """certificates.tsv without its time column."""
+    """The rows of a certificates.tsv without the time column."""
     rows = [line.split("\t") for line in path.read_text().splitlines()]
     column = rows[0].index("time")
     return [row[:column] + row[column + 1 :] for row in rows]

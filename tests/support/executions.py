@@ -1,4 +1,4 @@
-"""Hears whatever executes code, and things that would."""
+"""Detects the execution of code; and payloads that would execute some."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ EXECUTIONS = (
     "pickle.find_class",
     "subprocess.Popen",
 )
-heard = None  # what is executed, while somebody listens
+heard = None  # the list of executions while a test listens, otherwise None
 
 
 def listen(event, arguments):
@@ -24,7 +24,7 @@ def listen(event, arguments):
         heard.append((event, arguments))
 
 
-sys.addaudithook(listen)  # hears C code too, which replaced functions would not; idle, it stays for good
+sys.addaudithook(listen)  # also notices C code, unlike patched functions; a hook cannot be removed
 
 
 @contextlib.contextmanager
@@ -40,7 +40,7 @@ def nothing_executed(canary):
 
 
 class Payload:
-    """Its unpickling runs a command."""
+    """An object whose unpickling runs a command."""
 
     def __init__(self, canary):
         self.canary = canary

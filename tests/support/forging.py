@@ -1,4 +1,4 @@
-"""What somebody does who changes the files of a certification and wants them to agree."""
+"""Forgeries: changes files of a certification and makes their checksums and digests agree again."""
 
 import hashlib
 import json
@@ -8,12 +8,12 @@ from lsrs_jax.runtime import documents
 
 
 def reseal(folder):
-    """What somebody does who changes the table and recomputes the digests."""
+    """Recomputes all digests in certificates.json after the table or the ledger was changed."""
     stored = json.loads((folder / "certificates.json").read_text())
     stored["derivation"]["certificates"] = hashlib.sha256((folder / "certificates.tsv").read_bytes()).hexdigest()
     content = (folder / "votes.0.tsv").read_bytes()
-    votes = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    stored["derivation"]["votes"] = {"votes.0.tsv": votes}
+    ledger = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    stored["derivation"]["votes"] = {"votes.0.tsv": ledger}
     stored["digest"] = documents.digest(stored)
     (folder / "certificates.json").write_text(json.dumps(stored))
 
@@ -25,7 +25,7 @@ def edit(path, line, column, value):
 
 
 def rewrite(path, line, change):
-    """Changes the fields of a ledger's line and gives it the checksum that belongs."""
+    """Changes the fields of a line of a ledger and renews the checksum of the line."""
     lines = path.read_text().split("\n")
     fields = change(lines[line - 1].split("\t")[:-1])
     content = "\t".join(fields)

@@ -1,4 +1,4 @@
-"""How tests of hostile input draw examples, and what may answer them."""
+"""Examples of hostile input, and the check that a function answers them in an allowed way."""
 
 import copy
 import json
@@ -34,7 +34,7 @@ def examples(number):
 
 
 def answer(function, *arguments, **named):
-    """What a function returns, or None where it refuses in one line; any other exception fails the test."""
+    """The result of a function, or None if it refuses with one line; any other exception fails the test."""
     try:
         return function(*arguments, **named)
     except UserError as error:
@@ -45,7 +45,7 @@ def answer(function, *arguments, **named):
 
 
 def json_text(value):
-    """JSON with what json.dumps could not write: lists nested too deeply."""
+    """The value as JSON, with lists that are nested too deeply for `json.dumps`."""
     text = json.dumps(value)
     for name, nested in DEEP.items():
         text = text.replace(json.dumps(name), nested)
@@ -53,7 +53,7 @@ def json_text(value):
 
 
 def sealed(value):
-    """`json_text` with the digest that a certificates.json of this content has, if a reader can compute one."""
+    """`json_text` with the digest that belongs to this content, if a reader could compute one."""
     try:
         value = json.loads(json_text(value))
         return json.dumps(value | {"digest": digest(value)})

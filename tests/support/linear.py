@@ -1,4 +1,4 @@
-"""A linear head, whose votes have a law in closed form, and latents for it."""
+"""A linear head, whose samples have a known distribution in closed form, and latents for it."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -21,14 +21,14 @@ def _field(number, payload):
 
 
 def encoded(image, kind="png", **options):
-    """Bytes of an image file."""
+    """The bytes of an image file."""
     file = io.BytesIO()
     Image.fromarray(image.squeeze()).save(file, kind, **options)
     return file.getvalue()
 
 
 def _example(image, label):
-    """A tf.train.Example with an image file, or the bytes that are given for one, and an integer."""
+    """A tf.train.Example with an image and a label; the image is an array or the bytes of a file."""
     file = image if isinstance(image, bytes) else encoded(image)
     features = {
         b"image": _field(1, _field(1, file)),
@@ -39,7 +39,10 @@ def _example(image, label):
 
 
 def write(folder, name, splits, num_classes=3, file_format="array_record"):
-    """`splits` maps names to (images uint8 (N, H, W, C), labels); images of any size as a list of arrays or files."""
+    """Writes a set. `splits` maps names to (images, labels).
+
+    The images are a uint8 array (N, H, W, C), or, for images of several sizes, a list of arrays or of files.
+    """
     home = folder / name / "1.0.0"
     home.mkdir(parents=True)
     described = []
@@ -80,7 +83,7 @@ def random_split(size, shape, num_classes=3, seed=0):
 
 
 def photos(size, num_classes=3, seed=0):
-    """Smooth pictures of many sizes, the class in their colours: ``(list of JPEG files, labels)``."""
+    """Smooth pictures of many sizes whose colours show the class: ``(list of JPEG files, labels)``."""
     rng = np.random.default_rng(seed)
     files, labels = [], rng.integers(0, num_classes, size)
     for label in labels:

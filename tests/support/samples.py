@@ -1,4 +1,4 @@
-"""A sound file of every kind, and readers that check what must hold of whatever they accept."""
+"""A valid file of every kind, and readers that check every content that they accept."""
 
 import json
 import types
@@ -44,7 +44,7 @@ def with_field(column, text):
 
 
 def check_table(table):
-    """What holds for every table that was read; it can also be reported."""
+    """Checks the properties of every table that was read; the table can also be reported."""
     assert len(set(table.idx.tolist())) == len(table) > 0
     assert (table.idx >= 0).all()
     assert (np.isfinite(table.radius) & (table.radius >= 0)).all()
@@ -67,11 +67,11 @@ def read(path, content):
     return table
 
 
-PLAN = Schedule(10, (100,), 16)
-VOTES = [
-    Row(idx, 1, 1e-3, purpose, first, stop, np.array(votes), 0.25)
+SCHEDULE = Schedule(10, (100,), 16)
+ROWS = [
+    Row(idx, 1, 1e-3, stream, first, stop, np.array(samples), 0.25)
     for idx in (4, 2)
-    for purpose, first, stop, votes in (
+    for stream, first, stop, samples in (
         ("selection", 0, 1, [1, 9, 0]),
         ("estimation", 0, 4, [2, 62, 0]),
         ("estimation", 4, 7, [0, 36, 0]),
@@ -79,11 +79,11 @@ VOTES = [
 ]
 
 
-def votes_of(path, content):
-    """The counts of a ledger with this content, or None where it is refused, and then left alone."""
+def counts_of(path, content):
+    """The counts of a ledger with this content, or None if it is refused; a refused ledger stays unchanged."""
 
     def counts():
-        with Ledger(path, PLAN, 3) as ledger:
+        with Ledger(path, SCHEDULE, 3) as ledger:
             return {
                 idx: (image.label, image.slack, image.seconds, [part.tolist() for part in image.counts.values()])
                 for idx, image in ledger.images.items()
@@ -96,7 +96,7 @@ def votes_of(path, content):
 
 
 def certified(home):
-    """A folder of certificates: ``(folder, config, content of its certificates.json, bytes of its table)``."""
+    """Writes a folder of certificates: ``(folder, config, content of certificates.json, bytes of the table)``."""
     config = default()
     config.certify.n0, config.certify.n, config.certify.tile = 10, 100, (2, 16)
     layers = (LayerBound("0 Dense", 1.25, 0.5, "SVD", 1e-15, 0.0), LayerBound("1 MaxMin", 1.0, 1.0, "permutation"))
@@ -109,8 +109,8 @@ def certified(home):
         model=plain(config.model.to_dict()) | {"input_shape": [2, 2, 1]},
         platform="cpu cpu",
     ).sampled(config, make_arithmetic("sound", config.sigma), (4,))
-    with Ledger(home / "votes.0.tsv", PLAN, 3) as ledger:
-        ledger.append(VOTES)
+    with Ledger(home / "votes.0.tsv", SCHEDULE, 3) as ledger:
+        ledger.append(ROWS)
     store.write(home, config, identity, lipschitz, [store.new_session(2)])
     smoothed.from_counts(home, config)
     stored = json.loads((home / "certificates.json").read_text())
@@ -123,7 +123,7 @@ FIELDS = [".".join(map(str, path)) for path in places(CONFIG)]
 
 
 def load(path, text):
-    """A configuration that was stored as this text, if it is one and within its limits."""
+    """Loads and checks a configuration that is stored as this text; None if it is refused."""
     path.write_bytes(text)
     config = answer(load_config, path)
     if config is not None:
@@ -133,7 +133,7 @@ def load(path, text):
 
 
 def derive(certification, text):
-    """Derives certificates beside a certificates.json of this text; they must be the right ones, or none."""
+    """Whether certificates can be derived beside a certificates.json of this text; they must be the right ones."""
     home, config, stored, table = certification
     path = home / "certificates.json"
     path.write_bytes(text)
