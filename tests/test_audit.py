@@ -1,4 +1,4 @@
-"""Attacks find what is there to be found, and break certificates that claim too much."""
+"""Attacks come close to the true boundary, and break certificates that claim too much."""
 
 import json
 import random
@@ -51,10 +51,10 @@ def auditor(linear, sigma=SIGMA):
 
 
 def test_the_nearest_flip_of_a_linear_classifier_is_its_boundary(linear):
-    """A smoothed half-space is the half-space: nothing flips before the boundary, and attacks come close to it."""
+    """Smoothing does not move a linear boundary: no point before it is a flip, and attacks find points close to it."""
     *_, images, classes, distance = linear
     found = auditor(linear)(images, np.full(16, -1), np.zeros(16), 0)
-    clear = distance > 0.1  # nearer to it `predict` abstains
+    clear = distance > 0.1  # closer to the boundary, `predict` abstains
     assert clear.sum() > 8
     np.testing.assert_array_equal(found.unperturbed[clear], classes[clear])
     assert (found.distance >= distance)[clear].all()
@@ -78,22 +78,22 @@ def test_a_lipschitz_constant_understated_by_two_is_caught(linear):
     latents = np.asarray(plain.apply(plain.params, images))
     common = {"sigma": SIGMA, "key": threefry(0), "n": 20_000}
     true, false = (smoothing.certify(head, latents, lipschitz=constant, **common) for constant in (1.0, 0.5))
-    clear = (distance > 0.1) & (distance < 0.6)  # beyond, so few votes certify no half of the distance
+    clear = (distance > 0.1) & (distance < 0.6)  # beyond 0.6, so few samples certify less than half of the distance
     assert clear.sum() > 8
     np.testing.assert_array_equal(true.predict[clear], classes[clear])
     attack = auditor(linear)
     found = attack(images, true.predict, true.radius, 0)
     assert (found.flips == 0).all()
     assert (found.undecided <= found.pairs).all()
-    # The image, PGD at both fractions, and one point of each of the four attacks that look beyond.
+    # The image, PGD at both fractions, and one point of each of the four attacks that search beyond the radius.
     assert (found.pairs >= 7)[true.predict >= 0].all()
     found = attack(images, false.predict, false.radius, 0)
     assert (found.flips > 0)[clear].all()
     assert (found.distance < false.radius)[clear].all()
 
 
-def test_votes_alone_find_the_boundary(linear):
-    """The decision-based attack, without the help of PGD."""
+def test_the_decision_based_attack_finds_the_boundary(linear):
+    """It starts from another image, without the help of PGD."""
     plain, head, images, classes, distance = linear
     target = attacks.Smoothed(lambda x: plain.apply(jax.tree.map(jnp.float32, plain.params), x), head, SIGMA)
     x, y = jnp.asarray(images, jnp.float32), jnp.asarray(classes)
@@ -146,7 +146,7 @@ def test_an_audit_finds_no_flip_and_the_report_shows_its_curve(audited, tmp_path
     assert (found.pairs[found.predict < 0] == 0).all()
     assert (found.distance >= found.radius).all()
     assert np.isfinite(found.distance[found.correct]).mean() > 0.5
-    # What the attacks left lies above what is certified, and falls.
+    # The accuracy under attack falls with the radius.
     accuracies = [found.robust_accuracy(radius) for radius in (0, 0.2, 0.5, 1, 2)]
     assert accuracies == sorted(accuracies, reverse=True)
     assert accuracies[0] > accuracies[-1]
@@ -202,8 +202,9 @@ def test_a_killed_audit_resumes_to_the_same_table(audited, certified, tmp_path):
     finish(process)
     lines = path.read_text().splitlines(keepends=True)
     facts = path.with_suffix(".json")
-    documents.write_sealed(facts, json.loads(facts.read_text()) | {"audit": None})  # should it have come to its end
-    path.write_text("".join(lines[:6]) + "7\t3\t")  # in the middle of a batch, and of a line
+    # As if the audit was still running, in case it was finished before the kill.
+    documents.write_sealed(facts, json.loads(facts.read_text()) | {"audit": None})
+    path.write_text("".join(lines[:6]) + "7\t3\t")  # the file ends in the middle of a batch and of a line
     assert 6 < len(lines) <= 25
     run("audit", f"--workdir={copy}", *FLAGS)
     assert path.read_bytes() == (audited / "certify" / "default" / "audit.tsv").read_bytes()
@@ -211,8 +212,8 @@ def test_a_killed_audit_resumes_to_the_same_table(audited, certified, tmp_path):
     assert " 0 of them to attack" in out
 
 
-def test_what_few_votes_cannot_tell_is_not_held_against_the_certificates(audited, tmp_path):
-    """Attacked with so few votes that `predict` abstains on many images: an upper bound stays one."""
+def test_undecided_points_do_not_count_against_the_certificates(audited, tmp_path):
+    """With so few samples `predict` abstains on many images, and robust accuracy stays an upper bound."""
     copy = tmp_path / "run"
     shutil.copytree(audited, copy)
     run(

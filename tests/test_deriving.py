@@ -1,4 +1,4 @@
-"""Certificates are derived from votes: other bounds need no new ones, and SciPy alone comes to the same radii."""
+"""Certificates are derived from counts: other bounds need no new samples, and SciPy alone gives the same radii."""
 
 import json
 import shutil
@@ -21,15 +21,15 @@ from support.forging import rewrite
 
 
 def recomputed(folder, alpha, looks):
-    """p_A of each image from the rows of a ledger, with SciPy alone: the best of its looks at their share of alpha."""
+    """p_A of each image from the rows of a ledger, with SciPy alone: the best bound of its looks, at alpha / looks."""
     selection, counts, found = {}, {}, {}
     for line in (folder / "votes.0.tsv").read_text().splitlines()[1:]:
-        idx, _, _, purpose, _, _, pairs, *_ = line.split("\t")
-        table = (selection if purpose == "selection" else counts).setdefault(int(idx), np.zeros(10, int))
+        idx, _, _, stream, _, _, pairs, *_ = line.split("\t")
+        table = (selection if stream == "selection" else counts).setdefault(int(idx), np.zeros(10, int))
         for pair in pairs.split(","):
             name, number = map(int, pair.split(":"))
             table[name] += number
-        if purpose == "estimation" and table.sum() in looks:
+        if stream == "estimation" and table.sum() in looks:
             k = table[selection[int(idx)].argmax()]
             p = stats.beta.ppf(alpha / len(looks), k, table.sum() - k + 1) if k else 0.0
             found.setdefault(int(idx), []).append(p)
@@ -44,7 +44,7 @@ def columns(path, *names):
 STAGED = ["--config.certify.schedule=staged", "--config.certify.n=6000", "--config.certify.stop=60"]
 
 
-def test_another_alpha_needs_no_votes(copy, certified):
+def test_another_alpha_needs_no_new_samples(copy, certified):
     out = run("certify", f"--workdir={copy}", "--config.certify.name=base", "--config.certify.alpha=0.05")
     assert "40 of them done" in out
     assert "samples/s" not in out
@@ -54,7 +54,7 @@ def test_another_alpha_needs_no_votes(copy, certified):
     assert (table.radius > before.radius).any()
 
 
-def test_what_was_derived_stays_until_another_flag_is_given(copy):
+def test_derivation_settings_stay_until_another_flag_is_given(copy):
     path = copy / "certify" / "base" / "certificates.tsv"
     flags = [f"--workdir={copy}", "--config.certify.name=base"]
     run("certify", *flags, "--from-counts", "--config.certify.alpha=0.05", "--config.certify.bound=multiclass")
@@ -74,16 +74,16 @@ def test_a_staged_certification_and_what_can_be_derived_from_it(copy, tmp_path):
     assert "the largest radius is" in out
     looks = make_schedule("staged", 100, 6000, 32).looks
     folder = copy / "certify" / "staged"
-    idx, votes, p_a = columns(folder / "certificates.tsv", "idx", "n", "p_a_lower")
+    idx, n, p_a = columns(folder / "certificates.tsv", "idx", "n", "p_a_lower")
     assert len(idx) == 60
-    assert set(votes) <= set(looks)
-    assert len(set(votes)) > 1
+    assert set(n) <= set(looks)
+    assert len(set(n)) > 1
     exact = recomputed(folder, 0.001, looks)
     np.testing.assert_allclose(p_a, [exact[i] for i in idx], rtol=1e-8)
 
     assert "staged to decide the radii 0.1, 0.3" in run("report", folder, f"--out={tmp_path / 'report'}")
 
-    # Without checkpoint, without data: other bounds from the same votes.
+    # Other bounds follow from the same counts, without checkpoint and without data.
     shutil.rmtree(copy / "checkpoints")
     ledger = (folder / "votes.0.tsv").read_bytes()
     again = [*flags, "--from-counts", f"--config.data.dir={tmp_path}"]
@@ -113,25 +113,25 @@ def test_interrupted_images_are_left_out_of_what_is_derived(copy, certified):
     assert without_time(copy / "certify" / "base" / "certificates.tsv") == without_time(certified)
 
 
-def test_every_charge_reaches_the_certificates(tmp_path):
+def test_the_whole_error_budget_reaches_the_certificates(tmp_path):
     """Recomputes radii from the ledger with SciPy alone, for an encoder that stretches by 2."""
     workdir = tmp_path / "run"
     run("train", *QUICK, "--config.model.std=(0.5,)", "--config.model.mean=(0.2,)", f"--workdir={workdir}")
     run("certify", f"--workdir={workdir}")
     folder = workdir / "certify" / "default"
-    votes, slack = {}, {}
+    samples, slack = {}, {}
     for line in (folder / "votes.0.tsv").read_text().splitlines()[1:]:
-        idx, _, charge, purpose, _, _, pairs, *_ = line.split("\t")
-        counts = votes.setdefault((int(idx), purpose), np.zeros(10, int))
+        idx, _, own_slack, stream, _, _, pairs, *_ = line.split("\t")
+        counts = samples.setdefault((int(idx), stream), np.zeros(10, int))
         for pair in pairs.split(","):
             name, number = pair.split(":")
             counts[int(name)] += int(number)
-        slack[int(idx)] = float(charge)
+        slack[int(idx)] = float(own_slack)
     table = read_table(folder / "certificates.tsv")
     certified = 0
     for idx, predict, radius in zip(table.idx, table.predict, table.radius, strict=True):
-        candidate = votes[idx, "selection"].argmax()
-        k, n = votes[idx, "estimation"][candidate], votes[idx, "estimation"].sum()
+        candidate = samples[idx, "selection"].argmax()
+        k, n = samples[idx, "estimation"][candidate], samples[idx, "estimation"].sum()
         p = stats.beta.ppf(0.001, k, n - k + 1) if k else 0.0
         expected = (0.5 * stats.norm.ppf(p) - slack[idx]) / 2
         assert predict == (candidate if expected > 0 else -1)
@@ -142,11 +142,11 @@ def test_every_charge_reaches_the_certificates(tmp_path):
     assert certified > 10
     lower = columns(folder / "certificates.tsv", "p_a_lower")[0]
     for idx, found in zip(table.idx, lower, strict=True):
-        k = votes[idx, "estimation"][votes[idx, "selection"].argmax()]
+        k = samples[idx, "estimation"][samples[idx, "selection"].argmax()]
         p = stats.beta.ppf(0.001, k, 1001 - k) if k else 0.0
         assert found == pytest.approx(max(p * (1 - 1e-10) - 64 * 2.0**-44, 0), abs=1e-14)
-    # The charge covers the rounding of the very latents, on a grid of 2⁻¹⁵, and the votes come from the seed's
-    # certification domain.
+    # The slack covers the rounding of these latents to a grid of 2⁻¹⁵, and the samples come from the certification
+    # domain of the seed.
     config = load_config(workdir / "config.json")
     model = models.build(config.model, (8, 8, 1), 10)
     with pinned():
@@ -156,34 +156,34 @@ def test_every_charge_reaches_the_certificates(tmp_path):
     moved = np.linalg.norm((np.rint(latents * 2**15) / 2**15 - latents).reshape(40, -1), axis=1)
     images = data.load("digits", "test").pixels(np.arange(40), np.float64).reshape(40, -1)
     rounding = 2 * encoder.report.rounding(np.linalg.norm(images, axis=1) + 10 * 0.5 / encoder.report.constant)
-    charged = np.array([slack[idx] for idx in range(40)]) - 8 * 2.0**-15 * (1 + 2.0**-50)
-    np.testing.assert_allclose(charged, rounding, rtol=1e-3)
+    rest = np.array([slack[idx] for idx in range(40)]) - 8 * 2.0**-15 * (1 + 2.0**-50)
+    np.testing.assert_allclose(rest, rounding, rtol=1e-3)
     assert 0 < moved.max() < 4 * 2.0**-15
     again = smoothing.certify(head, latents, sigma=0.5, key=root_key(0), n=1000, tile=config.certify.tile)
-    np.testing.assert_array_equal(again.counts, [votes[idx, "estimation"] for idx in range(40)])
+    np.testing.assert_array_equal(again.counts, [samples[idx, "estimation"] for idx in range(40)])
 
 
-def test_a_resume_refuses_an_image_that_was_charged_too_little(copy):
-    """As a version with a smaller bound on rounding may have done."""
+def test_a_resume_refuses_an_image_with_too_little_slack(copy):
+    """A version with a smaller bound on rounding may have written such a ledger."""
     ledger = copy / "certify" / "base" / "votes.0.tsv"
     lines = ledger.read_text().splitlines(keepends=True)
     ledger.write_text("".join(line for line in lines if not (line.startswith("7\t") and "estimation" in line)))
     rows = ledger.read_text().splitlines()
     own = [number for number, row in enumerate(rows, 1) if row.startswith("7\t")]
-    charge, arguments = float(rows[own[0] - 1].split("\t")[2]), [f"--workdir={copy}", "--config.certify.name=base"]
+    slack, arguments = float(rows[own[0] - 1].split("\t")[2]), [f"--workdir={copy}", "--config.certify.name=base"]
 
-    def recharge(share):
+    def set_slack(share):
         for number in own:
-            rewrite(ledger, number, lambda fields: [*fields[:2], repr(share * charge), *fields[3:]])
+            rewrite(ledger, number, lambda fields: [*fields[:2], repr(share * slack), *fields[3:]])
 
-    recharge(1 - 1e-9)
-    with pytest.raises(UserError, match=f"image 7 has the slack .* less than the {charge} of its latent"):
+    set_slack(1 - 1e-9)
+    with pytest.raises(UserError, match=f"image 7 has the slack .* less than the {slack} of its latent"):
         certify.run(arguments)
-    recharge(1 - 1e-14)  # another machine's
+    set_slack(1 - 1e-14)  # the difference between two machines
     certify.run(arguments)
-    # The image is finished now, and not encoded again.
+    # The image is complete now, and it is not encoded again.
     own = [number for number, row in enumerate(ledger.read_text().splitlines(), 1) if row.startswith("7\t")]
-    recharge(0.0)
+    set_slack(0.0)
     for derived in ([], ["--from-counts"]):
         with pytest.raises(UserError, match=r"image 7 has the slack 0\.0, less than the rounding of its latent"):
             certify.run([*arguments, *derived])
@@ -214,7 +214,7 @@ def test_deterministic_and_smoothed_certificates_meet_in_one_report(margins, tmp
     assert "| run/margin | 40 |" in out
     assert "| run/smoothed | 40 |" in out
 
-    # Recomputed from the trained functions: the nearest rival, at the distance of the weights, none beyond the radius.
+    # Recomputes each radius from the trained functions: the smallest ratio of margin and distance of the weights.
     config = load_config(margins / "config.json")
     model = models.build(config.model, (8, 8, 1), 10)
     with pinned():

@@ -1,4 +1,4 @@
-"""Constants of the on-disk format are pinned: a change needs a new format number, and code that reads the old files."""
+"""The constants of the on-disk format are pinned. A change needs a new format number and code that reads old files."""
 
 import hashlib
 
@@ -31,7 +31,7 @@ PINNED = {
         *("pairs", "flips", "undecided", "distance", "attack"),
     ),
 }
-# SHA-256 of blocks 0, 1 and 5 of every stream, drawn by the code before these constants stood together.
+# SHA-256 of the sample blocks 0, 1 and 5 of every stream, as drawn by the code before these constants had one file.
 NOISE = {"shared": "42c8fb72689eb0bb", "independent": "5e3a3876cb1871b1"}
 
 
@@ -58,8 +58,8 @@ def test_blocks_of_noise_are_the_same_bits_as_ever():
         assert total.hexdigest()[:16] == expected, noise
 
 
-# Radii of tables are compared digit by digit, by --verify and between machines: the margins and the rule of the buckets
-# behind them are part of the format as well. Computed by the code before the format had a number.
+# --verify and other machines compare the radii of tables digit by digit. So the safety margins of the bounds and the
+# rule for buckets are part of the format, too. These radii were computed before the format had a number.
 SELECTION, ESTIMATION = [[60, 30, 10], [34, 33, 33]], [[7000, 2500, 500], [3600, 3300, 3100]]
 AT_LOOKS = [[[800, 150, 50], [2100, 390, 110]], [[400, 350, 250]]]
 RADII = [

@@ -1,4 +1,4 @@
-"""docs/guarantee.md speaks of functions and tests that exist."""
+"""The functions and tests that docs/guarantee.md names exist."""
 
 import importlib
 import re
@@ -13,7 +13,7 @@ TESTS = [name for name in QUOTED if name.startswith("test_")]
 NAMES = [name for name in QUOTED if "." in name and not name.startswith("certify.")]
 
 
-def test_every_test_it_names_is_one():
+def test_every_test_that_it_names_exists():
     sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     missing = [name for name in TESTS if f"def {name}(" not in sources]
     assert not missing
@@ -21,7 +21,7 @@ def test_every_test_it_names_is_one():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_function_it_names_is_one(name):
+def test_every_function_that_it_names_exists(name):
     path, found = name.split("."), importlib.import_module("lsrs_jax")
     for depth, part in enumerate(path, start=1):
         try:

@@ -1,4 +1,4 @@
-"""Deterministic certificates against closed-form and gradient attacks."""
+"""Deterministic certificates under closed-form attacks and gradient attacks."""
 
 import math
 
@@ -25,7 +25,7 @@ def classifier(seed, dimensions=6, classes=4, normalized=False):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("normalized", [True, False])
 def test_the_radius_of_a_linear_classifier_is_the_distance_to_its_boundary(seed, normalized):
-    """Tight from both sides: just within the radius nothing flips, just beyond it the nearest rival wins."""
+    """The radius is tight: just within it no prediction changes, just beyond it the nearest rival wins."""
     weights, bias, x = classifier(seed, normalized=normalized)
     predict, radius = certified_margin(x @ weights + bias, weights)
     assert (radius > 0).all()
@@ -52,7 +52,7 @@ def test_an_orthogonal_head_needs_no_weights():
 
 
 def test_a_lipschitz_network_is_not_flipped_within_the_radius_and_is_beyond_it():
-    """A gradient attack on a certified network: never inside, often at twice the radius; half of L would be caught."""
+    """A gradient attack never succeeds within the radius, but often at twice the radius. It would notice half of L."""
     chain = (layers.OrthogonalConv(4, (3, 3), initializer="random"), layers.MaxMin(), layers.Flatten())
     encoder = layers.Encoder(chain)
     params = encoder.init(threefry(0), jnp.zeros((1, 5, 5, 2)))["params"]
@@ -102,15 +102,15 @@ def test_a_lipschitz_network_is_not_flipped_within_the_radius_and_is_beyond_it()
 def test_lipschitz_constant_and_slack_shrink_the_radius():
     weights, bias, x = classifier(7)
     plain = certified_margin(x @ weights + bias, weights)[1]
-    charged = certified_margin(x @ weights + bias, weights, lipschitz=2.0, slack=0.01)[1]
-    np.testing.assert_allclose(charged, np.maximum(plain - 0.01, 0) / 2, rtol=1e-9)
+    with_slack = certified_margin(x @ weights + bias, weights, lipschitz=2.0, slack=0.01)[1]
+    np.testing.assert_allclose(with_slack, np.maximum(plain - 0.01, 0) / 2, rtol=1e-9)
     slack = float64_slack(1e-9, x, weights, bias, 0.0)
     assert (slack > 2e-9).all()
     assert slack.max() < 1e-6
 
 
 def test_slack_covers_cancellation_in_the_weights():
-    """Nearly equal weights raise the charge."""
+    """Nearly equal weights need a larger slack."""
     rng = np.random.default_rng(0)
     close = 1e9 * rng.standard_normal((1000, 1)) + rng.standard_normal((1000, 2))
     z = rng.standard_normal((20, 1000))
@@ -118,11 +118,11 @@ def test_slack_covers_cancellation_in_the_weights():
     computed = z @ close
     error = np.abs(computed[:, 0] - computed[:, 1] - exact) / np.linalg.norm(close[:, 0] - close[:, 1])
     assert (error <= float64_slack(0.0, z, close, np.zeros(2), 0.0)).all()
-    assert error.max() > 2.0**-28 * np.linalg.norm(z, axis=1).min()  # a charge on the norm alone would miss it
+    assert error.max() > 2.0**-28 * np.linalg.norm(z, axis=1).min()  # a slack from the norm alone would not cover it
 
 
 def test_slack_covers_the_logits_as_far_as_a_certificate_leads():
-    """A bias decides, far from where a latent of zeros lies: there the products are large and cancel."""
+    """The bias moves the boundary far away from a latent of zeros; near the boundary large products cancel."""
     rng, flips = np.random.default_rng(0), {0.0: 0, 30.0: 0}
     for _ in range(50):
         direction, normal = (v / np.linalg.norm(v) for v in rng.standard_normal((2, 3072)))
@@ -143,7 +143,7 @@ def test_slack_covers_the_logits_as_far_as_a_certificate_leads():
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**-500, 2.0**-560, 2.0**-900])
 def test_slack_covers_weights_whose_squares_underflow(scale):
-    """The logits round alike whatever the scale; a norm of squares that underflow would charge nothing."""
+    """Relative rounding does not depend on the scale. If the squares in a norm underflowed, the slack would be 0."""
     rng = np.random.default_rng(0)
     weights, z = scale * rng.standard_normal((64, 2)), 1e3 * rng.standard_normal((20, 64))
     slack = float64_slack(0.0, z, weights, np.zeros(2), 0.0)

@@ -1,4 +1,4 @@
-"""The check before the first vote passes where the platform keeps its bounds, and refuses where it does not."""
+"""The platform check before the first sample passes within the error budget, and refuses larger errors."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ CONVOLUTIONS = {
 
 
 def encoder(method):
-    """Every kind of layer there is."""
+    """An encoder with every kind of layer."""
     other = {"kernel_size": (3, 3), "method": method, "initializer": "random"} | CONVOLUTIONS[method]
     chain = (
         layers.Normalize((0.4, 0.5, 0.6), (0.2, 0.2, 0.3)),
@@ -46,7 +46,7 @@ def materialized(request):
 
 
 def in_tf32(values):
-    """Numbers as tensor cores take them: eight bits of exponent, ten of mantissa."""
+    """The values rounded to TF32, as tensor cores round them: eight bits of exponent, ten of mantissa."""
     bits = np.asarray(values, np.float32).view(np.uint32)
     return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
 
@@ -90,7 +90,7 @@ CONVOLUTION_OPTIONS = {
 
 
 @pytest.mark.parametrize("options", CONVOLUTION_OPTIONS.values(), ids=CONVOLUTION_OPTIONS)
-def test_a_layer_of_ones_own_may_convolve_in_any_way(options):
+def test_a_custom_layer_may_convolve_in_any_way(options):
     rng = np.random.default_rng(0)
     kernel = rng.standard_normal((3, 2, 4 // options.get("feature_group_count", 1), 6))
     x = rng.standard_normal((2, 9, 8, 4))
@@ -105,9 +105,9 @@ def test_a_layer_of_ones_own_may_convolve_in_any_way(options):
 
 
 @pytest.mark.parametrize("sigma", [0.12, 1.0, 1 / 3])
-def test_noise_keeps_its_law_and_its_sums(sigma):
+def test_noise_has_its_distribution_and_exact_sums(sigma):
     platform_check.check_noise(GridArithmetic(sigma))
-    platform_check.check_noise(Float32Arithmetic(sigma))  # nothing is claimed, nothing checked
+    platform_check.check_noise(Float32Arithmetic(sigma))  # float32 arithmetic claims no bound, so nothing is checked
 
 
 class Biased(GridArithmetic):
@@ -128,7 +128,7 @@ class Rounding(GridArithmetic):
 
 
 class NegativeZero(GridArithmetic):
-    """A platform where nothing can be less than nothing."""
+    """A platform whose sums can be -0.0."""
 
     def add(self, latent, added):
         noisy = super().add(latent, added)

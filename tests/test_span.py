@@ -1,4 +1,4 @@
-"""Purely linear heads in the span of their weights: the same law, in fewer dimensions."""
+"""Linear heads after the subspace projection: samples have the same distribution, in fewer dimensions."""
 
 import pickle
 
@@ -32,7 +32,7 @@ def p_values(a, b):
     return [stats.chi2_contingency(np.stack([x, y])[:, (x + y) > 10]).pvalue for x, y in zip(a, b, strict=True)]
 
 
-def test_votes_in_the_span_have_the_law_of_votes_in_the_latent():
+def test_samples_in_the_subspace_have_the_distribution_of_samples_in_the_latent():
     span = project_linear_head(WEIGHTS, BIAS)
     assert span.basis.shape == (96, 4)
     assert 1 <= span.lipschitz < 1 + 1e-10
@@ -58,19 +58,19 @@ def test_other_shapes_and_numbers_are_refused(weights, bias):
 
 
 def test_degenerate_weights_certify_nothing_wrong():
-    """Equal weights for all classes: the logits do not depend on the latent, and the first class wins every vote."""
+    """With equal weights for all classes, the logits do not depend on the latent, and one class wins every sample."""
     span = project_linear_head(np.ones((20, 3)), np.array([0.0, 1.0, 0.5]))
     got = smoothing.certify(span.head, np.zeros((1, 20)) @ span.basis, sigma=1.0, key=threefry(0), n=1000)
     assert got.predict[0] == 1
     assert got.counts[0, 1] == 1000
-    # It travels to another process.
+    # The projection can be pickled for another process.
     again = pickle.loads(pickle.dumps(span))
     np.testing.assert_array_equal(again.head(np.ones((2, 3))), span.head(np.ones((2, 3))))
 
 
 @pytest.mark.parametrize("encoder", ["identity", "shallow"])
 @pytest.mark.parametrize("head", ["linear", "normalized", "orthogonal"])
-def test_linear_heads_are_certified_in_their_span(encoder, head):
+def test_linear_heads_are_certified_in_their_subspace(encoder, head):
     config = default().model
     config.update({"encoder": encoder, "head": head, "mean": (0.3,), "std": (0.5,)})
     model = models.build(config, (8, 8, 1), 10)
@@ -79,7 +79,7 @@ def test_linear_heads_are_certified_in_their_span(encoder, head):
     plain, small = model.for_certification(params)
     assert plain.report.output_shape == (10,)
     assert plain.report.layers[-1].layer.endswith("span of the weights")
-    # Under input smoothing the normalisation comes after the noise, and is part of the head.
+    # Under input smoothing the normalisation follows the noise, so it is part of the head.
     assert plain.report.constant == pytest.approx(1.0 if encoder == "identity" else 2.0, rel=1e-9)
     latents = Float64Encoder(plain, 6)(x)
     np.testing.assert_allclose(small(latents), model.classify(params, model.encode(params, x)), atol=2e-4)

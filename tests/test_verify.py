@@ -1,4 +1,4 @@
-"""`certify --verify` finds one changed digit, wherever it is, and says where."""
+"""`certify --verify` finds a single changed digit in any file and says where it is."""
 
 import json
 import random
@@ -53,7 +53,7 @@ def test_another_derivation_is_verified_with_or_without_the_weights(copy, capsys
     assert "is not here to be compared" in capsys.readouterr().out
 
 
-def test_votes_that_came_after_the_table_do_not_disturb_it(copy):
+def test_samples_drawn_after_the_table_do_not_disturb_it(copy):
     folder = copy / "certify" / "default"
     early = {name: (folder / name).read_bytes() for name in ("certificates.tsv", "certificates.json")}
     run("certify", f"--workdir={copy}", "--config.certify.stop=50")
@@ -126,15 +126,15 @@ def test_rows_that_are_there_twice_are_refused_and_missing_ones_counted(copy, ca
     assert "; 4 other images have their samples there and no certificate" in out
 
 
-def test_a_ledger_with_other_votes_and_right_checksums_is_found(copy):
+def test_a_changed_ledger_with_right_checksums_is_found(copy):
     folder = copy / "certify" / "default"
-    # The seconds: everything that follows from votes stays as it is.
+    # Only the seconds change, so the counts and the certificates stay the same.
     rewrite(folder / "votes.0.tsv", 3, lambda fields: [*fields[:-1], "0.123456"])
     with pytest.raises(UserError, match=r"votes.0.tsv has changed: its digest is not the one"):
         check(copy)
 
 
-def test_too_small_a_charge_is_found_even_under_new_digests(copy):
+def test_too_small_a_slack_is_found_even_under_new_digests(copy):
     folder = copy / "certify" / "default"
     count = (folder / "votes.0.tsv").read_text().count("\n")
     for line in range(2, count + 1):
@@ -153,7 +153,7 @@ def test_another_consistent_constant_is_found_by_the_weights(copy):
     (folder / "certificates.json").write_text(json.dumps(stored))
     reseal(folder)
     config = config_from_dict(stored["config"])
-    smoothed.from_counts(folder, config)  # radii twice as large, all files in agreement
+    smoothed.from_counts(folder, config)  # the radii double, and all files agree
     with pytest.raises(UserError, match="the certificates claim"):
         check(copy)
 
@@ -175,7 +175,7 @@ def test_another_kind_is_found_even_under_new_digests(copy, kind, why):
             check(copy)
 
 
-def test_a_dropped_line_of_votes_is_found_even_under_new_digests(copy):
+def test_a_dropped_line_of_the_ledger_is_found_even_under_new_digests(copy):
     folder = copy / "certify" / "default"
     lines = (folder / "votes.0.tsv").read_text().splitlines(keepends=True)
     last = max(i for i, line in enumerate(lines) if line.startswith("9\t"))

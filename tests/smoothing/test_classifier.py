@@ -1,4 +1,4 @@
-"""SmoothedClassifier: compiled once per shape, and counts that can be handed back."""
+"""`SmoothedClassifier` compiles once per shape, and continues from counts of an earlier call."""
 
 from concurrent import futures
 
@@ -44,7 +44,7 @@ def test_counts_are_handed_back_and_sampling_goes_on_from_them(monkeypatch):
     whole = classifier.certify(LATENTS, key=threefry(0), epsilon=0.01, **staged)
     assert rough.n.sum() < whole.n.sum()
     further = classifier.certify(LATENTS, key=threefry(0), epsilon=0.01, counts=rough.samples, **staged)
-    np.testing.assert_array_equal([rough.samples.images[i].looks[-1] for i in range(5)], rough.counts)  # not touched
+    np.testing.assert_array_equal([rough.samples.images[i].looks[-1] for i in range(5)], rough.counts)  # unchanged
     np.testing.assert_array_equal(further.counts, whole.counts)
     np.testing.assert_array_equal(further.radius, whole.radius)
     launches = []
@@ -52,7 +52,7 @@ def test_counts_are_handed_back_and_sampling_goes_on_from_them(monkeypatch):
     other = classifier.certify(
         LATENTS, key=threefry(0), epsilon=0.01, counts=whole.samples, bound="multiclass", **staged
     )
-    assert not launches  # another bound needs no new sample
+    assert not launches  # another bound needs no new samples
     np.testing.assert_array_equal(other.counts, whole.counts)
 
 

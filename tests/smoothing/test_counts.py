@@ -1,4 +1,4 @@
-"""Every chunk of an image is counted once, in its place, whatever is appended and whatever interrupts."""
+"""`Counts` counts every sample block of an image exactly once, also after bad rows and interrupts."""
 
 import sys
 
@@ -8,25 +8,25 @@ import pytest
 from lsrs_jax.smoothing.counts import Counts, Row
 from lsrs_jax.smoothing.schedule import Schedule
 
-PLAN = Schedule(20, (32, 64, 100), 16)
+SCHEDULE = Schedule(20, (32, 64, 100), 16)
 
 
-def row(purpose, first, stop, votes, idx=0):
-    return Row(idx, 1, 0.0, purpose, first, stop, np.array(votes), 0.0)
+def row(stream, first, stop, samples, idx=0):
+    return Row(idx, 1, 0.0, stream, first, stop, np.array(samples), 0.0)
 
 
-def test_a_tally_keeps_the_counts_at_every_look():
-    counts = Counts(PLAN, 2)
-    assert PLAN.next_stop(counts.done(0)) == ("selection", 0, 2)
+def test_counts_are_kept_at_every_look():
+    counts = Counts(SCHEDULE, 2)
+    assert SCHEDULE.next_stop(counts.done(0)) == ("selection", 0, 2)
     counts.append([row("selection", 0, 2, [12, 8]), row("estimation", 0, 1, [16, 0])])
-    assert PLAN.next_stop(counts.done(0)) == ("estimation", 1, 2)
+    assert SCHEDULE.next_stop(counts.done(0)) == ("estimation", 1, 2)
     assert not counts.at_a_look(0)
     counts.append([row("estimation", 1, 2, [10, 6])])
     assert counts.at_a_look(0)
     counts.append([row("estimation", 2, 4, [30, 2]), row("estimation", 4, 7, [30, 6])])
     np.testing.assert_array_equal(counts.images[0].looks, [[26, 6], [56, 8], [86, 14]])
     assert counts.schedule.next_stop(counts.done(0)) is None
-    assert PLAN.next_stop(counts.done(0)) is None
+    assert SCHEDULE.next_stop(counts.done(0)) is None
 
 
 @pytest.mark.parametrize(
@@ -38,27 +38,27 @@ def test_a_tally_keeps_the_counts_at_every_look():
         (row("selection", 0, 3, [20, 0]), "not among those"),
     ],
 )
-def test_votes_that_do_not_fit_are_refused(bad, why):
-    counts = Counts(PLAN, 2)
+def test_samples_that_do_not_fit_are_refused(bad, why):
+    counts = Counts(SCHEDULE, 2)
     with pytest.raises(ValueError, match=why):
         counts.append([bad])
     assert not counts.images
 
 
-def test_no_row_reaches_over_a_look():
-    """Sampler counted together across a look would leave that look without a count."""
-    counts = Counts(PLAN, 2)
+def test_a_row_that_passes_a_look_is_refused():
+    """If one row held samples from before and after a look, there would be no counts at that look."""
+    counts = Counts(SCHEDULE, 2)
     counts.append([row("selection", 0, 2, [12, 8])])
     with pytest.raises(ValueError, match="reach over the look at 2"):
         counts.append([row("estimation", 0, 3, [40, 8])])
 
 
 class Stop(BaseException):
-    """Like a Ctrl-C, at a line of `Counts.count`."""
+    """The exception that stands for a Ctrl-C inside `Counts.count`."""
 
 
 def interrupted(line, function):
-    """Calls a function and interrupts `Counts.count` before it executes its line of this number."""
+    """Calls a function and raises `Stop` in `Counts.count` just before the line of this number runs."""
 
     def local(frame, event, _):
         if event == "line" and frame.f_lineno == line:
@@ -73,12 +73,12 @@ def interrupted(line, function):
         sys.settrace(None)
 
 
-def test_an_interrupted_count_is_whole_or_not_at_all():
+def test_an_interrupt_never_leaves_a_row_half_counted():
     before, last = [row("selection", 0, 2, [12, 8]), row("estimation", 0, 1, [16, 0])], row("estimation", 1, 2, [10, 6])
     lines = sorted({line for *_, line in Counts.count.__code__.co_lines() if line})
     stopped = 0
     for line in lines:
-        counts = Counts(PLAN, 2)
+        counts = Counts(SCHEDULE, 2)
         counts.append(before)
         try:
             interrupted(line, lambda counts=counts: counts.count(last))

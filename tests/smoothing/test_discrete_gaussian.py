@@ -1,4 +1,4 @@
-"""The sound arithmetic: the law of the noise on the grid, and that adding it is exact."""
+"""Exact grid arithmetic: the noise has the right distribution on the grid, and adding it is exact."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ SIGMAS = [0.12, 0.25, 1 / 3, 0.999999, 1.0]
 
 
 def gaussian_masses(sigma, cells):
-    """P[|round(δ/q)| = j] by quadrature, accurate to a few units in the last place of each mass."""
+    """The probabilities P[|round(δ/q)| = j] by quadrature, accurate to a few units in the last place."""
     h = discrete_gaussian.spacing(sigma) / sigma
     nodes, weights = np.polynomial.legendre.leggauss(6)
     x = h * (np.arange(cells)[:, None] + nodes / 2)
@@ -25,7 +25,7 @@ def gaussian_masses(sigma, cells):
 
 
 def table_masses(sigma):
-    """Exact integer masses of the alias table, over 2**63."""
+    """The probabilities of the alias table as exact integers; the denominator is 2**63."""
     high, low = (words.astype(np.int64) for words in discrete_gaussian.grid(sigma).table)
     alias, threshold = (
         high & (2**discrete_gaussian.COLUMN_BITS - 1),
@@ -39,15 +39,15 @@ def table_masses(sigma):
 
 
 @pytest.mark.parametrize("sigma", SIGMAS)
-def test_the_table_has_the_law_of_a_rounded_gaussian(sigma):
+def test_the_table_has_the_distribution_of_a_rounded_gaussian(sigma):
     masses = table_masses(sigma)
     assert sum(masses) == 2**63
-    law = np.array([float(mass) for mass in masses]) / 2**63
-    exact = gaussian_masses(sigma, len(law))
-    distance = np.abs(law - exact).sum() / 2
-    assert distance < discrete_gaussian.TAU + 1e-15  # the quadrature's own error
-    # The comparison is sharp: a σ wrong by 1e-9 would show.
-    assert np.abs(law - gaussian_masses(sigma * (1 + 1e-9), len(law))).sum() / 2 > 1e-10
+    probabilities = np.array([float(mass) for mass in masses]) / 2**63
+    exact = gaussian_masses(sigma, len(probabilities))
+    distance = np.abs(probabilities - exact).sum() / 2
+    assert distance < discrete_gaussian.TAU + 1e-15  # 1e-15: the error of the quadrature
+    # The comparison is sharp: it would detect a relative error of 1e-9 in σ.
+    assert np.abs(probabilities - gaussian_masses(sigma * (1 + 1e-9), len(probabilities))).sum() / 2 > 1e-10
 
 
 @pytest.mark.parametrize("sigma", [*SIGMAS, 1e-9, 77.0, 2.0**-40])
@@ -66,19 +66,19 @@ def draws(sigma, count, seed=0):
 
 
 def tail_duplicates(steps, cut):
-    """Share of the draws beyond `cut` whose value came before."""
+    """The share of the draws beyond `cut` that repeat an earlier value."""
     tail = steps[np.abs(steps) > cut]
     assert len(tail) > 300
     return 1 - len(np.unique(tail)) / len(tail)
 
 
-def test_draws_follow_the_law_and_a_wrong_one_is_rejected():
+def test_draws_follow_the_distribution_and_a_wrong_one_is_rejected():
     sigma, count = 0.3, 2**22
     steps = draws(sigma, count)
     edges = np.concatenate(
         [[-np.inf], np.linspace(-4, 4, 161) * sigma / discrete_gaussian.spacing(sigma) + 0.5, [np.inf]]
     )
-    edges[1:-1] = np.floor(edges[1:-1]) + 0.5  # between two cells
+    edges[1:-1] = np.floor(edges[1:-1]) + 0.5  # edges lie between two cells
     found = np.histogram(steps, edges)[0]
 
     def p_value(assumed):
@@ -87,14 +87,14 @@ def test_draws_follow_the_law_and_a_wrong_one_is_rejected():
 
     assert p_value(sigma) > 1e-5
     assert p_value(sigma * 1.003) < 1e-6
-    # The lowest bits are even, and independent of the sign.
+    # The lowest bits are uniformly distributed, and independent of the sign.
     low = np.histogram2d(steps & 31, steps < 0, (32, 2))[0]
     assert stats.chisquare(low.sum(axis=1)).pvalue > 1e-5
     assert stats.chi2_contingency(low).pvalue > 1e-5
 
 
 def test_the_tail_is_not_that_of_23_bit_uniforms():
-    """Float32Arithmetic normals reach few values in the tail; the grid's noise reaches them all."""
+    """Float32 normals take few different values in the tail; noise on the grid takes all of them."""
     sigma, count = 0.25, 2**23
     q = discrete_gaussian.spacing(sigma)
     coarse = np.rint(np.asarray(sigma * jax.random.normal(threefry(0), (count,), jnp.float32), np.float64) / q)
@@ -111,12 +111,12 @@ def test_adding_is_exact_and_leaves_no_trace_of_the_latent():
     sums = np.asarray(jax.jit(arithmetic.add)(latent, noise))
     assert sums.dtype == np.float32
     np.testing.assert_array_equal(sums.astype(np.float64) / q, latent.astype(np.int64) + noise)
-    # Whatever the two parts were, the same sum is the same bits; zero has one sign.
+    # Equal sums have equal bits, however they are split into latent and noise; there is no negative zero.
     moved = rng.integers(-(2**17), 2**17, 10_000).astype(np.int32)
     again = np.asarray(jax.jit(arithmetic.add)(latent + moved, noise - moved))
     np.testing.assert_array_equal(again.view(np.uint32), sums.view(np.uint32))
     assert not np.signbit(np.asarray(arithmetic.add(np.int32(-5), np.int32(5))))
-    # Float32Arithmetic arithmetic leaves a trace: the same real sum from two latents differs in its bits.
+    # Float32 arithmetic leaves a trace: the same real sum has other bits if it comes from another latent.
     z, shift, delta = rng.random(10_000), rng.random(10_000) / 8, 0.25 * rng.standard_normal(10_000)
     classic = [(a.astype(np.float32), b.astype(np.float32)) for a, b in ((z, delta), (z + shift, delta - shift))]
     first, second = (np.asarray(Float32Arithmetic(0.25).add(*parts)) for parts in classic)
@@ -136,20 +136,20 @@ def test_latents_go_to_the_nearest_step_and_too_large_ones_are_refused():
     z = np.random.default_rng(0).standard_normal((20, 64))
     moved = np.linalg.norm(arithmetic.quantize(z) * q - z, axis=1)
     assert (moved <= arithmetic.slack(z) / 2).all()
-    assert moved.max() > 0.4 * arithmetic.slack(z)[0] / 2  # the charge is of the right size
+    assert moved.max() > 0.4 * arithmetic.slack(z)[0] / 2  # the slack is not needlessly large
     with pytest.raises(UserError, match="beyond 128"):
         arithmetic.quantize(np.array([[129.0, 0.0]]))
 
 
 @pytest.mark.parametrize("dimensions", [10, 3072])
-def test_the_charges_are_small_beside_sigma(dimensions):
+def test_the_error_budget_is_small_beside_sigma(dimensions):
     arithmetic = GridArithmetic(0.25)
     assert arithmetic.tau(dimensions) < 1e-9
     assert arithmetic.slack(np.zeros((1, dimensions)))[0] < 0.0035 * 0.25
 
 
-def test_the_charges_reach_the_radius():
-    """A vote that is nearly unanimous: the radius is that of the counts minus √d·q, with τ at both probabilities."""
+def test_the_error_budget_is_subtracted_from_the_radius():
+    """Almost all samples agree. The radius follows from the counts, after τ and the slack √d·q are subtracted."""
     z = np.full((1, 50), 0.3)
 
     def head(z):

@@ -1,4 +1,4 @@
-"""The engine over images and looks, and prediction: counts that depend on nothing but the schedule."""
+"""The engine over images and looks, whose counts depend on nothing but the schedule; and prediction."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ def test_independent_noise_gives_other_counts_of_the_same_distribution(staged):
 
 
 class Counting(Sampler):
-    """Logs launches."""
+    """A sampler that logs its launches."""
 
     def launch(self, batch, key, first, stop, n):
         self.log.append((n, first, stop))
@@ -81,7 +81,7 @@ def sample(counts, sampler, latents, lines=None, stop_after=None):
     status.show()
 
 
-def test_tiles_are_full_at_every_look_and_progress_is_told():
+def test_batches_are_full_at_every_look_and_progress_is_reported():
     sampler = Counting(network(), DIM, sigma=0.5, tile=(4, 16))
     sampler.log, lines = [], []
     counts = Counts(make_schedule("staged", 100, N, 16), sampler.num_classes)
@@ -99,7 +99,7 @@ def test_tiles_are_full_at_every_look_and_progress_is_told():
     assert "samples/s" in lines[-1]
 
 
-def test_an_interrupted_engine_goes_on_to_the_same_counts(staged):
+def test_an_interrupted_engine_resumes_to_the_same_counts(staged):
     sampler = Sampler(network(), DIM, sigma=0.5, tile=(4, 16))
     counts = Counts(make_schedule("staged", 100, N, 16), sampler.num_classes)
     for calls in (1, 1, 2):
@@ -139,7 +139,7 @@ def test_prediction_is_the_two_sided_binomial_test_of_the_two_leaders(tau):
 
 
 def wrong_answers(alpha, trials, test):
-    """How often a class is returned although two classes are equally likely: each such answer is a failure."""
+    """How often a test returns a class although two classes are equally likely; each such answer is an error."""
     counts = np.random.default_rng(0).multinomial(500, [0.5, 0.5], trials)
     return int((test(counts, alpha, 0.0) != -1).sum())
 

@@ -1,9 +1,10 @@
 """The floating-point attack on randomized smoothing (Voráček and Hein, ICLR 2023; Jin et al. 2022).
 
-From a clean point float32 noise reaches some floats and never others, because it has coarse last bits and takes no more
-than 2²³ values: a head that knows the point and answers class 0 where every coordinate can be reached from it is
-constant under the noise around that point, which certifies a large radius, yet answers class 1 under the noise around
-any other, however near. On the grid of the sound arithmetic the same sums can be reached from everywhere.
+Float32 noise has coarse last bits and takes at most 2²³ values. So a clean point plus noise reaches some floats and
+never others. The attack uses a head that knows a clean point: it answers class 0 for a noisy input of which every
+coordinate can be reached from that point, and class 1 otherwise. Around the clean point the head is constant under the
+noise, which certifies a large radius. Around any other point, however near, it answers class 1. With exact grid
+arithmetic the attack fails, because the same sums can be reached from every point.
 """
 
 import itertools
@@ -22,19 +23,20 @@ from support import threefry
 SIGMAS = [0.12, 0.25, 0.5, 1.0]
 IMAGES = [(28, 28, 1), (32, 32, 3)]
 FAMILIES = list(itertools.product([(8,), (40,), (8, 8, 4), *IMAGES], SIGMAS))
-WATCHED = 64  # coordinates that a recogniser reads; it needs no more
+WATCHED = 64  # number of coordinates that a recogniser reads; more are not needed
 
 
 # --------------------------------------------------------------------------------------------------------- recognisers
 #
-# Of the watched coordinates of noisy latents and of the clean point that each belongs to, (B, WATCHED) each, and of how
-# far the noise went towards the counterexample, (B,) in units of sigma: whether the answer is class 0.
+# A recogniser decides whether the answer is class 0. Its arguments are the watched coordinates of the noisy latents and
+# of the clean point of each, (B, WATCHED), how far the noise moved towards the counterexample, (B,) in units of sigma,
+# and sigma.
 
 
 def float_sums(noisy, clean, along, sigma):
-    """Whether float32 normals reach these sums: the inverse of the sampler, and the candidates beside its answer.
+    """Whether float32 normals can reach these sums: inverts the sampler and also tries the neighbouring values.
 
-    The tolerance leaves open whether product and sum are rounded one by one or, as XLA does on CPU, once together.
+    The tolerance allows both ways of rounding: product and sum one by one or, as XLA does on CPU, once together.
     """
     lowest = np.nextafter(np.float32(-1), np.float32(0))
     wanted = noisy - clean
@@ -49,7 +51,7 @@ def float_sums(noisy, clean, along, sigma):
 
 
 def any_float(noisy, clean, along, sigma):
-    """The published recogniser: whether any float32 number, added to the clean point, gives this sum."""
+    """The published recogniser: whether some float32 number, added to the clean point, gives this sum."""
     wanted = noisy - clean
     near = [wanted, jnp.nextafter(wanted, jnp.inf), jnp.nextafter(wanted, -jnp.inf)]
     return jnp.any(jnp.stack([clean + drawn == noisy for drawn in near]), axis=0).all(axis=1)
@@ -60,7 +62,7 @@ def steps(noisy, clean, sigma):
 
 
 def grid_sums(noisy, clean, along, sigma):
-    """`float_sums` for the grid: whole steps that the alias table can draw."""
+    """`float_sums` for the grid: whether the noise is a whole number of steps that the alias table can draw."""
     high, low = discrete_gaussian.grid(sigma).table
     reached = (high >> discrete_gaussian.COLUMN_BITS | low) > 0
     reached[high & (2**discrete_gaussian.COLUMN_BITS - 1)] = True
@@ -70,12 +72,15 @@ def grid_sums(noisy, clean, along, sigma):
 
 
 def half_space(noisy, clean, along, sigma):
-    """The most that any function of real-valued sums can tell of two points (Neyman and Pearson)."""
+    """The best test between two points that uses only the real values of the sums (Neyman and Pearson)."""
     return along < 1.5
 
 
 def leaking(trace):
-    """A half-space, beyond it a bit that is even around every point unless the arithmetic leaves a trace there."""
+    """A half-space, and outside it the lowest bit of `trace`.
+
+    That bit is 0 half of the time around every point, unless the arithmetic leaves a trace of the latent.
+    """
 
     def recogniser(noisy, clean, along, sigma):
         return (along < 0.75) | (trace(noisy, clean, sigma) % 2 == 0)
@@ -93,13 +98,13 @@ def low_byte(noisy, clean, sigma):
 
 
 def float_bits(noisy, clean, sigma):
-    """All bits of the float32 numbers, sign and exponent included."""
+    """The number of bits in which the float32 numbers differ, with sign and exponent."""
     bits = [jax.lax.bitcast_convert_type(part, jnp.int32) for part in (noisy, clean)]
     return jax.lax.population_count(bits[0] ^ bits[1]).sum(axis=1)
 
 
 def table_words(noisy, clean, sigma):
-    """A bit of the column of the alias table that drew the noise, if it was not its alias."""
+    """The lowest bit of the column of the alias table that drew the noise, if it did not draw its alias."""
     return jnp.asarray(discrete_gaussian.grid(sigma).table[1] & 1)[jnp.abs(steps(noisy, clean, sigma))].sum(axis=1)
 
 
@@ -118,7 +123,7 @@ AGAINST_SOUND = {
 
 
 def targets(shape, sigma, count):
-    """Clean points: images of whole grey levels, or latents whose last coordinate keeps them 9σ apart."""
+    """Clean points: images with whole grey levels, or latents whose last coordinates are 9σ apart."""
     rng = np.random.default_rng(7)
     points = rng.random((count, *shape))
     if shape in IMAGES:
@@ -128,7 +133,7 @@ def targets(shape, sigma, count):
 
 
 def head_of(recogniser, clean, directions, sigma):
-    """A head for all targets: each row on its own is ascribed to the nearest of them, and recognised or not."""
+    """One head for all targets. It assigns each row to the nearest target and applies the recogniser of that target."""
     clean, directions = jnp.asarray(clean, jnp.float32), jnp.asarray(directions, jnp.float32)
 
     def head(noisy):
@@ -143,17 +148,17 @@ def head_of(recogniser, clean, directions, sigma):
 
 
 def attack(recogniser, arithmetic, shape, sigma, count):
-    """Certifies `count` targets and looks for counterexamples between 0.3 and 0.95 of each radius.
+    """Certifies `count` targets and tries one counterexample for each, at 0.3 to 0.95 of its radius.
 
     Returns:
-      radius, distance of the point tried (both in σ), and whether it is a counterexample; ``(count,)`` each.
+      ``(count, 3)``: radius, distance of the point that was tried (both in σ), and whether it is a counterexample.
     """
-    law = make_arithmetic(arithmetic, sigma)
+    made = make_arithmetic(arithmetic, sigma)
 
     def placed(points):
-        """The points that the arithmetic makes of these, flattened."""
-        flat = law.quantize(points).reshape(count, -1).astype(np.float64)
-        return flat * law.identity.get("spacing", 1.0)
+        """The points after the arithmetic has rounded them, flattened."""
+        flat = made.quantize(points).reshape(count, -1).astype(np.float64)
+        return flat * made.identity.get("spacing", 1.0)
 
     points = targets(shape, sigma, count)
     directions = np.random.default_rng(8).standard_normal((count, np.prod(shape)))
@@ -174,7 +179,7 @@ def attack(recogniser, arithmetic, shape, sigma, count):
 
 
 def campaign(name, recogniser, arithmetic, trials):
-    """`trials` attacks over families of targets."""
+    """Makes `trials` attacks, divided over families of targets, and prints a summary."""
     families = FAMILIES if trials == 1000 else [((40,), 0.5), ((28, 28, 1), 0.25)]
     start = time.time()
     per_family = [attack(recogniser, arithmetic, *family, trials // len(families)) for family in families]
@@ -201,8 +206,8 @@ def test_float32_certificates_have_counterexamples_far_inside(trials):
     assert (distance[broken] > 0.5 * radius[broken]).sum() > trials / 2
 
 
-def test_sums_that_round_the_noise_first_fall_to_the_published_recogniser(monkeypatch):
-    """Where product and sum are rounded once together, as XLA does on CPU, it finds nothing: `float_sums` is needed."""
+def test_the_published_recogniser_breaks_sums_that_round_the_noise_first(monkeypatch):
+    """It finds nothing where product and sum are rounded once together, as XLA does on CPU; `float_sums` does."""
 
     def bits(number):
         return jax.lax.bitcast_convert_type(number, jnp.int32)
@@ -210,7 +215,8 @@ def test_sums_that_round_the_noise_first_fall_to_the_published_recogniser(monkey
     class Unfused(Float32Arithmetic):
         @staticmethod
         def draw(key, size, sigma):
-            # The sign of sigma, 0: an operation on integers that no compiler takes out, nor fuses a product across.
+            # This adds the sign bit of sigma, which is 0. The compiler can neither remove the integer operation nor
+            # fuse the product with the sum across it.
             drawn = bits(Float32Arithmetic.draw(key, size, sigma)) | (bits(sigma) >> 31)
             return jax.lax.bitcast_convert_type(drawn, jnp.float32)
 
@@ -221,16 +227,16 @@ def test_sums_that_round_the_noise_first_fall_to_the_published_recogniser(monkey
 
 @pytest.mark.parametrize("trials", TRIALS)
 @pytest.mark.parametrize("name", AGAINST_SOUND)
-def test_sound_certificates_have_none(name, trials):
+def test_sound_certificates_have_no_counterexamples(name, trials):
     radius, distance, broken = campaign(name, AGAINST_SOUND[name], "sound", trials)
     assert not broken.any()
-    # Most of the attacks had something to break.
+    # Most attacks had a certificate and a point within its radius.
     assert (radius > 0).mean() > 0.9
     assert (distance < radius).mean() > 0.9
 
 
 def test_noise_on_a_coarser_grid_than_the_latents_is_caught(monkeypatch):
-    """The parity of the sums then tells the parity of the latent."""
+    """With such noise, the parity of the sums reveals the parity of the latent."""
 
     class Coarse(GridArithmetic):
         @staticmethod

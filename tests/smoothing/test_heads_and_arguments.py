@@ -1,4 +1,4 @@
-"""Heads and arguments that `certify` takes, and those that it refuses before the first vote."""
+"""Heads and arguments that `certify` accepts, and those that it refuses before it draws the first sample."""
 
 import itertools
 
@@ -37,7 +37,7 @@ def batch_norm(z):
 
 
 def ghost_norm(size):
-    """Batch statistics over aligned groups of rows."""
+    """A head that normalizes with the statistics of consecutive groups of rows."""
 
     def head(z):
         z = z.reshape(-1, size, np.prod(z.shape[1:]))
@@ -120,7 +120,7 @@ def test_bad_input_never_certifies(changes, why):
 
 @pytest.mark.parametrize("later", [1, 2, 4, 5])
 def test_a_head_that_changes_its_classes_is_refused(later):
-    """Three classes when it is asked first, another number when the loop is compiled."""
+    """It returns three classes when it is first called, and another number when the loop is compiled."""
     traces = itertools.count()
 
     def head(z):

@@ -7,11 +7,11 @@ from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.smoothing.counts import Row
 from lsrs_jax.smoothing.schedule import Schedule
 
-PLAN = Schedule(10, (100,), 16)
+SCHEDULE = Schedule(10, (100,), 16)
 
 
 def rows(idx, slack=1e-6):
-    """A complete image: 10 selection votes in one chunk of 16, 100 estimation votes in two rows of 4 and 3 chunks."""
+    """The rows of one image: 10 selection samples in one sample block of 16, 100 estimation samples in 4 + 3 blocks."""
     return [
         Row(idx, 1, slack, "selection", 0, 1, np.array([3, 7, 0]), 0.25),
         Row(idx, 1, slack, "estimation", 0, 4, np.array([10, 50, 4]), 0.5),
@@ -20,7 +20,7 @@ def rows(idx, slack=1e-6):
 
 
 def open_ledger(path):
-    return Ledger(path, PLAN, num_classes=3)
+    return Ledger(path, SCHEDULE, num_classes=3)
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_a_second_writer_is_refused(path):
         pass
 
 
-def test_appending_the_same_chunks_twice_is_refused(path):
+def test_appending_the_same_sample_blocks_twice_is_refused(path):
     with open_ledger(path) as ledger, pytest.raises(UserError, match="come next"):
         ledger.append(rows(4)[2:])
 
@@ -155,7 +155,7 @@ def test_truncated_tables_are_read_without_their_last_line(tmp_path, cut):
     path = tmp_path / "log"
     path.write_text(whole[:-cut])
     table = read_table(path)
-    if len(table) == 2:  # a cut inside the time still leaves a readable number
+    if len(table) == 2:  # if the cut is inside the time, the rest is still a number
         assert cut < 8
     else:
         assert table.truncated

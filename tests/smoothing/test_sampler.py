@@ -31,13 +31,13 @@ def network():
     with jax.threefry_partitionable(True), jax.enable_x64(False):
         params = model.init(threefry(3))
     head = model.for_certification(params)[1]
-    # Centred, so that every class wins sometimes.
+    # The logits are centred, so that every class wins sometimes.
     centre = head(LATENTS.astype(np.float32)).mean(axis=0)
     return lambda z: head(z) - centre
 
 
 def count(head=None, devices=8, spmd="shard_map", n=N, tile=(3, 32), cuts=(), stream="estimation", sigma=0.5, seed=0):
-    """Sampler of all latents, sampled in the chunk ranges between `cuts`."""
+    """Counts of all latents; the sample blocks are launched in the ranges between `cuts`."""
     loop = Sampler(
         head or network(),
         DIM,
@@ -73,7 +73,7 @@ def test_counts_do_not_depend_on_devices_or_spmd(baseline, devices, spmd):
 
 
 @pytest.mark.parametrize("cuts", [(1,), (7, 8, 30)])
-def test_counts_do_not_depend_on_how_chunks_are_cut(baseline, cuts):
+def test_counts_do_not_depend_on_how_sample_blocks_are_grouped(baseline, cuts):
     np.testing.assert_array_equal(count(devices=8, cuts=cuts), baseline)
 
 
@@ -97,7 +97,7 @@ def test_counts_do_not_depend_on_flags(baseline, flag, value):
 
 
 def test_the_heads_products_run_at_the_highest_precision():
-    """A flag must not change the base classifier between two halves of one ledger."""
+    """Otherwise a flag could change the base classifier between two sessions that write one ledger."""
     seen = []
 
     def head(z):
@@ -109,7 +109,7 @@ def test_the_heads_products_run_at_the_highest_precision():
     assert set(seen) == {"highest"}
 
 
-def test_counts_do_not_depend_on_companions(baseline):
+def test_counts_do_not_depend_on_the_other_images_of_a_batch(baseline):
     loop = Sampler(network(), DIM, sigma=0.5, tile=(3, 32))
     for row in (0, 4):
         others = [np.full(DIM, 9.0), LATENTS[row], -LATENTS[row]]
@@ -120,7 +120,7 @@ def test_counts_do_not_depend_on_companions(baseline):
 def test_the_loop_needs_no_transfer():
     loop = Sampler(network(), DIM, sigma=0.5, tile=(5, 32))
     latents, keys = loop.put(loop.quantize(LATENTS)), loop.keys(threefry(0))
-    jax.config.update("jax_transfer_guard", "disallow")  # in every thread
+    jax.config.update("jax_transfer_guard", "disallow")  # holds in every thread
     try:
         totals = {"selection": 100, "estimation": N}
         launches = [loop.launch(latents, keys[stream], 0, block_count(n, 32), n) for stream, n in totals.items()]
@@ -132,8 +132,8 @@ def test_the_loop_needs_no_transfer():
 
 
 @pytest.mark.parametrize("spmd", ["shard_map", "pmap"])
-def test_the_head_that_votes_is_the_one_that_was_probed(spmd):
-    """Whatever the thread or the context of the caller makes of it: here batch statistics, anywhere else."""
+def test_the_head_that_is_sampled_is_the_one_that_was_checked(spmd):
+    """The head of this test uses batch statistics in every thread and context but the caller's."""
     here, method = threading.local(), contextvars.ContextVar("method", default=False)
 
     def head(z):
@@ -157,7 +157,7 @@ def test_a_loop_is_made_where_transfers_are_guarded():
         assert Sampler(head, DIM, sigma=0.5, tile=(3, 32)).num_classes == 4
 
 
-def test_a_launch_returns_where_the_platform_waits(baseline):
+def test_a_launch_returns_while_the_platform_is_busy(baseline):
     loop = Sampler(network(), DIM, sigma=0.5, tile=(5, 32))
     latents, call, goes_on = loop.put(loop.quantize(LATENTS)), loop._call, threading.Event()
 
@@ -178,7 +178,7 @@ def test_certify_traces_the_loop_once():
 
 
 def drawn(loop, stream, block, ids=(0,)):
-    """Noise of one block, in units of sigma."""
+    """The noise of one sample block, in units of sigma."""
     key, ids = loop.keys(threefry(0))[stream], jnp.asarray(ids, jnp.int32)
     noise = np.asarray(loop._block_noise(key, ids, block, loop._tables), np.float64)
     return noise * loop.arithmetic.identity.get("spacing", 1.0) / 0.5
@@ -191,7 +191,7 @@ def test_no_noise_vector_is_drawn_twice(arithmetic):
     vectors = np.concatenate(parts).reshape(-1, np.prod(DIM))
     assert len(np.unique(vectors, axis=0)) == len(vectors) == 3 * 48 * 32
     assert stats.kstest(vectors.ravel(), "norm").pvalue > 1e-6
-    # Among the first 1,024 vectors no pair is correlated beyond what chance allows (their own scale divided out).
+    # No two of the first 1,024 vectors, scaled to unit variance, are correlated more than chance allows.
     some = vectors[:1024] / np.sqrt(np.mean(vectors[:1024] ** 2))
     gram = (some @ some.T)[np.triu_indices(1024, 1)] / np.sqrt(some.shape[1])
     assert np.mean(gram**2) == pytest.approx(1, abs=0.01)
@@ -208,7 +208,7 @@ def test_independent_noise_differs_between_images_and_from_shared_noise():
     assert len(np.unique(vectors, axis=0)) == len(vectors) == 8 * 32 + 8 * 8 * 32
     three = LATENTS[[0, 0, 1]]
     counts = [independent.one_batch(three, threefry(0), "estimation", 256, ids) for ids in ((4, 5, 6), (5, 9, 4))]
-    np.testing.assert_array_equal(counts[0][1], counts[1][0])  # the same image under its id, wherever it sits
+    np.testing.assert_array_equal(counts[0][1], counts[1][0])  # equal image and id, another place in the batch
     assert (counts[0][0] != counts[0][1]).any()
     for ids in ((1, 1, 2), (-1, 1, 2), (2**31, 1, 2)):
         with pytest.raises(UserError, match="a different id"):
@@ -216,7 +216,7 @@ def test_independent_noise_differs_between_images_and_from_shared_noise():
 
 
 def test_certification_shares_no_key_with_any_other_domain_of_the_seed():
-    """A user certifies with the key of the training's seed; the streams must still be apart."""
+    """The streams must not share a key with training even if a user certifies with the training's seed."""
     loop = Sampler(linear_head, DIM, sigma=0.5, tile=(3, 32))
 
     streams = loop.keys(rng.root_key(0))
@@ -229,7 +229,7 @@ def test_certification_shares_no_key_with_any_other_domain_of_the_seed():
     others = [rng.domain_key(0, domain) for domain in KEY_DOMAINS if domain != "certify"]
     others += [jax.random.fold_in(key, i) for key in others for i in range(300)]
     others += [rng.root_key(0), *(jax.random.fold_in(rng.root_key(0), i) for i in range(300))]
-    # Somebody else's training: split keys, and an epoch and a step folded into the same root.
+    # Keys that another training program might use: splits of the root key, and epoch and step folded into it.
     others += list(jax.random.split(rng.root_key(0), 64))
     others += [jax.random.fold_in(key, i) for key in others[-364:-64] for i in range(4)]
     assert not ours & {data(key) for key in others}
@@ -240,18 +240,18 @@ def test_streams_see_different_noise(baseline):
     assert (count(devices=1, stream="selection") != baseline).any()
 
 
-# --------------------------------------------------------------------------------------------------- law of the votes
+# -------------------------------------------------------------------------------------------- distribution of samples
 
 
 def linear_p_values(sigma_sampled, sigma_claimed, n=20_000):
-    """Two-sided binomial p-values of the votes of a linear head, whose law is known in closed form."""
+    """Two-sided binomial p-values of the samples of a linear head, whose distribution is known in closed form."""
     counts = count(linear_head, n=n, sigma=sigma_sampled, tile=(5, 64))
     margin = (LATENTS.reshape(5, -1) @ W.ravel().astype(np.float64) + BIAS) / np.linalg.norm(W)
     p = stats.norm.cdf(margin / sigma_claimed)
     return np.array([stats.binomtest(int(k), n, q).pvalue for k, q in zip(counts[:, 0], p, strict=True)])
 
 
-def test_votes_have_the_right_law_and_a_wrong_sigma_is_rejected():
+def test_samples_have_the_right_distribution_and_a_wrong_sigma_is_rejected():
     assert linear_p_values(0.5, 0.5).min() > 1e-4
     assert linear_p_values(0.55, 0.5).min() < 1e-6
 
@@ -265,10 +265,10 @@ def test_linear_radius_is_approached_from_below():
         radii.append(got.radius)
     assert (radii[-1] >= 0.97 * exact - 0.02 * exact.max()).all()
     assert (radii[-1] > radii[0]).all()
-    charged = smoothing.certify(
+    with_slack = smoothing.certify(
         linear_head, LATENTS, sigma=float(exact.max()), key=threefry(0), n=200_000, tile=(5, 128), slack=0.05
     )
-    np.testing.assert_allclose(charged.radius, np.maximum(radii[-1] - 0.05, 0), rtol=1e-9)
+    np.testing.assert_allclose(with_slack.radius, np.maximum(radii[-1] - 0.05, 0), rtol=1e-9)
     halved = smoothing.certify(
         linear_head, LATENTS, sigma=float(exact.max()), key=threefry(0), n=200_000, tile=(5, 128), lipschitz=2.0
     )
@@ -276,12 +276,12 @@ def test_linear_radius_is_approached_from_below():
 
 
 def chi_square_p(a, b):
-    """Two-sample test that two histograms of votes come from one distribution."""
+    """p-value of the chi-square test that two histograms of samples come from one distribution."""
     kept = (a + b) > 10
     return stats.chi2_contingency(np.stack([a[kept], b[kept]])).pvalue
 
 
-def test_a_linear_orthogonal_encoder_is_input_smoothing_in_law():
+def test_a_linear_orthogonal_encoder_gives_the_distribution_of_input_smoothing():
     encoder = layers.Encoder((layers.SpaceToDepth((2, 2)), layers.OrthogonalConv(8, (3, 3), initializer="random")))
     plain = materialize(encoder, encoder.init(threefry(5), jnp.zeros((1, *DIM)))["params"], DIM)
     w = np.random.default_rng(3).standard_normal((32, 4)).astype(np.float32)
@@ -309,7 +309,7 @@ def test_a_linear_orthogonal_encoder_is_input_smoothing_in_law():
 
 
 def test_the_identity_encoder_is_input_smoothing():
-    """The split model with the encoder `identity` and a plain call on the images give the very same votes."""
+    """The split model with the encoder `identity` and a plain call on the images give the same samples."""
     config = default().model
     config.encoder, config.head, config.mean = "identity", "mlp", (0.3,)
     model = models.build(config, DIM, 4)

@@ -1,4 +1,4 @@
-"""Who gets how many votes: looks, stopping, several bounds at once; simulations that reject the wrong procedures."""
+"""How many samples an image gets: looks, stopping, bounds at looks; simulations that reject wrong procedures."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ GRID = tuple(np.arange(0.25, 4.25, 0.25))
 
 
 @pytest.mark.parametrize(("n", "samples"), [(100_000, 16), (10_000, 16), (100_000, 4096), (1000, 16), (7, 16)])
-def test_looks_grow_by_whole_chunks_to_n(n, samples):
+def test_looks_grow_by_whole_sample_blocks_to_n(n, samples):
     looks = make_schedule("staged", 100, n, samples).looks
     assert looks[-1] == n
     assert (np.diff(looks) > 0).all()
@@ -39,7 +39,7 @@ def test_looks_grow_by_whole_chunks_to_n(n, samples):
         (("stagged", 100, 100, 16), "unknown schedule"),
     ],
 )
-def test_bad_plans_are_refused(arguments, why):
+def test_bad_schedules_are_refused(arguments, why):
     with pytest.raises(UserError, match=why):
         make_schedule(*arguments)
 
@@ -82,7 +82,7 @@ def test_staged_bounds_are_the_best_of_the_looks_at_their_share_of_alpha():
     expected = [stats.beta.ppf(share, 99, 2), share ** (1 / 100), stats.beta.ppf(share, 320, 81)]
     np.testing.assert_allclose(got.p_a_lower, expected, rtol=1e-9)
     np.testing.assert_allclose(got.radius, 0.5 * special.ndtri(expected), rtol=1e-7)
-    # Never the fixed-n bound at the full alpha.
+    # They are below the fixed-n bounds at the full alpha.
     assert (got.p_a_lower[:2] < [stats.beta.ppf(0.03, 99, 2), 0.03 ** (1 / 100)]).all()
 
 
@@ -118,16 +118,16 @@ def test_looks_that_do_not_grow_and_slack_of_another_length_are_refused():
 
 
 @pytest.mark.parametrize("alpha", [1e-3, 1e-12])
-def test_a_plan_that_can_certify_nothing_has_the_radius_zero(alpha):
+def test_a_schedule_that_can_certify_nothing_has_the_radius_zero(alpha):
     assert Derivation(0.5, alpha, tau=1e-9).largest_radius(make_schedule("fixed", 100, 1, 16)) == 0
 
 
-def test_tau_is_charged_to_both_probabilities():
+def test_tau_lowers_p_a_and_raises_p_b():
     arguments = {"sigma": 1.0, "alpha": 0.01, "bound": "multiclass"}
     selection, estimation = np.array([[50, 30, 20]]), np.array([[5000, 3000, 2000]])
-    free, charged = (from_counts(selection, estimation, **arguments, tau=tau) for tau in (0.0, 0.01))
-    assert charged.p_a_lower[0] <= free.p_a_lower[0] - 0.01
-    assert charged.p_b_upper[0] >= free.p_b_upper[0] + 0.01
+    without, with_tau = (from_counts(selection, estimation, **arguments, tau=tau) for tau in (0.0, 0.01))
+    assert with_tau.p_a_lower[0] <= without.p_a_lower[0] - 0.01
+    assert with_tau.p_b_upper[0] >= without.p_b_upper[0] + 0.01
 
 
 # ------------------------------------------------------------------------------------------------------------- buckets
@@ -155,7 +155,7 @@ def test_one_dominant_class_gets_the_binary_bound_and_a_close_race_several_bucke
     assert count[1] >= 2
 
 
-def test_multiclass_beats_binary_where_no_class_has_half_of_the_votes():
+def test_multiclass_beats_binary_where_no_class_has_half_of_the_samples():
     selection, estimation = np.array([[42, 30, 28]]), np.array([[42_000, 30_000, 28_000]])
     binary, several = (
         from_counts(selection, estimation, sigma=1.0, alpha=0.001, bound=bound) for bound in ("binary", "multiclass")
@@ -171,9 +171,9 @@ def test_multiclass_bounds_are_those_of_the_buckets():
     bucket, count = partition(selection, np.array([10_000]), 0.01, "multiclass")
     got = from_counts(selection, estimation, sigma=1.0, alpha=0.01, bound="multiclass")
     each = 0.01 / (1 + count[0])
-    votes = [estimation[0][bucket[0] == b].sum() for b in range(1, count[0] + 1)]
+    samples = [estimation[0][bucket[0] == b].sum() for b in range(1, count[0] + 1)]
     p_a = stats.beta.ppf(each, 4500, 5501)
-    p_b = min(1 - p_a, max(stats.beta.ppf(1 - each, k + 1, 10_000 - k) for k in votes))
+    p_b = min(1 - p_a, max(stats.beta.ppf(1 - each, k + 1, 10_000 - k) for k in samples))
     assert got.p_a_lower[0] == pytest.approx(p_a, rel=1e-9)
     assert got.p_b_upper[0] == pytest.approx(p_b, rel=1e-8)
 
@@ -182,35 +182,35 @@ def test_multiclass_bounds_are_those_of_the_buckets():
 
 
 def exceeds(count, trials, alpha):
-    """Whether so many failures refute a failure rate of at most alpha (at level 1e-6)."""
+    """Whether this many failures reject, at level 1e-6, that the failure rate is at most alpha."""
     return stats.binom.sf(count - 1, trials, alpha) < 1e-6
 
 
-def cumulative_votes(rng, p, looks, trials):
-    """``(trials, looks, K)`` cumulative counts."""
+def cumulative_counts(rng, p, looks, trials):
+    """Cumulative counts at every look, ``(trials, looks, K)``."""
     steps = np.diff([0, *looks])
     return np.cumsum(np.stack([rng.multinomial(step, p, trials) for step in steps], axis=1), axis=1)
 
 
 def true_radius(p, candidate):
-    """Radius of the smoothed classifier at sigma 1 for a candidate class; 0 where it is not the strongest."""
+    """The true radius of the smoothed classifier at sigma 1; 0 where the candidate is not the likeliest class."""
     p = np.asarray(p)
     others = np.where(np.eye(len(p), dtype=bool), -1, p[None, :]).max(axis=1)
     return np.maximum((special.ndtri(p) - special.ndtri(others)) / 2, 0)[candidate]
 
 
 def simulate(p, looks, trials, alpha, bound, stop, seed=0, n0=50):
-    """How often a certificate claims more than is true.
+    """How often a certificate claims more than the true radius.
 
-    `stop` maps certificates at all looks, a list, and the truth to the index of the look at which each trial stops.
+    `stop` maps the radii at all looks and the true radii to the index of the look at which each trial stops.
     """
     rng = np.random.default_rng(seed)
-    selection, votes = rng.multinomial(n0, p, trials), cumulative_votes(rng, p, looks, trials)
+    selection, samples = rng.multinomial(n0, p, trials), cumulative_counts(rng, p, looks, trials)
     truth = true_radius(p, selection.argmax(axis=1))
     certificates = [
         from_counts(
             selection,
-            [counts[: k + 1] for counts in votes],
+            [counts[: k + 1] for counts in samples],
             sigma=1.0,
             alpha=alpha,
             bound=bound,
@@ -224,28 +224,28 @@ def simulate(p, looks, trials, alpha, bound, stop, seed=0, n0=50):
 
 
 def adversary(radii, truth):
-    """Stops at the first look that claims too much, knowing the truth; goes on otherwise."""
+    """Knows the true radius and stops at the first look that claims more; without one, at the last look."""
     wrong = radii > truth + 1e-12
     return np.where(wrong.any(axis=0), wrong.argmax(axis=0), len(radii) - 1)
 
 
 def naive(p, looks, trials, alpha, seed=0, n0=50):
-    """Stops at the first look with any radius and certifies by fixed-n Clopper-Pearson at the full alpha: wrong."""
+    """A wrong procedure: fixed-n Clopper-Pearson bounds at the full alpha, at a look that depends on the data."""
     rng = np.random.default_rng(seed)
-    selection, votes = rng.multinomial(n0, p, trials), cumulative_votes(rng, p, looks, trials)
+    selection, samples = rng.multinomial(n0, p, trials), cumulative_counts(rng, p, looks, trials)
     truth = true_radius(p, selection.argmax(axis=1))
-    radii = np.stack([from_counts(selection, votes[:, k], sigma=1.0, alpha=alpha).radius for k in range(len(looks))])
+    radii = np.stack([from_counts(selection, samples[:, k], sigma=1.0, alpha=alpha).radius for k in range(len(looks))])
     return int((radii[adversary(radii, truth), np.arange(trials)] > truth + 1e-12).sum())
 
 
 def runner_up_only(p, n, trials, alpha, seed=0, n0=50):
-    """Bounds the strongest rival of the selection votes and no other class: wrong."""
+    """A wrong procedure: bounds only the rival with the most selection samples, and no other class."""
     rng = np.random.default_rng(seed)
-    selection, votes = rng.multinomial(n0, p, trials), rng.multinomial(n, p, trials)
+    selection, samples = rng.multinomial(n0, p, trials), rng.multinomial(n, p, trials)
     order = np.argsort(-selection, axis=1, kind="stable")
     rows = np.arange(trials)
-    p_a = confidence.lower(votes[rows, order[:, 0]], n, alpha / 2)
-    p_b = confidence.upper(votes[rows, order[:, 1]], n, alpha / 2)
+    p_a = confidence.lower(samples[rows, order[:, 0]], n, alpha / 2)
+    p_b = confidence.upper(samples[rows, order[:, 1]], n, alpha / 2)
     radius = certified_radius(p_a, np.clip(p_b, 1e-15, 1), 1.0)
     return int((radius > true_radius(p, order[:, 0]) + 1e-12).sum())
 
@@ -280,7 +280,7 @@ def test_multiclass_is_sound_in_a_close_race_and_bounding_the_runner_up_is_caugh
     assert exceeds(wrong, trials, 0.05)
 
 
-# A leader, two rivals of which the selection may take the weaker one, and many classes that share the rest.
+# One leading class, two rivals (the selection may choose the weaker one), and many classes that share the rest.
 MANY = {10: (0.3, 0.16, 0.22, *[0.32 / 7] * 7), 50: (0.3, 0.14, 0.2, *[0.36 / 47] * 47)}
 
 
@@ -301,7 +301,7 @@ def test_coverage_with_many_classes_and_the_runner_up_alone_is_caught(classes, t
 
 
 def image_with(schedule, hits, selection=(100, 0)):
-    """An image whose looks found `hits` (cumulative, for the candidate) of two classes."""
+    """An image of two classes; `hits` are the cumulative counts of the candidate at its looks."""
     counts, samples = Counts(schedule, 2), schedule.samples
     ends = schedule.stops["estimation"]
     rows = [Row(0, 0, 0.0, "selection", 0, schedule.stops["selection"][0], np.array(selection), 0.0)]
@@ -322,23 +322,23 @@ def decided(hits, **fields):
     return bool(Derivation(0.25, 0.001, **fields).decided(STAGED, [image_with(STAGED, hits)])[0])
 
 
-def test_an_image_leaves_when_its_radii_are_decided_and_not_before():
+def test_an_image_stops_when_its_radii_are_decided_and_not_before():
     first = STAGED.looks[0]
-    assert decided([first // 3], radii=(0.25,))  # no majority: nothing to certify
-    assert not decided([first], radii=(0.25, 0.9))  # unanimous so far, and .9 is within reach
-    assert decided([first], radii=(0.25, 0.5))  # unanimous: both are certified
-    assert decided([first], radii=(0.25, 0.5, 5.0))  # and 5 cannot be
-    assert not decided([int(0.85 * first)], radii=(0.25,))  # near the threshold of .25
-    assert decided([int(0.7 * first)], radii=(0.25,))  # certified, but never at .25
+    assert decided([first // 3], radii=(0.25,))  # no majority, so nothing can be certified
+    assert not decided([first], radii=(0.25, 0.9))  # all samples agree, and .9 can still be reached
+    assert decided([first], radii=(0.25, 0.5))  # all samples agree, and both radii are certified
+    assert decided([first], radii=(0.25, 0.5, 5.0))  # 5 cannot be reached
+    assert not decided([int(0.85 * first)], radii=(0.25,))  # close to the threshold of .25
+    assert decided([int(0.7 * first)], radii=(0.25,))  # certified, but .25 cannot be reached
 
 
-def test_without_radii_an_image_leaves_when_more_samples_would_add_little():
+def test_without_radii_an_image_stops_when_more_samples_would_add_little():
     looks = STAGED.looks
     assert not decided([looks[0]], epsilon=0.05)
     share = [int(0.8 * look) for look in looks]
     assert not decided(share[:2], epsilon=0.02)
     assert decided(share[:12], epsilon=0.05)
-    assert decided(share, epsilon=1e-9)  # all the samples there are
+    assert decided(share, epsilon=1e-9)  # the image has all n samples
 
 
 def test_decided_never_asks_for_more_than_the_schedule_has():
@@ -348,7 +348,7 @@ def test_decided_never_asks_for_more_than_the_schedule_has():
 
 
 def published(path, sigma):
-    """Probabilities behind a published log, and which rows are correct."""
+    """The probabilities that a published log implies, and which rows are correct."""
     table = read_table(path)
     k = np.arange(50_000, 100_001)
     p = confidence.lower(k, 100_000, 0.001)
@@ -359,7 +359,7 @@ def published(path, sigma):
 
 
 def staged_on(p, derivation, seed):
-    """Certificates of simulated images with these probabilities; votes drawn look by look, as the sweep does."""
+    """Certificates of simulated images with these probabilities; samples are drawn look by look, as in the engine."""
     rng = np.random.default_rng(seed)
     counts, pending, before, first = Counts(STAGED, 2), np.arange(len(p)), 0, 0
     end = STAGED.stops["selection"][0]
@@ -383,11 +383,11 @@ def staged_on(p, derivation, seed):
     ("sigma", "radii", "factor"),
     [(0.25, GRID, 7), (0.5, GRID, 4), (0.25, (0.25, 0.5, 0.75, 1.0), 11), (0.5, (0.25, 0.5, 0.75, 1.0), 11)],
 )
-def test_staged_saves_votes_on_published_classifiers_and_loses_little(reference, sigma, radii, factor):
+def test_staged_saves_samples_on_published_classifiers_and_loses_little(reference, sigma, radii, factor):
     name = f"noise_{sigma:.2f}/test/sigma_{sigma:.2f}"
     p, correct = published(reference / "cohen_certify" / "cifar10" / "resnet110" / name, sigma)
     radii = tuple(radius for radius in radii if radius < 4 * sigma + 1e-9)
-    derivation, losses, votes = Derivation(sigma, 0.001, radii=radii), [], []
+    derivation, losses, samples = Derivation(sigma, 0.001, radii=radii), [], []
     top = 0.85 * Derivation(sigma, 0.001).largest_radius(make_schedule("fixed", 100, 100_000, 16))
     for seed in range(5):
         staged = staged_on(p, derivation, seed)
@@ -397,11 +397,11 @@ def test_staged_saves_votes_on_published_classifiers_and_loses_little(reference,
         )
         certified = [[np.mean(correct & (c.radius >= max(r, 1e-9))) for r in (0, *radii)] for c in (fixed, staged)]
         losses.append(np.subtract(*certified))
-        votes.append(staged.n.mean())
+        samples.append(staged.n.mean())
     below = np.array([0, *radii]) < top
     print(
-        f"\nsigma {sigma}: {1e5 / np.mean(votes):.1f}x fewer votes, "
+        f"\nsigma {sigma}: {1e5 / np.mean(samples):.1f}x fewer samples, "
         f"loss {100 * np.mean(losses, axis=0)[below].max():.2f}"
     )
-    assert 1e5 / np.mean(votes) >= factor
+    assert 1e5 / np.mean(samples) >= factor
     assert np.mean(losses, axis=0)[below].max() <= 0.005

@@ -1,4 +1,4 @@
-"""Confidence bounds and radii: values, edges, and simulations that accept the right and reject the wrong."""
+"""Confidence bounds and radii: values, edge cases, and simulations that reject only the wrong procedures."""
 
 import subprocess
 import sys
@@ -36,7 +36,7 @@ def test_bounds_err_on_the_safe_side():
 
 @pytest.mark.parametrize(("n", "alpha"), [(73_363, 0.001 / 9), (144_681, 0.001), (146_900, 1e-4), (9_056, 0.001 / 4)])
 def test_bounds_do_not_follow_an_inverse_that_is_wrong(n, alpha):
-    """SciPy's inverse beta function is far off at these, whose parameter is 999 or 1000; found by trying all n."""
+    """SciPy's inverse beta function has large errors at these n, which a search over all n found."""
     ends = np.array([998, 999, 1000, 1001])
     k = np.concatenate([ends, n - ends[::-1]])
     low, high = confidence.lower(k, n, alpha), confidence.upper(k, n, alpha)
@@ -47,7 +47,7 @@ def test_bounds_do_not_follow_an_inverse_that_is_wrong(n, alpha):
     for value, bound, tail in ((k, low, stats.binom.sf), (k, high, stats.binom.cdf)):
         found = tail(value - 1 if tail == stats.binom.sf else value, n, bound)
         assert (found <= alpha * (1 + 1e-13)).all()
-        assert (found >= alpha * (1 - 1e-3)).all()  # and no looser than they must be
+        assert (found >= alpha * (1 - 1e-3)).all()  # and the bounds are tight
 
 
 @pytest.mark.parametrize("alpha", [1e-6, 1e-10, 1e-16, 1e-30, 1e-90])
@@ -63,7 +63,7 @@ def test_where_no_upper_bound_can_be_found_it_is_1():
 
 
 @pytest.mark.parametrize(("n", "sigmas"), [(1_000, 2.463), (10_000, 3.199), (100_000, 3.811)])
-def test_radius_of_a_unanimous_vote(n, sigmas):
+def test_radius_when_all_samples_agree(n, sigmas):
     p = confidence.lower(n, n, 0.001)
     assert p == pytest.approx(0.001 ** (1 / n), rel=1e-9)
     radius = certified_radius(p, 1 - p, sigma=0.5)
@@ -90,7 +90,7 @@ def test_bad_counts_are_refused(k, n, alpha, why):
             bound(k, n, alpha)
 
 
-def test_radius_formula_and_its_charges():
+def test_radius_formula_with_lipschitz_constant_and_slack():
     p_a, p_b = 0.9, 0.05
     expected = 0.25 / 2 * (special.ndtri(p_a) - special.ndtri(p_b))
     radius = float(certified_radius(p_a, p_b, 0.25))
@@ -122,12 +122,12 @@ def test_radius_formula_and_its_charges():
         {"slack": np.nan},
     ],
 )
-def test_nothing_odd_becomes_a_radius(arguments):
+def test_bad_arguments_never_become_a_radius(arguments):
     with pytest.raises(UserError):
         certified_radius(**({"p_a_lower": 0.9, "p_b_upper": 0.1, "sigma": 0.5} | arguments))
 
 
-def test_float32_rounding_stays_within_its_charge():
+def test_float32_rounding_stays_within_its_slack():
     z = np.random.default_rng(0).standard_normal((20, 3072)) * np.logspace(-3, 3, 20)[:, None]
     moved = np.linalg.norm(z.astype(np.float32).astype(np.float64) - z, axis=1)
     assert (moved > 0).all()
@@ -141,8 +141,8 @@ def test_no_more_sigma_is_claimed_than_float32_samples(sigma):
     assert claimed == pytest.approx(sigma, rel=1e-7)
 
 
-def test_statistics_do_without_jax():
-    """The guarantee's arithmetic can be audited, and reports written, where JAX is not installed."""
+def test_statistics_work_without_jax():
+    """The statistics can be audited, and reports can be written, on a machine without JAX."""
     modules = ["smoothing.confidence", "smoothing.derivation", "smoothing.counts"]
     modules += ["certification.ledger", "certification.table"]
     imports = "; ".join(f"import lsrs_jax.{name}" for name in modules)
@@ -163,7 +163,7 @@ def test_certificates_from_counts():
     assert got.radius[2] == pytest.approx((0.5 * special.ndtri(0.001**0.001) - 0.01) / 2, rel=1e-8)
 
 
-def test_the_candidate_comes_from_the_selection_votes_only():
+def test_the_candidate_comes_from_the_selection_samples_only():
     selection, estimation = np.array([[6, 4]]), np.array([[1, 999]])
     assert from_counts(selection, estimation, sigma=1.0, alpha=0.001).predict[0] == -1
 
@@ -179,7 +179,7 @@ def test_the_candidate_comes_from_the_selection_votes_only():
         ([1, 2], [1, 2], "shape"),
     ],
 )
-def test_bad_vote_arrays_are_refused(selection, estimation, why):
+def test_bad_arrays_of_counts_are_refused(selection, estimation, why):
     with pytest.raises(UserError, match=why):
         from_counts(np.array(selection), np.array(estimation), sigma=1.0, alpha=0.001)
 
@@ -188,25 +188,25 @@ def test_bad_vote_arrays_are_refused(selection, estimation, why):
 
 
 def fresh(rng, p, n0, n, trials, alpha):
-    """The procedure of the project."""
+    """The procedure of this project: selection and estimation have separate noise."""
     return from_counts(rng.multinomial(n0, p, trials), rng.multinomial(n, p, trials), sigma=1.0, alpha=alpha).p_a_lower
 
 
 def reused_key(rng, p, n0, n, trials, alpha):
-    """Selection with the noise of the estimation: the mistake of drawing both from one key."""
-    votes = rng.multinomial(n, p, trials)
-    return from_counts(votes, votes, sigma=1.0, alpha=alpha).p_a_lower
+    """A wrong procedure: selection and estimation use the same samples, as if both came from one key."""
+    counts = rng.multinomial(n, p, trials)
+    return from_counts(counts, counts, sigma=1.0, alpha=alpha).p_a_lower
 
 
 def unsplit_alpha(rng, p, n0, n, trials, alpha):
-    """The best of five looks at growing counts, each at the full alpha."""
+    """A wrong procedure: the best bound of five looks at growing counts, each at the full alpha."""
     selection = rng.multinomial(n0, p, trials)
     looks = np.cumsum(rng.multinomial(n // 5, p, (5, trials)), axis=0)
     return np.max([from_counts(selection, look, sigma=1.0, alpha=alpha).p_a_lower for look in looks], axis=0)
 
 
 def split_alpha(rng, p, n0, n, trials, alpha):
-    """The best of five looks, each at a fifth of alpha."""
+    """The best bound of five looks, each at a fifth of alpha."""
     return unsplit_alpha(rng, p, n0, n, trials, alpha / 5)
 
 
@@ -216,7 +216,7 @@ def failures(procedure, p, *, trials, alpha=0.05, n0=20, n=1000, seed=0):
 
 
 def exceeds(count, trials, alpha):
-    """Whether so many failures refute a failure rate of at most alpha (at level 1e-6)."""
+    """Whether this many failures reject, at level 1e-6, that the failure rate is at most alpha."""
     return stats.binom.sf(count - 1, trials, alpha) < 1e-6
 
 
@@ -236,24 +236,24 @@ def test_coverage_holds_and_wrong_procedures_are_caught(classes, trials):
     assert not exceeds(found["split_alpha"], trials, 0.05)
     assert exceeds(found["reused_key"], trials, 0.05)
     assert exceeds(found["unsplit_alpha"], trials, 0.05)
-    # Clopper-Pearson is conservative, but not absurdly: half of alpha is used.
+    # Clopper-Pearson is conservative, but its failure rate is at least half of alpha.
     assert not stats.binom.cdf(found["fresh"], trials, 0.025) < 1e-6
 
 
-def test_a_thousand_classes_are_bounded_where_none_has_half_of_the_votes():
-    """0.45 of the votes over two rivals and 997 classes that share 0.3: the binary bound abstains, buckets certify."""
+def test_a_thousand_classes_are_bounded_where_none_has_half_of_the_samples():
+    """The leader has 0.45, two rivals 0.25, 997 classes share 0.3. The binary bound abstains, the buckets certify."""
     trials, alpha, rng = 1500, 0.05, np.random.default_rng(0)
     p = np.r_[0.45, 0.15, 0.1, np.full(997, 0.3 / 997)]
     true = (stats.norm.ppf(p[0]) - stats.norm.ppf(p[1])) / 2
-    votes = rng.multinomial(100, p, trials), rng.multinomial(10_000, p, trials)
-    binary, multiclass = (from_counts(*votes, sigma=1.0, alpha=alpha, bound=bound) for bound in BOUNDS)
+    counts = rng.multinomial(100, p, trials), rng.multinomial(10_000, p, trials)
+    binary, multiclass = (from_counts(*counts, sigma=1.0, alpha=alpha, bound=bound) for bound in BOUNDS)
     assert (binary.predict == -1).all()
     assert (multiclass.predict == 0).all()
     assert not exceeds(int((multiclass.radius > true).sum()), trials, alpha)
-    # The 997 are dealt out to several buckets: all in one would leave 0.37 of it.
+    # The 997 classes are divided over several buckets; in a single bucket they would leave 0.37 of the radius.
     assert np.median(multiclass.radius) > 0.6 * true
-    # The strongest rival as it was counted, without a bound, claims more than is true.
-    claimed = (stats.norm.ppf(multiclass.p_a_lower) - stats.norm.ppf(votes[1][:, 1] / 10_000)) / 2
+    # With the frequency of the strongest rival instead of a bound, the radius would be larger than the true one.
+    claimed = (stats.norm.ppf(multiclass.p_a_lower) - stats.norm.ppf(counts[1][:, 1] / 10_000)) / 2
     assert exceeds(int((claimed > true).sum()), trials, alpha)
 
 
@@ -261,7 +261,7 @@ def test_a_thousand_classes_are_bounded_where_none_has_half_of_the_votes():
 
 
 def off_the_grid(path, sigma, alpha):
-    """How many published radii (three significant digits) none of the 100,001 possible counts explains."""
+    """The number of published radii (three significant digits) that none of the 100,001 possible counts explains."""
     table = read_table(path)
     p = confidence.lower(np.arange(50_001, 100_001), 100_000, alpha)
     grid = certified_radius(p, 1 - p + 1e-15, sigma)
