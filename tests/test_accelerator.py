@@ -1,4 +1,4 @@
-"""The script for accelerators: it resumes, it ends in time, and its published tables are those of its results."""
+"""The script for accelerators resumes, ends in time, and publishes tables that match its results."""
 
 import gzip
 import json
@@ -43,7 +43,7 @@ def test_pieces_are_made_once_and_a_failing_one_is_named(tmp_path, monkeypatch, 
     assert not (tmp_path / "precision.last.json").exists()
 
 
-def test_the_data_are_found_by_pieces_that_read_them_here(tmp_path, monkeypatch):
+def test_the_data_flag_reaches_pieces_that_run_in_this_process(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", "elsewhere")
     seen = {"table": {"one": lambda: os.environ["TFDS_DATA_DIR"]}}
     monkeypatch.setattr(accelerator, "pieces", lambda work: seen)
@@ -88,7 +88,7 @@ time.sleep(60)
 
 
 def test_an_interrupted_script_ends_its_command(tmp_path):
-    """A training must not outlive it: the next call would start a second one in the same workdir."""
+    """If a training ran on after the script, the next call would start a second training in the same workdir."""
     script = """
 import sys
 from benchmarks import accelerator
@@ -116,7 +116,7 @@ cli.execute(lambda _: work.command("-c", saves))
         assert (place / "saved").read_text() == "whole"
 
 
-def test_what_is_no_result_is_named(tmp_path):
+def test_a_file_that_holds_no_result_is_named(tmp_path):
     for damaged in ("{", "[]", '{"result": {}}', '{"result": {}, "machine": {}}', '{"result": {}, "machine": 3}'):
         (tmp_path / "throughput.ceilings.json").write_text(damaged)
         with pytest.raises(UserError, match=r"throughput.ceilings.json holds no result .*; remove it"):
@@ -128,7 +128,7 @@ def test_what_is_no_result_is_named(tmp_path):
 
 
 def test_an_unfinished_training_is_finished_before_the_whole_set(tmp_path, random_cifar10, monkeypatch):
-    """What an earlier session left behind is not certified for the model."""
+    """The script does not certify an unfinished training that an earlier session left behind."""
     monkeypatch.setenv("TFDS_DATA_DIR", str(random_cifar10))
     work = accelerator.Work(accelerator.parse(["run", f"--out={tmp_path}", "--tiny"]))
     run = accelerator.STUDIES["full"].rows["ISRS, free network: Gaussian augmentation"]
@@ -142,12 +142,12 @@ def test_an_unfinished_training_is_finished_before_the_whole_set(tmp_path, rando
     assert (place / "metrics.jsonl").stat().st_mtime_ns == times
 
 
-def test_a_piece_that_is_not_there_is_named(tmp_path):
+def test_an_unknown_piece_is_named(tmp_path):
     with pytest.raises(UserError, match="section whole has no piece 'quick': radii-bfloat16, "):
         accelerator.main(["run", f"--out={tmp_path}", "--tiny", "--sections=whole.quick"])
 
 
-def test_the_host_books_every_look_of_every_image():
+def test_the_host_records_every_look_of_every_image():
     found = throughput.bookkeeping(20)
     assert 20 <= found["looks"] <= 20 * 19
     assert found["seconds"] > 0
@@ -186,7 +186,7 @@ def test_every_piece_at_tiny_size(tmp_path, capsys):
 
 
 def test_the_whole_set_is_certified_and_packed(tmp_path, random_cifar10, capsys, monkeypatch):
-    monkeypatch.setenv("TFDS_DATA_DIR", "elsewhere")  # and back, whatever the script does with it
+    monkeypatch.setenv("TFDS_DATA_DIR", "elsewhere")  # so that pytest restores it after the script has changed it
     arguments = [f"--out={tmp_path / 'out'}", "--sections=table,whole.radii-bfloat16,whole.fixed-float32"]
     accelerator.main(["run", *arguments, f"--data={random_cifar10}", "--tiny"])
     capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Certification end to end, in processes of its own: what it writes, whatever devices and options, and what follows."""
+"""Certification end to end: what it writes on any devices and with any options, and how it continues."""
 
 import json
 import shutil
@@ -62,7 +62,7 @@ def test_every_option_certifies_about_the_same(copy, certified, flag):
     radii = [table.average_certified_radius for table in tables]
     assert radii[0] > 0
     assert 0.8 * radii[0] < radii[1] < (2.0 if "bound" in flag else 1.2) * radii[0]
-    # What was chosen when the votes were cast need not be said again.
+    # The flags of the sampling need not be given again.
     run("certify", f"--workdir={copy}", "--config.certify.name=other", "--from-counts", "--config.certify.alpha=0.05")
     again = read_table(copy / "certify" / "other" / "certificates.tsv")
     assert again.average_certified_radius > tables[1].average_certified_radius
@@ -94,6 +94,6 @@ def test_compiled_programs_are_kept_and_a_broken_cache_does_no_harm(copy, certif
     second = certify_again("second", tmp_path / "cache")
     assert {name for name in second if name.endswith("cache")} == {name for name in first if name.endswith("cache")}
     path = tmp_path / "cache" / loops[0]
-    path.write_bytes(path.read_bytes()[:1000])  # as a kill would leave it
+    path.write_bytes(path.read_bytes()[:1000])  # as after a kill during the write
     certify_again("third", tmp_path / "cache")
     certify_again("fourth", tmp_path / "config.json" / "nowhere")

@@ -119,7 +119,7 @@ def test_a_flag_that_names_no_field_is_told_which_there_are(flag, why):
     assert why in str(error.value)
 
 
-def test_a_missing_field_is_refused_not_guessed(tmp_path):
+def test_a_missing_field_is_refused(tmp_path):
     for section, field in ((None, "sigma"), ("model", "encoder")):
         values = config_to_dict(default())
         del (values[section] if section else values)[field]

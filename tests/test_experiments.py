@@ -1,4 +1,4 @@
-"""The CIFAR-10 experiments from configuration to certificates, on a small set of random images in their format."""
+"""The CIFAR-10 experiments from configuration to certificates, on a small set of random images in the same format."""
 
 import numpy as np
 import pytest
@@ -6,11 +6,11 @@ import pytest
 from lsrs_jax.certification.table import read_table
 from support.commands import run
 
-NARROW = "model.widths=(8,8,8,8,12,8,8,8)"  # 128 channels take XLA's CPU back end most of a minute
+NARROW = "model.widths=(8,8,8,8,12,8,8,8)"  # XLA's CPU back end takes most of a minute for 128 channels
 
 
 @pytest.mark.parametrize(
-    ("experiment", "flags", "votes"),
+    ("experiment", "flags", "samples"),
     [
         (
             "cifar10.py",
@@ -23,7 +23,9 @@ NARROW = "model.widths=(8,8,8,8,12,8,8,8)"  # 128 channels take XLA's CPU back e
         ("cifar10_study.py:margin", (), 0),
     ],
 )
-def test_an_experiment_runs_from_its_configuration_to_certificates(tmp_path, random_cifar10, experiment, flags, votes):
+def test_an_experiment_runs_from_its_configuration_to_certificates(
+    tmp_path, random_cifar10, experiment, flags, samples
+):
     small = ("train.steps=2", "train.log_every=1", "data.batch_size=8", "certify.n=100", "certify.n0=10")
     small += ("certify.step=3", "certify.tile=(4, 8)", f"data.dir={random_cifar10}")
     out = run(
@@ -37,4 +39,4 @@ def test_an_experiment_runs_from_its_configuration_to_certificates(tmp_path, ran
     assert "MFLOP per sample" in out
     table = read_table(tmp_path / "w" / "certify" / "default" / "certificates.tsv")
     np.testing.assert_array_equal(table.idx, [0, 3, 6, 9])
-    assert (table.samples == votes).all()
+    assert (table.samples == samples).all()

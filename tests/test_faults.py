@@ -1,4 +1,4 @@
-"""Whatever breaks a training or a certification off, the same command ends in the same parameters and certificates."""
+"""After any interruption, the same command gives the same parameters and certificates as an undisturbed run."""
 
 import collections
 import contextlib
@@ -30,7 +30,7 @@ def launch(command, workdir, prefix=()):
 
 
 def refused(process):
-    """A process that ended with one line, or got through."""
+    """The exit code of a process that must succeed or be refused with one line."""
     code, _, err = finish(process)
     assert code in (0, 2), (code, err)
     if code == 2:
@@ -39,11 +39,12 @@ def refused(process):
     return code
 
 
-# By the command, and while it is imported.
+# The messages of the command, and of its imports.
 INTERRUPTED = ("interrupted; the same command resumes\n", "interrupted before anything was done\n")
 
 
-# Each fault disturbs one run of a command in a workdir at a random moment of its `duration`; says whether it did.
+# Each fault runs a command in a workdir and disturbs it, most at a random moment of its `duration`. It returns whether
+# it disturbed the command.
 
 
 def signalled(number):
@@ -52,7 +53,7 @@ def signalled(number):
         time.sleep(rng.uniform(0, duration))
         process.send_signal(number)
         code, _, err = finish(process)
-        # Before the package is imported a signal does what it does to any Python.
+        # Before the package is imported, a signal has the effect that it has on any Python program.
         assert code in (0, -number, 128 + number, 1 if number == signal.SIGINT else 0), (code, err)
         if code == 128 + number:
             assert err in INTERRUPTED, err
@@ -75,7 +76,7 @@ def read_only(command, workdir, rng, duration):
     folders = [workdir, *(path for path in workdir.rglob("*") if path.is_dir())]
     for folder in folders:
         folder.chmod(0o555)
-    # What makes root write everywhere.
+    # Without these capabilities, root cannot write everywhere.
     prefix = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.getuid() == 0 else []
     try:
         code = refused(launch(command, workdir, prefix))
@@ -95,11 +96,11 @@ def second_process(command, workdir, rng, duration):
     return 2 in codes
 
 
-ITEMS = {"train": ("model", "train"), "certify": ("model",)}  # what each reads of a checkpoint
+ITEMS = {"train": ("model", "train"), "certify": ("model",)}  # the items of a checkpoint that each command reads
 
 
 def corrupt_checkpoint(command, workdir, rng, duration):
-    """Bytes of the newest checkpoint change; its owner puts a copy back."""
+    """Changes bytes of the newest checkpoint, and restores them after the run."""
     steps = sorted(
         (workdir / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name) if path.name.isdigit() else 0
     )
@@ -120,15 +121,15 @@ def corrupt_checkpoint(command, workdir, rng, duration):
     for _ in range(20):
         place = rng.randrange(len(content))
         path.write_bytes(content[:place] + bytes([content[place] ^ (1 << rng.randrange(8))]) + content[place + 1 :])
-        # A finished training only looks at its steps.
+        # A finished training reads only the steps of its checkpoints.
     code = refused(launch(command, workdir))
-    if path.exists():  # a training that read around the damage got through, and dropped old checkpoints
+    if path.exists():  # a training that did not read the damaged bytes succeeds and drops old checkpoints
         path.write_bytes(content)
     return code == 2
 
 
 def torn_line(command, workdir, rng, duration):
-    """What a power cut leaves of the last write of an append-only file."""
+    """Kills the command and cuts the end off its append-only file, as a power cut may do."""
     killed = signalled(signal.SIGKILL)(command, workdir, rng, duration)
     name = {"train": "metrics.jsonl", "certify": "votes.0.tsv"}[command]
     for path in workdir.rglob(name):
@@ -160,7 +161,7 @@ def home():
 
 @pytest.fixture(scope="module")
 def undisturbed(home):
-    """Workdir, and seconds that each command took in it."""
+    """The workdir of an undisturbed run, and the seconds that each command took."""
     workdir, seconds = home / "whole", {}
     for command in ("train", "certify"):
         for attempt in ("compiles", "does not"):
@@ -179,7 +180,7 @@ def parameters(workdir):
 
 
 def campaign(undisturbed, workdir, faults, rng):
-    """A training and a certification, each under its share of the faults, then to their ends; those that disturbed."""
+    """Runs a training and a certification with their faults, then to the end; returns the faults that disturbed."""
     whole, seconds = undisturbed
     workdir.mkdir()
     disturbed = []
@@ -244,7 +245,7 @@ def test_a_deferred_signal_waits_for_the_end_of_the_block_and_hides_no_error():
             with pytest.raises(signals.Interrupted) as stopped:
                 at_once()
             assert stopped.value.code == 130
-            # What a finalizer may have swallowed is raised again, once.
+            # A finalizer may have dropped the exception, so it is raised once more.
             with pytest.raises(signals.Interrupted), signals.deferred():
                 done.append("again")
             with signals.deferred() as waiting:
@@ -265,8 +266,8 @@ import gc, os, runpy, sys
 
 class Interrupting:
     def find_spec(name, path, target=None):
-        # The first library that is imported. An exception in a callback of the garbage collector is reported and
-        # dropped, as in JAX's.
+        # Sends the signal at the first import of a library. Python reports and drops an exception in a callback of
+        # the garbage collector, for example in JAX's callback.
         if name.partition(".")[0] not in {{"lsrs_jax", *sys.stdlib_module_names}}:
             sys.meta_path.remove(Interrupting)
             gc.callbacks.append(lambda *_: os.kill(os.getpid(), {number}))
@@ -291,7 +292,7 @@ def test_a_signal_during_the_imports_of_a_command_is_not_lost(number):
         done = python(*words)
         assert (done.returncode, done.stdout) == (128 + number, ""), words
         assert done.stderr == "interrupted before anything was done\n"
-    # Whoever imports the package into a program of their own keeps their handlers.
+    # A program that imports the package keeps its own signal handlers.
     for module in ("lsrs_jax.certify", "lsrs_jax.report"):
         done = python(module, module)
         assert "before anything was done" not in done.stderr
@@ -314,13 +315,13 @@ cli.main("theirs")
 
 @pytest.mark.parametrize("closed", ["2>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-"])
 def test_no_file_takes_the_place_of_a_closed_stream(closed):
-    """What is written to stderr would be written into the ledger."""
+    """Otherwise text for stderr would be written into the ledger."""
     done = subprocess.run(["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, FIRST_FILE], cwd=ROOT)
     assert done.returncode > 12
 
 
 @pytest.mark.parametrize("stream", ["2>&-", "2>/dev/full"])
-def test_who_cannot_be_told_has_the_exit_code(stream):
+def test_the_exit_code_is_right_where_stderr_cannot_be_written(stream):
     script = f'exec "$0" -m lsrs_jax.report nosuch {stream}'
     assert subprocess.run(["sh", "-c", script, sys.executable], cwd=ROOT).returncode == 2
 
@@ -350,7 +351,7 @@ def test_a_signal_that_a_finalizer_dropped_is_raised_at_the_end():
     assert done.stderr == "interrupted; the same command resumes\n"
 
 
-def test_who_interrupts_what_only_reads_is_told_so():
+def test_an_interrupted_reader_says_that_nothing_was_changed():
     with pytest.raises(signals.Interrupted) as stopped, signals.reading():
         raise signals.Interrupted(signal.SIGINT)
     assert stopped.value.left == "nothing was changed"
@@ -367,7 +368,7 @@ def run(arguments):
         with signals.deferred() if arguments == ["block"] else contextlib.nullcontext():
             print("ready", flush=True)
             time.sleep(60)
-    finally:  # as a checkpoint that is being saved
+    finally:  # stands for the saving of a checkpoint
         print("served", flush=True)
         time.sleep(60)
 
@@ -396,7 +397,7 @@ def test_out_of_memory_is_one_line(array):
     assert done.stderr.count("\n") == 1
 
 
-def test_other_errors_of_a_program_are_not_taken_for_it():
+def test_other_errors_are_not_reported_as_out_of_memory():
     script = THEIRS.format("(_ for _ in ()).throw(RuntimeError('else'))")
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert "RuntimeError: else" in done.stderr
@@ -405,7 +406,7 @@ def test_other_errors_of_a_program_are_not_taken_for_it():
 
 @pytest.mark.parametrize("where", ["block", "end"])
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_at_once_with_one_line(where, second):
+def test_a_second_signal_ends_the_command_immediately_with_one_line(where, second):
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, where], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -413,10 +414,10 @@ def test_a_second_signal_ends_at_once_with_one_line(where, second):
     process.send_signal(signal.SIGINT)
     if where == "end":
         assert process.stdout.readline() == "served\n"
-    process.send_signal(second)  # an echo of the first
-    time.sleep(6 * signals._ECHO)  # a busy machine may serve the first late
+    process.send_signal(second)  # counts as an echo of the first signal
+    time.sleep(6 * signals._ECHO)  # a busy machine may handle the first signal late
     assert process.poll() is None
-    for _ in range(5):  # where it served the first that late, this one was an echo
+    for _ in range(5):  # if the first was handled that late, this one counts as an echo
         process.send_signal(second)
         with contextlib.suppress(subprocess.TimeoutExpired):
             _, err = process.communicate(timeout=6)
@@ -459,7 +460,7 @@ def test_a_training_whose_folder_is_gone_ends_with_one_line(home, moved):
 
 
 def test_a_full_disk_keeps_what_is_on_it(undisturbed, home):
-    """Votes that do not fit are not half written, and nothing is lost of those that were."""
+    """The ledger never ends in half a line, and no row that was written is lost."""
     workdir = home / "full"
     shutil.copytree(undisturbed[0], workdir)
     shutil.rmtree(workdir / "certify")

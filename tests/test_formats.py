@@ -1,4 +1,4 @@
-"""Stored files outlive a version: every committed file is read, old fields get their meaning, newer formats say so."""
+"""Files of old versions: all committed ones are read, missing fields get the old meaning, newer formats are refused."""
 
 import gzip
 import json
@@ -20,7 +20,7 @@ PACKED = sorted((RESULTS / "accelerator" / "certificates").glob("*.json"))
 
 
 def rewrite(path, change):
-    """Changes a document as somebody does who renews its digest."""
+    """Changes a document and renews its digest."""
     content = json.loads(path.read_text())
     change(content)
     if "digest" in content:
@@ -47,14 +47,14 @@ def test_every_committed_certificate_is_read_and_reported(path, tmp_path, capsys
         verify.run(folder)
 
 
-def test_all_kinds_of_old_files_are_among_them():
+def test_the_committed_files_include_every_old_kind():
     stored = [store.read(path) for path in COMMITTED]
     unsealed = [one for one in stored if not one.sealed]
     assert len(COMMITTED) == 81
     assert len(unsealed) == 31
     assert all(one.config is None for one in unsealed)
     smoothed = [one for one in unsealed if one.identity.certificate == "smoothed"]
-    assert all(one.derivation["votes"] is None for one in smoothed)  # nobody knows them any more
+    assert all(one.derivation["votes"] is None for one in smoothed)  # the old version did not record them
     assert [one.identity.classes for one in unsealed if one not in smoothed] == [None]
     ledgers = [one.derivation["votes"] for one in stored if one.sealed and one.identity.certificate == "smoothed"]
     assert all(list(names) == ["votes.0.tsv"] for names in ledgers)
@@ -63,7 +63,7 @@ def test_all_kinds_of_old_files_are_among_them():
     assert all(store.read(path).settings.data.size == 0 for path in old)
 
 
-def test_a_field_is_added_and_the_files_of_yesterday_mean_what_they_did(monkeypatch, certification):
+def test_old_files_keep_their_meaning_when_a_field_is_added(monkeypatch, certification):
     folder, config, *_ = certification
     yesterday = config_to_dict(config)
     monkeypatch.setitem(FIELDS, "model.temperature", Field(0.5, 1.0, "Divides the logits."))
@@ -71,7 +71,7 @@ def test_a_field_is_added_and_the_files_of_yesterday_mean_what_they_did(monkeypa
     assert config_from_dict(yesterday).model.temperature == 1.0
     stored = store.read(folder / "certificates.json")
     assert stored.settings.model.temperature == 1.0
-    assert stored.identity.model["temperature"] == 1.0  # a resumption compares it with a new identity
+    assert stored.identity.model["temperature"] == 1.0  # a resumed run compares it with its new identity
     verify.run(folder)
     changed = {**stored.identity.model, "temperature": 0.5}
     difference = stored.identity.how_it_differs(type(stored.identity)(**vars(stored.identity) | {"model": changed}))
@@ -80,7 +80,7 @@ def test_a_field_is_added_and_the_files_of_yesterday_mean_what_they_did(monkeypa
 
 def test_a_field_has_a_meaning_where_it_is_absent_unless_every_version_wrote_it():
     later = {name: field for name, field in FIELDS.items() if field.absent is not REQUIRED}
-    assert FIELDS["certify.arithmetic"].absent == "float32"  # what certify did before it knew exact arithmetic
+    assert FIELDS["certify.arithmetic"].absent == "float32"  # the arithmetic before exact grid arithmetic existed
     old = config_to_dict(default())
     for name in later:
         *sections, last = name.split(".")
@@ -138,7 +138,7 @@ def test_without_its_digest_a_file_is_never_called_intact(certification, tmp_pat
     copy = shutil.copytree(folder, tmp_path / "certify" / "default")
     path = copy / "certificates.json"
     rewrite(path, lambda content: content.pop("digest"))
-    with pytest.raises(UserError, match="its digest is missing"):  # of a format that is always sealed
+    with pytest.raises(UserError, match="its digest is missing"):  # files of this format are always sealed
         store.read(path)
     rewrite(path, lambda content: content.pop("format"))
     assert not store.read(path).sealed

@@ -1,4 +1,4 @@
-"""What importing the package does, and in which direction its folders import each other."""
+"""Effects of importing the package, and the order in which its folders may import each other."""
 
 import ast
 import json
@@ -13,18 +13,18 @@ from support.commands import ROOT
 
 PACKAGE = ROOT / "lsrs_jax"
 HEAVY = ("orbax", "tensorstore", "tensorflow_datasets", "tensorflow", "grain", "matplotlib", "sklearn", "PIL")
-# Each folder imports only folders after it; `config` and the commands are files.
+# Each entry may import only entries after it. `config` and the commands are files, the others are folders.
 ORDER = [
     *("__main__", "train", "audit", "certify", "report", "cli"),
     *("certification", "auditing", "training", "data", "models", "layers", "orthogonal"),
     *("config", "smoothing", "runtime"),
 ]
-# The commands hand their names to `cli`, which imports them when it runs them.
+# The commands are not imported by `cli` at its top: they pass their names, and `cli` imports them to run them.
 LOWEST = {"config": {"smoothing", "runtime"}, "orthogonal": {"runtime"}, "layers": {"orthogonal", "runtime"}}
 
 
 def loaded(statement):
-    """Modules that a statement loads in a new process, and whether it changed handlers of signals or streams."""
+    """The modules that a statement loads in a new process, and whether signal handlers and streams stay the same."""
     code = f"""
 import json, signal, sys
 def state():
@@ -48,7 +48,7 @@ def test_an_import_has_no_side_effects_and_loads_nothing_heavy(name):
     assert not [module for module in modules if module.partition(".")[0] in HEAVY]
 
 
-def test_the_statistics_do_without_jax_and_the_sampler_without_flax():
+def test_the_statistics_work_without_jax_and_the_sampler_without_flax():
     modules, _ = loaded("import lsrs_jax.smoothing")
     ours = {module for module in modules if module.startswith("lsrs_jax")}
     assert not {"jax", "flax", "ml_collections", "absl"} & set(modules)
@@ -66,7 +66,7 @@ def test_the_statistics_do_without_jax_and_the_sampler_without_flax():
 
 
 def imports(path):
-    """Folders and files of the package that a file imports."""
+    """The folders and files of the package that a file imports."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lsrs_jax":
             parts = node.module.split(".")
@@ -74,16 +74,16 @@ def imports(path):
 
 
 def test_imports_point_one_way():
-    arrows = {}
+    imported = {}
     for path in PACKAGE.rglob("*.py"):
-        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        arrows.setdefault(room, set()).update(set(imports(path)) - {room, "__version__"})
-    arrows.pop("__init__")
-    assert set(arrows) == set(ORDER)
-    for room, found in arrows.items():
-        assert found <= set(ORDER), room
-        assert all(ORDER.index(other) > ORDER.index(room) for other in found), (room, found)
-        assert found <= LOWEST.get(room, found), room
+        folder = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        imported.setdefault(folder, set()).update(set(imports(path)) - {folder, "__version__"})
+    imported.pop("__init__")
+    assert set(imported) == set(ORDER)
+    for folder, found in imported.items():
+        assert found <= set(ORDER), folder
+        assert all(ORDER.index(other) > ORDER.index(folder) for other in found), (folder, found)
+        assert found <= LOWEST.get(folder, found), folder
 
 
 def test_no_alias_hides_a_collision_and_no_file_is_long():

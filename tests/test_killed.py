@@ -1,4 +1,4 @@
-"""Commands that are killed, or meet a second one, and what they resume to."""
+"""Commands that are killed and resumed, or that run beside a second one."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from support.commands import QUICK, fingerprint, finish, refused, run, start, tr
 
 
 def kill(process, seen, delay=0.0):
-    """SIGKILL so many seconds after `seen()`, unless the process has ended by then. Returns whether it was killed."""
+    """Sends SIGKILL `delay` seconds after `seen()` is true. Returns whether the process was still running."""
     while process.poll() is None and not seen():
         time.sleep(0.005)
     time.sleep(delay)
@@ -24,7 +24,7 @@ def kill(process, seen, delay=0.0):
 
 @pytest.mark.parametrize("kind", [pytest.param("fixed", marks=pytest.mark.soak), "staged"])
 def test_a_killed_certification_resumes_to_the_same_bytes(trained, kind):
-    """Killed once votes are on disk, with a line torn off, and resumed on other devices."""
+    """The run is killed when samples are on disk, its last line is cut, and other devices resume it."""
     whole, killed = (trained / "certify" / f"{name}_{kind}" for name in ("whole", "killed"))
     # A small tile keeps the run long enough to be killed in the middle.
     arguments = ["--config.certify.n=60001", "--config.certify.stop=64", "--config.certify.tile=(2, 8)"]
@@ -32,7 +32,7 @@ def test_a_killed_certification_resumes_to_the_same_bytes(trained, kind):
     run("certify", *arguments, f"--config.certify.name={whole.name}")
     ledger, again = killed / "votes.0.tsv", [*arguments, f"--config.certify.name={killed.name}"]
     assert kill(start("certify", *again, devices=5), lambda: ledger.exists() and ledger.stat().st_size > 60)
-    with ledger.open("r+b") as file:  # a write that never reached the disk as a whole
+    with ledger.open("r+b") as file:  # as if the last write had not reached the disk completely
         file.truncate(ledger.stat().st_size - 13)
     run("certify", *again, devices=2)
     assert without_time(killed / "certificates.tsv") == without_time(whole / "certificates.tsv")
@@ -60,7 +60,7 @@ def test_a_killed_training_resumes_to_the_same_parameters(tmp_path):
     assert "already trained" in run("train", *again)
 
 
-def test_a_finished_training_is_left_as_it_is_but_looked_at(copy):
+def test_a_finished_training_is_checked_and_left_unchanged(copy):
     before = fingerprint(copy)
     out = run("train", *QUICK, "--config.certify.n=77", f"--workdir={copy}")
     assert "already trained to step 60" in out
@@ -79,7 +79,7 @@ def test_a_half_written_ledger_line_is_sampled_again(copy, certified):
 
 
 def test_an_interrupted_change_of_alpha_never_mixes_tables(copy):
-    """Killed at any moment, certificates.json names the alpha of the table beside it, or none."""
+    """After a kill at any moment, certificates.json names the alpha of the table beside it, or no table."""
     folder = copy / "certify" / "base"
     for attempt in range(4):
         alpha = (0.05, 0.001)[attempt % 2]

@@ -1,4 +1,4 @@
-"""The launch scripts, before programs that only record what they were asked."""
+"""The launch scripts, run with stubs of gcloud, srun and scontrol that record their arguments."""
 
 import json
 import os
@@ -29,7 +29,7 @@ sys.exit(int(os.environ.get("CODE", "0")))
 
 @pytest.fixture
 def stubs(tmp_path):
-    """Runs a script with stubs on PATH: ``(code, stdout, stderr, calls)``."""
+    """A function that runs a script with stubs on PATH and returns ``(code, stdout, stderr, calls)``."""
     folder, record = tmp_path / "stubs", tmp_path / "calls"
     folder.mkdir()
     for name in ("gcloud", "srun", "scontrol"):
@@ -79,7 +79,7 @@ def test_a_dry_run_prints_what_a_step_asks_of_gcloud(stubs, step):
     assert (code, err) == (0, "")
     assert calls
 
-    def plain(call):  # but for the name of a temporary file
+    def plain(call):  # without the name of a temporary file
         return ["/tmp/archive" if word.startswith("/tmp/tmp.") else word for word in call]
 
     assert [plain(call) for call in printed if call[0] == "gcloud"] == [plain(call) for call in calls]
@@ -127,14 +127,14 @@ def test_every_kind_has_its_software(stubs, kind):
         (["slurm.sbatch"], {}, "SLURM_SUBMIT_DIR: submit this file with sbatch"),
     ],
 )
-def test_what_is_missing_is_said_before_anything_is_asked(stubs, command, environment, message):
+def test_missing_settings_are_reported_before_any_call(stubs, command, environment, message):
     code, _, err, calls = stubs("bash", LAUNCH / command[0], *command[1:], **environment)
     assert code != 0
     assert message in err
     assert calls == []
 
 
-def test_a_dry_run_is_one_wherever_the_word_stands_and_nothing_is_left_over(stubs):
+def test_dry_run_may_stand_anywhere_and_unknown_words_are_refused(stubs):
     code, out, _, calls = stubs(LAUNCH / "tpu_vm.sh", "create", "--dry-run", **SLICE)
     assert (code, calls) == (0, [])
     assert "gcloud" in out
@@ -169,7 +169,7 @@ if os.environ.get("SLEEP"):
 
 @pytest.fixture
 def host(tmp_path):
-    """A checkout whose interpreter only records: starts host.sh in it, and says where the record is."""
+    """A function that starts host.sh in a checkout whose interpreter records its arguments, and the record's path."""
     home = tmp_path / "checkout"
     (home / ".venv" / "bin").mkdir(parents=True)
     (home / ".venv" / "ready").write_text("")
@@ -208,10 +208,10 @@ def test_a_host_passes_a_signal_on_and_ends_as_its_command(host):
     process = start(SLEEP="1")
     assert process.stdout.readline() == "ready\n"
     begin = time.monotonic()
-    process.send_signal(signal.SIGTERM)  # to the shell alone
+    process.send_signal(signal.SIGTERM)  # to the shell only
     assert process.wait(timeout=20) == 143
     assert time.monotonic() - begin < 20
-    assert len(record.read_text().splitlines()) == 1  # what was interrupted is not certified
+    assert len(record.read_text().splitlines()) == 1  # an interrupted training is not certified
 
 
 def test_the_job_for_kubernetes_is_whole():

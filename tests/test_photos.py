@@ -1,4 +1,4 @@
-"""Photos of any size: which part of them is seen, whoever decodes them."""
+"""Photos of any size: which part of a photo is used, and that it does not depend on the process that decodes it."""
 
 import io
 import json
@@ -60,7 +60,7 @@ def test_labels_and_shape_are_those_of_the_set(snaps):
 
 
 def test_the_evaluated_part_is_the_middle_of_the_resized_photo(snaps):
-    """As two steps, by the field's recipe: the shorter side to 8/7 of the size, then the central square."""
+    """Compares with the usual two steps: resize the shorter side to 8/7 of the size, crop the central square."""
     split = data.load("snaps", "test", snaps, 28)
     found = split.pixels(np.arange(12), np.float64)
     assert (found.min() >= 0, found.max() <= 1, found.dtype) == (True, True, np.float64)
@@ -71,7 +71,7 @@ def test_the_evaluated_part_is_the_middle_of_the_resized_photo(snaps):
         left, top = (resized.width - 28) // 2, (resized.height - 28) // 2
         wanted = np.asarray(resized.crop((left, top, left + 28, top + 28))) / 255
         whole = np.asarray(photo.resize((28, 28), Image.Resampling.BILINEAR)) / 255
-        # The recipe rounds sides and corners to whole pixels.
+        # The two steps round sides and corners to whole pixels, so the results differ a little.
         assert np.abs(image - wanted).mean() < 0.02
         assert np.abs(image - wanted).mean() < 0.5 * np.abs(image - whole).mean()
 
@@ -88,18 +88,18 @@ def test_random_parts_have_the_share_and_the_ratio_they_should():
     assert share.max() > 0.95
     assert 0.74 < ratio.min() < 0.77
     assert 1.31 < ratio.max() < 1.35
-    # Where all of them fit, shares are uniform and ratios log-uniform: means and quarters.
+    # If every box fits into the photo, shares are uniform and ratios log-uniform: checks means and quartiles.
     small = np.array([photos.random_box(500, 500, rng, (0.1, 0.3)) for _ in range(4000)])
     width, height = small[:, 2] - small[:, 0], small[:, 3] - small[:, 1]
     assert abs(np.mean(width * height / 250_000) - 0.2) < 0.004
     assert abs(np.mean(np.log(width / height))) < 0.01
     assert abs(np.mean(np.abs(np.log(width / height)) < np.log(4 / 3) / 2) - 0.5) < 0.04
     assert abs(np.mean(small[:, 0] / (500 - width)) - 0.5) < 0.02
-    # A share that cannot be had falls back to the largest central part of an allowed ratio.
+    # If no box has an allowed share and ratio, the largest central box with an allowed ratio is used.
     assert photos.random_box(1000, 10, rng, (1.0, 1.0)) == pytest.approx((493.33, 0, 506.67, 10), abs=0.01)
 
 
-def test_batches_do_not_depend_on_workers_on_the_start_or_on_who_asks(snaps):
+def test_batches_do_not_depend_on_workers_start_or_process(snaps):
     whole = batches(snaps)
     assert len(whole) == 6
     assert whole[0][0].shape == (8, 16, 16, 3)
@@ -182,7 +182,7 @@ def test_a_worker_that_is_killed_is_one_line(snaps):
         list(stream)
 
 
-def test_what_was_trained_is_kept_where_a_test_photo_is_broken(tmp_path):
+def test_the_training_is_kept_where_a_test_photo_is_broken(tmp_path):
     files, labels = prepared.photos(12)
     prepared.write(tmp_path, "snaps", {"train": (files, labels), "test": ([*files[:11], files[11][:200]], labels)})
     flags = [*SMALL, f"--config.data.dir={tmp_path}", f"--workdir={tmp_path / 'w'}", "--config.data.workers=0"]
@@ -190,14 +190,14 @@ def test_what_was_trained_is_kept_where_a_test_photo_is_broken(tmp_path):
     assert (tmp_path / "w" / "checkpoints" / "4").is_dir()
 
 
-def test_buckets_are_not_read(tmp_path):
+def test_data_in_cloud_buckets_are_refused(tmp_path):
     with pytest.raises(UserError, match="a folder that this machine sees"):
         data.load("snaps", "train", "gs://bucket/tfds", 16)
 
 
 @pytest.mark.soak
 def test_trained_certified_killed_and_resumed(snaps, tmp_path):
-    """With workers: the first half ends by SIGTERM, the second one starts at the exact next batch."""
+    """SIGTERM ends the first half of a training with workers; the second half starts with exactly the next batch."""
     flags = [*SMALL, f"--config.data.dir={snaps}", "--config.train.steps=12", "--config.train.checkpoint_every=100"]
     run("train", *flags, f"--workdir={tmp_path / 'whole'}", "--config.data.workers=0")
     halved = start("train", *flags, f"--workdir={tmp_path / 'halved'}", "--config.data.workers=2")
@@ -238,14 +238,14 @@ def test_crop_belongs_to_images_of_one_size(snaps, tmp_path):
 
 
 class _Drawn(list):
-    """A data source of tensorflow-datasets, drawn at random."""
+    """A stand-in for a data source of tensorflow-datasets."""
 
     def __getitems__(self, keys):
         return [self[key] for key in keys]
 
 
 def test_end_to_end_on_mocked_data(snaps, tmp_path, monkeypatch, capsys):
-    """`tfds.testing.mock_data` in place of every record file."""
+    """`tfds.testing.mock_data` replaces the record files."""
     files, labels = prepared.photos(16, seed=3)
 
     def source(self, split, decoders=None, **_):
@@ -264,7 +264,7 @@ def test_end_to_end_on_mocked_data(snaps, tmp_path, monkeypatch, capsys):
 @pytest.mark.soak
 @pytest.mark.parametrize("variant", ["smoke", "smoke_isrs"])
 def test_imagenet_end_to_end(real_data, tmp_path, variant):
-    """The networks of configs/imagenet.py at their full size, on real photos."""
+    """Trains and certifies the full-size networks of configs/imagenet.py on real photos."""
     out = run(
         "train",
         f"--config=configs/imagenet.py:{variant}",

@@ -1,4 +1,4 @@
-"""What `--plan` foretells: FLOPs by hand, memory as it is then taken, and warnings where it cannot fit."""
+"""The estimates of `--plan`: FLOPs as counted by hand, memory as measured, and warnings where memory is too small."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ def small(**model):
 def test_the_flops_of_a_step_are_those_by_hand_divided_over_the_devices():
     model, config = small()
     need = plan.training_need(model, config)
-    # Forward, and the gradient of the weights; the image needs none. 2 FLOPs x 16 images x 64 x 10.
+    # Forward pass and gradient of the weights; the image needs no gradient. 2 FLOPs x 16 images x 64 x 10.
     assert need.flops * jax.device_count() == pytest.approx(2 * 2 * 16 * 640, rel=0.01)
 
 
@@ -35,19 +35,19 @@ def test_what_every_device_builds_for_itself_is_not_divided():
         few = plan.training_need(model, config)
         config.data.batch_size = 32
         many = plan.training_need(model, config)
-        # Per device, as if there were no image.
+        # The difference is the cost per device that does not depend on the images.
         assert (2 * few.flops - many.flops > 0.01 * few.flops) == built
         assert (2 * few.moved - many.moved > 0.01 * few.moved) or not built
 
 
-def test_the_zeros_of_a_dilated_input_are_no_work():
+def test_the_zeros_of_a_dilated_input_cost_no_flops():
     def conv(x, w):
         return jax.lax.conv_general_dilated(x, w, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
     x, w = jax.ShapeDtypeStruct((1, 8, 8, 3), np.float32), jax.ShapeDtypeStruct((3, 3, 3, 5), np.float32)
     assert flops(conv, x, w) == 2 * 16 * 5 * 27
     gradient = jax.grad(lambda x, w: conv(x, w).sum())
-    # Each weight meets each output once again.
+    # The gradient multiplies each weight and each output once more.
     assert flops(gradient, x, w) == 2 * flops(conv, x, w)
 
 
@@ -66,7 +66,7 @@ def test_memory_grows_with_the_batch_and_shrinks_with_shards():
     assert plan.training_need(model, config).memory < 0.8 * whole
 
 
-def test_votes_need_their_tile():
+def test_sampling_cost_grows_with_the_tile():
     model, config = small(head="convnet")
     one = plan.sampling_need(model, config)
     config.certify.tile = (64, 64)
@@ -89,7 +89,7 @@ def test_independent_noise_needs_more_memory_than_shared():
 def test_bytes_alive_are_counted_as_they_come_and_go():
     x = jax.ShapeDtypeStruct((1000,), np.float32)
     assert peak_memory(lambda x: x + 1, x) == 8000
-    assert peak_memory(lambda x: ((x + 1) * 2) - 3, x) == 12_000  # the argument stays, the sum goes
+    assert peak_memory(lambda x: ((x + 1) * 2) - 3, x) == 12_000  # the argument stays alive, the sum does not
     assert peak_memory(jax.jit(lambda x: jax.jit(lambda y: (y + 1) * 2)(x) - 3), x) == 12_000
     assert peak_memory(lambda x: (x + 1, x * 2), x) == 12_000
 
@@ -97,7 +97,7 @@ def test_bytes_alive_are_counted_as_they_come_and_go():
         return x @ x
 
     rows = jax.ShapeDtypeStruct((20, 1000), np.float32)
-    # The rows, their sum, and within a step the double of a row.
+    # The rows, their sum, and within one step a row times 2.
     total = peak_memory(lambda rows: jax.lax.scan(lambda c, row: (c + (row * 2).sum(), None), 0.0, rows)[0], rows)
     assert total == 80_000 + 4 + 4_000
     matrix = jax.ShapeDtypeStruct((10, 10), np.float32)

@@ -1,4 +1,4 @@
-"""Several processes of one run: they train alike, certify alike, and stop together. Over localhost, on CPU devices."""
+"""Several processes of one run, on CPU devices over localhost: they give the results of one and stop together."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def checkpoints(workdir):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """Trained and certified by one process with four devices."""
+    """A workdir that one process with four devices trained and certified."""
     workdir = tmp_path_factory.mktemp("alone")
     run("train", *QUICK, f"--workdir={workdir}", devices=4)
     run("certify", f"--workdir={workdir}", devices=4)
@@ -47,7 +47,7 @@ def test_the_losses_do_not_depend_on_the_number_of_processes(alone, tmp_path, sh
     out = run_together(2, "train", *QUICK, f"--workdir={tmp_path}", *flags, devices=2)
     assert "4 x cpu in 2 processes" in out
     np.testing.assert_allclose(losses(tmp_path), losses(alone), atol=1e-5, rtol=0)
-    # What they wrote opens anywhere.
+    # A single process can read what they wrote.
     run("certify", f"--workdir={tmp_path}", "--config.certify.stop=2")
 
 
@@ -61,14 +61,14 @@ def test_certificates_do_not_depend_on_the_number_of_processes(alone, tmp_path):
     ledgers = [workdir / "certify" / "default" / f"votes.{process}.tsv" for process in range(2)]
     assert all(path.read_text().count("\n") > 20 for path in ledgers)
     assert "verified: 40 certificates" in run("certify", f"--workdir={workdir}", "--verify")
-    # Every ledger counts: in a digest, and as votes.
+    # Both ledgers are needed: their digests are checked, and both hold samples.
     content = ledgers[1].read_text()
     row = content.splitlines()[1].split("\t")
     ledgers[1].write_text(content.replace(row[-1], f"{int(row[-1], 16) ^ 1:08x}", 1))
     assert "votes.1.tsv line 2 is damaged" in refused("certify", f"--workdir={workdir}", "--verify")
     ledgers[1].unlink()
     assert "votes.1.tsv is missing" in refused("certify", f"--workdir={workdir}", "--verify")
-    run("certify", f"--workdir={workdir}", devices=2)  # casts the lost votes again
+    run("certify", f"--workdir={workdir}", devices=2)  # draws the lost samples again
     assert without_time(workdir / TABLE) == without_time(alone / TABLE)
 
 
@@ -92,11 +92,11 @@ def test_a_killed_certification_is_resumed_by_another_number_of_processes(alone,
     whole = without_time(workdir / table)
     shutil.rmtree(workdir / "certify" / "whole")
 
-    def votes():
+    def ledger_bytes():
         return sum(path.stat().st_size for path in (workdir / "certify").glob("whole/votes.*.tsv"))
 
     processes = start_together(counts[0], "certify", *flags, devices=1)
-    wait_for(lambda: votes() > 800, processes)
+    wait_for(lambda: ledger_bytes() > 800, processes)
     for process in processes:
         process.kill()
     for process in processes:
@@ -128,7 +128,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
 
 
 def test_a_signal_to_one_process_of_a_certification_is_no_error_of_the_others(alone, tmp_path):
-    """Exit code 75 tells whoever started them to try again; 2 would tell that something is to be mended."""
+    """Exit code 75 means that the same command can be tried again; 2 would mean that something must be fixed."""
     workdir = tmp_path / "interrupted"
     shutil.copytree(alone, workdir)
     flags = [f"--workdir={workdir}", "--config.certify.name=long", "--config.certify.n=100000"]
@@ -153,7 +153,7 @@ def test_a_training_is_resumed_by_another_number_of_processes(alone, tmp_path):
 
 
 def test_where_one_process_fails_all_end_with_one_line(alone, tmp_path):
-    """The first cannot have the lock of a workdir in which another run trains."""
+    """The first process cannot get the lock of the workdir, because another run trains in it."""
     first = start_together(1, "train", *SLOW, f"--workdir={tmp_path}")
     wait_for(lambda: (tmp_path / "metrics.jsonl").exists(), first)
     ends = [finish(process) for process in start_together(2, "train", *SLOW, f"--workdir={tmp_path}")]
@@ -186,7 +186,7 @@ def test_where_one_process_fails_all_end_with_one_line(alone, tmp_path):
         ),
     ],
 )
-def test_a_place_that_makes_no_sense_is_refused(environment, message):
+def test_bad_process_settings_are_refused(environment, message):
     with pytest.raises(UserError, match=message):
         _arguments(environment)
 
@@ -196,7 +196,7 @@ def test_a_place_that_makes_no_sense_is_refused(environment, message):
     [
         ({}, False),
         ({"SLURM_STEP_NUM_TASKS": "1", "OMPI_COMM_WORLD_SIZE": "1", "TPU_WORKER_HOSTNAMES": "one"}, False),
-        ({"SLURM_NTASKS": "4"}, False),  # the batch script itself, outside srun
+        ({"SLURM_NTASKS": "4"}, False),  # in the batch script itself, outside srun
         ({"SLURM_STEP_NUM_TASKS": "4"}, True),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
         ({"TPU_WORKER_HOSTNAMES": "one,two"}, True),
@@ -211,7 +211,7 @@ def test_processes_are_found_where_there_are_several(environment, several):
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_four_processes_of_two_devices(tmp_path):
-    """Train with all, kill them, resume with two, certify with four: the certificates of one process."""
+    """Four processes train and are killed, two resume, four certify; the certificates are those of one process."""
     flags = [*QUICK, "--config.train.steps=400", "--config.certify.n=20000", "--config.certify.stop=0"]
     one, four = tmp_path / "one", tmp_path / "four"
     run("train", *flags, f"--workdir={one}", devices=8)
@@ -222,7 +222,7 @@ def test_four_processes_of_two_devices(tmp_path):
         finish(process)
     run_together(2, "train", *flags, f"--workdir={four}", devices=4)
     np.testing.assert_allclose(losses(four)[:3], losses(one)[:3], atol=1e-5, rtol=0)
-    # Sums in another order round otherwise, and training amplifies it: after 400 steps it shows in the third digit.
+    # Sums in another order round differently. Training amplifies this: after 400 steps it changes the third digit.
     np.testing.assert_allclose(losses(four), losses(one), rtol=0.01)
     run_together(4, "certify", f"--workdir={four}", devices=2)
     alone = tmp_path / "alone"

@@ -44,7 +44,7 @@ def test_a_table_that_its_certificates_json_does_not_name_is_refused(tmp_path):
     again = f"certify --workdir={tmp_path / 'a'} --config.certify.name=full"
     with pytest.raises(UserError, match=f"is not the table .*: python -m lsrs_jax.{again} --from-counts"):
         report.load_runs([str(tmp_path / "a")])
-    documents.write_sealed(beside, {"derivation": None})  # broken off before its table was written
+    documents.write_sealed(beside, {"derivation": None})  # interrupted before its table was written
     with pytest.raises(UserError, match=f"{again}$"):
         report.load_runs([str(path)])
     # Another name, other files.
@@ -52,7 +52,7 @@ def test_a_table_that_its_certificates_json_does_not_name_is_refused(tmp_path):
 
 
 def test_a_damaged_certificates_json_is_refused_and_a_missing_one_noted(tmp_path, capsys):
-    """Beside a table that anybody may have written."""
+    """A table alone may come from anybody, so the report notes it."""
     path = write_log(tmp_path / "a" / "certify" / "full" / "certificates.tsv", [0.1, 9.75])
     beside = path.with_name("certificates.json")
     derivation = {"certificates": hashlib.sha256(path.read_bytes()).hexdigest(), "alpha": 0.05}
@@ -73,7 +73,7 @@ def test_a_damaged_certificates_json_is_refused_and_a_missing_one_noted(tmp_path
         beside.unlink() if foreign is None else beside.write_text(foreign)
         report.run([str(tmp_path / "a"), f"--out={tmp_path / 'out'}"])
         assert "- a: no certificates.json beside it names this table" in capsys.readouterr().out
-    # A published log is no part of a workdir.
+    # A published log does not belong to a workdir, so there is no note.
     assert report.notes(report.load_runs([str(write_log(tmp_path / "log" / "certificates.tsv", [0.5]))])) == []
 
 
@@ -118,7 +118,7 @@ def test_other_data_under_the_same_indices_is_noted(tmp_path):
 
 
 def cohen_table(path):
-    """``{sigma: {radius: percent}}`` of a published Markdown table; empty cells left out."""
+    """``{sigma: {radius: percent}}`` of a published Markdown table, without its empty cells."""
     text = re.sub(r"<[^>]*>|\*", "", path.read_text())
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
     radii = [re.search(r"r\s*=\s*([\d.]+)", cell) for cell in cells[0]]
@@ -133,7 +133,7 @@ def cohen_table(path):
 
 @pytest.mark.parametrize(("data", "network"), [("cifar10", "resnet110"), ("imagenet", "resnet50")])
 def test_published_tables_are_reproduced(reference, data, network):
-    """Every cell of Cohen's tables follows from the published logs."""
+    """Recomputes every cell of Cohen's tables from the published logs."""
     published = cohen_table(reference / "cohen_tables" / "markdown" / f"vary_noise_{data}")
     compared = 0
     for sigma, cells in published.items():

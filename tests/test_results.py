@@ -1,4 +1,4 @@
-"""The published tables are those of the certificates beside them."""
+"""The published tables agree with the certificates that are committed beside them."""
 
 import hashlib
 import json
@@ -66,7 +66,7 @@ def test_names_of_runs_are_unique():
 
 @pytest.mark.parametrize("figure", ["pareto", "curves"])
 def test_a_study_from_training_to_page(tmp_path, monkeypatch, figure):
-    """The whole way with the embedded digits; a second call has nothing left to do, and a changed table shows."""
+    """Runs a whole study on the embedded digits. A second call does no work, and a changed result changes the page."""
     quick = ("train.steps=20", "certify.n=200", "certify.stop=40")
     rows = {
         "head": Run("head", "configs/digits.py:isrs", quick, "test"),
@@ -94,7 +94,7 @@ def test_a_study_from_training_to_page(tmp_path, monkeypatch, figure):
         patch.setattr(studies, "make", None)
         studies.main(arguments)
     assert page.read_text() == text
-    # Another run under an old name is made again, and refused by the workdir that holds the old one; others go on.
+    # A changed run under an old name is refused, because the workdir holds the old run; the other runs go on.
     changed = {**rows, "latent": Run("latent", "configs/digits.py", (*quick, "sigma=0.4"), "test")}
     monkeypatch.setitem(STUDIES, "split", Study(figure, changed, page="page"))
     with pytest.raises(UserError, match=r"1 runs failed.*latent: error: .* was trained with sigma=0.3, not 0.4"):

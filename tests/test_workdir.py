@@ -1,4 +1,4 @@
-"""Workdirs in a bucket, played by a folder: what one machine writes, another one sees, and nothing is overwritten."""
+"""Workdirs in a bucket, for which a folder stands in: machines see each other's files and overwrite none."""
 
 import shutil
 
@@ -11,7 +11,7 @@ from support.commands import QUICK, finish, refused, run, start, without_time
 
 @pytest.fixture
 def machines(tmp_path):
-    """The bucket's folder, and its copies on two machines."""
+    """The folder of the bucket, and its copies on two machines."""
     remote = tmp_path / "remote"
     (remote / "checkpoints" / "3").mkdir(parents=True)
     (remote / "checkpoints" / "3" / "weights").write_text("large")

@@ -1,4 +1,4 @@
-"""Wrong input to the commands: one line that says what is wrong and what to do, and nothing changed."""
+"""Wrong input to the commands gives one line that says what is wrong and what to do, and changes no file."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ COMMANDS = {"train": train, "certify": certify}
 
 
 def edit_json(path, field, value):
-    """Sets a field to a JSON text, or removes it."""
+    """Sets a field to the value of a JSON text, or removes it."""
     content = json.loads(path.read_text())
     del content[field]
     path.write_text(json.dumps(content | ({} if value is None else {field: json.loads(value)})))
@@ -152,8 +152,9 @@ BAD_CERTIFY = {
 }
 
 
-# One of every way to an end is tried as users do, the others need no start of JAX of their own; ml_collections loads
-# every configuration file under one name, so that one without get_config would find that of an earlier test.
+# These cases run as users run them, in a process of their own: one case for every way in which a command can end. The
+# other cases run in this process, because starting JAX takes time. A configuration file without get_config always needs
+# its own process: ml_collections loads all files under one name and would find the get_config of an earlier test.
 IN_A_PROCESS = (
     "misspelt field",
     "file that is no config",
@@ -166,7 +167,7 @@ IN_A_PROCESS = (
 
 
 def refusal(case, name, arguments):
-    """The one line with which a command refuses its arguments, in a process of its own where it matters."""
+    """The line with which a command refuses its arguments; cases in `IN_A_PROCESS` start a process of their own."""
     if case in IN_A_PROCESS:
         return refused(name, *arguments)
     with pytest.raises(UserError) as error:
@@ -265,7 +266,7 @@ def test_a_batch_that_does_not_divide_over_devices_is_refused(tmp_path):
 
 
 class SmallHead(nn.Module):
-    """A dense layer, and what a certification must refuse in a head."""
+    """A dense layer with an optional mistake that a certification must refuse."""
 
     num_classes: int
     mistake: str = ""
@@ -293,7 +294,7 @@ def test_a_head_that_cannot_be_certified_leaves_nothing_behind(tmp_path, monkeyp
     left = fingerprint(tmp_path)
     assert {name: left[name] for name in before} == before
     assert set(left) == set(before)
-    # A mended head, and another tile, start afresh in the same place.
+    # A corrected head and another tile can start again in the same folder.
     monkeypatch.setitem(HEADS, "small", SmallHead)
     certify.run([f"--workdir={tmp_path}", "--config.certify.stop=3", "--config.certify.tile=(2,8)"])
 
