@@ -11,7 +11,7 @@ from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.smoothing import SmoothedClassifier
 from lsrs_jax.smoothing.engine import Engine
 from support import threefry
-from support.linear import LATENTS, linear_head, network
+from support.heads import LATENTS, linear_head, network
 
 SETTINGS = {"sigma": 0.5, "tile": (2, 16)}
 

@@ -13,7 +13,7 @@ from lsrs_jax.smoothing.engine import Engine, Images, Status
 from lsrs_jax.smoothing.sampler import Sampler
 from lsrs_jax.smoothing.schedule import make_schedule
 from support import threefry
-from support.linear import BIAS, DIM, LATENTS, W, linear_head, network
+from support.heads import BIAS, DIM, LATENTS, W, linear_head, network
 
 N = 5_000
 MANY = np.random.default_rng(5).random((23, *DIM))

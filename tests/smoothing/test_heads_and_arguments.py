@@ -11,7 +11,7 @@ import pytest
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.smoothing.sampler import Sampler
 from support import threefry
-from support.linear import DIM, LATENTS, certify, linear_head
+from support.heads import DIM, LATENTS, certify, linear_head
 
 
 def test_modules_of_any_library_certify_the_same():

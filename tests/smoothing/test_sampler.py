@@ -19,21 +19,9 @@ from lsrs_jax.runtime.format import KEY_DOMAINS, STREAMS
 from lsrs_jax.smoothing.sampler import SPMD, Sampler
 from lsrs_jax.smoothing.schedule import block_count
 from support import threefry
-from support.linear import BIAS, DIM, LATENTS, W, certify, linear_head
+from support.heads import BIAS, DIM, LATENTS, W, certify, linear_head, network
 
 N = 1_003
-
-
-def network():
-    config = default().model
-    config.encoder, config.head = "identity", "convnet_small"
-    model = models.build(config, DIM, 4)
-    with jax.threefry_partitionable(True), jax.enable_x64(False):
-        params = model.init(threefry(3))
-    head = model.for_certification(params)[1]
-    # The logits are centred, so that every class wins sometimes.
-    centre = head(LATENTS.astype(np.float32)).mean(axis=0)
-    return lambda z: head(z) - centre
 
 
 def count(head=None, devices=8, spmd="shard_map", n=N, tile=(3, 32), cuts=(), stream="estimation", sigma=0.5, seed=0):
