@@ -185,7 +185,8 @@ def test_every_piece_at_tiny_size(tmp_path, capsys):
     assert "NO" not in capsys.readouterr().out
 
 
-def test_the_whole_set_is_certified_and_packed(tmp_path, random_cifar10, capsys, monkeypatch):
+@pytest.mark.soak
+def test_the_whole_set_is_certified(tmp_path, random_cifar10, capsys, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", "elsewhere")  # so that pytest restores it after the script has changed it
     arguments = [f"--out={tmp_path / 'out'}", "--sections=table,whole.radii-bfloat16,whole.fixed-float32"]
     accelerator.main(["run", *arguments, f"--data={random_cifar10}", "--tiny"])
@@ -198,29 +199,35 @@ def test_the_whole_set_is_certified_and_packed(tmp_path, random_cifar10, capsys,
     assert "staged" not in printed
     with pytest.raises(UserError, match=r"holds results of .*, at tiny size: choose another --out"):
         accelerator.main(["run", *arguments])
-    with pytest.raises(UserError, match="holds no results to be kept"):
-        accelerator.main(["pack", *arguments])
-    for device, refused in (
-        ("abacus", "holds results of .*: move them away before you add others"),
-        (None, ""),
-    ):
-        for path in (tmp_path / "out").glob("*.*.json"):
-            facts = json.loads(path.read_text())
-            facts["machine"] = {"device": device} if device else accelerator.load(accelerator.RESULTS)[1][0]
-            path.write_text(json.dumps(facts))
-        if refused:
-            with pytest.raises(UserError, match=refused):
-                accelerator.main(["pack", *arguments])
-    accelerator.main(["pack", *arguments])
-    with tarfile.open(tmp_path / "out" / "results.tar.gz") as archive:
-        archive.extractall(tmp_path / "clone", filter="data")
-    assert (tmp_path / "clone" / "docs" / "results" / "cifar10" / "full-free-gaussian" / "card.md").exists()
-    place = tmp_path / "clone" / "docs" / "results" / "accelerator"
-    assert json.loads((place / "whole.fixed-float32.json").read_text())["result"]["images"] == 1
     source = tmp_path / "out" / "runs" / "full-smoothadv" / "certify" / "test-radii-bfloat16"
-    packed = place / "certificates" / "test-radii-bfloat16"
+    packed = tmp_path / "out" / "certificates" / "test-radii-bfloat16"
     assert gzip.decompress(packed.with_suffix(".tsv.gz").read_bytes()) == (source / "certificates.tsv").read_bytes()
     assert packed.with_suffix(".json").read_bytes() == (source / "certificates.json").read_bytes()
+
+
+def test_results_are_packed_for_another_clone(tmp_path):
+    machine = accelerator.load(accelerator.RESULTS)[1][0]
+    arguments = ["pack", f"--out={tmp_path}"]
+    (tmp_path / "certificates").mkdir()
+    (tmp_path / "certificates" / "test-fixed.tsv.gz").write_bytes(b"table")
+    for changed, why in (
+        ({"tiny": True}, "holds no results to be kept"),
+        ({"device": "abacus"}, "holds results of .*: move them away before you add others"),
+        ({}, None),
+    ):
+        for name in ("whole.fixed-float32", "table.full-free-gaussian"):
+            facts = {"machine": machine | changed, "seconds": 1, "result": {"images": 1}}
+            (tmp_path / f"{name}.json").write_text(json.dumps(facts))
+        if why:
+            with pytest.raises(UserError, match=why):
+                accelerator.main(arguments)
+    accelerator.main(arguments)
+    with tarfile.open(tmp_path / "results.tar.gz") as archive:
+        archive.extractall(tmp_path / "clone", filter="data")
+    results = tmp_path / "clone" / "docs" / "results"
+    assert (results / "cifar10" / "full-free-gaussian" / "card.md").exists()
+    assert json.loads((results / "accelerator" / "whole.fixed-float32.json").read_text())["result"]["images"] == 1
+    assert (results / "accelerator" / "certificates" / "test-fixed.tsv.gz").read_bytes() == b"table"
 
 
 def test_results_of_two_devices_are_not_mixed(tmp_path):

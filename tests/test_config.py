@@ -46,7 +46,7 @@ def test_every_experiment_is_a_valid_config(path):
     seen = {str(config_to_dict(check_config(module.get_config(variant)))) for variant in variants}
     assert len(seen) == len(variants)
     for variant in variants:
-        assert f"``{re.sub('[1-5]', '<k>', variant)}``" in module.__doc__
+        assert re.search(rf"(^|[ `]){re.sub('[1-6]', '<k>', variant)}[ ,`\n]", module.__doc__, re.MULTILINE), variant
         config = module.get_config(variant)
         image = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "imagenet2012": (224, 224, 3)}.get(
             config.data.name, (32, 32, 3)

@@ -9,6 +9,7 @@ from support.commands import run
 NARROW = "model.widths=(8,8,8,8,12,8,8,8)"  # XLA's CPU back end takes most of a minute for 128 channels
 
 
+@pytest.mark.usefixtures("fast_compilation")
 @pytest.mark.parametrize(
     ("experiment", "flags", "samples"),
     [

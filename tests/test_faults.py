@@ -19,8 +19,8 @@ from lsrs_jax import cli
 from lsrs_jax.runtime import signals
 from support.commands import QUICK, ROOT, finish, full_disk, run, start, without_time
 
-TRAIN = [*QUICK, "--config.train.steps=600", "--config.train.checkpoint_every=150", "--config.train.evaluate_every=600"]
-CERTIFY = ["--config.certify.n=60001", "--config.certify.stop=48", "--config.certify.tile=(2,8)"]
+TRAIN = [*QUICK, "--config.train.steps=400", "--config.train.checkpoint_every=100", "--config.train.evaluate_every=400"]
+CERTIFY = ["--config.certify.n=30001", "--config.certify.stop=48", "--config.certify.tile=(2,8)"]
 CERTIFY += ["--config.certify.schedule=staged"]
 
 
@@ -427,7 +427,7 @@ def test_a_second_signal_ends_the_command_immediately_with_one_line(where, secon
 
 def test_sigterm_saves_the_step_it_came_in(home):
     workdir = home / "terminated"
-    flags = [flag.replace("checkpoint_every=150", "checkpoint_every=100000") for flag in TRAIN]
+    flags = [flag.replace("checkpoint_every=100", "checkpoint_every=100000") for flag in TRAIN]
     process = start("train", *flags, f"--workdir={workdir}", devices=2)
     while process.poll() is None and "loss" not in (
         (workdir / "metrics.jsonl").read_text() if (workdir / "metrics.jsonl").exists() else ""
@@ -436,7 +436,7 @@ def test_sigterm_saves_the_step_it_came_in(home):
     process.send_signal(signal.SIGTERM)
     code, _, err = finish(process)
     assert (code, err) == (143, "interrupted; the same command resumes\n")
-    assert 20 <= parameters(workdir)["step"] < 600
+    assert 20 <= parameters(workdir)["step"] < 400
     assert f"resuming after step {parameters(workdir)['step']}" in run(
         "train", *flags, f"--workdir={workdir}", devices=2
     )

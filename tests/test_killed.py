@@ -27,7 +27,7 @@ def test_a_killed_certification_resumes_to_the_same_bytes(trained, kind):
     """The run is killed when samples are on disk, its last line is cut, and other devices resume it."""
     whole, killed = (trained / "certify" / f"{name}_{kind}" for name in ("whole", "killed"))
     # A small tile keeps the run long enough to be killed in the middle.
-    arguments = ["--config.certify.n=60001", "--config.certify.stop=64", "--config.certify.tile=(2, 8)"]
+    arguments = ["--config.certify.n=30001", "--config.certify.stop=64", "--config.certify.tile=(2, 8)"]
     arguments += [f"--workdir={trained}", f"--config.certify.schedule={kind}"]
     run("certify", *arguments, f"--config.certify.name={whole.name}")
     ledger, again = killed / "votes.0.tsv", [*arguments, f"--config.certify.name={killed.name}"]
@@ -81,7 +81,7 @@ def test_a_half_written_ledger_line_is_sampled_again(copy, certified):
 def test_an_interrupted_change_of_alpha_never_mixes_tables(copy):
     """After a kill at any moment, certificates.json names the alpha of the table beside it, or no table."""
     folder = copy / "certify" / "base"
-    for attempt in range(4):
+    for attempt in range(3):
         alpha = (0.05, 0.001)[attempt % 2]
         flags = [f"--config.certify.alpha={alpha}", f"--config.certify.stop={60 + 60 * attempt}"]
         before = (folder / "certificates.json").read_bytes()

@@ -182,6 +182,7 @@ def test_a_worker_that_is_killed_is_one_line(snaps):
         list(stream)
 
 
+@pytest.mark.usefixtures("fast_compilation")
 def test_the_training_is_kept_where_a_test_photo_is_broken(tmp_path):
     files, labels = prepared.photos(12)
     prepared.write(tmp_path, "snaps", {"train": (files, labels), "test": ([*files[:11], files[11][:200]], labels)})
@@ -244,6 +245,7 @@ class _Drawn(list):
         return [self[key] for key in keys]
 
 
+@pytest.mark.usefixtures("fast_compilation")
 def test_end_to_end_on_mocked_data(snaps, tmp_path, monkeypatch, capsys):
     """`tfds.testing.mock_data` replaces the record files."""
     files, labels = prepared.photos(16, seed=3)

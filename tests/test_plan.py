@@ -115,6 +115,7 @@ def test_time_is_that_of_the_slower_of_arithmetic_and_memory():
     assert not plan.Need(15 * 2**30, 1.0, 1.0).fits(chip)
 
 
+@pytest.mark.usefixtures("fast_compilation")
 def test_the_command_prints_a_plan_and_starts_nothing(tmp_path):
     out = run("train", *QUICK, "--plan", devices=2)
     assert "training on 2 x cpu" in out

@@ -85,7 +85,7 @@ def test_processes_that_share_a_bucket_only(alone, tmp_path):
 def test_a_killed_certification_is_resumed_by_another_number_of_processes(alone, tmp_path, counts):
     workdir = tmp_path / "killed"
     shutil.copytree(alone, workdir)
-    flags = [f"--workdir={workdir}", "--config.certify.name=whole", "--config.certify.n=100000"]
+    flags = [f"--workdir={workdir}", "--config.certify.name=whole", "--config.certify.n=50000"]
     flags += ["--config.certify.tile=(2,8)", "--config.certify.schedule=staged"]
     table = "certify/whole/certificates.tsv"
     run("certify", *flags, devices=2)

@@ -211,7 +211,7 @@ def test_a_platform_that_cannot_start_is_not_blamed_on_the_files(trained, tmp_pa
 
 BAD_TRAIN = {
     "no config": ([], "no configuration"),
-    "file that is no config": (["--config=tests/commands.py"], "has no attribute 'get_config'"),
+    "file that is no config": (["--config=lsrs_jax/runtime/types.py"], "has no attribute 'get_config'"),
     "missing config": (["--config=configs/nothing.py"], "no configuration file 'configs/nothing.py'"),
     "unknown variant": (
         ["--config=configs/digits.py:lsr"],
@@ -261,7 +261,7 @@ def test_a_diverging_training_names_the_step_and_its_advice_works(tmp_path):
 
 def test_a_batch_that_does_not_divide_over_devices_is_refused(tmp_path):
     line = refused("train", *QUICK, "--config.data.batch_size=100", f"--workdir={tmp_path / 'new'}", devices=8)
-    assert "not divisible by the 8 devices; choose a multiple of 8" in line
+    assert "data.batch_size 100 must be a multiple of 8, the number of devices" in line
     assert not (tmp_path / "new").exists()
 
 

@@ -54,7 +54,8 @@ def certified_radius(
     except ValueError as error:
         shapes = f"{p_a.shape}, {p_b.shape}, {slack.shape}"
         raise UserError(f"probabilities and slack do not fit: their shapes are {shapes}") from error
-    if not np.all((p_a >= 0) & (p_a < 1) & (p_b > 0) & (p_b <= 1) & (slack >= 0) & np.isfinite(slack)):
+    each = ((p_a >= 0) & (p_a < 1), (p_b > 0) & (p_b <= 1), (slack >= 0) & np.isfinite(slack))
+    if not all(map(np.all, each)):  # one by one: an empty array would hide the others
         allowed = "0 <= p_a_lower < 1, 0 < p_b_upper <= 1 (no count proves certainty), and a finite slack >= 0"
         raise UserError(f"a radius needs {allowed}")
     return trusted_radius(p_a, p_b, float(sigma), float(lipschitz), slack)

@@ -285,7 +285,7 @@ MANY = {10: (0.3, 0.16, 0.22, *[0.32 / 7] * 7), 50: (0.3, 0.14, 0.2, *[0.36 / 47
 
 
 @pytest.mark.parametrize("trials", LENGTHS)
-@pytest.mark.parametrize("classes", MANY)
+@pytest.mark.parametrize("classes", [10, pytest.param(50, marks=pytest.mark.soak)])
 def test_coverage_with_many_classes_and_the_runner_up_alone_is_caught(classes, trials):
     sound = simulate(MANY[classes], SIM_LOOKS, trials, 0.05, "multiclass", adversary)
     wrong = runner_up_only(MANY[classes], 2000, trials, 0.05)
