@@ -114,6 +114,7 @@ def as_a_process(command, arguments, count):
         warnings.simplefilter("default")
         for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
             warnings.simplefilter("ignore", category)
+        patch.delitem(sys.modules, "config_config", raising=False)  # the configuration of the command before
         patch.setattr(sys, "argv", [f"lsrs_jax.{command}", *map(str, arguments)])
         for name, own in (("devices", jax.devices), ("local_devices", jax.local_devices)):
             patch.setattr(jax, name, lambda *args, own=own, **named: own(*args, **named)[:count])
