@@ -164,7 +164,7 @@ def radius_grid(runs: Sequence[Run]) -> list[float]:
 
 def markdown(runs: Sequence[Run], radii: Sequence[float]) -> str:
     """The table: certified accuracy per radius, ACR, abstention, cost."""
-    header = ["run", "images", *(f"r={radius:g}" for radius in radii), "ACR", "abstain", "votes/image", "time/image"]
+    header = ["run", "images", *(f"r={radius:g}" for radius in radii), "ACR", "abstain", "samples/image", "time/image"]
     rows = [header]
     for label, table in ((run.label, run.table) for run in runs):
         numbers = [*map(table.certified_accuracy, radii), table.average_certified_radius, table.abstention]

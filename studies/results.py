@@ -100,7 +100,7 @@ def cells(run):
     return {
         "noise on": run.latent if run.smoothed else "no noise",
         "MFLOP once": f"{cost.encoder / 1e6:.2f}",
-        "MFLOP/vote": f"{cost.head / 1e6:.2f}",
+        "MFLOP/sample": f"{cost.head / 1e6:.2f}",
         "speed-up": f"{cost.speedup:.1f}x" if run.smoothed else "-",
         "distances kept": f"{distances['other_class']:.2f}, {distances['same_class']:.2f}",
         "training, s": f"{training['seconds']:.0f}",
@@ -135,7 +135,7 @@ def card(run):
     rows = {
         "data": f"{stored['identity']['data']['name']} {stored['identity']['data']['version']}, pixels in [0, 1]",
         "network": network,
-        "cost": f"{run.cost.encoder / 1e6:.2f} MFLOP once per image, {run.cost.head / 1e6:.2f} MFLOP per vote",
+        "cost": f"{run.cost.encoder / 1e6:.2f} MFLOP once per image, {run.cost.head / 1e6:.2f} MFLOP per sample",
         "training": f"loss {loss}; {train['steps']:,} steps of {data['batch_size']} images, seed {config['seed']}; "
         f"{duration(training['seconds'])}",
         "certificate": method,

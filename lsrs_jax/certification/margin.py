@@ -93,8 +93,8 @@ def float64_slack(
     that `certified_margin` gives without a slack, times the Lipschitz constant.
 
     **Guarantee**: holds for certificates within `reach`. It covers four roundings: those of the encoder at the clean
-    and at the perturbed image, and those of the two logits that are compared at either of them. Each logit is charged
-    with twice the bound of a sum of d + 1 terms.
+    and at the perturbed image, and those of the two logits that are compared at either of them. For each logit it
+    counts twice the bound for a sum of d + 1 terms.
     """
     farthest = np.linalg.norm(latents, axis=1) + reach
     scale, scaled = _scaled(weights)

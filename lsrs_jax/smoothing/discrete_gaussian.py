@@ -96,7 +96,7 @@ def _alias(masses: list[int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def total_variation(dimensions: int) -> float:
-    """τ: total variation between a sampled noise vector and a rounded Gaussian; it is charged to p_A and p_B."""
+    """τ: total variation between a sampled noise vector and a rounded Gaussian; it lowers p_A and raises p_B."""
     return TAU * dimensions
 
 

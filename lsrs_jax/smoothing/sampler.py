@@ -99,7 +99,7 @@ class Sampler:
 
     @property
     def tau(self) -> float:
-        """Total variation between the drawn and the Gaussian noise; it is charged to p_A and p_B."""
+        """Total variation between the drawn and the Gaussian noise; it lowers p_A and raises p_B."""
         return self.arithmetic.tau(int(np.prod(self.latent_shape)))
 
     def keys(self, key: jax.Array) -> dict[str, jax.Array]:
