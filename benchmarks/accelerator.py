@@ -5,9 +5,9 @@
   python -m benchmarks.accelerator render --out=runs/accelerator    # prints the results as Markdown
   python -m benchmarks.accelerator pack --out=runs/accelerator      # results.tar.gz, to unpack in another clone
 
-A section consists of pieces; SECTION.PIECE runs one piece. Each piece writes its result to a JSON file in --out, and a
-piece that has a file is not run again, so after an interruption the same command resumes. No piece starts after
---minutes. A training or certification that runs at that moment is asked to save and stop; the exit code is then 75. All
+A section consists of pieces; --sections=SECTION.PIECE runs one piece. Each piece writes its result to a JSON file in
+--out, and a piece that has a file is not run again, so after an interruption the same command resumes. No piece starts
+after --minutes. A training or certification that still runs then is told to save and stop; the exit code is then 75. All
 results in a folder are from one kind of device. --tiny makes every piece run in seconds, to try the script.
 
 Sections, the most valuable first:

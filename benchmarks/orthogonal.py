@@ -51,7 +51,7 @@ class Case(NamedTuple):
 
 
 def deviation(spectra, padding):
-    """The residual of layers, each with sigma_max and sigma_min."""
+    """The largest distance of a singular value from 1; with zero padding, how far one exceeds 1."""
     if padding == "zero":
         return max(s.sigma_max - 1 for s in spectra)
     return max(abs(sigma - 1) for s in spectra for sigma in (s.sigma_max, s.sigma_min))

@@ -119,7 +119,9 @@ class Run:
         """The compiled classifier of an arithmetic."""
         fields = {"sigma": self.config.sigma, "lipschitz": self.lipschitz, "tile": self.config.certify.tile}
         found = SmoothedClassifier(self.head, arithmetic=arithmetic, devices=jax.local_devices()[:1], **fields)
-        found.sampler(self.latents.shape[1:])  # compiles, so that seconds below are those of sampling and decisions
+        found.sampler(
+            self.latents.shape[1:]
+        )  # compiles now, so that the times below are of sampling and decisions only
         return found
 
     def certify(self, kind, radii=None, arithmetic="sound", every=1):

@@ -62,8 +62,8 @@ def main(name: str | None = None) -> None:
 def execute(run: Callable[[list[str]], None]) -> None:
     """Runs a command; expected errors become one line on stderr and exit code 2.
 
-    SIGTERM ends the process as Ctrl-C does, and a second signal ends it at once. Files stay valid, and the same command
-    resumes. With ``--debug`` among the arguments, tracebacks and warnings are shown.
+    SIGTERM ends the process as Ctrl-C does, and a second signal ends it immediately. Files stay valid, and the same
+    command resumes. With ``--debug`` among the arguments, tracebacks and warnings are shown.
     """
     if "--debug" in sys.argv:
         from lsrs_jax.runtime import logs

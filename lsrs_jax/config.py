@@ -1,4 +1,4 @@
-"""The fields of a configuration: the default, meaning and limit of each, and what a stored file without it means."""
+"""The fields of a configuration: the default, meaning and limit of each, and its value in a stored file without it."""
 
 import difflib
 import functools
@@ -113,7 +113,7 @@ FIELDS: dict[str, Field] = {
     "model.mean": Field((0.0,), REQUIRED, "These numbers, one per channel, are subtracted from the input."),
     "model.std": Field((1.0,), REQUIRED, "These numbers divide the input; the Lipschitz constant contains 1/min(std)."),
     "train.steps": Field(1000, REQUIRED, "The optimizer takes this many steps.", _at_least(1)),
-    "train.loss": Field("gaussian", "gaussian", 'training.losses explains them; "margin" has no noise.', _LOSS),
+    "train.loss": Field("gaussian", "gaussian", "This is the loss; training.losses explains each.", _LOSS),
     "train.noises": Field(1, 1, "Each image gets this many noise samples in a step.", _NOISES),
     "train.radius": Field(36 / 255, 36 / 255, 'The loss "margin" asks for this radius.', _at_least(0)),
     "train.temperature": Field(0.25, 0.25, 'The loss "margin" divides the logits by this number.', _POSITIVE),
@@ -127,7 +127,9 @@ FIELDS: dict[str, Field] = {
     "train.ema": Field(0.0, 0.0, "The certified parameters are averages with this decay; 0 means no average.", _DECAY),
     "train.shard_parameters": Field(False, False, "If true, devices divide parameters and optimizer state."),
     "train.head_dtype": Field("float32", "float32", "The head is trained in this dtype.", _one_of(*DTYPES)),
-    "train.optimizer": Field("adam", REQUIRED, '"sgd" has Nesterov momentum 0.9.', _one_of("adam", "sgd")),
+    "train.optimizer": Field(
+        "adam", REQUIRED, 'The optimizer is "adam", or "sgd" with Nesterov momentum 0.9.', _one_of("adam", "sgd")
+    ),
     "train.learning_rate": Field(1e-3, REQUIRED, "This is the highest learning rate.", _POSITIVE),
     "train.schedule": Field("cosine", REQUIRED, "The learning rate follows this curve after the warm-up.", _SCHEDULE),
     "train.warmup_steps": Field(0, REQUIRED, "The learning rate first grows linearly for this many steps.", _WARMUP),
@@ -137,18 +139,30 @@ FIELDS: dict[str, Field] = {
     "train.checkpoint_every": Field(1000, REQUIRED, "This many steps lie between two checkpoints.", _at_least(1)),
     "train.keep_checkpoints": Field(2, REQUIRED, "This many of the newest checkpoints are kept.", _at_least(1)),
     "certify.name": Field("default", REQUIRED, "Results go to the folder <workdir>/certify/<name>.", _FOLDER),
-    "certify.certificate": Field("smoothed", "smoothed", '"deterministic" needs a linear head and no samples.', _KIND),
+    "certify.certificate": Field(
+        "smoothed", "smoothed", 'Certificates are "smoothed", or "deterministic" for a linear head.', _KIND
+    ),
     "certify.n0": Field(100, REQUIRED, "This many samples select the class.", _SAMPLES),
     "certify.n": Field(100_000, REQUIRED, "This many samples certify the class, or fewer if staged.", _SAMPLES),
     "certify.alpha": Field(0.001, REQUIRED, "The certificate of an image fails with at most this probability.", _ALPHA),
-    "certify.bound": Field("binary", "binary", '"multiclass" also bounds each rival class.', _one_of(*BOUNDS)),
-    "certify.schedule": Field("fixed", "fixed", '"staged" stops once an image is decided.', _one_of(*SCHEDULES)),
-    "certify.radii": Field((), (), "Staged sampling decides these radii; without any, the radius itself.", _RADII),
-    "certify.epsilon": Field(0.05, 0.05, "Staged sampling without radii is this precise, in sigma / L.", _POSITIVE),
+    "certify.bound": Field(
+        "binary", "binary", 'p_B is 1 - p_A ("binary"), or a bound of the rivals ("multiclass").', _one_of(*BOUNDS)
+    ),
+    "certify.schedule": Field(
+        "fixed", "fixed", 'All images get n samples ("fixed"), or stop when decided ("staged").', _one_of(*SCHEDULES)
+    ),
+    "certify.radii": Field(
+        (), (), "Staged sampling stops when it is known which of these radii are certified.", _RADII
+    ),
+    "certify.epsilon": Field(
+        0.05, 0.05, "Without radii, staged sampling stops at this precision, in sigma / L.", _POSITIVE
+    ),
     "certify.start": Field(0, REQUIRED, "The first certified image has this index.", _at_least(0)),
     "certify.stop": Field(0, REQUIRED, "Certification ends before this index; 0 means the end of the split.", _STOP),
     "certify.step": Field(1, REQUIRED, "One of this many images is certified.", _at_least(1)),
-    "certify.arithmetic": Field("sound", "float32", '"sound" adds the noise exactly, on a grid.', _ARITHMETIC),
+    "certify.arithmetic": Field(
+        "sound", "float32", 'Noise is added exactly on a grid ("sound"), or in "float32".', _ARITHMETIC
+    ),
     "certify.noise": Field("shared", "shared", 'If "shared", all images get the same noise.', _NOISE),
     "certify.head_dtype": Field("float32", "float32", "The head is sampled in this dtype.", _one_of(*DTYPES)),
     "certify.tile": Field((32, 8), REQUIRED, "A compiled batch has these numbers of images and samples.", _TILE),

@@ -111,8 +111,8 @@ def _audit(table: Path) -> Audit | None:
     path = table.with_name("audit.tsv")
     attacked, audit = (path.exists() and read_finished(path)) or (None, None)
     if audit and attacked != files.digest_of(table):
-        remedy = f"move it and audit.json away, and audit this one: {_command('audit', table)}"
-        raise UserError(f"{path} is the audit of another table than {table.name} beside it; {remedy}")
+        remedy = f"move it and audit.json away, then audit this table: {_command('audit', table)}"
+        raise UserError(f"{path} is the audit of another table, not of {table.name} beside it; {remedy}")
     return audit
 
 
@@ -136,7 +136,7 @@ def _split(argument: str) -> tuple[str | None, Path]:
     if not equals or Path(argument).exists():
         return None, Path(argument)
     if not label or _plain(label) != label:
-        raise UserError(f"bad name {label!r} for a run: use plain text without | $ \\ and backticks")
+        raise UserError(f"bad name {label!r} for a run: use plain text without any of | $ \\ `")
     return label, Path(path)
 
 
@@ -176,7 +176,7 @@ def markdown(runs: Sequence[Run], radii: Sequence[float]) -> str:
 
 
 def notes(runs: Sequence[Run]) -> list[str]:
-    """What a reader must know before comparing rows."""
+    """Notes for the table: warnings about each run, and runs that were certified on other images or labels."""
     found, first = [f"{run.label}: {note}" for run in runs for note in run.notes], runs[0]
     for run in runs[1:]:
         order, other = np.argsort(run.table.idx), np.argsort(first.table.idx)

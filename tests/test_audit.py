@@ -160,7 +160,7 @@ def test_a_table_that_changed_has_no_audit(audited, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(audited, copy)
     run("certify", f"--workdir={copy}", "--from-counts", "--config.certify.alpha=0.05", "--config.certify.tile=(8,32)")
-    again = rf"another table than certificates.tsv .*audit --workdir={copy} --config.certify.name=default"
+    again = rf"another table, not of certificates.tsv .*audit --workdir={copy} --config.certify.name=default"
     with pytest.raises(UserError, match=again):
         report.load_runs([str(copy)])
     with pytest.raises(UserError, match=r"other certificates or settings \(certificates was"):

@@ -92,7 +92,7 @@ def test_compiled_programs_are_kept_and_a_broken_cache_does_no_harm(copy, certif
     loops = [name for name in first if "device_counts" in name and name.endswith("cache")]
     assert len(loops) == 1
     path = tmp_path / "cache" / loops[0]
-    path.write_bytes(path.read_bytes()[:1000])  # as after a kill during the write
+    path.write_bytes(path.read_bytes()[:1000])  # the file that a kill during the write would leave
     second = certify_again("second", tmp_path / "cache")
     assert {name for name in second if name.endswith("cache")} == {name for name in first if name.endswith("cache")}
     certify_again("third", tmp_path / "config.json" / "nowhere")

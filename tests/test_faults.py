@@ -422,7 +422,10 @@ def test_a_second_signal_ends_the_command_immediately_with_one_line(where, secon
         with contextlib.suppress(subprocess.TimeoutExpired):
             _, err = process.communicate(timeout=6)
             break
-    assert (process.returncode, err) == (128 + second, "interrupted twice, ended at once; the same command resumes\n")
+    assert (process.returncode, err) == (
+        128 + second,
+        "interrupted twice, ended immediately; the same command resumes\n",
+    )
 
 
 def test_sigterm_saves_the_step_it_came_in(home):

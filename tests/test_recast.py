@@ -81,11 +81,13 @@ def test_forged_counts_are_found_in_one_image_and_in_all(copy):
         if row[0] == image:
             rewrite(path, number, forged)
     rederive(copy)
-    with pytest.raises(UserError, match=rf"samples for image {image} \d+ are not those of the network: class"):
+    with pytest.raises(
+        UserError, match=rf"image {image}: [\d,]+ of its [\d,]+ \w+ samples are not from this network: class"
+    ):
         draw_again(copy)
     forge_everything(copy / "certify" / "default")
     rederive(copy)
-    with pytest.raises(UserError, match="are not those of the network"):
+    with pytest.raises(UserError, match="are not from this network"):
         draw_again(copy, 20)
 
 
@@ -103,7 +105,7 @@ def test_an_honest_folder_does_not_answer_for_a_forged_one(copy):
     stored = json.loads((folder / "certificates.json").read_text())
     stored["config"]["certify"]["name"] = "honest"
     rederive(copy, stored)
-    with pytest.raises(UserError, match="are not those of the network"):
+    with pytest.raises(UserError, match="are not from this network"):
         draw_again(copy)
 
 
@@ -164,7 +166,7 @@ def test_a_larger_sigma_than_that_of_the_samples_is_found(copy):
     for line in range(2, (folder / "votes.0.tsv").read_text().count("\n") + 1):
         rewrite(folder / "votes.0.tsv", line, lambda fields: [*fields[:2], "0.001", *fields[3:]])
     rederive(copy, stored)
-    with pytest.raises(UserError, match="are not those of the network"):
+    with pytest.raises(UserError, match="are not from this network"):
         draw_again(copy)
 
 
@@ -221,24 +223,24 @@ def test_a_few_samples_may_move_by_rounding_and_no_more(allowed, samples, dtype)
     assert resample._compare(image(samples, 0), image(samples, 0), dtype) == (0, 0)
     assert resample._compare(image(samples, 0), image(samples, allowed), dtype) == (allowed, 2 * allowed)
     with pytest.raises(
-        ValueError, match=f"image 5 {allowed + 1} are not those of the network: class 0 has {samples:,}"
+        ValueError, match=rf"image 5: {allowed + 1} of its .* are not from this network: class 0 has {samples:,}"
     ):
         resample._compare(image(samples, 0), image(samples, allowed + 1), dtype)
     # The selection samples have an allowance of their own, which does not depend on the estimation samples.
-    with pytest.raises(ValueError, match="of the 100 selection samples for image 5 100 are not"):
+    with pytest.raises(ValueError, match="image 5: 100 of its 100 selection samples are not"):
         resample._compare(image(samples, 0, (0, 100, 0)), image(samples, 0), dtype)
 
 
 def test_another_kind_of_device_may_shift_the_logits_of_an_image_in_bfloat16():
     """The largest difference between an H200 and a CPU on 192 images was 34 of 1,024 samples, and 117 of 4,096."""
     for samples, seen, allowed in ((1024, 34, 68), (4096, 117, 237)):
-        with pytest.raises(ValueError, match="are not those of the network"):
+        with pytest.raises(ValueError, match="are not from this network"):
             resample._compare(image(samples, 0), image(samples, seen), "bfloat16")
         assert resample._compare(image(samples, 0), image(samples, seen), "bfloat16", elsewhere=True).moved == seen
         resample._compare(image(samples, 0), image(samples, allowed), "bfloat16", elsewhere=True)
-        with pytest.raises(ValueError, match=f"{allowed + 1} are not those of the network"):
+        with pytest.raises(ValueError, match=f"{allowed + 1} of its .* are not from this network"):
             resample._compare(image(samples, 0), image(samples, allowed + 1), "bfloat16", elsewhere=True)
-    with pytest.raises(ValueError, match="are not those of the network"):
+    with pytest.raises(ValueError, match="are not from this network"):
         resample._compare(image(1024, 0), image(1024, 34), "float32", elsewhere=True)
 
 

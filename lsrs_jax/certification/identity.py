@@ -87,7 +87,7 @@ def schedule_of(config: Config) -> Schedule:
 
 
 def sampling_facts(config: Config) -> dict[str, Any]:
-    """The fields of an `Identity` on which samples depend and which follow from the configuration."""
+    """The fields of an `Identity` that the samples depend on and that the configuration determines."""
     facts = {name: config.certify[name] for name in ("n0", "n", "schedule", "noise", "head_dtype")}
     facts |= {"tile": list(config.certify.tile), "stages": list(schedule_of(config).looks)}
     return facts | {"sigma": config.sigma, "seed": config.seed}

@@ -49,7 +49,7 @@ def has_rows(folder: Path) -> bool:
 
 
 def digest(content: bytes) -> dict[str, Any]:
-    """Size and SHA-256 of a ledger's bytes, as plain types."""
+    """Size and SHA-256 of a ledger's bytes, in types of JSON."""
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
@@ -64,7 +64,7 @@ def _whole_lines(path: Path, content: bytes) -> bytes:
     """The complete lines of a ledger's bytes; a kill may have cut off the last line."""
     whole = content[: content.rfind(b"\n") + 1]
     if not (whole.startswith(_HEADER.encode()) or (not whole and _HEADER.encode().startswith(content))):
-        raise UserError(f"{path} is not a ledger: its first line differs; restore it or remove it")
+        raise UserError(f"{path} is not a ledger: its first line is another one; restore or remove the file")
     return whole
 
 
@@ -96,7 +96,7 @@ def _parse(line: str, counts: Counts) -> Row:
     for pair in pairs.split(","):
         index, count = map(_natural, pair.split(":"))
         if index >= counts.num_classes or found[index] or not count:
-            raise ValueError(f"bad vote {pair!r}")
+            raise ValueError(f"bad count {pair!r}")
         found[index] = count
     idx, label, first, stop = map(_natural, (idx, label, first, stop))
     return Row(idx, label, float(slack), stream, first, stop, found, float(seconds))

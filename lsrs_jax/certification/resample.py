@@ -44,14 +44,14 @@ def run(target: Target, stored: Stored, count: int) -> None:
 
     Raises UserError naming an image whose slack is too small for its latent, or samples that the network did not give.
 
-    **Guarantee**: the counts of the chosen images are those of the checkpoint on the image, under the noise of σ and
-    seed, except for changes by the head's rounding on another machine: no more than `allowance` for an image and a
-    stream, and over all images to either side. If nothing differs and a share q of the table has any sample of another
+    **Guarantee**: the counts of the chosen images are the counts that the checkpoint gives for them, under the noise of
+    σ and seed, except for changes by the head's rounding on another machine: no more than `allowance` for an image and
+    a stream, and over all images to either side. If nothing differs and a share q of the table has any sample of another
     origin, N chosen images would have shown it with probability at least 1 − (1 − q)^N.
     """
     folder, identity, head_dtype = target.folder, stored.identity, target.config.certify.head_dtype
     if identity.certificate != "smoothed":
-        raise UserError(f"{folder} holds {identity.certificate} certificates; they come from no samples")
+        raise UserError(f"{folder} holds {identity.certificate} certificates, which are not computed from samples")
     certification = reopen(folder, target.config, stored)
     if identity.prng != rng.PRNG:
         raise UserError(f"{folder} holds samples of another generator: prng {identity.prng!r}")
@@ -118,7 +118,7 @@ def allowance(samples: int, head_dtype: str, elsewhere: bool = False) -> int:
 
 
 def _compare(recorded: ImageCounts, again: ImageCounts, head_dtype: str, elsewhere: bool = False) -> _Difference:
-    """Compares the counts of an image at its newest look; raises ValueError for differences above `allowance`."""
+    """Compares the counts of an image in the ledger with its new counts; ValueError for more than `allowance`."""
     moved, selected, look = 0, recorded.counts["selection"], len(again.looks) - 1
     now, then = again.looks[look], recorded.looks[look]
     pairs = {"selection": (selected, again.counts["selection"]), "estimation": (then, now)}
@@ -126,10 +126,10 @@ def _compare(recorded: ImageCounts, again: ImageCounts, head_dtype: str, elsewhe
         samples, change = int(drawn.sum()), int(np.abs(found - drawn).sum()) // 2
         if change > allowance(samples, head_dtype, elsewhere):
             worst = int(np.abs(found - drawn).argmax())
-            of_image = f"of the {samples:,} {stream} samples for image {again.idx}"
+            of_image = f"image {again.idx}: {change:,} of its {samples:,} {stream} samples are not from this network"
             of_class = f"class {worst} has {found[worst]:,} in the ledger, {drawn[worst]:,} now"
             why = "the certificates are not of this checkpoint, sigma and seed"
-            raise ValueError(f"{of_image} {change:,} are not those of the network: {of_class}; {why}")
+            raise ValueError(f"{of_image}: {of_class}; {why}")
         moved += change
     candidate, surplus = int(selected.argmax()), then - now
     rival = int(np.where(np.arange(len(now)) == candidate, -1, now).argmax())

@@ -227,7 +227,7 @@ def from_counts(folder: Path, config: Config) -> None:
         chosen = [idx for idx in counts.images if counts.at_a_look(idx)]
         indices = range(certify.start, certify.stop or max(chosen, default=0) + 1, certify.step)
         if not any(idx in indices for idx in chosen):
-            none = f"no image of this selection in {folder} has all its samples"
+            none = f"no chosen image in {folder} has enough samples for a certificate"
             raise UserError(f"{none}; run certify without --from-counts first")
         found = certification.derive(counts, chosen)
     print(f"alpha {certify.alpha}, {certify.bound} bound, from the samples of {len(chosen):,} images")

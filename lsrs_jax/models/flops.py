@@ -12,9 +12,9 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal, jaxprs_in_params
 def flops(function: Callable[..., Any], *arguments: Any) -> int:
     """FLOPs of the convolutions and matrix products of ``function(*arguments)``; nothing else is counted.
 
-    A multiplication and an addition count 2, or 8 if complex. Products with padding count, products with the zeros of a
-    dilated input do not. The body of a ``scan`` counts once per iteration, other loops once; all branches of
-    a condition count. The arguments may be `jax.ShapeDtypeStruct`.
+    A multiply-add counts 2, or 8 if complex. Products with padding count, products with the zeros of a dilated input do
+    not. The body of a ``scan`` counts once per iteration, the body of another loop once; all branches of a condition
+    count. The arguments may be `jax.ShapeDtypeStruct`.
     """
     return _total(jax.make_jaxpr(function)(*arguments).jaxpr, _flops)
 

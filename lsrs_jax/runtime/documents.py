@@ -41,7 +41,7 @@ def plain(content: Any) -> Any:
 def format_of(content: dict) -> int:
     """The format number of a document; raises UserError for a newer format or an invalid number."""
     if type(number := content.get("format", 0)) is not int or number < 0:
-        raise UserError(f"it is damaged: its format is {number!r}")
+        raise UserError(f"it is damaged: its format number is {number!r}")
     if number > FORMAT:
         raise UserError(f"it has format {number}, this version reads up to {FORMAT}: upgrade lsrs_jax to read it")
     return number

@@ -12,8 +12,8 @@ import jax
 def captured(duration: float | None, folder: Path) -> Iterator[Callable[[], None]]:
     """Yields a function that the caller calls with every line of progress.
 
-    Its first call, when everything is compiled, starts the profile. Its first call after `duration` seconds, or the end
-    of the block, writes the profile into `folder`. If `duration` is None, nothing is recorded.
+    The first call starts the profile; by then everything is compiled. The first call after `duration` seconds, or the
+    end of the block, writes the profile into `folder`. If `duration` is None, nothing is recorded.
     """
     began = 0.0
 

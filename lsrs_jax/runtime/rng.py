@@ -1,7 +1,7 @@
 """Random keys. Every stream of the project has its own key domain, so that no key is used twice.
 
 All streams are ``threefry2x32``, whatever ``jax_default_prng_impl`` says: ``rbg`` returns other bits under vmap and on
-other hardware. The bits also depend on ``jax_threefry_partitionable`` and ``jax_enable_x64``; `pinned` fixes both.
+other hardware. The bits also depend on ``jax_threefry_partitionable`` and ``jax_enable_x64``; `pinned` sets both.
 """
 
 import contextlib

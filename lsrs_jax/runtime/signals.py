@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT raise `Interrupted` now or at the end of a `deferred` block; a second signal exits at once."""
+"""SIGTERM and SIGINT raise `Interrupted` now or at the end of a `deferred` block; a second signal exits immediately."""
 
 import contextlib
 import os
@@ -35,7 +35,7 @@ def _handle(number: int, _: FrameType | None) -> None:
     if _state["first"] is not None:
         if now - _state["first"] > _ECHO:
             # Files are valid after every write, so this loses no more than a kill.
-            _exit_now(number, b"interrupted twice, ended at once; the same command resumes\n")
+            _exit_now(number, b"interrupted twice, ended immediately; the same command resumes\n")
         return
     # Python drops an exception that is raised inside a finalizer. The signal therefore stays pending, and the end of
     # the next `deferred` block raises it again.
@@ -92,7 +92,7 @@ def handled() -> Iterator[None]:
 
 
 def agreed() -> Interrupted:
-    """The `Interrupted` of a process that stops because a process of its run received a signal."""
+    """The `Interrupted` to raise where all processes of a run stop together, because one of them received a signal."""
     return Interrupted(_state["pending"] or signal.SIGTERM, agreed=True)
 
 

@@ -179,7 +179,7 @@ def certify(
     spmd: str = "shard_map",
     progress: Callable[[str], object] | None = None,
 ) -> Certificates:
-    """Makes a `SmoothedClassifier`, which compiles, and calls its `certify`; the arguments are those of both."""
+    """Makes a `SmoothedClassifier`, which compiles, and calls its `certify`; takes the arguments of both."""
     settings = {"lipschitz": lipschitz, "arithmetic": arithmetic, "noise": noise, "tile": tile, "spmd": spmd}
     sampling = {"n0": n0, "n": n, "alpha": alpha, "bound": bound, "schedule": schedule, "radii": radii}
     sampling |= {"epsilon": epsilon, "slack": slack, "progress": progress}
@@ -199,7 +199,7 @@ def predict(
     tile: Sequence[int] = (32, 8),
     spmd: str = "shard_map",
 ) -> Int[np.ndarray, " images"]:
-    """Makes a `SmoothedClassifier`, which compiles, and calls its `predict`; the arguments are those of both."""
+    """Makes a `SmoothedClassifier`, which compiles, and calls its `predict`; takes the arguments of both."""
     settings = {"arithmetic": arithmetic, "noise": noise, "tile": tile, "spmd": spmd}
     return SmoothedClassifier(head, sigma=sigma, **settings).predict(latents, key=key, n=n, alpha=alpha)
 

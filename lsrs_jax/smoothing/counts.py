@@ -80,7 +80,7 @@ class Counts:
         if row.first != image.next[row.stream]:
             raise ValueError(f"{name}: blocks from {row.first} where {image.next[row.stream]} come next")
         if row.first >= row.stop or (row.stop - 1) * schedule.samples >= total:
-            raise ValueError(f"{name}: {blocks} are not among those of {total} samples")
+            raise ValueError(f"{name}: {blocks} are outside the blocks of {total} samples")
         # There is a next stop: the two checks above refuse a row of a complete stream.
         stream, _, stop = schedule.next_stop(image.done)  # pyright: ignore[reportGeneralTypeIssues]
         if stream != row.stream:

@@ -117,7 +117,7 @@ class Derivation:
     def certificates(self, schedule: Schedule, images: Sequence[ImageCounts]) -> Certificates:
         """`Certificates` of images that have reached a look.
 
-        **Guarantee**: that of `from_counts`, whatever rule decided at which look an image stopped.
+        **Guarantee**: the same as of `from_counts`, for any rule that decides at which look an image stops.
         """
         selection, rows = np.stack([i.counts["selection"] for i in images]), np.concatenate([i.looks for i in images])
         lengths, slack = np.array([len(i.looks) for i in images]), np.array([i.slack for i in images])

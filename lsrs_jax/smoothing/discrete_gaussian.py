@@ -29,9 +29,9 @@ class Grid(NamedTuple):
     The table is uint32 ``(2, 2**COLUMN_BITS)``. The first row has the high bits of each column's threshold, and below
     them its alias; the second row has the low 32 bits of the threshold.
 
-    **Guarantee**: with a uniform column c and a uniform threshold t, the magnitude (c where t is below the column's
-    threshold, else its alias) under a uniform sign has the distribution of round(δ/q), δ ~ N(0, σ²), up to a total
-    variation of `TAU`. The table is computed in integers: it is the same on every machine.
+    **Guarantee**: draw a uniform column c, a uniform threshold t and a uniform sign. The magnitude is c if t is below
+    the column's threshold, otherwise the column's alias. The signed magnitude has the distribution of round(δ/q),
+    δ ~ N(0, σ²), up to a total variation of `TAU`. The table is computed in integers: it is the same on every machine.
     """
 
     spacing: float

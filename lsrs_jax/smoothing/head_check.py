@@ -64,7 +64,7 @@ def check_head(head: Head, shape: tuple[int, ...]) -> tuple[int, str]:
     if np.isnan(found).any():
         raise UserError("the head returns NaN logits; a NaN never certifies")
     for number, position in enumerate(positions):
-        # One row moves to a random position, among rows that it has not met before.
+        # Moves one row to a random position in a batch of new rows.
         batch = _around(moving[number], position, jax.random.fold_in(key, number + 1), _SCALES[number], shape)
         before, after = found[chosen[number]], logits(batch)[position]
         masked = np.isinf(before) & (before == after)  # a head may mask a class with an infinite logit

@@ -51,7 +51,7 @@ class Schedule:
 
     @functools.cached_property
     def totals(self) -> dict[str, int]:
-        """Samples per stream, in the order in which they are drawn."""
+        """Number of samples of each stream; the streams are in the order in which they are drawn."""
         return {"selection": self.n0, "estimation": self.n}
 
     @functools.cached_property

@@ -77,8 +77,8 @@ class Checkpoints:
                     f"another process of this run ended while it wrote a checkpoint ({line}); the same command resumes"
                 ) from error
             raise UserError(
-                f"cannot write a checkpoint into {self._folder} ({type(error).__name__}: ...{line}); correct that, for "
-                "example by making room on a full disk; then the same command resumes from the last checkpoint"
+                f"cannot write a checkpoint into {self._folder} ({type(error).__name__}: ...{line}); remove the "
+                "cause, for example free space on a full disk; then the same command resumes from the last checkpoint"
             ) from error
 
     def latest(self) -> int | None:

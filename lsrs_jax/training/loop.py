@@ -27,7 +27,7 @@ from lsrs_jax.training.checkpoint import Checkpoints
 from lsrs_jax.training.losses import Labels, make_loss
 
 Log = Callable[..., None]  # takes a dict of metrics and, optionally, the time left as text
-_UNDER_WAY = 2  # steps that may run before the host reads the flags of the first
+_UNDER_WAY = 2  # the host reads the stop flags of a step this many steps later
 _ON_GPU = {"xla_gpu_enable_triton_gemm": False}
 
 
@@ -168,7 +168,7 @@ def check_batch(config: Config, dataset: ImageSet) -> None:
 
 
 class _Training:
-    """The state of `train`, and what it logs and saves about it."""
+    """The state of a training, with the methods that log and save it."""
 
     def __init__(
         self, model: Model, config: Config, train_set: ImageSet, test_set: ImageSet, checkpoints: Checkpoints, log: Log
