@@ -7,8 +7,8 @@
 
 A section consists of pieces; --sections=SECTION.PIECE runs one piece. Each piece writes its result to a JSON file in
 --out, and a piece that has a file is not run again, so after an interruption the same command resumes. No piece starts
-after --minutes. A training or certification that still runs then is told to save and stop; the exit code is then 75. All
-results in a folder are from one kind of device. --tiny makes every piece run in seconds, to try the script.
+after --minutes. A training or certification that still runs then is told to save and stop; the exit code is then 75.
+All results in a folder are from one kind of device. --tiny makes every piece run in seconds, to try the script.
 
 Sections, the most valuable first:
   precision   singular values of every family under each matmul precision; the float64 encoder and the noise against

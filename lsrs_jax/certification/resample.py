@@ -46,8 +46,8 @@ def run(target: Target, stored: Stored, count: int) -> None:
 
     **Guarantee**: the counts of the chosen images are the counts that the checkpoint gives for them, under the noise of
     σ and seed, except for changes by the head's rounding on another machine: no more than `allowance` for an image and
-    a stream, and over all images to either side. If nothing differs and a share q of the table has any sample of another
-    origin, N chosen images would have shown it with probability at least 1 − (1 − q)^N.
+    a stream, and over all images to either side. If nothing differs and a share q of the table has any sample of
+    another origin, N chosen images would have shown it with probability at least 1 − (1 − q)^N.
     """
     folder, identity, head_dtype = target.folder, stored.identity, target.config.certify.head_dtype
     if identity.certificate != "smoothed":
