@@ -18,9 +18,9 @@ NARROW = "model.widths=(8,8,8,8,12,8,8,8)"  # XLA's CPU back end takes most of a
             (NARROW, "train.head_dtype=bfloat16", "certify.head_dtype=bfloat16", "train.warmup_steps=1"),
             100,
         ),
+        pytest.param("cifar10_small.py", ("train.loss=smoothadv",), 100, marks=pytest.mark.soak),
         ("cifar10_small.py:isrs_split", ("train.loss=macer", "train.ema=0.9"), 100),
-        ("cifar10_small.py", ("train.loss=smoothadv",), 100),
-        ("cifar10_study.py:split6_haar", ("certify.bound=multiclass",), 100),
+        pytest.param("cifar10_study.py:split6_haar", ("certify.bound=multiclass",), 100, marks=pytest.mark.soak),
         ("cifar10_study.py:margin", (), 0),
     ],
 )

@@ -126,7 +126,7 @@ def test_the_splits_of_the_precursor_have_its_latents(encoder):
     assert jax.eval_shape(model.encode, params, image).shape == (1, *PRECURSORS[encoder])
 
 
-@pytest.mark.parametrize("method", ["adaptive", "paraunitary"])
+@pytest.mark.parametrize("method", ["adaptive", pytest.param("paraunitary", marks=pytest.mark.soak)])
 @pytest.mark.parametrize("encoder", sorted(ENCODERS))
 def test_every_encoder_is_1_lipschitz(encoder, method):
     size = (16, 16, 3) if encoder in ("partial", "preprocessor") else (32, 32, 3)

@@ -41,6 +41,11 @@ SAMPLE = [
     ((5, 5), (4, 4), 2, 8, (4, 4)),
     ((3, 3), (1, 1), 2, 2, (1, 2)),
 ]
+# Nine of them; the soak tries all, and the full grid.
+FEW = [
+    shape if index in (0, 1, 2, 4, 5, 8, 12, 14, 15) else pytest.param(shape, marks=pytest.mark.soak)
+    for index, shape in enumerate(SAMPLE)
+]
 SIZES = ((1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (7, 7), (8, 8), (16, 16), (4, 8), (16, 4), (1, 8), (5, 7))
 CHANNELS = (1, 2, 3, 4, 8, 16, 17)
 
@@ -88,7 +93,7 @@ EXACT = {"exponential": 3e-6}
 
 
 @pytest.mark.parametrize("method", FAMILIES)
-@pytest.mark.parametrize("arguments", SAMPLE, ids=str)
+@pytest.mark.parametrize("arguments", FEW, ids=str)
 def test_singular_values_are_one(method, arguments):
     family, shape = FAMILIES[method], ConvShape(*arguments)
     skip_if_refused(method, shape)
