@@ -17,8 +17,6 @@ from lsrs_jax import cli, data, models
 from lsrs_jax.training import plan
 from studies.accelerator import table
 
-ROUNDS = 3
-
 
 def rate(dataset, settings, workers, batches):
     """Images per second after the first batch, which waits until the workers have started."""
@@ -44,7 +42,7 @@ def main(arguments):
     need, images = plan.training_need(model, config), config.data.batch_size / jax.device_count()
     config.data.batch_size = 64
     found = {int(number): [] for number in options.workers.split(",")}
-    for _ in range(ROUNDS):
+    for _ in range(3):
         for count, rates in found.items():
             rates.append(rate(dataset, config.data, count, options.batches))
     cores, rows, best = os.cpu_count(), [], 0.0
