@@ -299,7 +299,7 @@ def test_what_cannot_be_sampled_again_is_refused(copy):
     stored = store.read(folder / "certificates.json")
     honest = target.target_of_certificates(folder, stored, "")
     stored = dataclasses.replace(stored, identity=dataclasses.replace(stored.identity, certificate="deterministic"))
-    with pytest.raises(UserError, match="they come from no samples"):
+    with pytest.raises(UserError, match="are not computed from samples"):
         resample.run(honest, stored, 3)
     for flags, why in (
         (["--recast=0"], "at least 1, got '0'"),

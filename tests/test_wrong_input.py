@@ -126,7 +126,7 @@ BAD_CERTIFY = {
     "selection without votes": (
         [],
         ["--from-counts", "--config.certify.start=100", "--config.certify.stop=200"],
-        "no image of this selection",
+        "has enough samples for a certificate",
     ),
     "no such certification": ([], ["--from-counts", "--config.certify.name=none"], "holds no certification to derive"),
     "counts without a ledger": (

@@ -35,7 +35,7 @@ def test_counts_are_kept_at_every_look():
         (row("estimation", 0, 1, [16, 0]), "before the selection is complete"),
         (row("selection", 0, 1, [15, 0]), "15 samples where 16 belong"),
         (row("selection", 1, 2, [4, 0]), "where 0 come next"),
-        (row("selection", 0, 3, [20, 0]), "not among those"),
+        (row("selection", 0, 3, [20, 0]), "outside the blocks"),
     ],
 )
 def test_samples_that_do_not_fit_are_refused(bad, why):

@@ -76,7 +76,7 @@ def test_any_changed_character_is_found(path):
     [
         ("4\t1\t1e-06\testimation\t4\t7\t1:36\t0.1", "where 7 come next"),
         ("5\t1\t1e-06\testimation\t1\t2\t1:16\t0.1", "where 0 come next"),
-        ("5\t1\t1e-06\tselection\t0\t2\t1:10\t0.1", "not among those"),
+        ("5\t1\t1e-06\tselection\t0\t2\t1:10\t0.1", "outside the blocks"),
         ("5\t1\t1e-06\tselection\t0\t1\t1:9\t0.1", "9 samples where 10 belong"),
         ("5\t1\t1e-06\tpilot\t0\t1\t1:10\t0.1", "unknown purpose"),
         ("5\t1\t1e-06\tselection\t0\t1\t3:10\t0.1", "bad count"),
