@@ -113,7 +113,7 @@ def test_a_newer_format_and_an_unknown_field_say_so(certification, tmp_path):
     for change, why in (
         (lambda content: content.update(format=FORMAT + 1), rf"it has format {FORMAT + 1}.*upgrade lsrs_jax"),
         (lambda content: content.update(format="1"), "its format number is '1'"),
-        (lambda content: content.update(format=-1), "its format is -1"),
+        (lambda content: content.update(format=-1), "its format number is -1"),
         (lambda content: content.update(signature="x"), "unknown field 'signature'"),
         (lambda content: content["identity"].update(planet="x"), "unknown field 'identity.planet'; if a newer version"),
         (lambda content: content["identity"]["data"].update(licence="x"), "unknown field 'identity.data.licence'"),
