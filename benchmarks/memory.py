@@ -6,6 +6,7 @@ Each network is measured in a process of its own. On a CPU the memory taken is t
 moment before the first step, plus the batch; on other platforms it is what the device reports.
 """
 
+import argparse
 import multiprocessing
 from pathlib import Path
 
@@ -56,8 +57,9 @@ def measure(name, shape, classes, batch):
     return planned, resident("VmHWM") - before + images.nbytes  # the estimate includes the batch
 
 
-def main(_):
+def main(arguments):
     """The command; see the module's docstring."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args(arguments)
     print("| config | batch | estimated, MiB | taken, MiB | estimated over taken |\n|---|---|---|---|---|", flush=True)
     for name, *rest, batch in NETWORKS:
         with multiprocessing.get_context("spawn").Pool(1) as pool:

@@ -301,8 +301,10 @@ def load_config(path: Path) -> Config:
     try:
         return config_from_dict(read_json(path))
     except FileNotFoundError as error:
-        remedy = "restore it, or run python -m lsrs_jax.train with a new --workdir"
-        raise UserError(f"{path.parent} holds no config.json of a training: {remedy}") from error
+        if (path.parent / "checkpoints").exists():
+            raise UserError(f"{path.parent} holds checkpoints but no config.json: restore it from a copy") from error
+        remedy = f"run python -m lsrs_jax.train --workdir={path.parent} first"
+        raise UserError(f"{path.parent} holds no training: {remedy}") from error
     except UserError as error:
         raise in_file(path, error) from error
     except ValueError as error:

@@ -77,10 +77,9 @@ def _precision(found):
 
 def _throughput(found):
     """Tables and sentences of section throughput."""
-    if not (ceilings := found.get("ceilings")):
-        return
-    row = [f"{ceilings[name] / 1e12:.4g}" for name in ("float32", "tf32", "bfloat16", "copy")]
-    yield table("matrix products, float32: TFLOP/s|TF32|bfloat16|copy, TB/s (read and written)", [row])
+    if ceilings := found.get("ceilings"):
+        row = [f"{ceilings[name] / 1e12:.4g}" for name in ("float32", "tf32", "bfloat16", "copy")]
+        yield table("matrix products, float32: TFLOP/s|TF32|bfloat16|copy, TB/s (read and written)", [row])
     rows = []
     for name, head in found.items():
         if name.startswith("votes-"):
@@ -96,7 +95,7 @@ def _throughput(found):
             f"Drawing the noise takes {noise['noise_share']:.1%} of the default head's loop; with independent noise for"
             f" every image, the loop draws {noise['independent_over_shared']:.1%} of the samples per second."
         )
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", "bfloat16") if ceilings else ():
         yield from _layers(dtype, found, ceilings[dtype])
     if one := found.get("encoder"):
         row = [f"{one['float64']:,.0f}", f"{one['float32']:,.0f}", f"{one['flops'] / 1e6:.1f}"]

@@ -147,7 +147,7 @@ BAD_CERTIFY = {
     "other encoder": ([], "--config.model.encoder=identity", "trained with model.encoder='shallow'"),
     "no checkpoint": ([lambda w: shutil.rmtree(w / "checkpoints")], "", "no checkpoint"),
     "other training": ([], "--config.train.loss=macer", "trained with train.loss='gaussian', not 'macer'"),
-    "no config": ([lambda w: (w / "config.json").unlink()], "", "holds no config.json"),
+    "no config": ([lambda w: (w / "config.json").unlink()], "", "holds checkpoints but no config.json"),
     "other network": ([], "--config.model.head=linear", "trained with model.head='mlp'"),
 }
 

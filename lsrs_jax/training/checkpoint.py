@@ -7,6 +7,8 @@ of the target, so that one device can open a checkpoint of eight.
 
 import contextlib
 import hashlib
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,6 @@ class Checkpoints:
         if self._folder.exists() and not self._folder.is_dir():
             raise UserError(f"{self._folder} is not a folder; move it away, or use another --workdir")
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._saving = contextlib.ExitStack()  # silences Orbax while it writes
         with _all_readable(self._folder):
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=_ITEMS)
 
@@ -58,7 +59,7 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         try:
-            with self._saving, self._writing():
+            with self._writing():
                 self._manager.close()
         except UserError:
             if kind is None:  # otherwise let the exception of the block go on, which says more
@@ -89,13 +90,25 @@ class Checkpoints:
         """Copies the arrays to the host and starts to write them. `trained_on` describes the data."""
         meta = {"step": int(step), "digest": digest(params), "optimizer": _digest_if_whole(opt_state)} | trained_on
         items = {"model": ocp.args.StandardSave(params), "train": ocp.args.StandardSave(opt_state)}
-        self._saving.enter_context(quiet())  # Orbax goes on in threads of its own until `wait`
+        self._silence = contextlib.ExitStack()
+        self._silence.enter_context(quiet())
         with self._writing():
             self._manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)))
+        threading.Thread(target=self._end_silence, args=(self._silence, step), daemon=True).start()
+
+    def _end_silence(self, silence: contextlib.ExitStack, step: int) -> None:
+        """Lets warnings and logs be seen again when Orbax has written the checkpoint in its threads.
+
+        If that fails, as on a full disk, the threads print tracebacks until the error is raised in the next call here.
+        """
+        while self._manager.is_saving_in_progress():
+            time.sleep(0.05)
+        if (self._folder / str(step)).exists():
+            silence.close()
 
     def wait(self) -> None:
         """Blocks until everything is on disk."""
-        with self._saving, self._writing():
+        with self._writing():
             self._manager.wait_until_finished()
 
     def restore(self, step: int, params: Any, opt_state: Any) -> tuple[Any, Any]:
