@@ -50,6 +50,7 @@ class Checkpoints:
         self._folder = checkpoints(workdir)
         if self._folder.exists() and not self._folder.is_dir():
             raise UserError(f"{self._folder} is not a folder; move it away, or use another --workdir")
+        self._silence = contextlib.ExitStack()  # of the newest save
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         with _all_readable(self._folder):
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=_ITEMS)
@@ -61,6 +62,7 @@ class Checkpoints:
         try:
             with self._writing():
                 self._manager.close()
+            self._silence.close()
         except UserError:
             if kind is None:  # otherwise let the exception of the block go on, which says more
                 raise
@@ -110,6 +112,7 @@ class Checkpoints:
         """Blocks until everything is on disk."""
         with self._writing():
             self._manager.wait_until_finished()
+        self._silence.close()
 
     def restore(self, step: int, params: Any, opt_state: Any) -> tuple[Any, Any]:
         """Parameters and optimizer state of `step`, with the shapes and shardings of the two targets.
