@@ -6,10 +6,11 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 from absl import logging as absl_logging
 
-_state = {"debug": False, "depth": 0}
+_state = {"debug": False, "depth": 0, "ignored": False}
 _lock, _restore = threading.Lock(), contextlib.ExitStack()
 
 
@@ -32,12 +33,11 @@ def quiet() -> Iterator[None]:
     with _lock:
         _state["depth"] += 1
         if _state["depth"] == 1:
-            _restore.callback(logging.getLogger("asyncio").setLevel, logging.getLogger("asyncio").level)
+            _restore.callback(_show_leftovers, logging.getLogger("asyncio").level, sys.unraisablehook)
             _restore.callback(absl_logging.set_verbosity, absl_logging.get_verbosity())
-            _restore.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
             _restore.enter_context(warnings.catch_warnings(action="ignore"))
             absl_logging.set_verbosity(absl_logging.FATAL)
-            ignore_leftovers()
+            _hide_leftovers()
     try:
         yield
     finally:
@@ -53,5 +53,16 @@ def ignore_leftovers() -> None:
     For a damaged checkpoint Orbax leaves tasks behind that end in finalizers at any later time.
     """
     if not _state["debug"]:
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-        sys.unraisablehook = lambda _: None
+        _state["ignored"] = True
+        _hide_leftovers()
+
+
+def _hide_leftovers() -> None:
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda _: None
+
+
+def _show_leftovers(level: int, hook: Any) -> None:
+    if not _state["ignored"]:
+        logging.getLogger("asyncio").setLevel(level)
+        sys.unraisablehook = hook

@@ -183,15 +183,15 @@ def _restore(manager: ocp.CheckpointManager, folder: epath.Path, step: int, **ta
 @contextlib.contextmanager
 def _readable(what: str, remedy: str) -> Iterator[None]:
     """Turns every exception of the block into a UserError of one line."""
-    try:
-        with quiet():
+    with quiet():
+        try:
             yield
-    except UserError:
-        raise
-    except Exception as error:  # any error of Orbax's and TensorStore's readers
-        ignore_leftovers()
-        line = " ".join(str(error).split()).partition(" See full TensorStore")[0][:160]
-        raise UserError(f"cannot read {what} ({type(error).__name__}: {line}); {remedy}") from error
+        except UserError:
+            raise
+        except Exception as error:  # any error of Orbax's and TensorStore's readers
+            ignore_leftovers()
+            line = " ".join(str(error).split()).partition(" See full TensorStore")[0][:160]
+            raise UserError(f"cannot read {what} ({type(error).__name__}: {line}); {remedy}") from error
 
 
 def _all_readable(folder: epath.Path) -> contextlib.AbstractContextManager[None]:
