@@ -85,7 +85,7 @@ def test_processes_that_share_a_bucket_only(alone, tmp_path):
 def test_a_killed_certification_is_resumed_by_another_number_of_processes(alone, tmp_path, counts):
     workdir = tmp_path / "killed"
     shutil.copytree(alone, workdir)
-    flags = [f"--workdir={workdir}", "--config.certify.name=whole", "--config.certify.n=50000"]
+    flags = [f"--workdir={workdir}", "--config.certify.name=whole", "--config.certify.n=20000"]
     flags += ["--config.certify.tile=(2,8)", "--config.certify.schedule=staged"]
     table = "certify/whole/certificates.tsv"
     run("certify", *flags, devices=2)
@@ -131,7 +131,7 @@ def test_a_signal_to_one_process_of_a_certification_is_no_error_of_the_others(al
     """Exit code 75 means that the same command can be tried again; 2 would mean that something must be fixed."""
     workdir = tmp_path / "interrupted"
     shutil.copytree(alone, workdir)
-    flags = [f"--workdir={workdir}", "--config.certify.name=long", "--config.certify.n=100000"]
+    flags = [f"--workdir={workdir}", "--config.certify.name=long", "--config.certify.n=25000"]
     processes = start_together(2, "certify", *flags, "--config.certify.tile=(2,8)", devices=1)
     ledger = workdir / "certify" / "long" / "votes.1.tsv"
     wait_for(lambda: ledger.exists() and ledger.stat().st_size > 300, processes)
