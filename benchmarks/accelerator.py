@@ -120,7 +120,7 @@ def same_counts(work):
         flag, folder = f"--config.certify.name={name}", place / "certify" / name
         work.command("-m", "lsrs_jax.certify", f"--workdir={place}", flag, environment=environment)
         stored = store.read_folder(folder, "to be compared")
-        images = ledger.read(folder, schedule_of(stored.settings), stored.identity.classes).images
+        images = ledger.read(folder, schedule_of(stored.settings), stored.identity.classes, stored.identity.run).images
         counts[name] = np.array([list(images[i].counts.values()) for i in sorted(images)])
         tables[name] = read_table(folder / "certificates.tsv")
     here, cpu = tables["here"], tables["cpu"]

@@ -26,7 +26,7 @@ from lsrs_jax import cli
 from lsrs_jax.auditing.auditor import Auditor
 from lsrs_jax.auditing.table import Attacked, Journal, Settings, read_audit
 from lsrs_jax.certification.encode import make_sampler
-from lsrs_jax.certification.store import read_folder
+from lsrs_jax.certification.store import Stored, read_folder
 from lsrs_jax.certification.table import read_table
 from lsrs_jax.certification.target import Target, target_of_certificates
 from lsrs_jax.runtime import files, processes
@@ -84,19 +84,19 @@ def _run(workdir: Path, settings: Settings, rest: list[str]) -> None:
     target = target_of_certificates(folder, stored, asked.data.dir)
     with files.locked(folder / ".audit.lock", f"auditing {folder}"):
         journal = Journal(folder, settings, stored.derivation["certificates"])
-        _attack(target, settings, stored.lipschitz.constant, journal)
+        _attack(target, settings, stored, journal)
         journal.finish()
         _conclude(journal.path)
 
 
-def _attack(target: Target, settings: Settings, lipschitz: float, journal: Journal) -> None:
+def _attack(target: Target, settings: Settings, stored: Stored, journal: Journal) -> None:
     table, config = read_table(target.folder / "certificates.tsv"), target.config
     size = min(settings.images or len(table), len(table))
     rows = np.unique(np.linspace(0, len(table) - 1, size).astype(int))
     encoder, head = target.model.for_certification(target.params, config.certify.head_dtype)
     sampler = make_sampler(config, head, encoder.report.output_shape)
-    levels = {"lipschitz": lipschitz, "alpha": config.certify.alpha}
-    auditor = Auditor(encoder, head, sampler, settings=settings, seed=config.seed, **levels)
+    levels = {"lipschitz": stored.lipschitz.constant, "alpha": config.certify.alpha}
+    auditor = Auditor(encoder, head, sampler, settings=settings, seed=stored.identity.seed or 0, **levels)
     left = len(rows) - len(journal.done)
     print(
         f"{len(rows):,} certificates, {left:,} of them to attack: {len(settings.fractions)} radii inside each, "

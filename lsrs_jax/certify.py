@@ -8,9 +8,11 @@ The configuration comes from the workdir; flags override it. The command writes 
 certificates.json into <workdir>/certify/<name>. The same command resumes an interrupted certification, on any number of
 devices and processes (docs/scale.md). With --from-counts it derives new certificates from the counts on disk, with
 another alpha or bound, without the model or the data. With --verify it derives every radius again, compares digests,
-and names the first line that differs. With --recast=N it does the same, and then samples N images again from their
-pixels; it chooses them at random each time. Deterministic certificates take no samples: they are the margins of a
-linear head (model.head linear, normalized or orthogonal).
+and names the first line that differs; exit code 0 means that all is intact, 2 that something is wrong, 3 that nothing
+wrong was found but images are missing or something could not be checked, as the verdict says. With --recast=N it does
+the same, and then samples N images again from their pixels; it chooses them at random each time. With --json both print
+the verdict as JSON. Deterministic certificates take no samples: they are the margins of a linear head (model.head
+linear, normalized or orthogonal).
 """
 
 if __name__ == "__main__":
@@ -19,9 +21,13 @@ if __name__ == "__main__":
     main("certify")
 
 import argparse
+import contextlib
+import json
+import sys
+from pathlib import Path
 
 from lsrs_jax import cli, models
-from lsrs_jax.certification import deterministic, resample, smoothed, store, verify
+from lsrs_jax.certification import deterministic, smoothed, store, verify
 from lsrs_jax.certification.target import load_target, target_of_certificates
 from lsrs_jax.config import load_config
 from lsrs_jax.runtime import profiling
@@ -41,25 +47,47 @@ def run(arguments: list[str]) -> None:
     number = cli.checked(int, lambda images: images >= 1, "a number of images, at least 1")
     instead.add_argument("--recast", type=number, metavar="N", help="do --verify, then sample N images again")
     cli.add_profile(instead)
+    parser.add_argument("--json", action="store_true", help="print the verdict of --verify or --recast as JSON")
     options, rest = parser.parse_known_args(arguments)
     with started() as process, opened(options.workdir) as workdir:
         _run(workdir, process, options, rest)
 
 
+def _read(folder: Path, data_dir: str, options: argparse.Namespace) -> None:
+    """``--verify`` and ``--recast``; exits with 3 if something could not be checked."""
+    answer, out = {}, sys.stdout
+    try:
+        with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+            stored, verdict = verify.run(folder, None if options.recast else data_dir)
+            if options.recast:
+                from lsrs_jax.certification import resample  # it imports scipy.stats, which takes a second
+
+                cache_compilations()
+                resample.run(target_of_certificates(folder, stored, data_dir), stored, options.recast, verdict)
+            print(verdict)
+        answer = verdict.to_dict()
+    except UserError as error:
+        answer = {"verdict": "refused", "reason": str(error)}
+        raise
+    finally:
+        if options.json and answer:
+            print(json.dumps(answer), file=out)
+    if not verdict.complete:
+        sys.exit(3)
+
+
 def _run(workdir: Workdir, process: Process, options: argparse.Namespace, rest: list[str]) -> None:
     reader = "--recast" if options.recast else "--verify" if options.verify else ""
-    fields = ("certify.name", "data.dir") if options.recast else ("certify.name",)
-    config = cli.config_of_training(workdir.path, rest, reader, fields)
+    if options.json and not reader:
+        raise UserError("--json is for --verify and --recast")
+    config = cli.config_of_training(workdir.path, rest, reader, ("certify.name", "data.dir"))
     folder = workdir.path / "certify" / config.certify.name
     if (reader or options.from_counts) and process.count > 1:
         remedy = "start it alone, or with JAX_DISTRIBUTED=off"
         raise UserError(f"--from-counts, --verify and --recast are for one process; {remedy}")
     if reader:
         with reading():
-            stored = verify.run(folder)
-            if options.recast:
-                cache_compilations()
-                resample.run(target_of_certificates(folder, stored, config.data.dir), stored, options.recast)
+            _read(folder, config.data.dir, options)
         return
     path = folder / "certificates.json"
     if path.exists():
@@ -67,7 +95,7 @@ def _run(workdir: Workdir, process: Process, options: argparse.Namespace, rest: 
         if not options.from_counts:
             # A resumed run keeps how its certificates were last derived: alpha, bound, radii and epsilon.
             base = load_config(workdir.path / "config.json")
-            for name in smoothed.DERIVED:
+            for name in (*smoothed.DERIVED, "seed"):
                 if (kept := chosen.certify[name]) != base.certify[name]:
                     base.certify[name] = kept
                     derived = f"{folder} was derived with {name} {kept}"

@@ -166,7 +166,7 @@ def config_of_training(workdir: Path, rest: list[str], reader: str = "", fields:
 
     If a command only reads certificates, `reader` is its name, and flags may only change `fields`.
     """
-    from lsrs_jax.config import config_to_dict, load_config
+    from lsrs_jax.config import SEED_OF_TRAINING, config_to_dict, load_config
 
     trained = load_config(workdir / "config.json")
     config = config_from_flags(rest, trained.copy_and_resolve_references())
@@ -175,6 +175,8 @@ def config_of_training(workdir: Path, rest: list[str], reader: str = "", fields:
     if difference := first_difference(before, after, ("model.noise", *others)):
         name, old, new = difference
         raise UserError(f"the network was trained with {name}={old!r}, not {new!r}; train with the new value first")
+    if config.certify.seed != SEED_OF_TRAINING and before["seed"] != after["seed"]:
+        raise UserError("the field seed belongs to the training; the noise of a certification has the certify.seed")
     if reader and (difference := first_difference(before, after, fields)):
         raise UserError(
             f"{reader} takes {difference[0]} from the certificates; only {' and '.join(fields)} may be given"

@@ -21,6 +21,7 @@ from lsrs_jax.smoothing.schedule import SCHEDULES
 LOSSES = ("gaussian", "consistency", "macer", "smoothadv", "smoothadv_consistency", "margin")
 DTYPES = ("float32", "bfloat16")
 CERTIFICATES = ("smoothed", "deterministic")
+SEED_DERIVED, SEED_OF_TRAINING = -1, -2  # values of certify.seed
 
 # These fields may change between the first start of a training and its resumption.
 _MAY_CHANGE = (
@@ -66,6 +67,7 @@ def _one_of(*choices: str) -> Limit:
 
 _PLAIN = re.compile(r"\w[\w.-]*")
 _SEED = _between(0, 2**32 - 1, "between 0 and 2**32 - 1")
+_NOISE_SEED = _between(SEED_OF_TRAINING, 2**32 - 1, "between 0 and 2**32 - 1, or -1 to derive it")
 _SIGMA = _between(2.0**-60, 2.0**60, "a positive number (between 1e-18 and 1e18)")
 _DATA = Limit("the name of a data set, as in 'cifar10'", lambda name, _: bool(_PLAIN.fullmatch(name.replace(":", ""))))
 _CROP = Limit("at least 0, and 0 if data.size is given", lambda crop, c: crop >= 0 and not (crop and c.data.size))
@@ -88,7 +90,7 @@ _DECAY = Limit("at least 0 and below 1", lambda decay, _: 0 <= decay < 1)
 _POSITIVE = Limit("a positive number", lambda value, _: 0 < value < float("inf"))
 
 FIELDS: dict[str, Field] = {
-    "seed": Field(0, REQUIRED, "All random numbers follow from this seed.", _SEED),
+    "seed": Field(0, REQUIRED, "Parameters, batches and noise of the training follow from this seed.", _SEED),
     "sigma": Field(0.5, REQUIRED, "The noise has this standard deviation, in training and certification.", _SIGMA),
     "data.name": Field("digits", REQUIRED, "The set is the embedded digits or one of tensorflow-datasets.", _DATA),
     "data.dir": Field("", REQUIRED, "This folder holds tensorflow-datasets; if empty, $TFDS_DATA_DIR does."),
@@ -160,6 +162,12 @@ FIELDS: dict[str, Field] = {
     "certify.start": Field(0, REQUIRED, "The first certified image has this index.", _at_least(0)),
     "certify.stop": Field(0, REQUIRED, "Certification ends before this index; 0 means the end of the split.", _STOP),
     "certify.step": Field(1, REQUIRED, "One of this many images is certified.", _at_least(1)),
+    "certify.seed": Field(
+        SEED_DERIVED,
+        SEED_OF_TRAINING,
+        "The noise has this seed; -1 derives it from parameters and images, -2 takes the field seed.",
+        _NOISE_SEED,
+    ),
     "certify.arithmetic": Field(
         "sound", "float32", 'Noise is added exactly on a grid ("sound"), or in "float32".', _ARITHMETIC
     ),
@@ -249,6 +257,12 @@ def upgrade_section(values: dict[str, Any], prefix: str) -> dict[str, Any]:
     names = [name for name in FIELDS if name.startswith(prefix)]
     missing = {name.removeprefix(prefix): FIELDS[name].absent for name in names if FIELDS[name].absent is not REQUIRED}
     return plain(missing) | values
+
+
+def without_absent(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Leaves out of a section what `upgrade_section` would add: it stays the same when later versions add fields."""
+    absent = upgrade_section({}, prefix)
+    return {name: value for name, value in values.items() if name not in absent or absent[name] != value}
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -24,6 +24,7 @@ import numpy as np
 
 from lsrs_jax import cli
 from lsrs_jax.auditing.table import Audit, read_finished
+from lsrs_jax.certification.store import read
 from lsrs_jax.certification.table import Table, read_table
 from lsrs_jax.runtime import documents, files
 from lsrs_jax.runtime.errors import UserError
@@ -58,6 +59,7 @@ def load_runs(arguments: Sequence[str]) -> list[Run]:
             ours = file.name == "certificates.tsv"  # the files beside it are about the table of this name
             notes, audit = list(_derivation_notes(file)) if ours else [], _audit(file) if ours else None
             table = read_table(file)
+            notes += _missing_images(file, table) if ours else ()
             if table.truncated:
                 notes.insert(0, "its last line was cut off and is left out.")
             if audit:
@@ -104,6 +106,19 @@ def _derivation_notes(table: Path) -> Iterator[str]:
     if radii and isinstance(radii, list) and all(0 <= real(radius) <= 1e300 for radius in radii):
         decided = ", ".join(f"{radius:g}" for radius in radii)
         yield f"staged to decide the radii {decided}; at other radii, and in its ACR, it is a lower bound."
+
+
+def _missing_images(file: Path, table: Table) -> Iterator[str]:
+    """A note if the configuration beside a table asks for images that the table lacks."""
+    path = file.with_name("certificates.json")
+    content = documents.read_json(path) if path.exists() else None
+    if isinstance(content, dict) and {"digest", "config", "identity"} <= content.keys():
+        wanted = read(path).wanted
+        if wanted and (missing := len(set(wanted) - set(table.idx.tolist()))):
+            yield (
+                f"{missing:,} of the {len(wanted):,} images that were to be certified are not in its table: it is not "
+                "finished, or they were left out. Staged sampling decides the images without a certificate first."
+            )
 
 
 def _audit(table: Path) -> Audit | None:

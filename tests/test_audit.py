@@ -22,7 +22,7 @@ from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.format import AUDIT_COLUMNS
 from lsrs_jax.smoothing.sampler import Sampler
 from support import threefry
-from support.commands import QUICK, fingerprint, finish, full_disk, refused, run, start
+from support.commands import QUICK, ended, fingerprint, finish, full_disk, refused, run, start
 
 SIGMA, SHAPE = 0.25, (4, 4, 3)
 SETTINGS = Settings(images=0, fractions=(0.5, 1.0), restarts=2, steps=20, samples=16, votes=1000)
@@ -180,15 +180,19 @@ def test_verify_looks_at_the_audit_too(audited, tmp_path):
     shutil.copytree(audited, copy)
     path = copy / "certify" / "default" / "audit.tsv"
     verify = ["certify", f"--workdir={copy}", "--verify"]
-    assert "; the audit of 24 of them, with 0 flips, is unchanged" in run(*verify)
+    assert "the files of the audit (24 images, 0 flips)" in run(*verify)
     whole = path.read_text()
     path.write_text(whole.replace("\t0\t", "\t1\t", 1))
     assert f"{path} has changed: its digest is not the one in audit.json" in refused(*verify)
     path.write_text(whole)
     run("certify", f"--workdir={copy}", "--from-counts", "--config.certify.alpha=0.05", "--config.certify.tile=(8,32)")
-    assert "; note: audit.tsv is the audit of another table" in run(*verify)
+    code, out, _ = ended(*verify)
+    assert code == 3
+    assert "not checked: the audit, which is of another table" in out
     path.unlink()
-    assert "; note: audit.json has no audit.tsv beside it" in run(*verify)
+    code, out, _ = ended(*verify)
+    assert code == 3
+    assert "not checked: the audit (audit.json has no audit.tsv beside it)" in out
 
 
 def test_a_killed_audit_resumes_to_the_same_table(audited, certified, tmp_path):

@@ -17,7 +17,7 @@ from lsrs_jax.runtime.rng import pinned, root_key
 from lsrs_jax.smoothing.schedule import make_schedule
 from lsrs_jax.training import checkpoint
 from support.commands import QUICK, fingerprint, refused, run, without_time
-from support.forging import rewrite
+from support.forging import reseal, rewrite
 
 
 def recomputed(folder, alpha, looks):
@@ -106,6 +106,9 @@ def test_interrupted_images_are_left_out_of_what_is_derived(copy, certified):
     kept = [line for line in lines if not (line.startswith("7\t") and "estimation" in line)]
     assert len(kept) < len(lines)
     ledger.write_text("".join(kept))
+    again = ["certify", f"--workdir={copy}", "--config.certify.name=base", "--from-counts"]
+    assert "votes.0.tsv has changed" in refused(*again)
+    reseal(ledger.parent)
     out = run("certify", f"--workdir={copy}", "--config.certify.name=base", "--from-counts")
     assert "1 images whose sampling was interrupted" in out
     assert 7 not in read_table(copy / "certify" / "base" / "certificates.tsv").idx
@@ -117,7 +120,7 @@ def test_the_whole_error_budget_reaches_the_certificates(tmp_path):
     """Recomputes radii from the ledger with SciPy alone, for an encoder that stretches by 2."""
     workdir = tmp_path / "run"
     run("train", *QUICK, "--config.model.std=(0.5,)", "--config.model.mean=(0.2,)", f"--workdir={workdir}")
-    run("certify", f"--workdir={workdir}")
+    run("certify", f"--workdir={workdir}", "--config.certify.seed=0")
     folder = workdir / "certify" / "default"
     samples, slack = {}, {}
     for line in (folder / "votes.0.tsv").read_text().splitlines()[1:]:
@@ -168,6 +171,7 @@ def test_a_resume_refuses_an_image_with_too_little_slack(copy):
     ledger = copy / "certify" / "base" / "votes.0.tsv"
     lines = ledger.read_text().splitlines(keepends=True)
     ledger.write_text("".join(line for line in lines if not (line.startswith("7\t") and "estimation" in line)))
+    reseal(ledger.parent)
     rows = ledger.read_text().splitlines()
     own = [number for number, row in enumerate(rows, 1) if row.startswith("7\t")]
     slack, arguments = float(rows[own[0] - 1].split("\t")[2]), [f"--workdir={copy}", "--config.certify.name=base"]
@@ -175,6 +179,7 @@ def test_a_resume_refuses_an_image_with_too_little_slack(copy):
     def set_slack(share):
         for number in own:
             rewrite(ledger, number, lambda fields: [*fields[:2], repr(share * slack), *fields[3:]])
+        reseal(ledger.parent)
 
     set_slack(1 - 1e-9)
     with pytest.raises(UserError, match=f"image 7 has the slack .* less than the {slack} of its latent"):

@@ -14,7 +14,7 @@ from lsrs_jax.smoothing.schedule import make_schedule
 from support import threefry
 
 PINNED = {
-    "FORMAT": 1,
+    "FORMAT": 2,
     "PRNG": "threefry2x32",
     "KEY_DOMAINS": {"init": 1, "train": 2, "evaluate": 3, "certify": 0xE35A18C7, "probe": 5, "audit": 6},
     "STREAMS": {"selection": 1, "estimation": 2, "prediction": 3},
@@ -24,7 +24,10 @@ PINNED = {
     "COLUMN_BITS": 18,
     "THRESHOLD_BITS": 45,
     "GRID_BITS": 15,
-    "LEDGER_COLUMNS": ("idx", "label", "slack", "purpose", "first", "stop", "votes", "seconds", "crc"),
+    "LEDGER_COLUMNS": {
+        1: ("idx", "label", "slack", "purpose", "first", "stop", "votes", "seconds", "crc"),
+        2: ("idx", "label", "slack", "purpose", "first", "stop", "votes", "seconds", "run", "crc"),
+    },
     "FIELD_COLUMNS": ("idx", "label", "predict", "radius", "correct", "time"),
     "AUDIT_COLUMNS": (
         *("idx", "label", "predict", "radius", "unperturbed"),

@@ -40,12 +40,14 @@ def draw_again(workdir, count=40, name="default"):
     """Re-samples `count` images on eight devices; the fixture certified on one."""
     folder = workdir / "certify" / name
     stored = store.read(folder / "certificates.json")
-    resample.run(target.target_of_certificates(folder, stored, ""), stored, count)
+    verdict = verify.Verdict(0)
+    resample.run(target.target_of_certificates(folder, stored, ""), stored, count, verdict)
+    return verdict
 
 
-def rederive(workdir, stored=None):
+def rederive(workdir, stored=None, name="default"):
     """Derives table and digests from the ledger, as a forger would, so that `verify` accepts the folder."""
-    folder = workdir / "certify" / "default"
+    folder = workdir / "certify" / name
     if stored:
         (folder / "certificates.json").write_text(json.dumps(stored))
     reseal(folder)
@@ -82,7 +84,8 @@ def test_forged_counts_are_found_in_one_image_and_in_all(copy):
             rewrite(path, number, forged)
     rederive(copy)
     with pytest.raises(
-        UserError, match=rf"image {image}: [\d,]+ of its [\d,]+ \w+ samples are not from this network: class"
+        UserError,
+        match=rf"image {image}: [\d,]+ of its [\d,]+ \w+ samples are not from this network, and rounding",
     ):
         draw_again(copy)
     forge_everything(copy / "certify" / "default")
@@ -134,7 +137,9 @@ def test_one_more_sample_for_every_candidate_is_found(copy):
     for number in first.values():
         rewrite(folder / "votes.0.tsv", number, one_more)
     rederive(copy)
-    with pytest.raises(UserError, match=r"lead their rivals by .* samples more than now, nearly all to"):
+    with pytest.raises(
+        UserError, match=r"the right classes lead their rivals by \d+ samples more than now, and rounding"
+    ):
         draw_again(copy)
 
 
@@ -173,7 +178,7 @@ def test_a_larger_sigma_than_that_of_the_samples_is_found(copy):
 def test_samples_under_the_noise_of_another_seed_are_found(copy):
     folder = copy / "certify" / "default"
     stored = json.loads((folder / "certificates.json").read_text())
-    stored["config"]["seed"] = stored["identity"]["seed"] = 7
+    stored["config"]["certify"]["seed"] = stored["identity"]["seed"] = 7
     rederive(copy, stored)
     with pytest.raises(UserError, match="not of this checkpoint, sigma and seed"):
         draw_again(copy)
@@ -184,7 +189,7 @@ def test_samples_of_another_generator_are_refused(copy):
     stored = store.read(folder / "certificates.json")
     stored = dataclasses.replace(stored, identity=dataclasses.replace(stored.identity, prng="rbg"))
     with pytest.raises(UserError, match="another generator: prng 'rbg'"):
-        resample.run(target.target_of_certificates(folder, stored, ""), stored, 3)
+        resample.run(target.target_of_certificates(folder, stored, ""), stored, 3, verify.Verdict(0))
 
 
 def test_a_slack_below_that_of_the_latent_is_found(copy):
@@ -203,47 +208,6 @@ def test_a_slack_below_that_of_the_latent_is_found(copy):
         draw_again(copy)
 
 
-def image(samples, moved, selection=(100, 0, 0)):
-    look = np.array([[samples - moved, moved, 0]])
-    return types.SimpleNamespace(idx=5, counts={"selection": np.array(selection)}, looks=look)
-
-
-@pytest.mark.parametrize(
-    ("allowed", "samples", "dtype"),
-    [
-        (1, 20, "float32"),
-        (1, 1000, "float32"),
-        (5, 100_000, "float32"),
-        (3, 20, "bfloat16"),
-        (16, 1000, "bfloat16"),
-        (159, 100_000, "bfloat16"),
-    ],
-)
-def test_a_few_samples_may_move_by_rounding_and_no_more(allowed, samples, dtype):
-    assert resample._compare(image(samples, 0), image(samples, 0), dtype) == (0, 0)
-    assert resample._compare(image(samples, 0), image(samples, allowed), dtype) == (allowed, 2 * allowed)
-    with pytest.raises(
-        ValueError, match=rf"image 5: {allowed + 1} of its .* are not from this network: class 0 has {samples:,}"
-    ):
-        resample._compare(image(samples, 0), image(samples, allowed + 1), dtype)
-    # The selection samples have an allowance of their own, which does not depend on the estimation samples.
-    with pytest.raises(ValueError, match="image 5: 100 of its 100 selection samples are not"):
-        resample._compare(image(samples, 0, (0, 100, 0)), image(samples, 0), dtype)
-
-
-def test_another_kind_of_device_may_shift_the_logits_of_an_image_in_bfloat16():
-    """The largest difference between an H200 and a CPU on 192 images was 34 of 1,024 samples, and 117 of 4,096."""
-    for samples, seen, allowed in ((1024, 34, 68), (4096, 117, 237)):
-        with pytest.raises(ValueError, match="are not from this network"):
-            resample._compare(image(samples, 0), image(samples, seen), "bfloat16")
-        assert resample._compare(image(samples, 0), image(samples, seen), "bfloat16", elsewhere=True).moved == seen
-        resample._compare(image(samples, 0), image(samples, allowed), "bfloat16", elsewhere=True)
-        with pytest.raises(ValueError, match=f"{allowed + 1} of its .* are not from this network"):
-            resample._compare(image(samples, 0), image(samples, allowed + 1), "bfloat16", elsewhere=True)
-    with pytest.raises(ValueError, match="are not from this network"):
-        resample._compare(image(1024, 0), image(1024, 34), "float32", elsewhere=True)
-
-
 def test_on_another_kind_of_device_only_the_chosen_images_are_sampled(copy, monkeypatch, capsys):
     """Otherwise the large tile of an accelerator would cost a CPU much time. The noise stays the same."""
     folder, tiles, pipeline = copy / "certify" / "default", [], resample.Pipeline
@@ -254,35 +218,13 @@ def test_on_another_kind_of_device_only_the_chosen_images_are_sampled(copy, monk
         return pipeline(reduced, *rest)
 
     monkeypatch.setattr(resample, "Pipeline", seen)
+    written = json.loads((folder / "certificates.json").read_text())
     for platform, tile in ((stored.identity.platform, (32, 32)), ("gpu NVIDIA H200", (3, 32))):
-        stored = dataclasses.replace(stored, identity=dataclasses.replace(stored.identity, platform=platform))
-        resample.run(target.target_of_certificates(folder, stored, ""), stored, 3)
+        written["identity"]["platform"] = platform
+        rederive(copy, written)
+        draw_again(copy, 3)
         assert "drawn again: 3,300 samples of 3 images; 0 differ" in capsys.readouterr().out
         assert tiles.pop() == tile
-
-
-def test_a_sample_taken_from_the_rival_alone_counts_as_surplus():
-    """The bound `multiclass` would give such an image a larger radius."""
-    forged, drawn = image(1000, 90), image(1000, 91)
-    forged.looks, drawn.looks = np.array([[900, 90, 10]]), np.array([[900, 91, 9]])
-    assert resample._compare(forged, drawn, "float32") == (1, 1)
-
-
-@pytest.mark.parametrize("dtype", resample._TURNED)
-def test_samples_may_move_to_either_side_and_not_all_to_one(dtype):
-    """Of 40 images with 10^5 samples each, a share of the samples moves, in both directions or all in one."""
-    samples, rng = 100_000, np.random.default_rng(0)
-    turned = rng.binomial(samples, resample._TURNED[dtype], (2000, 40))
-    net = 2 * rng.binomial(turned, 0.5) - turned
-    assert (np.abs(net) <= resample.allowance(samples, dtype)).mean() > 0.999
-
-    def refused(surplus):
-        together = resample._together([resample._Difference(abs(samples), samples) for samples in surplus])
-        return together[0] > resample._TOGETHER * together[1]
-
-    assert not any(map(refused, net))
-    assert all(map(refused, np.abs(net) + 1))
-    assert not refused([resample.allowance(samples, dtype)])
 
 
 def test_what_cannot_be_sampled_again_is_refused(copy):
@@ -299,8 +241,8 @@ def test_what_cannot_be_sampled_again_is_refused(copy):
     stored = store.read(folder / "certificates.json")
     honest = target.target_of_certificates(folder, stored, "")
     stored = dataclasses.replace(stored, identity=dataclasses.replace(stored.identity, certificate="deterministic"))
-    with pytest.raises(UserError, match="are not computed from samples"):
-        resample.run(honest, stored, 3)
+    with pytest.raises(UserError, match="needs a linear head"):
+        resample.run(honest, stored, 3, verify.Verdict(0))
     for flags, why in (
         (["--recast=0"], "at least 1, got '0'"),
         (["--recast=3", "--config.sigma=1.0"], "takes sigma from the certificates"),

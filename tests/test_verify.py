@@ -32,25 +32,32 @@ def copy(original, tmp_path):
 
 
 def check(workdir, name="default"):
-    verify.run(workdir / "certify" / name)
+    return verify.run(workdir / "certify" / name)[1]
 
 
 def test_what_was_certified_is_verified_and_left_alone(original, copy):
     before = fingerprint(copy)
     out = run("certify", f"--workdir={copy}", "--verify")
     assert "verified: 40 certificates follow from the 44,000 samples" in out
-    assert "checkpoint of step 60 are those of the certificates" in out
+    assert out.splitlines()[-1] == (
+        "verdict: intact: 40 certificates of 40 images; checked: the digest of every file, the configuration, every "
+        "radius from its samples, the weights and their Lipschitz constant, that no image is missing; not checked: "
+        "that the network gives these samples (--recast=N)"
+    )
     assert "verified" in run("certify", f"--workdir={copy}", "--verify", "--config.certify.name=staged")
     assert fingerprint(copy) == before == fingerprint(original)
 
 
-def test_another_derivation_is_verified_with_or_without_the_weights(copy, capsys):
+def test_another_derivation_is_verified_with_or_without_the_weights(copy):
     flags = ["--config.certify.schedule=staged", "--config.certify.n=3000", "--config.certify.name=staged"]
     run("certify", f"--workdir={copy}", "--from-counts", *flags, "--config.certify.alpha=0.05")
-    check(copy, "staged")
+    assert check(copy, "staged").complete
     shutil.rmtree(copy / "checkpoints")
-    check(copy, "staged")
-    assert "is not here to be compared" in capsys.readouterr().out
+    verdict = check(copy, "staged")
+    assert not verdict.complete
+    (open_question,) = verdict.unchecked
+    assert open_question.startswith("the weights and the Lipschitz constant 1.0000000000")
+    assert open_question.endswith("(the checkpoint of step 60 is not here)")
 
 
 def test_samples_drawn_after_the_table_do_not_disturb_it(copy):
@@ -120,7 +127,8 @@ def test_rows_that_are_there_twice_are_refused_and_missing_ones_counted(copy, ca
         check(copy)
     path.write_text("".join(lines[:1] + lines[5:]))
     reseal(folder)
-    check(copy)
+    verdict = check(copy)
+    assert (verdict.certificates, verdict.wanted, verdict.missing, verdict.complete) == (36, 40, 4, False)
     out = capsys.readouterr().out
     assert "verified: 36 certificates" in out
     assert "; 4 other images have their samples there and no certificate" in out
@@ -129,7 +137,7 @@ def test_rows_that_are_there_twice_are_refused_and_missing_ones_counted(copy, ca
 def test_a_changed_ledger_with_right_checksums_is_found(copy):
     folder = copy / "certify" / "default"
     # Only the seconds change, so the counts and the certificates stay the same.
-    rewrite(folder / "votes.0.tsv", 3, lambda fields: [*fields[:-1], "0.123456"])
+    rewrite(folder / "votes.0.tsv", 3, lambda fields: [*fields[:-2], "0.123456", fields[-1]])
     with pytest.raises(UserError, match=r"votes.0.tsv has changed: its digest is not the one"):
         check(copy)
 

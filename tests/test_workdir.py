@@ -6,7 +6,7 @@ import pytest
 
 from lsrs_jax.runtime import workdir
 from lsrs_jax.runtime.errors import UserError
-from support.commands import QUICK, finish, refused, run, start, without_time
+from support.commands import QUICK, ended, finish, refused, run, start, without_time
 
 
 @pytest.fixture
@@ -102,3 +102,19 @@ def test_the_commands_work_in_a_bucket(tmp_path):
     assert without_time(remote / table) == without_time(local / table)
     assert "verified: 40 certificates" in run("certify", f"--workdir=file://{remote}", "--verify")
     assert "already trained" in run("train", *QUICK, f"--workdir=file://{remote}")
+
+
+def test_a_bucket_that_cannot_be_written_is_found_with_the_first_samples(trained, tmp_path, monkeypatch):
+    remote, write = tmp_path / "remote", workdir.write_atomic
+    shutil.copytree(trained, remote, ignore=shutil.ignore_patterns("certify"))
+
+    def refuses(path, content):
+        if str(path).startswith(str(remote)):
+            raise PermissionError(13, "Permission denied", str(path))
+        write(path, content)
+
+    monkeypatch.setattr(workdir, "write_atomic", refuses)
+    code, out, err = ended("certify", f"--workdir=file://{remote}")
+    assert code == 2
+    assert "images decided" not in out
+    assert err.startswith(f"error: cannot read or write file://{remote} (PermissionError")

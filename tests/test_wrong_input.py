@@ -1,5 +1,6 @@
 """Wrong input to the commands gives one line that says what is wrong and what to do, and changes no file."""
 
+import functools
 import json
 import shutil
 
@@ -23,8 +24,11 @@ COMMANDS = {"train": train, "certify": certify}
 def edit_json(path, field, value):
     """Sets a field to the value of a JSON text, or removes it."""
     content = json.loads(path.read_text())
-    del content[field]
-    path.write_text(json.dumps(content | ({} if value is None else {field: json.loads(value)})))
+    *sections, last = field.split(".")
+    section = functools.reduce(lambda inner, name: inner[name], sections, content)
+    del section[last]
+    section |= {} if value is None else {last: json.loads(value)}
+    path.write_text(json.dumps(content))
 
 
 def damage_ledger(workdir):
@@ -60,7 +64,8 @@ BAD_CERTIFY = {
         "",
         "of the checkpoint of step 60, and the newest checkpoint has step 40",
     ),
-    "other seed": ([], "--config.seed=1", "seed was 0 and is now 1"),
+    "other seed": ([], "--config.certify.seed=1", "certify.seed was"),
+    "seed of the training": ([], "--config.seed=1", "the field seed belongs to the training"),
     "truncated checkpoint": ([truncate_checkpoint], "", "cannot read checkpoint"),
     "damaged ledger": ([damage_ledger], "", "is damaged"),
     "no provenance": ([lambda w: (w / "certify/base/certificates.json").unlink()], "", "holds samples but no"),
@@ -114,7 +119,10 @@ BAD_CERTIFY = {
         "is damaged",
     ),
     "counts of an old version": (
-        [lambda w, f=field: edit_json(w / "certify/base/certificates.json", f, None) for field in ("digest", "format")],
+        [
+            lambda w, f=field: edit_json(w / "certify/base/certificates.json", f, None)
+            for field in ("digest", "format", "identity.format")
+        ],
         "--from-counts",
         "is unsealed: an old version wrote it",
     ),

@@ -1,6 +1,7 @@
 """Certificates of the classifier without noise: the margin of a linear head behind a Lipschitz encoder."""
 
 import time
+from typing import Any
 
 import numpy as np
 
@@ -10,30 +11,49 @@ from lsrs_jax.certification.margin import certified_margin, float64_slack
 from lsrs_jax.certification.platform_check import check_encoder
 from lsrs_jax.certification.table import read_table
 from lsrs_jax.certification.target import Target
-from lsrs_jax.layers.lipschitz import Float64Encoder
+from lsrs_jax.layers.lipschitz import Float64Encoder, LipschitzReport
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.progress import duration
 
 _BATCH = 50
+_SAME = 1e-9  # relative: how far a radius may differ between two machines
 
 
 def run(target: Target) -> None:
     """Certifies the images of a target in one forward pass each, writes the table and prints a summary."""
-    encoder, weights, bias = target.model.with_linear_head(target.params)
-    identity = target.identity("deterministic")
+    identity, record = target.identity("deterministic"), list[dict[str, Any]]()
     document, table = target.folder / "certificates.json", target.folder / "certificates.tsv"
     if not document.exists() and any(target.folder.glob("*.tsv")):
         raise UserError(f"{target.folder} holds another certification; {OTHER_NAME}")
-    record = store.past_sessions(document, identity) if document.exists() else []
+    if document.exists():
+        stored = store.read_same_run(document, identity)
+        identity, record = identity.begun_as(stored.identity), list(stored.record)
     if left_out := set(read_table(table).idx) - set(target.indices) if table.exists() else ():
         outside = f"{len(left_out):,} images outside certify.start, stop and step"
         raise UserError(f"{table} holds {outside}; choose a selection that includes them, or {OTHER_NAME}")
+    start, session, indices = time.monotonic(), store.new_session(len(target.indices)), np.array(target.indices)
+    report, columns = _compute(target, indices)
+    session["seconds"] = round(time.monotonic() - start, 3)
+    labels, seconds = target.dataset.labels[indices], session["seconds"] / len(indices)
+    predict, radius = columns["predict"], columns["radius"]
+    text = store.format_columns({"idx": indices, "label": labels, "time": seconds, "n": 0} | columns)
+    store.write(target.folder, target.config, identity, report, [*record, session], {"bound": "margin"}, text)
+    correct = predict == labels
+    certified, acr = np.mean(correct & (radius >= 36 / 255)), np.where(correct, radius, 0).mean()
+    print(
+        f"{len(indices):,} images: clean accuracy {correct.mean():.3f}, certified at 36/255 {certified:.3f}, average "
+        f"certified radius {acr:.4f}, {duration(seconds)} per image\n{table}"
+    )
+
+
+def _compute(target: Target, indices: np.ndarray) -> tuple[LipschitzReport, dict[str, Any]]:
+    """The report of the encoder, and predictions, radii, Lipschitz constant and slack of some images."""
+    encoder, weights, bias = target.model.with_linear_head(target.params)
+    dataset = target.dataset
     print(encoder.report)
-    dataset, indices = target.dataset, np.array(target.indices)
     print(f"{dataset.name} {dataset.split}: {len(indices):,} images, no noise", flush=True)
     encode = Float64Encoder(encoder, min(_BATCH, len(indices)))
     check_encoder(encoder, encode)
-    start, session = time.monotonic(), store.new_session(len(indices))
     batches = zip(*encode_batches(dataset, indices, encode, _BATCH), strict=True)
     latents, norms = (np.concatenate(parts) for parts in batches)
     latents = latents.reshape(len(latents), -1)
@@ -41,14 +61,25 @@ def run(target: Target) -> None:
     _, reach = certified_margin(logits, weights, lipschitz=lipschitz)  # without slack, the radii are largest
     slack = float64_slack(encoder.report.rounding(norms + reach), latents, weights, bias, lipschitz * reach)
     predict, radius = certified_margin(logits, weights, lipschitz=lipschitz, slack=slack)
-    session["seconds"] = round(time.monotonic() - start, 3)
-    labels, seconds = dataset.labels[indices], session["seconds"] / len(indices)
-    columns = {"idx": indices, "label": labels, "predict": predict, "radius": radius, "time": seconds, "n": 0}
-    text = store.format_columns(columns | {"lipschitz": lipschitz, "slack": slack})
-    store.write(target.folder, target.config, identity, encoder.report, [*record, session], {"bound": "margin"}, text)
-    correct = predict == labels
-    certified, acr = np.mean(correct & (radius >= 36 / 255)), np.where(correct, radius, 0).mean()
-    print(
-        f"{len(indices):,} images: clean accuracy {correct.mean():.3f}, certified at 36/255 {certified:.3f}, average "
-        f"certified radius {acr:.4f}, {duration(seconds)} per image\n{table}"
-    )
+    return encoder.report, {"predict": predict, "radius": radius, "lipschitz": lipschitz, "slack": slack}
+
+
+def check(target: Target, count: int | None = None) -> int:
+    """Computes images of the table again, all or `count` that are chosen at random; returns their number.
+
+    Raises UserError, which names the image, if a prediction or a radius is not that of the network.
+    """
+    path = target.folder / "certificates.tsv"
+    table = read_table(path)
+    rows = np.random.default_rng().permutation(len(table))[:count]
+    if table.idx.max() >= len(target.dataset) or (target.dataset.labels[table.idx] != table.label).any():
+        raise UserError(f"{path} does not fit the data: an image has another label")
+    _, found = _compute(target, table.idx[rows])
+    near = _SAME * (found["radius"] + found["slack"] / found["lipschitz"])
+    wrong = np.abs(found["radius"] - table.radius[rows]) > near
+    wrong |= (found["predict"] != table.predict[rows]) & (found["radius"] > 0)
+    for row in np.flatnonzero(wrong)[:1]:
+        claimed = f"class {table.predict[rows][row]} and radius {table.radius[rows][row]!r}"
+        own = f"class {found['predict'][row]} and radius {found['radius'][row]!r}"
+        raise UserError(f"{path}: image {table.idx[rows][row]} has {claimed}, the network gives {own}")
+    return len(rows)

@@ -1,12 +1,13 @@
 """The identity of a run: everything on which its certificates depend, and how two runs differ."""
 
 import dataclasses
+import hashlib
 from typing import Any
 
 import numpy as np
 
-from lsrs_jax.config import FIELDS, upgrade_section
-from lsrs_jax.runtime.documents import first_difference, plain, refuse_unknown
+from lsrs_jax.config import FIELDS, SEED_DERIVED, SEED_OF_TRAINING, upgrade_section, without_absent
+from lsrs_jax.runtime.documents import digest, first_difference, plain, refuse_unknown
 from lsrs_jax.runtime.format import PRNG
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.smoothing.arithmetic import Arithmetic
@@ -15,7 +16,7 @@ from lsrs_jax.smoothing.schedule import Schedule, make_schedule
 # Fields that follow from other fields. A message names one of the other fields if that differs too.
 _FOLLOWING = ("arithmetic", "checkpoint.digest", "data.digest", "stages")
 _CONFIG_NAMES = {"arithmetic.name": "certify.arithmetic"} | {
-    name: f"certify.{name}" for name in ("certificate", "n0", "n", "schedule", "tile", "noise", "head_dtype")
+    name: f"certify.{name}" for name in ("certificate", "n0", "n", "schedule", "tile", "noise", "head_dtype", "seed")
 }
 
 
@@ -29,8 +30,10 @@ class Identity:
     data: dict[str, Any]  # name, version, split, and digest of images and labels
     model: dict[str, Any]  # the section of the configuration, and input_shape
     platform: str  # back end and kind of device
+    images: int | None = None  # of the whole split; None in folders of format 1
+    format: int = 1  # in which the folder was begun; its ledgers stay in this format
     sigma: float | None = None
-    seed: int | None = None
+    seed: int | None = None  # of the noise
     n0: int | None = None
     n: int | None = None
     schedule: str | None = None
@@ -43,11 +46,37 @@ class Identity:
 
     def sampled(self, config: Config, arithmetic: Arithmetic, latent_shape: tuple[int, ...]) -> "Identity":
         """This identity with the facts of the sampling."""
-        facts = sampling_facts(config) | {"arithmetic": arithmetic_facts(arithmetic, latent_shape)}
+        facts = self.sampling_facts(config) | {"arithmetic": arithmetic_facts(arithmetic, latent_shape)}
         return dataclasses.replace(self, prng=PRNG, **facts)
 
+    def sampling_facts(self, config: Config) -> dict[str, Any]:
+        """The fields that the samples depend on and that follow from the configuration, weights and images."""
+        facts = {name: config.certify[name] for name in ("n0", "n", "schedule", "noise", "head_dtype")}
+        facts |= {"tile": list(config.certify.tile), "stages": list(schedule_of(config).looks)}
+        seed = {SEED_OF_TRAINING: config.seed}.get(config.certify.seed, config.certify.seed)
+        if seed == SEED_DERIVED:
+            both = f"{self.checkpoint['digest']}{self.data.get('digest')}"
+            seed = int.from_bytes(hashlib.sha256(both.encode()).digest()[:4], "big")
+        return facts | {"sigma": config.sigma, "seed": seed}
+
+    @property
+    def run(self) -> str | None:
+        """The name that every row of a ledger carries: 16 digits of a digest of this identity; None in format 1."""
+        return digest(self.to_dict())[:16] if self.format > 1 else None
+
+    def begun_as(self, stored: "Identity") -> "Identity":
+        """This identity with what a new session takes over from the session that began the folder."""
+        images = self.images if stored.format > 1 else stored.images
+        return dataclasses.replace(self, format=stored.format, images=images)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain types for JSON; fields without a value are left out."""
+        """Plain types for JSON; fields without a value, or with the value that their absence means, are left out."""
+        facts = self._facts()
+        if self.format == 1:
+            del facts["format"]
+        return facts | {"model": without_absent(facts["model"], "model.")}
+
+    def _facts(self) -> dict[str, Any]:
         return plain({name: value for name, value in dataclasses.asdict(self).items() if value is not None})
 
     @classmethod
@@ -64,7 +93,7 @@ class Identity:
         """The most informative field in which another run differs, with both values; None if nothing differs."""
         if self.certificate != new.certificate:  # everything else follows from it
             return "certificate", self.certificate, new.certificate
-        old, now = self.to_dict(), new.to_dict()
+        old, now = self._facts(), new._facts()
         return first_difference(old, now, (*_FOLLOWING, *ignore)) or first_difference(old, now, ignore)
 
     def how_it_differs(self, new: "Identity") -> str | None:
@@ -84,13 +113,6 @@ class Identity:
 def schedule_of(config: Config) -> Schedule:
     """The sampling schedule of a configuration."""
     return make_schedule(config.certify.schedule, config.certify.n0, config.certify.n, config.certify.tile[1])
-
-
-def sampling_facts(config: Config) -> dict[str, Any]:
-    """The fields of an `Identity` that the samples depend on and that the configuration determines."""
-    facts = {name: config.certify[name] for name in ("n0", "n", "schedule", "noise", "head_dtype")}
-    facts |= {"tile": list(config.certify.tile), "stages": list(schedule_of(config).looks)}
-    return facts | {"sigma": config.sigma, "seed": config.seed}
 
 
 def arithmetic_facts(arithmetic: Arithmetic, latent_shape: tuple[int, ...]) -> dict[str, Any]:

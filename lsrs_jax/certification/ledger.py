@@ -1,10 +1,11 @@
 """Ledgers: counts on disk, append-only and resumable. Every certificate is derived from their rows.
 
-A ledger is a TSV file with the header ``idx label slack purpose first stop votes seconds crc``. A row says: for image
-``idx``, the sample blocks [first, stop) of the stream ``purpose`` gave these counts (``class:count`` pairs). ``slack``
-is the ℓ2 distance in the latent that the certificate of the image loses to rounding, ``seconds`` the time spent on the
-image for these blocks, ``crc`` the CRC-32 of the fields before it. Each process of a run has a ledger of its own,
-``votes.<process>.tsv``; the counts of a folder come from all its ledgers together.
+A ledger is a TSV file with the header ``idx label slack purpose first stop votes seconds run crc``. A row says: for
+image ``idx``, the sample blocks [first, stop) of the stream ``purpose`` gave these counts (``class:count`` pairs).
+``slack`` is the ℓ2 distance in the latent that the certificate of the image loses to rounding, ``seconds`` the time
+spent on the image for these blocks, ``run`` names the run (`identity.Identity.run`), ``crc`` is the CRC-32 of the
+fields before it. Each process of a run has a ledger of its own, ``votes.<process>.tsv``; the counts of a folder come
+from all its ledgers together. Folders that were begun in format 1 have ledgers without the column ``run``.
 """
 
 import contextlib
@@ -27,7 +28,6 @@ from lsrs_jax.runtime.signals import deferred
 from lsrs_jax.smoothing.counts import Counts, Row
 from lsrs_jax.smoothing.schedule import Schedule
 
-_HEADER = "\t".join(LEDGER_COLUMNS) + "\n"
 _NAME = re.compile(r"votes\.(0|[1-9][0-9]{0,17})\.tsv")
 _SECONDS_PER_WRITE = 1.0  # a kill may lose this much work
 
@@ -45,7 +45,8 @@ def files(folder: Path) -> list[Path]:
 
 def has_rows(folder: Path) -> bool:
     """Whether the ledgers in a folder hold more than their headers; takes no lock."""
-    return any(path.stat().st_size > len(_HEADER) for path in files(folder))
+    # Any row is longer than the column by which the headers of the two formats differ.
+    return any(path.stat().st_size > len(_header("run")) for path in files(folder))
 
 
 def digest(content: bytes) -> dict[str, Any]:
@@ -53,22 +54,59 @@ def digest(content: bytes) -> dict[str, Any]:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def read(folder: Path, schedule: Schedule, num_classes: int) -> Counts:
+def check_recorded(folder: Path, recorded: Mapping[str, dict[str, Any]] | None, lost: bool = False) -> None:
+    """Raises UserError if the part of the ledgers from which certificates were derived has changed; rows may follow it.
+
+    `recorded` are the `digests` of that time, None if there were none. If `lost` is true, the end of a file or a whole
+    file may be missing, because its samples can be drawn again.
+    """
+    for file, wanted in (recorded or {}).items():
+        path, short = folder / file, False
+        content = path.read_bytes() if path.exists() else b""
+        if not path.exists() and not lost:
+            raise UserError(f"{path} is missing: without its samples no certificate can be checked; restore it")
+        if len(content) < wanted["bytes"] and lost:
+            short = True
+            print(f"note: {path} is shorter than when certificates were derived from it; lost samples are drawn again")
+        if not short and digest(content[: wanted["bytes"]]) != wanted:
+            why = "its digest is not the one in certificates.json"
+            raise UserError(f"{path} has changed: {why}; restore it, or {OTHER_NAME}")
+
+
+def read(folder: Path, schedule: Schedule, num_classes: int, run: str | None) -> Counts:
     """The `Counts` of the ledgers in a folder, without locks or repair; raises UserError for a damaged ledger."""
     counts = Counts(schedule, num_classes)
-    _count(counts, {path: (_whole_lines(path, path.read_bytes()), len(_HEADER)) for path in files(folder)})
+    found = {path: (_whole_lines(path, path.read_bytes(), run), len(_header(run))) for path in files(folder)}
+    _count(counts, found, run)
     return counts
 
 
-def _whole_lines(path: Path, content: bytes) -> bytes:
+def _columns(run: str | None) -> tuple[str, ...]:
+    """The columns of a ledger whose rows name this run; without a run, those of format 1."""
+    return LEDGER_COLUMNS[1 if run is None else 2]
+
+
+def _header(run: str | None) -> str:
+    return "\t".join(_columns(run)) + "\n"
+
+
+def _whole_lines(path: Path, content: bytes, run: str | None) -> bytes:
     """The complete lines of a ledger's bytes; a kill may have cut off the last line."""
-    whole = content[: content.rfind(b"\n") + 1]
-    if not (whole.startswith(_HEADER.encode()) or (not whole and _HEADER.encode().startswith(content))):
+    whole, header = content[: content.rfind(b"\n") + 1], _header(run).encode()
+    if not (whole.startswith(header) or (not whole and header.startswith(content))):
+        first = whole.partition(b"\n")[0].decode(errors="replace").split("\t")
+        if tuple(first) in LEDGER_COLUMNS.values():
+            names = "name no run" if run else "name a run"
+            raise UserError(f"{path} is of another folder: its rows {names}, unlike this folder's; remove the file")
         raise UserError(f"{path} is not a ledger: its first line is another one; restore or remove the file")
     return whole
 
 
-def _count(counts: Counts, contents: Mapping[Path, tuple[bytes, int]]) -> None:
+class _OtherRun(ValueError):
+    """A row that names another run."""
+
+
+def _count(counts: Counts, contents: Mapping[Path, tuple[bytes, int]], run: str | None) -> None:
     """Counts the rows of ledgers: path → complete lines, and the offset of the first line to count.
 
     Rows of one image may lie in several files, in any order.
@@ -78,18 +116,23 @@ def _count(counts: Counts, contents: Mapping[Path, tuple[bytes, int]]) -> None:
         for path, (content, offset) in contents.items():
             first = content[:offset].count(b"\n") + 1
             for number, line in enumerate(content[offset:].split(b"\n")[:-1], first):
-                rows.append((_parse(line.decode("utf-8"), counts), path, number))
+                rows.append((_parse(line.decode("utf-8"), counts, run), path, number))
         rows.sort(key=lambda found: (found[0].idx, order.index(found[0].stream), found[0].first))
         for row, path, number in rows:  # noqa: B007 (the error names them)
             counts.count(row)
+    except _OtherRun as error:
+        remedy = f"remove the file if it does not belong here, restore it, or {OTHER_NAME}"
+        raise UserError(f"{path} line {number} is of another run: {error}; {remedy}") from error
     except ValueError as error:
         raise UserError(f"{path} line {number} is damaged ({error}); restore the file, or {OTHER_NAME}") from error
 
 
-def _parse(line: str, counts: Counts) -> Row:
-    idx, label, slack, stream, first, stop, pairs, seconds, crc = fields_of(line, LEDGER_COLUMNS).values()
+def _parse(line: str, counts: Counts, run: str | None) -> Row:
+    idx, label, slack, stream, first, stop, pairs, seconds, *named, crc = fields_of(line, _columns(run)).values()
     if crc != _crc(line.rpartition("\t")[0]):
         raise ValueError("its checksum differs")
+    if named and named[0] != run:
+        raise _OtherRun(f"it names {named[0][:40]!r}, the run of this folder is {run!r}")
     if stream not in counts.schedule.totals:
         raise ValueError(f"unknown purpose {stream!r}")
     found = np.zeros(counts.num_classes, np.int64)
@@ -108,15 +151,25 @@ class Ledger(Counts, contextlib.AbstractContextManager["Ledger"]):
     The file at `path` is made if missing. The processes of a run wait until each has locked its file, and only then
     read the others; the first process also locks ledgers that an earlier run with more processes left.
 
-    Raises UserError for a malformed row, blocks counted twice or left out, or counts that do not add up. A half-written
-    last line (a kill during a write) is cut off instead; its blocks are sampled again.
+    `run` is the name of the run that every row carries; None in folders that were begun in format 1.
+
+    Raises UserError for a malformed row, a row of another run, blocks counted twice or left out, or counts that do not
+    add up. A half-written last line (a kill during a write) is cut off instead; its blocks are sampled again.
 
     **Guarantee**: that of `counts.Counts`, both for rows that are read and for rows that are written. A row reaches the
     disk with the first append that is more than a second after the last write, or when the ledger is closed.
     """
 
-    def __init__(self, path: Path | str, schedule: Schedule, num_classes: int, process: Process = ALONE) -> None:
+    def __init__(
+        self,
+        path: Path | str,
+        schedule: Schedule,
+        num_classes: int,
+        run: str | None = None,
+        process: Process = ALONE,
+    ) -> None:
         super().__init__(schedule, num_classes)
+        self._run, header = run, _header(run)
         self.path, self._written, self._unwritten = Path(path), time.monotonic(), list[str]()
         self._sizes = dict[Path, int]()  # bytes of the other files that were counted
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,14 +182,14 @@ class Ledger(Counts, contextlib.AbstractContextManager["Ledger"]):
                     lock(opened.enter_context(other.open("rb")), f"writing {other}")
             self._file.seek(0)
             content = self._file.readall()
-            whole = _whole_lines(self.path, content)
+            whole = _whole_lines(self.path, content, run)
             process.wait("ledgers")
-            _count(self, {self.path: (whole, len(_HEADER))} | self._news())
+            _count(self, {self.path: (whole, len(header))} | self._news(), run)
             if len(whole) < len(content):
                 self._file.truncate(len(whole))  # after all checks, so that a refused ledger stays as it is
             self._size = len(whole)
             if not whole:
-                self._write(_HEADER)
+                self._write(header)
             self._open = opened.pop_all()
 
     def __exit__(self, *exception: object) -> None:
@@ -144,22 +197,26 @@ class Ledger(Counts, contextlib.AbstractContextManager["Ledger"]):
         try:
             self.flush()
         finally:
-            self._open.close()
+            self.close()
+
+    def close(self) -> None:
+        """Releases the file."""
+        self._open.close()
 
     def _news(self) -> dict[Path, tuple[bytes, int]]:
         """The complete lines of the other files, and the offset of what was not counted yet."""
         news = {}
         for path in files(self.path.parent):
             if path != self.path:
-                whole = _whole_lines(path, path.read_bytes())
+                whole = _whole_lines(path, path.read_bytes(), self._run)
                 # Another process may not have written its header yet.
-                news[path] = whole, max(self._sizes.get(path, 0), len(_HEADER))
+                news[path] = whole, max(self._sizes.get(path, 0), len(_header(self._run)))
                 self._sizes[path] = len(whole)
         return news
 
     def refresh(self) -> None:
         """Counts the rows that other processes have written since the last call."""
-        _count(self, self._news())
+        _count(self, self._news(), self._run)
 
     def append(self, rows: Iterable[Row]) -> None:
         """Counts rows, and writes them to disk now or with a later call."""
@@ -168,7 +225,7 @@ class Ledger(Counts, contextlib.AbstractContextManager["Ledger"]):
             super().append(rows)
         except ValueError as error:
             raise UserError(f"{self.path} does not fit the new samples ({error}); {OTHER_NAME}") from error
-        self._unwritten += [_line(row) for row in rows]
+        self._unwritten += [_line(row, self._run) for row in rows]
         if time.monotonic() - self._written > _SECONDS_PER_WRITE:
             self.flush()
 
@@ -189,10 +246,10 @@ class Ledger(Counts, contextlib.AbstractContextManager["Ledger"]):
         self._size = write_all(self._file, self.path, text, self._size)
 
 
-def _line(row: Row) -> str:
+def _line(row: Row, run: str | None) -> str:
     counts = ",".join(f"{index}:{row.counts[index]}" for index in np.flatnonzero(row.counts))
     fields = (row.idx, row.label, repr(row.slack), row.stream, row.first, row.stop, counts, f"{row.seconds:.6f}")
-    content = "\t".join(map(str, fields))
+    content = "\t".join(map(str, fields if run is None else (*fields, run)))
     return f"{content}\t{_crc(content)}\n"
 
 

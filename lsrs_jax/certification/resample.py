@@ -2,155 +2,220 @@
 
 import dataclasses
 import math
-from collections.abc import Collection
-from typing import NamedTuple
+import secrets
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from lsrs_jax.certification import ledger
-from lsrs_jax.certification.encode import Pipeline
+from lsrs_jax.certification import comparison, deterministic, ledger
+from lsrs_jax.certification.encode import Pipeline, make_sampler
 from lsrs_jax.certification.smoothed import Certification, check_labels, reopen
 from lsrs_jax.certification.store import Stored
 from lsrs_jax.certification.table import read_table
 from lsrs_jax.certification.target import Target
+from lsrs_jax.certification.verify import Verdict
 from lsrs_jax.runtime import rng
 from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.format import PRNG
+from lsrs_jax.runtime.progress import Progress
 from lsrs_jax.smoothing.counts import Counts, ImageCounts
-from lsrs_jax.smoothing.engine import Engine, Status
+from lsrs_jax.smoothing.engine import Engine, Images, Status
+from lsrs_jax.smoothing.sampler import Sampler
 
-# Share of an image's samples whose class may change because the head rounds differently on another machine. Some
-# samples join a class and some leave it, so that a count changes by about the square root of their number: by at most
-# `_DEVIATIONS` times the root for an image, and `_TOGETHER` times the root for the candidates of all images together.
-_TURNED = {"float32": 1e-5, "bfloat16": 1e-2}
-_DEVIATIONS, _TOGETHER = 5, 4
-# Share of an image's samples that another kind of device may move in the same direction: its kernels round
-# intermediate numbers at other points, which in bfloat16 shifts the logits of an image.
-_SHIFTED = {"float32": 0.0, "bfloat16": 0.05}
 _LEVEL = 0.05  # probability that the chosen images miss the share of other samples that is printed
+_SEGMENTS = 32  # of the fresh samples; their spread shows how images that share their noise vary together
+_FEWEST = 10_000  # fresh samples of an image, if n is not smaller
+_TOGETHER = 128  # samples of an image that are counted together; flips in both directions among them are not seen
 
 
-class _Difference(NamedTuple):
-    """The difference between the counts of an image in the ledger and the counts drawn again."""
-
-    moved: int  # samples of another class
-    surplus: int  # estimation samples by which the candidate leads its strongest rival more than now
-
-
-def run(target: Target, stored: Stored, count: int) -> None:
-    """Re-samples some images of a table, compares, and prints the result; changes no file.
+def run(target: Target, stored: Stored, count: int, verdict: Verdict) -> None:
+    """Computes some images of a table again, compares, and prints the result; changes no file.
 
     Every call chooses `count` images (or all) at random, so that the author of the ledger could not know them. The
-    `target` is from `target.target_of_certificates`, and the files of its folder were verified before.
+    `target` is from `target.target_of_certificates`, and the files of its folder were verified before. The `verdict`
+    gets what was checked.
 
     Raises UserError naming an image whose slack is too small for its latent, or samples that the network did not give.
 
-    **Guarantee**: the counts of the chosen images are the counts that the checkpoint gives for them, under the noise of
-    σ and seed, except for changes by the head's rounding on another machine: no more than `allowance` for an image and
-    a stream, and over all images to either side. If nothing differs and a share q of the table has any sample of
-    another origin, N chosen images would have shown it with probability at least 1 − (1 − q)^N.
+    **Guarantee**: for the chosen images, the tests of `comparison` find no difference between the recorded counts and
+    those that the checkpoint gives, neither under the noise of σ and seed nor under noise that the author of the
+    folder could not know. Nothing that the folder records makes a test more lenient. If nothing differs and a share q
+    of the table has any sample of another origin, N chosen images would have shown it with probability at least
+    1 − (1 − q)^N.
     """
-    folder, identity, head_dtype = target.folder, stored.identity, target.config.certify.head_dtype
-    if identity.certificate != "smoothed":
-        raise UserError(f"{folder} holds {identity.certificate} certificates, which are not computed from samples")
+    if stored.identity.certificate == "deterministic":
+        checked = deterministic.check(target, count)
+        verdict.unchecked = [item for item in verdict.unchecked if not item.startswith("the radii")]
+        verdict.checked.append(f"the radii of {checked:,} images, computed again")
+        return
+    folder, identity = target.folder, stored.identity
     certification = reopen(folder, target.config, stored)
-    if identity.prng != rng.PRNG:
+    if identity.prng != PRNG:
         raise UserError(f"{folder} holds samples of another generator: prng {identity.prng!r}")
-    recorded = ledger.read(folder, certification.schedule, certification.num_classes)
+    recorded = ledger.read(folder, certification.schedule, certification.num_classes, identity.run)
     check_labels(folder, recorded, target.dataset)
     known = read_table(folder / "certificates.tsv").idx.tolist()
     indices = sorted(np.random.default_rng().choice(known, min(count, len(known)), replace=False).tolist())
     if missing := len(set(target.indices) - set(known)):
         print(f"note: {missing:,} of the {len(target.indices):,} images that were to be certified are not in the table")
     print(f"sampling {len(indices):,} of {len(known):,} images again", flush=True)
-    here, there, where = target.identity("smoothed").platform, identity.platform, ""
-    if elsewhere := here != there:
-        target = _for_another_device(target, len(indices), here, there)
-        where = f"; they were drawn on {there!r}, and now on {here!r}"
-    pipeline = Pipeline(target, *target.model.for_certification(target.params, head_dtype))
-    again, found = Counts(certification.schedule, certification.num_classes), dict[int, _Difference]()
-
-    def decided(images: list[ImageCounts]) -> np.ndarray:
-        try:
-            for image in images:
-                found[image.idx] = _compare(recorded.images[image.idx], image, head_dtype, elsewhere)
-        except ValueError as error:
-            raise UserError(f"{folder}: {error}{where}") from error
-        return np.array([len(image.looks) == len(recorded.images[image.idx].looks) for image in images])
-
-    status = Status(certification.schedule, len(indices), 0, lambda line: print(line, flush=True))
-    engine = Engine(pipeline.sampler, rng.root_key(target.config.seed), again, decided, status)
-    for images in pipeline.encoded(indices, {idx: recorded.images[idx].slack for idx in indices}):
-        engine.run(images)
-    status.show()
-    surplus, spread = _together(found.values())
-    if surplus > _TOGETHER * spread:
-        leads = f"in the ledger the certified classes lead their rivals by {surplus:,} samples more than now"
-        raise UserError(f"{folder}: {leads}, nearly all to one side; rounding moves them to either side{where}")
-    _print_differences(certification, recorded, again, sum(difference.moved for difference in found.values()))
+    if (here := target.identity("smoothed").platform) != identity.platform:
+        print(f"note: the folder says that it was made on {identity.platform!r}; this is {here!r}")
+        target = _with_smallest_batch(target, len(indices))
+    pipeline = Pipeline(target, *target.model.for_certification(target.params, target.config.certify.head_dtype))
+    chunks = list(pipeline.encoded(indices, {idx: recorded.images[idx].slack for idx in indices}))
+    again = _same_noise(pipeline, certification, recorded, chunks, identity.seed or 0)
+    old, new = ([counts.images[idx] for idx in indices] for counts in (recorded, again))
+    rounding, fresh = _under_fresh_noise(pipeline, chunks, old, certification.schedule.n)
+    try:
+        _compare(certification, old, new, rounding, fresh)
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}; the certificates are not of this checkpoint, sigma and seed") from error
+    _print_differences(certification, old, new)
+    verdict.beyond = [item for item in verdict.beyond if "--recast" not in item]
+    verdict.checked.append(f"the samples of {len(indices):,} images, under their own and under fresh noise")
     if len(indices) == len(known):
         print("these are all images of the table")
         return
-    share, differences = 1 - _LEVEL ** (1 / len(indices)), " beyond such differences" * any(map(any, found.values()))
+    verdict.beyond.append(f"the samples of the other {len(known) - len(indices):,} images")
+    share, differences = 1 - _LEVEL ** (1 / len(indices)), " beyond such differences" * (_moved(old, new) > 0)
     print(
         f"if more than {math.ceil(1000 * share) / 10:g}% of the table had samples of another origin{differences}, "
         f"these images would have shown it with {1 - _LEVEL:.0%} probability"
     )
 
 
-def _for_another_device(target: Target, images: int, here: str, there: str) -> Target:
+def _with_smallest_batch(target: Target, images: int) -> Target:
     """The target with the smallest batch that suffices; the rounding of the head differs on this device anyway."""
     config = target.config.copy_and_resolve_references()
-    (most, samples), head_dtype = config.certify.tile, config.certify.head_dtype
+    most, samples = config.certify.tile
     config.certify.tile = (min(most, max(images, 2)), samples)
-    if share := _SHIFTED[head_dtype]:
-        differ = f"up to {share:.0%} of an image's samples may differ; on {there!r} only a few may"
-        print(f"note: {there!r} and {here!r} round a head in {head_dtype} differently: {differ}")
     return dataclasses.replace(target, config=config)
 
 
-def allowance(samples: int, head_dtype: str, elsewhere: bool = False) -> int:
-    """The number of an image's samples in one stream that may differ on another machine.
+def _same_noise(
+    pipeline: Pipeline, certification: Certification, recorded: Counts, chunks: list[Images], seed: int
+) -> Counts:
+    """Draws the samples of some images again, up to the look at which the ledger ends."""
+    again = Counts(certification.schedule, certification.num_classes)
 
-    `elsewhere` says whether that machine has another kind of device.
-    """
-    shifted = math.ceil(_SHIFTED[head_dtype] * samples) if elsewhere else 0
-    return shifted + math.ceil(_DEVIATIONS * math.sqrt(_TURNED[head_dtype] * samples))
+    def decided(images: list[ImageCounts]) -> np.ndarray:
+        return np.array([len(image.looks) == len(recorded.images[image.idx].looks) for image in images])
 
-
-def _compare(recorded: ImageCounts, again: ImageCounts, head_dtype: str, elsewhere: bool = False) -> _Difference:
-    """Compares the counts of an image in the ledger with its new counts; ValueError for more than `allowance`."""
-    moved, selected, look = 0, recorded.counts["selection"], len(again.looks) - 1
-    now, then = again.looks[look], recorded.looks[look]
-    pairs = {"selection": (selected, again.counts["selection"]), "estimation": (then, now)}
-    for stream, (found, drawn) in pairs.items():
-        samples, change = int(drawn.sum()), int(np.abs(found - drawn).sum()) // 2
-        if change > allowance(samples, head_dtype, elsewhere):
-            worst = int(np.abs(found - drawn).argmax())
-            of_image = f"image {again.idx}: {change:,} of its {samples:,} {stream} samples are not from this network"
-            of_class = f"class {worst} has {found[worst]:,} in the ledger, {drawn[worst]:,} now"
-            why = "the certificates are not of this checkpoint, sigma and seed"
-            raise ValueError(f"{of_image}: {of_class}; {why}")
-        moved += change
-    candidate, surplus = int(selected.argmax()), then - now
-    rival = int(np.where(np.arange(len(now)) == candidate, -1, now).argmax())
-    return _Difference(moved, int(surplus[candidate] - surplus[rival]))
+    total = sum(len(images.idx) for images in chunks)
+    status = Status(certification.schedule, total, 0, lambda line: print(line, flush=True))
+    engine = Engine(pipeline.sampler, rng.root_key(seed), again, decided, status)
+    for images in chunks:
+        engine.run(images)
+    status.show()
+    return again
 
 
-def _together(differences: Collection[_Difference]) -> tuple[int, float]:
-    """The sum of all surpluses, and its standard deviation if each had a random sign."""
-    surplus = np.array([difference.surplus for difference in differences], np.float64)
-    return int(surplus.sum()), float(np.sqrt(np.sum(surplus**2)))
+def _under_fresh_noise(
+    pipeline: Pipeline, chunks: list[Images], recorded: list[ImageCounts], n: int
+) -> tuple[comparison.Rounding, comparison.Fresh]:
+    """Counts of the candidates under noise that nobody could know, and how the dtype of the head changes them."""
+    target, sampler = pipeline.target, pipeline.sampler
+    dtype, samples = target.config.certify.head_dtype, sampler.tile[1]
+    other = "float32" if dtype == "bfloat16" else "bfloat16"
+    rounded = make_sampler(target.config, target.model.for_certification(target.params, other)[1], sampler.latent_shape)
+    seed = jnp.asarray(np.frombuffer(secrets.token_bytes(8), np.uint32))
+    key = sampler.keys(jax.random.wrap_key_data(seed, impl=PRNG))["estimation"]
+    mean = int(np.mean([image.looks[-1].sum() for image in recorded]))
+    blocks = max(1, _TOGETHER // samples)
+    launches = -(-min(n, max(_FEWEST, mean)) // (blocks * samples * _SEGMENTS)) * _SEGMENTS
+    candidates = np.array([image.counts["selection"].argmax() for image in recorded])
+    progress, done, parts = Progress(len(recorded)), 0, []
+    for chunk in chunks:
+        for start in range(0, len(chunk.idx), sampler.tile[0]):
+            part = slice(start, start + sampler.tile[0])
+            before, after = (
+                _per_launch(one, chunk.latents[part], chunk.idx[part], key, launches, blocks)
+                for one in (sampler, rounded)
+            )
+            own = np.arange(before.shape[1])
+            hits = before[:, own, candidates[done : done + len(own)]]
+            shift = (after[:, own, candidates[done : done + len(own)]] - hits).sum(axis=0)
+            flips = np.abs(after - before).sum(axis=(0, 2)) // 2
+            parts.append((flips, shift, hits.reshape(_SEGMENTS, -1, len(own)).sum(axis=1).T))
+            done += len(own)
+            progress.show(done, lambda done=done: f"{done:>6,} of {len(recorded):,} images sampled under fresh noise")
+    flips, shift, counts = (np.concatenate(found) for found in zip(*parts, strict=True))
+    total = launches * blocks * samples
+    return comparison.Rounding(flips, shift, total, dtype), comparison.Fresh(counts, total // _SEGMENTS)
 
 
-def _print_differences(certification: Certification, recorded: Counts, again: Counts, moved: int) -> None:
-    total = sum(image.total for image in again.images.values())
-    print(f"drawn again: {total:,} samples of {len(again.images):,} images; {moved:,} differ")
+def _per_launch(
+    sampler: Sampler, latents: np.ndarray, ids: Any, key: jax.Array, launches: int, blocks: int
+) -> np.ndarray:
+    """Counts of every launch of some blocks, ``(launches, images, classes)``."""
+    batch, total = sampler.put(latents, ids), launches * blocks * sampler.tile[1]
+    spans = [(first * blocks, (first + 1) * blocks) for first in range(launches)]
+    pending = [sampler.launch(batch, key, first, stop, total) for first, stop in spans]
+    return np.stack([sampler.collect(launch, len(latents)) for launch in pending])
+
+
+def _compare(
+    certification: Certification,
+    old: list[ImageCounts],
+    new: list[ImageCounts],
+    rounding: comparison.Rounding,
+    fresh: comparison.Fresh,
+) -> None:
+    """Raises ValueError for the first test of `comparison` that refuses the recorded counts."""
+    if found := comparison.first_wrong(old, new, rounding):
+        row, stream, moved, allowed = found
+        was, now = ((i.counts[stream] if stream == "selection" else i.looks[-1]) for i in (old[row], new[row]))
+        worst = int(np.abs(was - now).argmax())
+        raise ValueError(
+            f"image {old[row].idx}: {moved:,} of its {now.sum():,} {stream} samples are not from this network, and "
+            f"rounding explains {allowed:,}: class {worst} has {was[worst]:,} in the ledger, {now[worst]:,} now"
+        )
+    lead = comparison.lead_gain(old, new, rounding)
+    if lead.refused:
+        raise ValueError(
+            f"in the ledger the right classes lead their rivals by {lead.found:,.0f} samples more than now, and "
+            f"rounding, which moves samples to either side, explains {lead.limit:,.0f}"
+        )
+    radius = comparison.radius_gain(certification.derivation, certification.schedule, old, new, rounding)
+    if radius.refused:
+        raise ValueError(
+            f"the average certified radius of these images is {radius.found:.6f} larger than with the samples drawn "
+            f"now, and rounding explains {radius.limit:.6f}"
+        )
+    if unlikely := comparison.first_unlikely(old, fresh, rounding, len(certification.schedule.looks)):
+        row, was, now = unlikely
+        raise ValueError(
+            f"image {old[row].idx}: its class has {was:.5f} of the samples in the ledger, and {now:.5f} of the samples "
+            "under fresh noise: the samples in the ledger cannot be ordinary ones"
+        )
+    shared = certification.identity.noise == "shared"
+    gain = comparison.fresh_gain(old, fresh, rounding, shared)
+    if gain.refused:
+        raise ValueError(
+            f"in the ledger the right classes have {gain.found:,.0f} samples more than under fresh noise, and chance "
+            f"and rounding explain {gain.limit:,.0f}: the noise of the seed favours this network"
+        )
+    print(f"under fresh noise: {fresh.total * len(old):,} samples; no test finds a difference")
+
+
+def _moved(old: list[ImageCounts], new: list[ImageCounts]) -> int:
+    """The number of samples that changed their class, at least."""
+    pairs = [(a.counts["selection"], b.counts["selection"]) for a, b in zip(old, new, strict=True)]
+    pairs += [(a.looks[-1], b.looks[-1]) for a, b in zip(old, new, strict=True)]
+    return sum(int(np.abs(a - b).sum()) // 2 for a, b in pairs)
+
+
+def _print_differences(certification: Certification, old: list[ImageCounts], new: list[ImageCounts]) -> None:
+    moved = _moved(old, new)
+    print(f"drawn again: {sum(image.total for image in new):,} samples of {len(new):,} images; {moved:,} differ")
     if moved:
-        pairs = ([counts.images[idx] for idx in sorted(again.images)] for counts in (recorded, again))
-        old, new = (certification.derivation.certificates(certification.schedule, images) for images in pairs)
+        was, now = (certification.derivation.certificates(certification.schedule, images) for images in (old, new))
         print(
             "rounding on another machine explains this; with the samples drawn now "
-            f"{(old.predict != new.predict).sum():,} predictions differ, the mean radius is {new.radius.mean():.6f} "
-            f"instead of {old.radius.mean():.6f}, and no radius is more than "
-            f"{max(0.0, (old.radius - new.radius).max()):.6f} smaller"
+            f"{(was.predict != now.predict).sum():,} predictions differ, the mean radius is {now.radius.mean():.6f} "
+            f"instead of {was.radius.mean():.6f}, and no radius is more than "
+            f"{max(0.0, (was.radius - now.radius).max()):.6f} smaller"
         )

@@ -9,13 +9,14 @@ import numpy as np
 
 from lsrs_jax.certification import OTHER_NAME, ledger, store
 from lsrs_jax.certification.encode import Pipeline
-from lsrs_jax.certification.identity import Identity, arithmetic_facts, sampling_facts, schedule_of
+from lsrs_jax.certification.identity import Identity, arithmetic_facts, schedule_of
 from lsrs_jax.certification.target import Target
 from lsrs_jax.config import config_to_dict
 from lsrs_jax.data import Dataset, Photos
 from lsrs_jax.layers.lipschitz import LipschitzReport
 from lsrs_jax.runtime import documents, progress, rng
 from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.format import FORMAT
 from lsrs_jax.runtime.processes import ALONE, Process, devices
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.runtime.workdir import Workdir
@@ -33,24 +34,41 @@ class Certification:
     """One folder: its identity, its ledgers, and the certificates derived from them.
 
     Each process writes its own ledger; the first process also writes the certificates. `record` has one entry per
-    session, `decided_images` the indices of the images that are known to be decided.
+    session, `decided_images` the indices of the images that are known to be decided. Radii follow the `rule` of a
+    format.
     """
 
     def __init__(
-        self, folder: Path, config: Config, identity: Identity, lipschitz: LipschitzReport, process: Process = ALONE
+        self,
+        folder: Path,
+        config: Config,
+        identity: Identity,
+        lipschitz: LipschitzReport,
+        process: Process = ALONE,
+        rule: int = FORMAT,
     ) -> None:
         certify, arithmetic = config.certify, identity.arithmetic or {}
         self.folder, self.config, self.identity, self.lipschitz = folder, config, identity, lipschitz
         self.schedule, self.num_classes = schedule_of(config), identity.classes or 0
         settings = {"lipschitz": lipschitz.constant, "radii": tuple(certify.radii) or None, "epsilon": certify.epsilon}
         settings |= {"sigma": arithmetic["sigma"], "tau": arithmetic["tau"]}
-        self.derivation = Derivation(alpha=certify.alpha, bound=certify.bound, **settings)
+        self.derivation = Derivation(alpha=certify.alpha, bound=certify.bound, rule=rule, **settings)
         self.process, self.record, self.decided_images = process, list[dict[str, Any]](), set[int]()
+        self.recorded: dict[str, Any] | None = None  # size and digest of the ledgers behind the last table
 
-    def open_ledger(self) -> ledger.Ledger:
-        """Opens the ledger of this process; its file is made if missing."""
+    def open_ledger(self, lost: bool = False) -> ledger.Ledger:
+        """Opens the ledger of this process; its file is made if missing.
+
+        Raises UserError if the samples behind the last table have changed; `lost` is that of `ledger.check_recorded`.
+        """
         path = self.folder / ledger.name(self.process.index)
-        return ledger.Ledger(path, self.schedule, self.num_classes, self.process)
+        opened = ledger.Ledger(path, self.schedule, self.num_classes, self.identity.run, self.process)
+        try:
+            ledger.check_recorded(self.folder, self.recorded, lost)
+        except UserError:
+            opened.close()
+            raise
+        return opened
 
     def decided(self, images: list[ImageCounts]) -> np.ndarray:
         """Whether images that are at a look are decided; remembers the decided ones."""
@@ -77,18 +95,24 @@ class Certification:
                 wrong = f"image {image.idx} has the slack {image.slack}, less than the rounding of its latent"
                 raise UserError(f"{self.folder}: {wrong}; restore the ledger, or {OTHER_NAME}")
 
-    def past_sessions(self) -> list[dict[str, Any]]:
-        """The record of earlier sessions; raises UserError if they had another identity, or if files are missing."""
+    def resume(self) -> None:
+        """Takes over the record of earlier sessions, and the format in which they began the folder.
+
+        Raises UserError if they had another identity, or if their files are missing or have changed.
+        """
         path, has_rows = self.folder / "certificates.json", ledger.has_rows(self.folder)
         if not has_rows and not (self.folder / "certificates.tsv").exists():
-            return []  # without samples no identity matters
+            return  # without samples no identity matters
         if has_rows and not path.exists():
             raise UserError(f"{self.folder} holds samples but no {path.name}; restore it, or {OTHER_NAME}")
-        record = store.past_sessions(path, self.identity) if path.exists() else []
-        if not has_rows:
+        stored = store.read_same_run(path, self.identity) if path.exists() else None
+        if not has_rows or stored is None:
             lost = ledger.name("*")
             raise UserError(f"{self.folder} holds certificates but no samples; restore {lost}, or {OTHER_NAME}")
-        return record
+        self.identity, self.record = self.identity.begun_as(stored.identity), list(stored.record)
+        self.recorded = (stored.derivation or {}).get("votes")
+        if self.identity.run is None and self.process.leads:
+            print(f"note: {self.folder} was begun in format 1: its samples do not name the run they belong to")
 
     def derive(self, counts: ledger.Ledger, chosen: Collection[int]) -> tuple[list[ImageCounts], Certificates | None]:
         """Writes certificates.tsv and certificates.json for the images `chosen`, which have reached a look.
@@ -121,9 +145,9 @@ def run(target: Target, process: Process, workdir: Workdir, tick: Callable[[], N
         arithmetic = make_arithmetic(config.certify.arithmetic, config.sigma)
         identity = target.identity("smoothed").sampled(config, arithmetic, encoder.report.output_shape)
         certification = Certification(target.folder, config, identity, encoder.report, process)
-        certification.record = certification.past_sessions()
+        certification.resume()
         pipeline = Pipeline(target, encoder, head)
-    with certification.open_ledger() as counts:
+    with certification.open_ledger(lost=certification.identity.run is not None) as counts:
         with process.together("the ledgers"):
             check_labels(target.folder, counts, target.dataset)
         certification.catch_up(counts)
@@ -171,6 +195,7 @@ def _sample(
         certification.record.append(session)
         # Gives the images that are already decided the derivation settings of this session.
         certification.derive(counts, certification.decided_images)
+        workdir.push()  # a bucket that cannot be written is found before much work is done
 
     def adopt() -> None:
         """Takes over the samples of the other processes."""
@@ -196,9 +221,9 @@ def _sample(
         with process.together("the first samples"):  # the identity must be on disk before any sample
             if process.leads:
                 begin()
-                workdir.push()
         status, first = Status(certification.schedule, len(share), 0, say), lambda: None
-    engine = Engine(pipeline.sampler, rng.root_key(certification.config.seed), counts, decided, status, first)
+    seed = certification.identity.sampling_facts(certification.config)["seed"]
+    engine = Engine(pipeline.sampler, rng.root_key(seed), counts, decided, status, first)
     for images in pipeline.encoded(share, {idx: image.slack for idx, image in counts.images.items()}):
         engine.run(images)
     status.show()
@@ -236,14 +261,14 @@ def from_counts(folder: Path, config: Config) -> None:
     _print_summary(certification, *found, indices)
 
 
-def reopen(folder: Path, config: Config, stored: store.Stored) -> Certification:
-    """The `Certification` of the ledgers in a folder, from its certificates.json.
+def reopen(folder: Path, config: Config, stored: store.Stored, rule: int = FORMAT) -> Certification:
+    """The `Certification` of the ledgers in a folder, from its certificates.json. `rule` is that of `Certification`.
 
     Raises UserError if the samples were drawn under another configuration, or if numbers that determine the radii
     contradict each other.
     """
     identity, certify, facts = stored.identity, config.certify, stored.identity.arithmetic or {}
-    wanted = sampling_facts(config) | {"arithmetic": certify.arithmetic}
+    wanted = identity.sampling_facts(config) | {"arithmetic": certify.arithmetic}
     drawn = {name: getattr(identity, name) for name in wanted} | {"arithmetic": facts.get("name")}
     own, claimed = (
         {"data": {name: one["data"][name] for name in ("name", "split", "size")}, "model": one["model"]}
@@ -258,8 +283,8 @@ def reopen(folder: Path, config: Config, stored: store.Stored) -> Certification:
     if facts != arithmetic_facts(arithmetic, stored.lipschitz.output_shape):
         why = "its arithmetic does not fit the configuration and the latent"
         raise UserError(f"{folder / 'certificates.json'} is damaged ({why}); restore it, or {OTHER_NAME}")
-    certification = Certification(folder, config, identity, stored.lipschitz)
-    certification.record = stored.record
+    certification = Certification(folder, config, identity, stored.lipschitz, rule=rule)
+    certification.record, certification.recorded = stored.record, (stored.derivation or {}).get("votes")
     return certification
 
 

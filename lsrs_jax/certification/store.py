@@ -34,6 +34,7 @@ _MOST = 2**20  # classes, or pixels in a row
 class Stored:
     """The content of a certificates.json."""
 
+    format: int  # of the file; certificates were derived by the rules of this format
     identity: Identity
     # The other facts on which the table depends; None before there is a table. ``certificates`` is the digest of the
     # table; there is ``bound``, and for smoothed certificates ``alpha``, ``votes`` (size and digest of each ledger;
@@ -50,6 +51,12 @@ class Stored:
         """The configuration of a sealed file; such a file always has one."""
         assert self.config is not None
         return self.config
+
+    @property
+    def wanted(self) -> range | None:
+        """The images that the configuration asks for; None for an old file that does not know how many there are."""
+        certify, images = self.settings.certify, self.identity.images or self.settings.certify.stop
+        return range(certify.start, min(certify.stop or images, images), certify.step) if images else None
 
 
 def read(path: Path) -> Stored:
@@ -81,7 +88,7 @@ def require_sealed(path: Path) -> Stored:
 def _parse(content: dict[str, Any]) -> Stored:
     """Raises UserError, ValueError, KeyError or TypeError for content that no version has written."""
     derived = ("alpha", "bound", "radii", "epsilon", "certificates", "votes")
-    known: dict[str, Any] = dict.fromkeys(("identity", "config", "training", "record", "digest"))
+    known: dict[str, Any] = dict.fromkeys(("format", "identity", "config", "training", "record", "digest"))
     known |= {"derivation": derived, "lipschitz": ("layers", "input_shape", "output_shape", "constant")}
     documents.refuse_unknown(content, known)
     sealed = content["digest"] is not None
@@ -97,6 +104,11 @@ def _parse(content: dict[str, Any]) -> Stored:
         raise ValueError("identity and config are of different kinds")
     if not all(type(size) is int and 1 <= size <= _MOST for size in identity.model["input_shape"]):
         raise ValueError("input_shape cannot be the shape of an image")
+    begun, images = identity.format, identity.images
+    if type(begun) is not int or not 1 <= begun <= max(content["format"], 1):
+        raise ValueError(f"its folder cannot have been begun in format {begun!r}")
+    if begun > 1 and (type(images) is not int or not 1 <= images < 2**53):
+        raise ValueError("identity.images is missing")
     derivation = content["derivation"]
     if derivation is not None:
         _check_types(content, {"derivation": {"certificates": str, "bound": str}})
@@ -104,7 +116,8 @@ def _parse(content: dict[str, Any]) -> Stored:
         _check_types(content, {"identity": {"arithmetic": {"name": str}}})
         if derivation is not None:
             derivation = derivation | {"votes": _parse_votes(content)} if sealed else {"votes": None} | derivation
-    return Stored(identity, derivation, lipschitz, config, content.get("training"), content["record"], sealed)
+    training, record = content.get("training"), content["record"]
+    return Stored(content["format"], identity, derivation, lipschitz, config, training, record, sealed)
 
 
 def _parse_votes(content: dict[str, Any]) -> dict[str, dict]:
@@ -138,13 +151,13 @@ def training_digest(folder: Path) -> str | None:
     return files.digest_of(path) if path.exists() else None
 
 
-def past_sessions(path: Path, identity: Identity) -> list[dict[str, Any]]:
-    """The record of earlier sessions in a certificates.json; raises UserError for one of another identity."""
+def read_same_run(path: Path, identity: Identity) -> Stored:
+    """The content of a certificates.json, to be continued; raises UserError for one of another identity."""
     stored = require_sealed(path)
-    if difference := stored.identity.how_it_differs(identity):
+    if difference := stored.identity.how_it_differs(identity.begun_as(stored.identity)):
         remedy = f"{OTHER_NAME}, or the old value to resume"
         raise UserError(f"{path.parent} holds certificates of another run: {difference}; {remedy}")
-    return list(stored.record)
+    return stored
 
 
 def new_session(images: int) -> dict[str, Any]:

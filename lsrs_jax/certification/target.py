@@ -13,6 +13,7 @@ from lsrs_jax.certification.store import Stored
 from lsrs_jax.data import Dataset, Photos, load_split
 from lsrs_jax.runtime import documents, rng
 from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.format import FORMAT
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.runtime.workdir import checkpoints
 from lsrs_jax.training.checkpoint import restore_model, trained_on
@@ -40,6 +41,8 @@ class Target:
             data={name: getattr(dataset, name) for name in ("name", "version", "split")} | {"digest": dataset.digest()},
             model=documents.plain(self.config.model.to_dict()) | {"input_shape": list(self.model.input_shape)},
             platform=f"{jax.default_backend()} {jax.local_devices()[0].device_kind}",
+            images=len(dataset),
+            format=FORMAT,
         )
 
 
@@ -90,6 +93,7 @@ def target_of_certificates(folder: Path, stored: Stored, data_dir: str) -> Targe
     found = target.identity(identity.certificate)
     if found.data["digest"] != identity.data.get("digest"):
         raise UserError("images or labels of {name}, split {split}, are not those certified".format(**found.data))
+    found = found.begun_as(identity)
     claims = dataclasses.replace(found, **{name: getattr(identity, name) for name in found.to_dict()})
     if difference := claims.difference(found, ("platform",)):
         name, claimed, own = difference

@@ -1,14 +1,17 @@
 """Compares the files of a certification with their digests, and derives its certificates again from its ledgers."""
 
+import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 from lsrs_jax import models
 from lsrs_jax.auditing.table import read_finished
-from lsrs_jax.certification import OTHER_NAME, ledger, store
+from lsrs_jax.certification import deterministic, ledger, store
 from lsrs_jax.certification.smoothed import Certification, reopen
-from lsrs_jax.certification.target import restore
-from lsrs_jax.config import config_to_dict, load_config, other_training
+from lsrs_jax.certification.table import read_table
+from lsrs_jax.certification.target import restore, target_of_certificates
+from lsrs_jax.config import SEED_DERIVED, SEED_OF_TRAINING, config_to_dict, load_config, other_training
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.files import digest_of
 from lsrs_jax.runtime.workdir import checkpoints
@@ -17,12 +20,47 @@ from lsrs_jax.smoothing.counts import Counts, ImageCounts
 _SAME = 1e-9  # relative: how far the Lipschitz constant of an encoder may differ between two machines
 
 
-def run(folder: Path) -> store.Stored:
+@dataclasses.dataclass
+class Verdict:
+    """What was found to be right, and what could not be checked. A difference is a UserError instead.
+
+    The exit code of the command is 0 if nothing is `unchecked` or `missing`, else 3. `beyond` names what no reading of
+    files can check.
+    """
+
+    certificates: int
+    wanted: int | None = None  # images that the configuration asks for; None if an old file does not know
+    missing: int = 0  # of the images wanted
+    samples: int | None = None
+    checked: list[str] = dataclasses.field(default_factory=list)
+    unchecked: list[str] = dataclasses.field(default_factory=list)
+    beyond: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        return not (self.missing or self.unchecked)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for ``--json``."""
+        return {"verdict": "intact" if self.complete else "incomplete"} | dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        of_all = "" if self.wanted is None else f" of {self.wanted:,} images"
+        line = f"verdict: {'intact' if self.complete else 'incomplete'}: {self.certificates:,} certificates{of_all}"
+        line += f" ({self.missing:,} images have none)" if self.missing else ""
+        open_questions = [*self.unchecked, *self.beyond]
+        line += f"; checked: {', '.join(self.checked)}"
+        return line + (f"; not checked: {', '.join(open_questions)}" if open_questions else "")
+
+
+def run(folder: Path, data_dir: str | None = None) -> tuple[store.Stored, Verdict]:
     """Derives every certificate in a folder again and compares all digests, also of an audit; changes nothing.
 
-    Prints the results, and returns the content of certificates.json. The configuration and the checkpoint of the
-    workdir are compared if they still exist. Raises UserError for the first file that differs, naming the line and
-    column of a table.
+    Deterministic certificates are computed again from the images in `data_dir`; if it is None, they are not. The
+    configuration and the checkpoint of the workdir are compared if they still exist.
+
+    Prints facts about the folder, and returns the content of certificates.json with the `Verdict`. Raises UserError for
+    the first file that differs, naming the line and column of a table.
     """
     path, stored = folder / "certificates.json", store.read_folder(folder, "to verify")
     identity, derivation, config = stored.identity, stored.derivation, stored.settings
@@ -36,44 +74,69 @@ def run(folder: Path) -> store.Stored:
     except ValueError as error:
         raise UserError(f"{table} has changed: it is not a text file any more") from error
     _check_training(folder, stored)
-    counts, certify = None, config.certify
+    verdict, counts = Verdict(text.count("\n") - 1, checked=["the digest of every file", "the configuration"]), None
     if identity.certificate == "smoothed":
-        certification = reopen(folder, config, stored)
-        if (derivation["alpha"], derivation["bound"]) != (certify.alpha, certify.bound):
+        certification = reopen(folder, config, stored, stored.format)
+        if (derivation["alpha"], derivation["bound"]) != (config.certify.alpha, config.certify.bound):
             raise UserError(f"{path} contradicts itself: its derivation and its configuration differ in alpha or bound")
         counts = _check_ledgers(certification, derivation["votes"])
         _compare(text, certification, counts)
+        verdict.samples = sum(image.total for image in counts.images.values())
+        verdict.checked.append("every radius from its samples")
+        verdict.beyond.append("that the network gives these samples (--recast=N)")
+        if identity.run is None:
+            verdict.unchecked.append("that all samples are of this run (in format 1 they do not name it)")
     elif derivation["bound"] != "margin" or ledger.files(folder):
         raise UserError(f"{path} contradicts itself: deterministic certificates have the bound margin, and no ledger")
     digest = digest_of(table)
     if derivation["certificates"] != digest:
         raise UserError(f"{table} has changed: its digest is not the one in {path.name}")
-    verdict = _check_checkpoint(folder.parents[1], stored) + _check_audit(folder / "audit.tsv", digest)
-    _report(folder, stored, counts, text.count("\n") - 1, verdict)
-    return stored
-
-
-def _report(folder: Path, stored: store.Stored, counts: Counts | None, rows: int, verdict: str) -> None:
-    config, data, settings = stored.settings, stored.identity.data, ""
-    certify = config.certify
+    _check_checkpoint(folder.parents[1], stored, verdict)
+    _check_audit(folder / "audit.tsv", digest, verdict)
     if counts is None:
-        table = f"the table of {rows:,} deterministic certificates in {folder}"
-        print(f"verified: {table} is unchanged. To compute it again, {OTHER_NAME} and compare")
+        _compute_again(folder, stored, data_dir, verdict)
+    _check_images(table, stored, verdict)
+    _report(folder, stored, counts, verdict)
+    return stored, verdict
+
+
+def _report(folder: Path, stored: store.Stored, counts: Counts | None, verdict: Verdict) -> None:
+    config, data, settings = stored.settings, stored.identity.data, ""
+    certify, rows = config.certify, verdict.certificates
+    if counts is None:
+        print(f"verified: {rows:,} deterministic certificates in {folder}")
     else:
-        samples = sum(image.total for image in counts.images.values())
         others = sum(counts.at_a_look(idx) for idx in counts.images) - rows
         left = f"; {others:,} other images have their samples there and no certificate" if others else ""
-        print(f"verified: {rows:,} certificates follow from the {samples:,} samples in {folder}{left}")
+        print(f"verified: {rows:,} certificates follow from the {verdict.samples:,} samples in {folder}{left}")
         settings = f"; sigma {config.sigma}, n0 {certify.n0:,}, n {certify.n:,} ({certify.schedule}), "
         settings += f"alpha {certify.alpha}, {certify.bound} bound, {certify.arithmetic} arithmetic, "
         settings += f"head in {certify.head_dtype}"
-    print(f"of {data.get('name')!r}, split {data.get('split')!r}, digest {str(data.get('digest'))[:12]!r}{settings}")
-    print(f"Lipschitz constant {stored.lipschitz.constant:.15g}, configuration and {verdict}")
+        seed = "derived from weights and images" if certify.seed == SEED_DERIVED else "chosen by the author"
+        settings += f"; noise of seed {stored.identity.seed}, {seed}"
+    split = f"split {data.get('split')!r}" + (
+        f" of {stored.identity.images:,} images" if stored.identity.images else ""
+    )
+    print(f"of {data.get('name')!r}, {split}, digest {str(data.get('digest'))[:12]!r}{settings}")
+    print(f"Lipschitz constant {stored.lipschitz.constant:.15g}")
     trained = folder.parents[1] / "config.json"
-    for name in ("sigma", "seed") if trained.exists() else ():
+    names = ("sigma", "seed") if certify.seed == SEED_OF_TRAINING else ("sigma",)
+    for name in names if trained.exists() else ():
         used, kept = config[name], load_config(trained)[name]
         if used != kept:
-            print(f"note: certified with {name} {used}, trained with {kept}")
+            print(f"note: certified with {name} {used}, trained with {kept}", flush=True)
+
+
+def _check_images(table: Path, stored: store.Stored, verdict: Verdict) -> None:
+    """Counts the images that the configuration asks for and that the table lacks."""
+    wanted = stored.wanted
+    if wanted is None:
+        verdict.unchecked.append("that no image is missing (in format 1 the size of the split is not known)")
+        return
+    verdict.wanted = len(wanted)
+    verdict.missing = len(set(wanted) - set(read_table(table).idx.tolist()))
+    if not verdict.missing:
+        verdict.checked.append("that no image is missing")
 
 
 def _check_training(folder: Path, stored: store.Stored) -> None:
@@ -93,15 +156,13 @@ def _check_training(folder: Path, stored: store.Stored) -> None:
 
 def _check_ledgers(certification: Certification, digests: dict[str, dict]) -> Counts:
     """The counts of the ledgers; raises UserError if the rows behind the table have changed. New rows may follow."""
-    folder = certification.folder
+    folder, run = certification.folder, certification.identity.run
     for name in digests:
         if not (folder / name).exists():
             raise UserError(f"{folder / name} is missing: without its samples no certificate can be checked")
     # Reading names a damaged line. If every line is well-formed, the digest still finds a change of the file.
-    counts = ledger.read(folder, certification.schedule, certification.num_classes)
-    for name, digest in digests.items():
-        if ledger.digest((folder / name).read_bytes()[: digest["bytes"]]) != digest:
-            raise UserError(f"{folder / name} has changed: its digest is not the one in certificates.json")
+    counts = ledger.read(folder, certification.schedule, certification.num_classes, run)
+    ledger.check_recorded(folder, digests)
     certification.check_slack(counts.images.values())
     return counts
 
@@ -134,24 +195,44 @@ def _compare(text: str, certification: Certification, counts: Counts) -> None:
         raise UserError(f"{path} line {number} (image {gives[0]}): {name} is {old[:40]!r}, the ledger gives {new!r}")
 
 
-def _check_audit(path: Path, digest: str) -> str:
-    """A clause about the audit of the table with this digest; raises UserError if the audit has changed."""
+def _compute_again(folder: Path, stored: store.Stored, data_dir: str | None, verdict: Verdict) -> None:
+    """Computes deterministic certificates again, if network and images are here."""
+    why = "not asked for"
+    if data_dir is not None:
+        try:
+            target = target_of_certificates(folder, stored, data_dir)
+        except UserError as error:
+            why = str(error)
+        else:
+            deterministic.check(target)
+            verdict.checked.append("every radius, computed again from the images")
+            return
+    verdict.unchecked.append(f"the radii, which were not computed again ({why})")
+
+
+def _check_audit(path: Path, digest: str, verdict: Verdict) -> None:
+    """Says what the audit of the table with this digest is worth; raises UserError if the audit has changed."""
     if not path.exists():
-        facts = path.with_suffix(".json")
-        return f"; note: {facts.name} has no {path.name} beside it" if facts.exists() else ""
+        if path.with_suffix(".json").exists():
+            verdict.unchecked.append(f"the audit ({path.with_suffix('.json').name} has no {path.name} beside it)")
+        return
     attacked, audit = read_finished(path) or ("", None)
     if audit is None:
-        return "; the audit beside them is unfinished"
-    if attacked != digest:
-        return f"; note: {path.name} is the audit of another table"
-    return f"; the audit of {len(audit.idx):,} of them, with {audit.flips.sum():,} flips, is unchanged"
+        verdict.unchecked.append("the audit, which is unfinished")
+    elif attacked != digest:
+        verdict.unchecked.append("the audit, which is of another table")
+    else:
+        verdict.checked.append(f"the files of the audit ({len(audit.idx):,} images, {audit.flips.sum():,} flips)")
+        verdict.beyond.append("the attacks of the audit (move it away and run it again)")
 
 
-def _check_checkpoint(workdir: Path, stored: store.Stored) -> str:
-    """Compares digest, shapes and Lipschitz constant of the weights; returns a clause about the result."""
+def _check_checkpoint(workdir: Path, stored: store.Stored, verdict: Verdict) -> None:
+    """Compares digest, shapes and Lipschitz constant of the weights."""
     identity, config, step = stored.identity, stored.settings, stored.identity.checkpoint["step"]
     if not (checkpoints(workdir) / str(step)).is_dir():
-        return f"ledger are intact; the checkpoint of step {step} is not here to be compared"
+        why = f"the checkpoint of step {step} is not here"
+        verdict.unchecked.append(f"the weights and the Lipschitz constant {stored.lipschitz.constant:.15g} ({why})")
+        return
     model = models.build(config.model, tuple(identity.model["input_shape"]), identity.classes or 0)
     params, meta = restore(workdir, model, step)
     if meta["digest"] != identity.checkpoint["digest"]:
@@ -164,4 +245,4 @@ def _check_checkpoint(workdir: Path, stored: store.Stored) -> str:
     own, claimed = tuple(report.output_shape), claims.output_shape
     if identity.certificate == "smoothed" and own != claimed:  # the encoder of a margin ends before the linear head
         raise UserError(f"{name} has latents of shape {own}, the certificates claim {claimed}")
-    return f"checkpoint of step {step} are those of the certificates"
+    verdict.checked.append("the weights and their Lipschitz constant")

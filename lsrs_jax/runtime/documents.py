@@ -17,7 +17,11 @@ from lsrs_jax.runtime.format import FORMAT
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file. Raises ValueError for bad JSON or more than 100 levels, OSError for a missing file."""
+    """Reads a JSON file. Raises ValueError for bad JSON or more than 100 levels, OSError for a missing file.
+
+    A name that stands twice in an object is refused, because readers disagree which value counts; so are NaN and
+    infinities, which JSON does not have.
+    """
 
     def check(value: Any, levels: int) -> None:
         if levels < 0:
@@ -26,11 +30,22 @@ def read_json(path: Path) -> Any:
             check(inner, levels - 1)
 
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_number)
         check(content, levels=99)
     except RecursionError as error:
         raise ValueError("its content is nested too deeply") from error
     return content
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("it names a field twice")
+    return found
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is not a number of JSON")
 
 
 def plain(content: Any) -> Any:
@@ -60,7 +75,7 @@ def write_sealed(path: Path, content: dict) -> None:
 
 
 def read_sealed(path: Path, check_content: Callable[[dict], Any], remedy: str) -> dict:
-    """Reads a document and leaves out its format number. If the document is unsealed, its ``digest`` is None.
+    """Reads a document; its ``format`` is a number in any case, its ``digest`` is None if it is unsealed.
 
     `check_content` upgrades an old document in place; it raises ValueError, KeyError or TypeError for content that no
     version has written. Raises UserError for a newer format or a damaged document; then `remedy` says what to do if the
@@ -70,12 +85,11 @@ def read_sealed(path: Path, check_content: Callable[[dict], Any], remedy: str) -
         stored = read_json(path)
         if not isinstance(stored, dict):
             raise ValueError("it holds no fields")
-        if format_of(stored) and "digest" not in stored:
+        if (number := format_of(stored)) and "digest" not in stored:
             raise ValueError("its digest is missing")
         if "digest" in stored and stored["digest"] != digest(stored):
             raise ValueError("its digest does not match its content")
-        stored.pop("format", None)
-        stored.setdefault("digest", None)
+        stored |= {"format": number, "digest": stored.get("digest")}
         check_content(stored)
     except UserError as error:
         raise in_file(path, error) from error

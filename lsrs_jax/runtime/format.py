@@ -6,7 +6,8 @@ test pins every value and the noise that follows from the values.
 """
 
 # Format number of config.json, certificates.json and audit.json. Files without a number are of format 0.
-FORMAT = 1  # on-disk format
+# Since format 2 every row of a ledger names its run, and radii of near-ties are rounded down further.
+FORMAT = 2  # on-disk format
 
 # Key of a random stream: fold_in(fold_in(key(seed), domain), stream). The domain of certification is a large arbitrary
 # number: other programs fold small numbers (an epoch, a step) into the key of the same seed, and no key may be shared.
@@ -24,7 +25,10 @@ FIRST_LOOK, LOOK_GROWTH = 1000, 1.3  # on-disk format
 COLUMN_BITS, THRESHOLD_BITS = 18, 45  # on-disk format
 GRID_BITS = 15  # on-disk format; the grid spacing q is the power of two with 2**14 <= sigma/q < 2**15
 
-LEDGER_COLUMNS = ("idx", "label", "slack", "purpose", "first", "stop", "votes", "seconds", "crc")  # on-disk format
+LEDGER_COLUMNS = {  # by the format in which a folder was begun; on-disk format
+    1: ("idx", "label", "slack", "purpose", "first", "stop", "votes", "seconds", "crc"),
+    2: ("idx", "label", "slack", "purpose", "first", "stop", "votes", "seconds", "run", "crc"),
+}
 FIELD_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")  # of Cohen et al. 2019; on-disk format
 AUDIT_COLUMNS = (  # on-disk format
     *("idx", "label", "predict", "radius", "unperturbed"),

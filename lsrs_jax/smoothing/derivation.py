@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from scipy import special
 
 from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.format import FORMAT
 from lsrs_jax.runtime.validate import array, choice, numbers, real
 from lsrs_jax.smoothing import confidence
 from lsrs_jax.smoothing.counts import Counts, ImageCounts
@@ -16,6 +17,7 @@ from lsrs_jax.smoothing.schedule import Schedule
 
 # Relative; covers the rounding of the quantile function and of the arithmetic here.
 _MARGIN = 1e-12  # on-disk format: tables are compared digit by digit
+_ABSOLUTE = 1e-14  # per unit of the quantiles; on-disk format
 _FUTILITY = 0.01  # level of the optimistic limits; stopping too early costs radius, never the guarantee
 
 
@@ -62,11 +64,19 @@ def certified_radius(
 
 
 def trusted_radius(
-    p_a: np.ndarray, p_b: np.ndarray, sigma: float, lipschitz: float, slack: np.ndarray
+    p_a: np.ndarray, p_b: np.ndarray, sigma: float, lipschitz: float, slack: np.ndarray, rule: int = FORMAT
 ) -> Float[np.ndarray, "..."]:
-    """`certified_radius` for float64 arguments that were checked."""
-    both_sides = np.where(p_b < p_a, special.ndtri(p_a) - special.ndtri(p_b), -np.inf)
-    latent = sigma / 2 * both_sides * (1 - _MARGIN) - slack
+    """`certified_radius` for float64 arguments that were checked.
+
+    The difference of the quantiles is lowered by a relative margin. Where p_B is next to p_A, the rounding of the
+    quantiles exceeds it, and an absolute margin takes its place. The `rule` of format 1 did not have the second.
+    """
+    above, below = special.ndtri(p_a), special.ndtri(p_b)
+    both_sides = np.where(p_b < p_a, above - below, -np.inf)
+    lowered = both_sides * (1 - _MARGIN)
+    if rule > 1:
+        lowered = np.minimum(lowered, both_sides - _ABSOLUTE * (np.abs(above) + np.abs(below)))
+    latent = sigma / 2 * lowered - slack
     return np.maximum(latent, 0.0) / lipschitz * (1 - _MARGIN)
 
 
@@ -96,6 +106,7 @@ class Derivation:
     bound: str = "binary"
     lipschitz: float = 1.0
     tau: float = 0.0
+    rule: int = FORMAT  # the format whose rule for radii holds; see `trusted_radius`
     radii: tuple[float, ...] | None = None  # the radii to decide, and always 0 (any certificate); None: the radius
     epsilon: float = 0.05  # without radii: how far the radius may stay below the best one, in units of σ/L
 
@@ -145,7 +156,7 @@ class Derivation:
         p_a = np.maximum(np.maximum.reduceat(p_a, starts) - tau, 0.0)
         p_b = np.minimum(np.minimum.reduceat(p_b, starts) + tau, 1 - p_a)
         p_b = np.minimum(p_b + 1e-15, 1.0)
-        radius = trusted_radius(p_a, p_b, self.sigma, self.lipschitz, slack)
+        radius = trusted_radius(p_a, p_b, self.sigma, self.lipschitz, slack, self.rule)
         abstain, last = ~(radius > 0), rows[starts + lengths - 1]
         predict = np.where(abstain, -1, selection.argmax(axis=1))
         return Certificates(predict, np.where(abstain, 0.0, radius), last, last.sum(axis=1), p_a, p_b, abstain)

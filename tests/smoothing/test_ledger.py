@@ -8,6 +8,7 @@ from lsrs_jax.smoothing.counts import Row
 from lsrs_jax.smoothing.schedule import Schedule
 
 SCHEDULE = Schedule(10, (100,), 16)
+RUN = "0123456789abcdef"
 
 
 def rows(idx, slack=1e-6):
@@ -20,7 +21,7 @@ def rows(idx, slack=1e-6):
 
 
 def open_ledger(path):
-    return Ledger(path, SCHEDULE, num_classes=3)
+    return Ledger(path, SCHEDULE, 3, RUN)
 
 
 @pytest.fixture
@@ -86,9 +87,9 @@ def test_any_changed_character_is_found(path):
         ("5\t1\t-1.0\tselection\t0\t1\t1:10\t0.1", "out of range"),
         ("2\t2\t1e-06\testimation\t4\t7\t1:36\t0.1", "label or slack changes"),
         ("2\t1\t2e-06\testimation\t4\t7\t1:36\t0.1", "label or slack changes"),
-        ("5\t1\t1e-06\tselection\t0\t1\t1:10", "8 columns"),
-        ("5\t1\t1e-06\tselection\t0\t1\t1:10\t0.1\t0000000X", "checksum"),
-        (_line(rows(5)[0]).strip() + "\rX", "checksum"),
+        ("5\t1\t1e-06\tselection\t0\t1\t1:10", "9 columns"),
+        (f"5\t1\t1e-06\tselection\t0\t1\t1:10\t0.1\t{RUN}\t0000000X", "checksum"),
+        (_line(rows(5)[0], RUN).strip() + "\rX", "checksum"),
         (f"5\t1\t1e-06\tselection\t0\t1\t1:{'9' * 30}\t0.1", "not a natural number"),
         ("", "1 columns"),
         ("\xff", "line 7"),
@@ -96,8 +97,9 @@ def test_any_changed_character_is_found(path):
 )
 def test_damaged_rows_are_refused_and_the_file_is_kept(path, line, why):
     checked = line and line.isascii() and not line.endswith("X")
-    line = f"{line}\t{_crc(line)}".encode("latin-1") if checked else line.encode("latin-1")
-    path.write_bytes(path.read_bytes() + line + b"\n" + _line(rows(9)[0]).encode())
+    named = f"{line}\t{RUN}"
+    line = f"{named}\t{_crc(named)}".encode("latin-1") if checked else line.encode("latin-1")
+    path.write_bytes(path.read_bytes() + line + b"\n" + _line(rows(9)[0], RUN).encode())
     before = path.read_bytes()
     with pytest.raises(UserError, match=why) as caught:
         open_ledger(path)
@@ -113,6 +115,37 @@ def test_a_foreign_file_is_refused(tmp_path):
         with pytest.raises(UserError, match="not a ledger"):
             open_ledger(path)
         assert path.read_text() == text
+
+
+def test_rows_of_another_run_are_refused_wherever_they_are(path):
+    before = path.read_bytes()
+    other = path.with_name("votes.1.tsv")
+    other.write_text(before.decode().split("\n")[0] + "\n")
+    line = _line(rows(7)[0], "f" * 16)
+    path.write_bytes(before + line.encode())
+    with pytest.raises(UserError, match=r"line 7 is of another run: it names 'f{16}', the run of this folder is '0123"):
+        open_ledger(path)
+    path.write_bytes(before)
+    other.write_text(other.read_text() + line)
+    with pytest.raises(UserError, match=r"votes.1.tsv line 2 is of another run"):
+        open_ledger(path)
+    assert path.read_bytes() == before
+
+
+def test_ledgers_of_two_formats_are_not_mixed(path):
+    old = path.with_name("votes.1.tsv")
+    with Ledger(path.with_name("alone") / "votes.1.tsv", SCHEDULE, 3) as ledger:
+        ledger.append(rows(5))
+    alone = path.with_name("alone") / "votes.1.tsv"
+    assert "run" not in alone.read_text().split("\n")[0].split("\t")
+    old.write_bytes(alone.read_bytes())
+    with pytest.raises(UserError, match=r"votes.1.tsv is of another folder: its rows name no run"):
+        open_ledger(path)
+    old.unlink()
+    with pytest.raises(UserError, match=r"votes.0.tsv is of another folder: its rows name a run"):
+        Ledger(path, SCHEDULE, 3)
+    with Ledger(alone, SCHEDULE, 3) as ledger:
+        assert set(ledger.images) == {5}
 
 
 def test_a_second_writer_is_refused(path):

@@ -36,7 +36,7 @@ def test_another_identity_is_told_in_words_that_a_user_knows(certification):
     home, _, stored, _ = certification
     path, identity = home / "certificates.json", stored["identity"]
     path.write_text(json.dumps(stored))
-    assert store.past_sessions(path, Identity.from_dict(identity)) == stored["record"]
+    assert store.read_same_run(path, Identity.from_dict(identity)).record == stored["record"]
     checkpoint, data = identity["checkpoint"], identity["data"] | {"version": "1.0.0", "split": "test"}
     for change, words in (
         (
@@ -49,12 +49,12 @@ def test_another_identity_is_told_in_words_that_a_user_knows(certification):
         ({"stages": [96]}, "stages was"),
     ):
         with pytest.raises(UserError) as error:
-            store.past_sessions(path, Identity.from_dict(identity | change))
+            store.read_same_run(path, Identity.from_dict(identity | change))
         assert words in str(error.value), error.value
     old = stored | {"identity": identity | {"data": data | {"digest": "00"}}}
     path.write_text(sealed(old))
     with pytest.raises(UserError, match=r"images or labels of digits 1.0.0, split test, have changed;"):
-        store.past_sessions(path, Identity.from_dict(identity | {"data": data | {"digest": "11"}}))
+        store.read_same_run(path, Identity.from_dict(identity | {"data": data | {"digest": "11"}}))
 
 
 @examples(300)

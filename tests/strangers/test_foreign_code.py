@@ -9,12 +9,11 @@ import sys
 import pytest
 
 from lsrs_jax import cli, report
-from lsrs_jax.certification.ledger import _HEADER
 from lsrs_jax.config import default
 from lsrs_jax.training.metrics import Metrics
 from support.executions import Payload, nothing_executed, payloads
 from support.hostile import answer, changed, json_text, places
-from support.samples import CONFIG, FIELDS, TABLE, counts_of, derive, load, read
+from support.samples import CONFIG, FIELDS, HEADER, TABLE, counts_of, derive, load, read
 
 
 @pytest.mark.parametrize("attack", ["eval", "exec", "pickle", "system", "process"])
@@ -61,7 +60,7 @@ def test_no_file_and_no_flag_is_executed(folder, certification, tmp_path, monkey
             Metrics(folder, 10).close()
         for text in [*tables, *whole]:
             read(folder / "table.tsv", text)
-            counts_of(folder / "ledger.tsv", _HEADER.encode() + text)
+            counts_of(folder / "ledger.tsv", HEADER.encode() + text)
         for field in FIELDS:
             for text in texts:
                 answer(cli.config_from_flags, [f"--config.{field}={text}"], default())

@@ -7,15 +7,15 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lsrs_jax.certification.ledger import _HEADER, Ledger, _crc
+from lsrs_jax.certification.ledger import Ledger, _crc
 from lsrs_jax.runtime.errors import UserError
 from support.hostile import NOT_NUMBERS, NOT_WHOLE, examples
-from support.samples import ROWS, SCHEDULE, counts_of
+from support.samples import HEADER, ROWS, RUN, SCHEDULE, counts_of
 
 
 @pytest.fixture(scope="module")
 def ledger_bytes(folder):
-    with Ledger(folder / "whole.tsv", SCHEDULE, 3) as ledger:
+    with Ledger(folder / "whole.tsv", SCHEDULE, 3, RUN) as ledger:
         ledger.append(ROWS)
     return (folder / "whole.tsv").read_bytes()
 
@@ -38,7 +38,7 @@ def test_no_changed_byte_of_a_ledger_gives_other_counts(folder, ledger_bytes, da
 @examples(150)
 @given(st.binary(max_size=200), st.booleans())
 def test_any_bytes_are_an_empty_ledger_or_one_line(folder, content, headed):
-    assert counts_of(folder / "ledger.tsv", _HEADER.encode() * headed + content) in (None, {})
+    assert counts_of(folder / "ledger.tsv", HEADER.encode() * headed + content) in (None, {})
 
 
 COUNTS = st.integers(-1, 11).map(str) | st.sampled_from([*NOT_NUMBERS[:-1], *NOT_WHOLE, "9" * 18, "1e308"])
@@ -68,9 +68,9 @@ COUNTS = st.integers(-1, 11).map(str) | st.sampled_from([*NOT_NUMBERS[:-1], *NOT
     ]
 )
 def test_rows_with_the_right_checksum_add_up_or_are_refused(folder, rows):
-    content = ["\t".join(fields) for fields in rows]
+    content = ["\t".join((*fields, RUN)) for fields in rows]
     found = counts_of(
-        folder / "ledger.tsv", (_HEADER + "".join(f"{line}\t{_crc(line)}\n" for line in content)).encode()
+        folder / "ledger.tsv", (HEADER + "".join(f"{line}\t{_crc(line)}\n" for line in content)).encode()
     )
     for label, slack, seconds, (selection, estimation) in (found or {}).values():
         assert label >= 0
@@ -86,7 +86,7 @@ def test_huge_counts_whose_sum_wraps_around_are_refused(folder):
     counts = [10**18 - 1] * 18  # about 2**64
     counts += [(2**64 + 10) - sum(counts)]
     assert np.array(counts).sum() == 10
-    line = "0\t0\t0.0\tselection\t0\t1\t" + ",".join(f"{i}:{count}" for i, count in enumerate(counts)) + "\t0.1"
-    (folder / "ledger.tsv").write_text(f"{_HEADER}{line}\t{_crc(line)}\n")
+    line = "0\t0\t0.0\tselection\t0\t1\t" + ",".join(f"{i}:{count}" for i, count in enumerate(counts)) + f"\t0.1\t{RUN}"
+    (folder / "ledger.tsv").write_text(f"{HEADER}{line}\t{_crc(line)}\n")
     with pytest.raises(UserError, match="where 10 belong"):
-        Ledger(folder / "ledger.tsv", SCHEDULE, classes)
+        Ledger(folder / "ledger.tsv", SCHEDULE, classes, RUN)

@@ -8,12 +8,16 @@ from lsrs_jax.runtime import documents
 
 
 def reseal(folder):
-    """Recomputes all digests in certificates.json after the table or the ledger was changed."""
+    """Recomputes the run in every row of the ledgers and all digests, after any file of the folder was changed."""
     stored = json.loads((folder / "certificates.json").read_text())
     stored["derivation"]["certificates"] = hashlib.sha256((folder / "certificates.tsv").read_bytes()).hexdigest()
-    content = (folder / "votes.0.tsv").read_bytes()
-    ledger = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    stored["derivation"]["votes"] = {"votes.0.tsv": ledger}
+    run = documents.digest(stored["identity"])[:16] if stored["identity"].get("format", 1) > 1 else None
+    for path in sorted(folder.glob("votes.*.tsv")):
+        for line in range(2, path.read_text().count("\n") + 1 if run else 0):
+            rewrite(path, line, lambda fields: [*fields[:-1], run])
+        content = path.read_bytes()
+        digest = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        stored["derivation"]["votes"] = (stored["derivation"]["votes"] or {}) | {path.name: digest}
     stored["digest"] = documents.digest(stored)
     (folder / "certificates.json").write_text(json.dumps(stored))
 

@@ -8,7 +8,7 @@ import numpy as np
 from lsrs_jax import report
 from lsrs_jax.certification import smoothed, store, verify
 from lsrs_jax.certification.identity import Identity
-from lsrs_jax.certification.ledger import Ledger
+from lsrs_jax.certification.ledger import Ledger, _header
 from lsrs_jax.certification.store import format_table
 from lsrs_jax.certification.table import read_table
 from lsrs_jax.config import check_config, config_from_dict, config_to_dict, default, load_config
@@ -68,6 +68,8 @@ def read(path, content):
 
 
 SCHEDULE = Schedule(10, (100,), 16)
+RUN = "0123456789abcdef"  # the name of a run
+HEADER = _header(RUN)
 ROWS = [
     Row(idx, 1, 1e-3, stream, first, stop, np.array(samples), 0.25)
     for idx in (4, 2)
@@ -83,7 +85,7 @@ def counts_of(path, content):
     """The counts of a ledger with this content, or None if it is refused; a refused ledger stays unchanged."""
 
     def counts():
-        with Ledger(path, SCHEDULE, 3) as ledger:
+        with Ledger(path, SCHEDULE, 3, RUN) as ledger:
             return {
                 idx: (image.label, image.slack, image.seconds, [part.tolist() for part in image.counts.values()])
                 for idx, image in ledger.images.items()
@@ -105,11 +107,13 @@ def certified(home):
         certificate="smoothed",
         classes=3,
         checkpoint={"step": 3, "digest": "00"},
-        data={"name": "digits"},
+        data={"name": "digits", "digest": "00"},
         model=plain(config.model.to_dict()) | {"input_shape": [2, 2, 1]},
         platform="cpu cpu",
+        images=5,
+        format=2,
     ).sampled(config, make_arithmetic("sound", config.sigma), (4,))
-    with Ledger(home / "votes.0.tsv", SCHEDULE, 3) as ledger:
+    with Ledger(home / "votes.0.tsv", SCHEDULE, 3, identity.run) as ledger:
         ledger.append(ROWS)
     store.write(home, config, identity, lipschitz, [store.new_session(2)])
     smoothed.from_counts(home, config)
@@ -138,8 +142,8 @@ def derive(certification, text):
     path = home / "certificates.json"
     path.write_bytes(text)
     (home / "certificates.tsv").unlink(missing_ok=True)
-    record = answer(store.past_sessions, path, Identity.from_dict(stored["identity"]))
-    assert record is None or isinstance(record, list)
+    record = answer(store.read_same_run, path, Identity.from_dict(stored["identity"]))
+    assert record is None or isinstance(record.record, list)
     (home / "certificates.tsv").write_bytes(table)
     answer(verify.run, home)
     (home / "certificates.tsv").unlink()

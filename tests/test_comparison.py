@@ -1,0 +1,111 @@
+"""The tests of `certify --recast`: honest folders are accepted, and forgeries that pay are refused (simulated)."""
+
+import collections
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lsrs_jax.certification import comparison
+from support.machines import World, cheapest_forgery, forged, refusals
+
+KINDS = {
+    "float32": {},
+    "float32, many samples": {"n": 20_000},
+    "bfloat16": {"dtype": "bfloat16"},
+    "bfloat16, coarse": {"dtype": "bfloat16", "error": 0.05},
+    "bfloat16, five images": {"dtype": "bfloat16", "images": 5},
+    "bfloat16, staged": {"dtype": "bfloat16", "n": 4000, "kind": "staged"},
+}
+
+
+def count_refusals(trials, first=0, **settings):
+    found = collections.Counter()
+    for seed in range(first, first + trials):
+        world = World(np.random.default_rng(seed), **settings)
+        names = refusals(world, *world.run(elsewhere=True))
+        found.update(names)
+        found["any"] += bool(names)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_honest_folders_are_accepted(kind):
+    assert count_refusals(3 if "staged" in kind else 12, **KINDS[kind])["any"] == 0
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("kind", KINDS)
+def test_honest_folders_are_refused_less_than_once_in_a_thousand(kind):
+    trials = {"float32, many samples": 1000, "bfloat16, staged": 500}.get(kind, 3000)
+    found = count_refusals(trials, 100, **KINDS[kind])
+    print(f"\n{kind}: {dict(found)} of {trials} honest folders of another machine")
+    assert stats.binomtest(found["any"], trials, 1e-3, alternative="greater").pvalue > 1e-3, found
+
+
+def test_an_honest_folder_of_this_machine_differs_in_nothing():
+    world = World(np.random.default_rng(0), dtype="bfloat16")
+    recorded, again, rounding, _ = world.run()
+    assert comparison.first_wrong(recorded, again, rounding) is None
+    assert comparison.lead_gain(recorded, again, rounding).found == 0
+    assert comparison.radius_gain(world.derivation, world.schedule, recorded, again, rounding).found == 0
+
+
+def found_forgeries(trials, gain, share, **settings):
+    """How many of the cheapest forgeries with this relative gain are refused; those that are impossible count."""
+    found = 0
+    for seed in range(trials):
+        world = World(np.random.default_rng(seed), **settings)
+        _, again, rounding, fresh = world.run()
+        best = None if share is None else int(share * len(world.means))
+        candidate = cheapest_forgery(world, again, rounding, gain, best)
+        found += candidate is None or bool(refusals(world, candidate, again, rounding, fresh))
+    return found
+
+
+@pytest.mark.parametrize("share", [None, 0.1])
+def test_a_gain_of_one_percent_is_found(share):
+    assert found_forgeries(8, 0.01, share, images=100, n=5000) == 8
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("share", [None, 0.5, 0.1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_power_against_forgeries_that_pay(dtype, share):
+    for gain in (0.01, 0.02, 0.05):
+        found = found_forgeries(40, gain, share, dtype=dtype, images=200, n=20_000)
+        print(f"\n{dtype}, best {share or 'all'}: {found} of 40 forgeries with a gain of {gain:.0%} refused")
+    assert found >= 38
+
+
+def test_samples_moved_to_right_images_and_away_from_wrong_ones_are_found():
+    """The sum over all images does not change; the sum over the images that select their label does."""
+    world = World(np.random.default_rng(3), dtype="bfloat16", images=100)
+    _, again, rounding, _ = world.run()
+    right = np.array([image.counts["selection"].argmax() == 0 for image in again])
+    n = np.array([image.looks[-1].sum() for image in again])
+    sizes = np.ceil(rounding.moves(n, 1)) * np.where(right, 1, -right.sum() / (~right).sum())
+    candidate = forged(again, sizes)
+    assert comparison.lead_gain(candidate, again, rounding).refused
+    assert comparison.radius_gain(world.derivation, world.schedule, candidate, again, rounding).refused
+
+
+def test_fresh_noise_finds_counts_that_only_the_seed_gives():
+    world = World(np.random.default_rng(4))
+    recorded, again, rounding, fresh = world.run()
+    assert not comparison.fresh_gain(recorded, fresh, rounding, True).refused
+    lucky = forged(again, np.full(len(again), 150.0))
+    assert comparison.fresh_gain(lucky, fresh, rounding, True).refused
+    one = forged(again, np.where(np.arange(len(again)) == np.argmin(np.abs(world.means)), 400.0, 0.0))
+    assert comparison.first_unlikely(one, fresh, rounding, 1) is not None
+
+
+def test_a_head_that_rounds_more_is_allowed_more():
+    n = np.full(3, 100_000)
+    few, many = (comparison.Rounding(np.full(3, flips), np.zeros(3, int), 512, "bfloat16") for flips in (1, 20))
+    assert (many.moves(n) == 20 * few.moves(n)).all()
+    fine = comparison.Rounding(np.full(3, 20), np.zeros(3, int), 512, "float32")
+    assert (fine.moves(n) < 1).all()
+    assert (many.moves(n) == 2**14 * fine.moves(n)).all()
