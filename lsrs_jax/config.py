@@ -252,6 +252,12 @@ def config_from_dict(values: Any) -> Config:
     return config.lock()
 
 
+def chosen_images(config: Config, images: int | None) -> range | None:
+    """The images to certify in a split of this size; None if neither the size nor an end is known."""
+    certify, images = config.certify, images or config.certify.stop
+    return range(certify.start, min(certify.stop or images, images), certify.step) if images else None
+
+
 def upgrade_section(values: dict[str, Any], prefix: str) -> dict[str, Any]:
     """Adds to a stored section what its missing fields mean; see `Field.absent`."""
     names = [name for name in FIELDS if name.startswith(prefix)]

@@ -24,12 +24,12 @@ import numpy as np
 
 from lsrs_jax import cli
 from lsrs_jax.auditing.table import Audit, read_finished
-from lsrs_jax.certification.store import read
 from lsrs_jax.certification.table import Table, read_table
+from lsrs_jax.config import chosen_images, config_from_dict
 from lsrs_jax.runtime import documents, files
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.progress import duration
-from lsrs_jax.runtime.validate import real
+from lsrs_jax.runtime.validate import is_whole, real
 
 _LEGEND = (
     "Certified accuracy at r: share of images classified correctly with a certified ℓ2 radius of at least r, in units "
@@ -113,7 +113,8 @@ def _missing_images(file: Path, table: Table) -> Iterator[str]:
     path = file.with_name("certificates.json")
     content = documents.read_json(path) if path.exists() else None
     if isinstance(content, dict) and {"digest", "config", "identity"} <= content.keys():
-        wanted = read(path).wanted
+        images = content["identity"].get("images") if isinstance(content["identity"], dict) else None
+        wanted = chosen_images(config_from_dict(content["config"]), images if is_whole(images) else None)
         if wanted and (missing := len(set(wanted) - set(table.idx.tolist()))):
             yield (
                 f"{missing:,} of the {len(wanted):,} images that were to be certified are not in its table: it is not "

@@ -109,8 +109,8 @@ def _facts(path: Path) -> dict[str, Any]:
 def _check_facts(stored: dict[str, Any]) -> None:
     if stored["digest"] is None:
         raise ValueError("it has no digest of its own")
-    known = dict.fromkeys(("format", "certificates", "settings", "audit", "digest"))
-    refuse_unknown(stored, known | {"settings": Settings._fields})
+    facts = {"certificates": None, "settings": Settings._fields, "audit": None}
+    refuse_unknown(stored, {"format": None, **facts, "digest": None})
     for name, kind in (("certificates", str), ("settings", dict), ("audit", str | None)):
         if not isinstance(stored[name], kind):
             raise TypeError(f"{name} is missing")

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from lsrs_jax.certification import OTHER_NAME
+from lsrs_jax.certification.table import parse_number
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.files import fields_of, lock, write_all
 from lsrs_jax.runtime.format import LEDGER_COLUMNS
@@ -142,7 +143,7 @@ def _parse(line: str, counts: Counts, run: str | None) -> Row:
             raise ValueError(f"bad count {pair!r}")
         found[index] = count
     idx, label, first, stop = map(_natural, (idx, label, first, stop))
-    return Row(idx, label, float(slack), stream, first, stop, found, float(seconds))
+    return Row(idx, label, parse_number(slack), stream, first, stop, found, parse_number(seconds))
 
 
 class Ledger(Counts, contextlib.AbstractContextManager["Ledger"]):

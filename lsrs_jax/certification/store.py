@@ -18,7 +18,7 @@ import numpy as np
 from lsrs_jax import __version__
 from lsrs_jax.certification import OTHER_NAME, ledger
 from lsrs_jax.certification.identity import Identity
-from lsrs_jax.config import CERTIFICATES, check_config, config_from_dict, config_to_dict
+from lsrs_jax.config import CERTIFICATES, check_config, chosen_images, config_from_dict, config_to_dict
 from lsrs_jax.layers.lipschitz import LipschitzReport
 from lsrs_jax.runtime import documents, files
 from lsrs_jax.runtime.errors import UserError
@@ -55,8 +55,7 @@ class Stored:
     @property
     def wanted(self) -> range | None:
         """The images that the configuration asks for; None for an old file that does not know how many there are."""
-        certify, images = self.settings.certify, self.identity.images or self.settings.certify.stop
-        return range(certify.start, min(certify.stop or images, images), certify.step) if images else None
+        return chosen_images(self.settings, self.identity.images)
 
 
 def read(path: Path) -> Stored:

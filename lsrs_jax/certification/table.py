@@ -81,7 +81,7 @@ def read_table(path: Path | str) -> Table:
 
 def _parse(row: Mapping[str, str]) -> tuple[int, int, int, float, bool, float, int]:
     idx, label, predict, samples = map(_integer, (row["idx"], row["label"], row["predict"], row.get("n", "0")))
-    radius, correct = _number(row["radius"]), {"0": False, "1": True}.get(row["correct"])
+    radius, correct = parse_number(row["radius"]), {"0": False, "1": True}.get(row["correct"])
     whole = 0 <= idx < 2**53 and 0 <= label < 2**31 and -1 <= predict < 2**31 and 0 <= samples < 2**53
     if correct is None or not whole or not 0 <= radius <= _LARGEST_RADIUS:
         raise ValueError("a field is out of range")
@@ -102,7 +102,8 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-def _number(text: str) -> float:
+def parse_number(text: str) -> float:
+    """The number that a field names; raises ValueError for anything else."""
     if not _NUMBER.fullmatch(text):
         raise ValueError(f"{text!r} is not a number")
     return float(text)
@@ -112,7 +113,7 @@ def _seconds(text: str) -> float:
     if match := _TIME.fullmatch(text):
         days, hours, minutes, seconds = match.groups()
         return ((int(days or 0) * 24 + int(hours)) * 60 + int(minutes)) * 60 + float(seconds)
-    seconds = _number(text)
+    seconds = parse_number(text)
     if not 0 <= seconds < 2.0**53:
         raise ValueError("time is out of range")
     return seconds

@@ -10,6 +10,7 @@ from lsrs_jax import models
 from lsrs_jax.certification import OTHER_NAME
 from lsrs_jax.certification.identity import Identity
 from lsrs_jax.certification.store import Stored
+from lsrs_jax.config import chosen_images
 from lsrs_jax.data import Dataset, Photos, load_split
 from lsrs_jax.runtime import documents, rng
 from lsrs_jax.runtime.errors import UserError
@@ -60,8 +61,8 @@ def load_target(workdir: Path, config: Config, step: int | None = None) -> Targe
     """
     certify = config.certify
     dataset = load_split(config.data, config.data.split)
-    indices = range(certify.start, min(certify.stop or len(dataset), len(dataset)), certify.step)
-    if not len(indices):
+    indices = chosen_images(config, len(dataset)) or range(0)
+    if not indices:
         raise UserError(f"no image to certify: certify.start={certify.start} in a split of {len(dataset)}")
     trained, found = trained_on(workdir), {"input_shape": list(dataset.shape), "classes": dataset.num_classes}
     if trained and trained != found:  # convolutions would take images of another shape

@@ -6,6 +6,7 @@ into buckets, before any estimation sample is drawn, and every bucket is bounded
 every rival.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -168,7 +169,9 @@ def _promise(
 ) -> Float[np.ndarray, " images"]:
     """Φ⁻¹(p_A) − Φ⁻¹(p_B) if the n samples had the `shares` (by rank), with the rivals in the buckets `option`."""
     count = option.max()
-    largest = np.max([shares[:, option == bucket].sum(axis=1) for bucket in range(1, count + 1)], axis=0)
+    # One column after another: `sum` adds in another order for one image than for several. On-disk format.
+    sums = (functools.reduce(np.add, shares[:, option == bucket].T) for bucket in range(1, count + 1))
+    largest = np.max(list(sums), axis=0)
     each = share_of_alpha(alpha, count)
     p_a = trusted_lower(np.floor(shares[:, 0] * n).astype(np.int64), n, each)
     p_b = np.minimum(1 - p_a, trusted_upper(np.floor(largest * n).astype(np.int64), n, each))
