@@ -1,0 +1,300 @@
+"""Derives published certificates again from their ledgers: python verify_certificates.py <workdir>/certify/<name>
+
+Needs NumPy and SciPy alone. It shares no code with lsrs_jax: it follows docs/format.md and Cohen, Rosenfeld and Kolter
+(2019), "Certified Adversarial Robustness via Randomized Smoothing". It executes nothing that it reads. Exit code 0:
+every certificate follows from the counts. 2: something is wrong; one line says what. 3: only images are missing.
+"""
+
+import contextlib
+import json
+import math
+import re
+import sys
+import zlib
+from collections.abc import Iterator
+from fractions import Fraction
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+ABSENT = {"bound": "binary", "schedule": "fixed", "arithmetic": "float32", "noise": "shared", "head_dtype": "float32"}
+ABSENT |= {"certificate": "smoothed", "seed": -2}  # what a missing field of config.certify means
+LEDGER = re.compile(r"votes\.(0|[1-9][0-9]{0,17})\.tsv")
+FORMS = {int: r"[0-9]{1,18}", float: r"[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?"}
+
+
+class Problem(Exception):
+    """The files contradict each other, or the theorem; the message is one line."""
+
+
+def need(condition: Any, problem: str) -> None:
+    if not condition:
+        raise Problem(problem)
+
+
+@contextlib.contextmanager
+def inside(where: Any) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a damaged file gives one line, whatever it breaks
+        raise Problem(f"{where}: {error if isinstance(error, Problem) else repr(error)}") from error
+
+
+def read(kind: Any, text: str) -> Any:
+    need(re.fullmatch(FORMS[kind], text) and math.isfinite(float(text)), f"{text[:40]!r} is no number >= 0")
+    return kind(text)
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """The content of certificates.json, whose digest covers all other fields, in any layout of the file."""
+    document = json.loads(
+        path.read_text(encoding="utf-8"),
+        object_pairs_hook=lambda pairs: need(len(dict(pairs)) == len(pairs), "a field stands twice") or dict(pairs),
+        parse_constant=lambda name: need(False, f"{name} is no number"),
+    )
+    need("digest" in document, "it is unsealed: without a digest nobody can tell whether it was changed")
+    content = json.dumps({name: value for name, value in document.items() if name != "digest"}, sort_keys=True)
+    need(document["digest"] == sha256(content.encode()).hexdigest(), "it has changed: its digest is another one")
+    version, begun = document.setdefault("format", 0), document["identity"].get("format", 1)
+    known = type(version) is int and 0 <= version <= 2 and type(begun) is int and 1 <= begun <= max(version, 1)
+    need(known, f"its format is {version!r}, begun in {begun!r}; this program knows the formats 0, 1 and 2")
+    need(begun == 1 or type(document["identity"].get("images")) is int, "it does not say how many images the split has")
+    need(document["derivation"], "it describes samples, but no certificates yet")
+    document["config"]["certify"] = ABSENT | document["config"]["certify"]
+    kinds = {document["identity"]["certificate"], document["config"]["certify"]["certificate"]}
+    need(kinds in ({"smoothed"}, {"deterministic"}), f"identity and configuration are of the kinds {kinds}")
+    return document
+
+
+def lipschitz_constant(report: dict[str, Any]) -> float:
+    """The claimed constant, which must be the product of the constants of all layers, rounded up."""
+    factors, claimed = [layer["sigma_max"] for layer in report["layers"]], report["constant"]
+    need(all(0 <= factor < math.inf for factor in factors) and 2.0**-200 <= claimed <= 2.0**200, "out of range")
+    product = math.prod(map(Fraction, factors), start=Fraction(1))  # exact
+    most = product * (1 + Fraction(len(factors) + 1, 10**15)) + Fraction(2, 10**12)
+    need(product <= Fraction(claimed) <= most, f"the Lipschitz constant {claimed!r} is not the product of the layers'")
+    return float(claimed)
+
+
+def check_settings(document: dict[str, Any]) -> float:
+    """Compares identity, configuration, derivation and latent; returns the least slack that an image can have."""
+    identity, config, latent = document["identity"], document["config"], document["lipschitz"]["output_shape"]
+    certify, sigma, looks, target = config["certify"], config["sigma"], set[int](), 1000.0
+    need(2.0**-60 <= sigma <= 2.0**60 and 1e-100 <= certify["alpha"] < 1, "sigma or alpha is out of range")
+    n0, n, (_, block), classes = certify["n0"], certify["n"], certify["tile"], identity["classes"]
+    whole = all(type(size) is int and size >= 1 for size in (n0, n, block, classes, *latent))
+    need(whole and max(n0, n) <= 2**27 and 2 <= classes <= 2**20, "n0, n, tile, classes or latent are out of range")
+    need({certify["schedule"], certify["bound"]} <= {"fixed", "staged", "binary", "multiclass"}, "unknown schedule")
+    while certify["schedule"] == "staged" and target * 1.3**0.5 < n:  # each look has 1.3 times as many samples
+        looks.add(-(-int(target) // block) * block)
+        target *= 1.3
+    digests = b"".join(str(identity[name].get("digest")).encode() for name in ("checkpoint", "data"))
+    seeds = {-1: int.from_bytes(sha256(digests).digest()[:4], "big"), -2: config["seed"]}
+    seed = seeds.get(certify["seed"], certify["seed"])
+    facts, least = {"sigma": min(sigma, float(np.float32(sigma))), "tau": 0.0}, 10 * 2.0**-22 * sigma * (1 - 2.0**-24)
+    if certify["arithmetic"] == "sound":  # exact grid arithmetic; the spacing is a power of two
+        facts = {"sigma": sigma, "spacing": 2.0 ** (math.frexp(sigma)[1] - 15), "tau": math.prod(latent) * 2.0**-44}
+        least = math.sqrt(math.prod(latent)) * facts["spacing"]
+    wanted = {name: certify[name] for name in ("n0", "n", "schedule", "tile", "noise", "head_dtype", "alpha", "bound")}
+    wanted |= {"stages": [*sorted(look for look in looks if look < n), n], "sigma": sigma}
+    wanted |= {"arithmetic": facts | {"name": certify["arithmetic"]}, "seed": seed}
+    for name, value in wanted.items():
+        stated = document["derivation" if name in ("alpha", "bound") else "identity"][name]
+        need(stated == value, f"its {name} is {stated!r}, the configuration gives {value!r}")
+    return least * (1 - 1e-12)
+
+
+class Image:
+    """The counts of one image: of the selection, and of the estimation at every look that it has reached."""
+
+    def __init__(self, label: int, slack: float, classes: int) -> None:
+        self.label, self.slack, self.looks, self.seconds = label, slack, list[np.ndarray](), 0.0
+        self.counts, self.done = np.zeros((2, classes), int), [0, 0]  # samples of the selection and the estimation
+
+    def add(self, row: tuple, identity: dict[str, Any]) -> None:
+        """Counts a row of a ledger: each sample block once, none over a look, the selection before the estimation."""
+        _, later, first, stop, label, slack, counts, seconds = row
+        block, stops, start = identity["tile"][1], identity["stages"] if later else [identity["n0"]], self.done[later]
+        following = first * block == start and first < stop and (stop - 1) * block < stops[-1]
+        need(following, f"blocks [{first}, {stop}) do not follow the {start} samples before them")
+        need(not later or self.done[0] == identity["n0"], "estimation samples before the selection is complete")
+        end, look = min(stop * block, stops[-1]), next(samples for samples in stops if samples > start)
+        need(end <= look, f"blocks [{first}, {stop}) reach over the look at {look} samples")
+        need(sum(counts.values()) == end - start, f"{sum(counts.values())} samples, where {end - start} belong")
+        need((label, slack) == (self.label, self.slack), "its label or slack changes between rows")
+        self.counts[later, list(counts)] += list(counts.values())
+        self.done[later], self.seconds = end, self.seconds + seconds
+        self.looks += [self.counts[1].copy()] if later and end == look else []
+
+
+def parse_row(text: str, run: str | bool) -> tuple:
+    body, _, crc = text.rpartition("\t")
+    need(crc == f"{zlib.crc32(body.encode()):08x}", "its checksum differs")
+    idx, label, slack, purpose, first, stop, votes, seconds, *named = body.split("\t")
+    need(named == ([run] if run else []), f"it names the run {named}, the folder is of the run {run!r}")
+    need(purpose in ("selection", "estimation"), f"unknown purpose {purpose[:40]!r}")
+    pairs = [(read(int, class_), read(int, found)) for class_, found in (pair.split(":") for pair in votes.split(","))]
+    need(all(found for _, found in pairs) and len(dict(pairs)) == len(pairs), "bad counts")
+    whole = read(int, idx), int(purpose == "estimation"), read(int, first), read(int, stop), read(int, label)
+    return *whole, read(float, slack), dict(pairs), read(float, seconds)
+
+
+def read_ledgers(folder: Path, votes: dict[str, Any], identity: dict[str, Any], least: float) -> dict[int, Image]:
+    """Images at a look, by index, from all ledgers: rows may follow the recorded part, and a torn line is left out."""
+    votes = {"votes.0.tsv": votes} if "sha256" in votes else votes  # the first sealed files named one ledger only
+    run = identity.get("format", 1) > 1 and sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    header = "idx label slack purpose first stop votes seconds run crc\n".replace(" ", "\t")
+    header, rows, images = header if run else header.replace("run\t", ""), [], dict[int, Image]()
+    found = {path.name: path for path in sorted(folder.glob("votes.*.tsv")) if LEDGER.fullmatch(path.name)}
+    need(votes and votes.keys() <= found.keys(), f"{folder}: {sorted(votes.keys() - found.keys())} is missing")
+    for name, path in found.items():
+        with inside(path):
+            content = path.read_bytes()
+            part = content[: votes.get(name, {"bytes": 0})["bytes"]]
+            digest = {"bytes": len(part), "sha256": sha256(part).hexdigest()}
+            need(votes.get(name, digest) == digest, "it has changed: its digest is not the one in certificates.json")
+            whole = content[: content.rfind(b"\n") + 1].decode("utf-8")
+            torn = not whole and header.encode().startswith(content)
+            need(torn or whole.startswith(header), f"the first line of a ledger of this folder is {header!r}")
+        for line, text in enumerate(whole.split("\n")[1:-1], start=2):
+            with inside(f"{path} line {line}"):
+                rows.append((parse_row(text, run), f"{path} line {line}"))
+    for row, where in sorted(rows, key=lambda found: found[0][:3]):
+        with inside(f"{where} (image {row[0]})"):
+            need(least <= row[5], f"its slack {row[5]} is below {least}, the rounding of a latent")
+            images.setdefault(row[0], Image(row[4], row[5], identity["classes"])).add(row, identity)
+    return {idx: image for idx, image in images.items() if image.done[1] in identity["stages"]}
+
+
+def clopper_pearson(k: Any, n: Any, level: Any, upper: bool) -> np.ndarray:
+    """One-sided bounds of Clopper and Pearson (1934), by bisection of the binomial tail, with the format's margin."""
+    columns = np.stack([part.ravel() for part in np.broadcast_arrays(k, n, level)]).astype(float)
+    (k, n, level), inverse = np.unique(columns, axis=1, return_inverse=True)
+    low, high = np.zeros(len(k)), np.ones(len(k))
+    for _ in range(70):
+        p = (low + high) / 2
+        refuted = (stats.binom.cdf(k, n, p) if upper else stats.binom.sf(k - 1, n, p)) <= level
+        low, high = np.where(refuted ^ upper, p, low), np.where(refuted ^ upper, high, p)
+    bound = np.where(k < n, np.minimum(high + 1e-10, 1.0), 1.0) if upper else low * (1 - 1e-10)
+    return bound[inverse.ravel()]
+
+
+def buckets(selection: np.ndarray, n: int, level: float, bound: str) -> tuple[np.ndarray, np.ndarray]:
+    """Bucket of every class (the candidate: 0) and number of buckets, per image: those that promise the most radius."""
+    rivals, order, options = selection.shape[1] - 1, np.argsort(-selection, axis=1, kind="stable"), []
+    for alone in range(min(rivals, 17) if bound == "multiclass" else 1):
+        for groups in range(1, 1 + (min(rivals - alone, 4) if bound == "multiclass" else 1)):
+            turns = [*range(groups), *reversed(range(groups))]
+            options.append([*range(1 + alone), *(1 + alone + turns[i % len(turns)] for i in range(rivals - alone))])
+    ranked, inverse = np.unique(np.take_along_axis(selection, order, axis=1), axis=0, return_inverse=True)
+    shares, largest = ranked / ranked.sum(axis=1, keepdims=True), np.zeros((len(options), len(ranked)))
+    for row, option in enumerate(options):
+        sums = np.zeros((max(option) + 1, len(ranked)))
+        for rank in range(1, np.count_nonzero(ranked.any(axis=0))):  # rounding counts: float64 sums, strongest first
+            sums[option[rank]] += shares[:, rank]
+        largest[row] = sums[1:].max(axis=0)
+    of_option = np.array([max(option) for option in options])
+    levels = np.where(of_option == 1, level, level / (1 + of_option))[:, None]
+    p_a = clopper_pearson(np.floor(shares[:, 0] * n), n, levels, upper=False).reshape(largest.shape)
+    p_b = clopper_pearson(np.floor(largest * n), n, levels, upper=True).reshape(largest.shape)
+    best = (stats.norm.ppf(p_a) - stats.norm.ppf(np.minimum(1 - p_a, p_b))).argmax(axis=0)[inverse.ravel()]
+    bucket = np.empty_like(order)
+    np.put_along_axis(bucket, order, np.array(options)[best], axis=1)
+    return bucket, of_option[best]
+
+
+def derive(images: list[Image], document: dict[str, Any], lipschitz: float) -> Iterator[tuple]:
+    """Candidate, radius, p_A and p_B of images that have reached a look."""
+    derivation, looks, facts = document["derivation"], *map(document["identity"].get, ("stages", "arithmetic"))
+    level, tau = derivation["alpha"] / len(looks), facts["tau"] * (1 + 1e-9)
+    selection, slack = np.stack([image.counts[0] for image in images]), np.array([image.slack for image in images])
+    bucket, of_image = buckets(selection, looks[-1], level, derivation["bound"])
+    owner = np.repeat(np.arange(len(images)), [len(image.looks) for image in images])
+    parts = [np.bincount(bucket[row], weights=look) for row, image in enumerate(images) for look in image.looks]
+    n, levels = np.array([part.sum() for part in parts]), np.where(of_image == 1, level, level / (1 + of_image))[owner]
+    lower = clopper_pearson(np.array([part[0] for part in parts]), n, levels, upper=False)
+    above = clopper_pearson(np.array([part[1:].max() for part in parts]), n, levels, upper=True)
+    above = np.where(of_image[owner] == 1, 1 - lower, np.minimum(1 - lower, above))
+    starts = np.searchsorted(owner, np.arange(len(images)))  # the best bounds of the looks that an image has reached
+    p_a = np.maximum(np.maximum.reduceat(lower, starts) - tau, 0.0)
+    p_b = np.minimum(np.minimum(np.minimum.reduceat(above, starts) + tau, 1 - p_a) + 1e-15, 1.0)
+    z_a, z_b = stats.norm.ppf(p_a), stats.norm.ppf(p_b)
+    sides = np.where(p_b < p_a, z_a - z_b, -np.inf)
+    absolute = 1e-14 * (np.abs(z_a) + np.abs(z_b)) if document["format"] >= 2 else 0.0
+    latent = facts["sigma"] / 2 * np.minimum(sides * (1 - 1e-12), sides - absolute) - slack
+    yield from zip(selection.argmax(axis=1), np.maximum(latent, 0.0) / lipschitz * (1 - 1e-12), p_a, p_b, strict=True)
+
+
+def check_table(text: str, document: dict[str, Any], lipschitz: float, images: dict[int, Image] | None) -> set[int]:
+    """Compares every line with what the counts give (without samples: with itself); returns the indices of images."""
+    names = ["idx", "label", "predict", "radius", "correct", "time", "n"]
+    names += ["lipschitz", "slack"] if images is None else ["p_a_lower", "p_b_upper", "lipschitz", "slack", "abstain"]
+    first, *lines = text.removesuffix("\n").split("\n")
+    numbers = re.fullmatch(r"[-+.0-9e\t\n]+", "\n".join(lines))
+    need(first.split("\t") == names and numbers, f"its columns are not {names}, or it holds more than numbers")
+    rows = [dict(zip(names, line.split("\t"), strict=True)) for line in lines]
+    indices = [read(int, row["idx"]) for row in rows]
+    need(len(set(indices)) == len(rows), "an image is there twice")
+    lost = [idx for idx in indices if images is not None and idx not in images]
+    need(not lost, f"the ledgers have no certificate for the images {lost[:5]}")
+    derived = derive([images[idx] for idx in indices], document, lipschitz) if images else iter(())
+    for line, row in enumerate(rows, start=2):
+        with inside(f"line {line} (image {row['idx']})"):
+            predict, radius, near = int(row["predict"]), read(float, row["radius"]), []
+            equal = {"correct": predict == read(int, row["label"]), "lipschitz": lipschitz, "n": 0}
+            if images is not None:
+                image, (candidate, proven, p_a, p_b) = images[int(row["idx"])], next(derived)
+                unit = min(1.0, document["identity"]["arithmetic"]["sigma"] / lipschitz)
+                near = [("radius", proven, 1e-6 * unit, 1e-9 * proven + 1e-12 * unit), ("p_a_lower", p_a, 2e-8, 1e-12)]
+                near += [("p_b_upper", p_b, 1e-12, 2e-8), ("time", image.seconds, 1e-5, 1e-5)]
+                tie = max(radius, proven) <= 1e-12 * unit  # rounding decides whether the image abstains
+                equal |= {"predict": candidate if (radius if tie else proven) > 0 else -1, "abstain": predict == -1}
+                equal |= {"label": image.label, "slack": image.slack, "n": image.looks[-1].sum()}
+            for name, own, less, more in near:
+                need(-less <= read(float, row[name]) - own <= more, f"{name} is {row[name]}, the counts give {own!r}")
+            for name, own in equal.items():
+                need(float(row[name]) == own, f"{name} is {row[name]}, the files give {own!r}")
+    return set(indices)
+
+
+def verify(folder: Path) -> int:
+    path, table = folder / "certificates.json", folder / "certificates.tsv"
+    with inside(path):
+        document = read_document(path)
+        identity, derivation, certify = document["identity"], document["derivation"], document["config"]["certify"]
+        lipschitz, sampled = lipschitz_constant(document["lipschitz"]), identity["certificate"] == "smoothed"
+        need(sampled or not [*folder.glob("votes.*.tsv")], "deterministic certificates have no ledger")
+        least = check_settings(document) if sampled else 0.0
+    images = read_ledgers(folder, derivation["votes"], identity, least) if sampled else None
+    with inside(table):
+        need(sha256(table.read_bytes()).hexdigest() == derivation["certificates"], "it has changed: another digest")
+        found = check_table(table.read_text(encoding="utf-8"), document, lipschitz, images)
+    need(max(found) < identity.get("images", 2**53), f"{table}: the split has no image {max(found)}")
+    size = identity.get("images") or certify["stop"] or max(found) + 1  # of the split, if it was recorded
+    wanted = range(certify["start"], min(certify["stop"] or size, size), certify["step"])
+    missing = len(wanted) - sum(idx in wanted for idx in found)
+    samples = sum(int(image.counts.sum()) for image in images.values()) if images else 0
+    proof = f"follow from {samples} samples" if sampled else "are unchanged; they are deterministic, without samples"
+    print(f"{len(found)} certificates {proof}; the Lipschitz constant {lipschitz} is the product of its layers")
+    unchecked = "that the network gives them (certify --recast=N does); the audit (certify --verify does)"
+    old = "; which run a sample is of, and how many images the split has (not stored in format 1)"
+    print(f"not checked: {unchecked}{old * (identity.get('format', 1) == 1)}")
+    print(f"{missing} of {len(wanted)} images are missing" if missing else f"none of {len(wanted)} images is missing")
+    return 3 if missing else 0
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        need(len(arguments) == 1, "usage: python verify_certificates.py FOLDER")
+        with inside("error"):
+            return verify(Path(arguments[0]))
+    except Problem as problem:
+        print("".join(letter if letter.isprintable() else "?" for letter in str(problem))[:1000], file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
