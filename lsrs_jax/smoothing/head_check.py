@@ -1,18 +1,23 @@
-"""Tries a head before it is sampled: the shape of its logits, NaN, and rows that depend on each other."""
+"""Tries a head before it is sampled: its logits, rows that depend on each other, and traces that differ."""
 
+import contextlib
 import functools
 import hashlib
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jaxtyping import Array, Bool, Float, Int
 
 from lsrs_jax.runtime.errors import UserError, first_line
 from lsrs_jax.runtime.rng import domain_key
 
 _SCALES = (0.01, 1.0, 100.0, 0.0, 1.0, 1.0)  # of the random rows that surround the row under test
+_LOW = (jnp.bfloat16, jnp.float16)
+_HIGHEST = (None, jax.lax.Precision.HIGHEST, (jax.lax.Precision.HIGHEST,) * 2)
 
 
 class Head(Protocol):
@@ -21,61 +26,206 @@ class Head(Protocol):
     def __call__(self, latents: Float[Array, "batch *latent"], /) -> Float[Array, "batch classes"]: ...
 
 
-# A batch takes up to 8 GiB, so each is drawn on the device that uses it, one at a time.
-@functools.partial(jax.jit, static_argnums=1)
-def _normals(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return jax.random.normal(key, shape, jnp.float32)
+class CheckedHead(NamedTuple):
+    """A head that `check_head` accepted."""
+
+    num_classes: int
+    digest: str  # of the logits at some random latents
+    logits: Callable[[jax.Array], jax.Array]  # the compiled head, for latents of the shape that was checked
+    tolerance: float  # share of a logit by which rounding may move it, if other rows or another program surround it
 
 
+# A batch takes up to 8 GiB, so each is drawn on the device that uses it, one at a time; by one program, for the time
+# that it takes to compile.
 @functools.partial(jax.jit, static_argnums=4)
-def _around(row: jax.Array, position: int, key: jax.Array, scale: float, shape: tuple[int, ...]) -> jax.Array:
-    """A batch with `row` at `position`, among normals of this scale."""
-    return (scale * jax.random.normal(key, shape, jnp.float32)).at[position].set(row)
+def _normals(key: jax.Array, scale: float, row: Any, position: Any, shape: tuple[int, ...]) -> jax.Array:
+    """A batch of normals of this scale, with `row` at `position`, or without it if there is no such position."""
+    return (scale * jax.random.normal(key, shape, jnp.float32)).at[position].set(row, mode="drop")
 
 
-def check_head(head: Head, shape: tuple[int, ...]) -> tuple[int, str]:
-    """Runs a head on random latents ``(rows, *latent)``; returns the number of classes and a digest of the logits.
+@jax.jit
+def _pick(latents: jax.Array, rows: Any) -> jax.Array:
+    return latents[rows]
 
-    Raises UserError for a head that returns anything but ``(rows, K ≥ 2)`` logits, NaN logits, or logits of a row that
-    depend on the other rows. The other rows are random: this reveals statistics over the whole batch or over groups,
-    but not every possible dependence.
+
+def check_head(head: Head, shape: tuple[int, ...]) -> CheckedHead:
+    """Runs a head on random latents ``(rows, *latent)``.
+
+    Raises UserError for a head that returns anything but ``(rows, K ≥ 2)`` logits, or NaN logits.
+
+    **Guarantee**: a head is refused if the logits of one of six random latents change when that latent moves to a
+    random position among new random latents; this finds statistics over the batch or over groups. It is also refused if
+    they change when the head is traced again for a batch of 1 (or, where the head does not accept 1, for the same
+    batch); this finds branches on the batch size, and NumPy's random numbers and clocks that are read while JAX traces
+    the head. It does not find what these few latents do not show, nor a head that is another function for other batch
+    sizes than these two. Dependences that only show among similar latents are left to `coupling_check`.
     """
     try:
-        out = jax.eval_shape(head, jax.ShapeDtypeStruct(shape, jnp.float32))
+        traced = _trace(head, shape)
     except Exception as error:  # whatever the caller's function raises
         expected = "a function latents -> logits (for a Flax module: lambda z: net.apply(variables, z))"
         why = f"it does not accept latents {shape}: {first_line(error)}"
         raise UserError(f"the head must be {expected}; {why}") from error
+    out = traced.out_info
     real = hasattr(out, "dtype") and not jnp.issubdtype(out.dtype, jnp.complexfloating)
     if not real or len(out.shape) != 2 or out.shape[0] != shape[0] or out.shape[1] < 2:
         raise UserError(f"the head must return logits (B, K >= 2) for latents {shape}, got {out}")
-    compiled = jax.jit(lambda latents: head(latents))  # traced anew: JAX may remember the head from another context
+    # Compiled here, in the caller's thread and context, so that it can be called in any other.
+    compiled = traced.lower().compile()
     key, rng = domain_key(0, "probe"), np.random.default_rng(0)
-    tolerance = 0.05 if out.dtype in (jnp.bfloat16, jnp.float16) else 1e-4
+    tolerance = 0.05 if out.dtype in _LOW else 1e-4
 
     def logits(latents: jax.Array) -> np.ndarray:
-        found = compiled(latents)
-        check_logits(found.shape, out.shape)
-        return np.asarray(found, np.float32)
+        return np.asarray(compiled(latents), np.float32)
 
-    latents, (chosen, positions) = _normals(key, shape), rng.integers(shape[0], size=(2, len(_SCALES)))
-    found, moving = logits(latents), latents[chosen]
+    latents = _normals(key, 1.0, np.zeros(shape[1:], np.float32), np.int64(shape[0]), shape)
+    chosen, positions = rng.integers(shape[0], size=(2, len(_SCALES)))
+    found, moving = logits(latents), np.asarray(_pick(latents, chosen))
     del latents
     if np.isnan(found).any():
         raise UserError("the head returns NaN logits; a NaN never certifies")
     for number, position in enumerate(positions):
         # Moves one row to a random position in a batch of new rows.
-        batch = _around(moving[number], position, jax.random.fold_in(key, number + 1), _SCALES[number], shape)
+        batch = _normals(jax.random.fold_in(key, number + 1), _SCALES[number], moving[number], position, shape)
         before, after = found[chosen[number]], logits(batch)[position]
         masked = np.isinf(before) & (before == after)  # a head may mask a class with an infinite logit
         before, after = np.where(masked, 0, before), np.where(masked, 0, after)
         if not (np.abs(after - before) <= tolerance * (1 + np.abs(before))).all():
-            remedy = "a row may depend on its own latent alone; evaluate normalisation with stored statistics"
+            remedy = "a row may depend on its own latent alone, not on chance; normalise with stored statistics"
             raise UserError(f"the head's rows depend on each other (batch statistics?): {remedy}")
-    return out.shape[1], hashlib.sha256(found.tobytes()).hexdigest()
+    checked = CheckedHead(
+        out.shape[1], hashlib.sha256(found.tobytes()).hexdigest(), compiled, _rounding(traced.jaxpr, out.dtype)
+    )
+    _check_traces(head, traced.jaxpr, checked, shape, moving, chosen, found)
+    return checked
 
 
 def check_logits(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
     """Raises UserError for logits of a new shape: a head is traced several times, and may differ each time."""
     if shape != expected:
         raise UserError(f"a head must always have the same classes: {expected[1]} before, now logits of shape {shape}")
+
+
+def allowance(logits: Float[np.ndarray, "rows classes"], tolerance: float) -> Float[np.ndarray, "rows classes"]:
+    """How far rounding may move each logit: by `tolerance` of its size, and of the size of the two largest of a row.
+
+    A logit can be small where large ones cancel, so the size of its row counts too, and that of the median row. Masked
+    classes, with logits of −1e9 or −∞, are not among the two largest of a row.
+    """
+    finite, rows = np.where(np.isfinite(logits), logits, -np.inf), np.arange(len(logits))
+    first, best = finite.max(axis=1), finite.argmax(axis=1)
+    finite[rows, best] = -np.inf
+    sizes = np.abs(np.stack([first, finite.max(axis=1)]))
+    size = np.where(np.isfinite(sizes), sizes, 0).max(axis=0)
+    own = np.where(np.isfinite(logits), np.abs(logits), 0)
+    return tolerance * (own + (size + np.median(size))[:, None])
+
+
+def differing(
+    before: Float[np.ndarray, "rows classes"], after: Float[np.ndarray, "rows classes"], allowed: Any
+) -> Bool[np.ndarray, " rows"]:
+    """Whether logits of each row differ by more than is allowed; neither equal infinities nor two NaN differ."""
+    same = (before == after) | (np.isnan(before) & np.isnan(after))
+    with np.errstate(invalid="ignore"):
+        return ~(same | (np.abs(after - before) <= allowed)).all(axis=1)
+
+
+def _trace(head: Head, shape: tuple[int, ...]) -> Any:
+    """Traces a head anew: JAX may remember the head from another context."""
+    return jax.jit(lambda latents: head(latents)).trace(jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+def _second_trace(head: Head, shape: tuple[int, ...], num_classes: int) -> tuple[int, Any]:
+    """Traces a head for a batch of 1, or, if it accepts only its own batch size, for that; returns size and trace."""
+    size, traced, found = 1, None, ()
+    with contextlib.suppress(Exception):  # whatever the caller's function raises
+        traced = _trace(head, (1, *shape[1:]))
+        found = traced.out_info.shape
+    if traced is None or len(found) != 2 or found[0] != 1:
+        size, traced = shape[0], _trace(head, shape)
+    check_logits(getattr(traced.out_info, "shape", ()), (size, num_classes))
+    return size, traced
+
+
+def _check_traces(
+    head: Head,
+    program: ClosedJaxpr,
+    checked: CheckedHead,
+    shape: tuple[int, ...],
+    latents: Float[np.ndarray, "some *latent"],
+    chosen: Int[np.ndarray, " some"],
+    found: Float[np.ndarray, "rows classes"],
+) -> None:
+    """Traces a head again, and raises UserError if it is another function than `program`.
+
+    Programs that look alike are one function; others are compiled and compared: `latents` are the rows `chosen` of a
+    batch whose logits are `found`.
+    """
+    size, again = _second_trace(head, shape, checked.num_classes)
+    if _alike(program, again.jaxpr, shape[0] // size):
+        return
+    compiled, key = again.lower().compile(), domain_key(0, "probe")
+    batches = (_normals(key, 1.0, row, np.int64(0), (size, *shape[1:])) for row in latents)
+    after = np.stack([np.asarray(compiled(batch), np.float32)[0] for batch in batches])
+    if differing(found[chosen], after, allowance(found, checked.tolerance)[chosen]).any():
+        where = f"for a batch of {size} instead of {shape[0]}" if size == 1 else "again"
+        why = "it may depend on neither the batch and its size, nor random numbers or clocks read while it is traced"
+        raise UserError(f"the head is another function when JAX traces it {where}: {why}; draw masks when it is made")
+
+
+def _parts(program: Any) -> Iterator[tuple[Jaxpr, Any]]:
+    """A jaxpr and those inside it, each with its constants."""
+    jaxpr = program.jaxpr if isinstance(program, ClosedJaxpr) else program
+    yield jaxpr, program.consts if isinstance(program, ClosedJaxpr) else ()
+    for equation in jaxpr.eqns:
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                if isinstance(inner, Jaxpr | ClosedJaxpr):
+                    yield from _parts(inner)
+
+
+def _whole_numbers(value: Any) -> Iterator[int]:
+    if isinstance(value, tuple | list):
+        for inner in value:
+            yield from _whole_numbers(inner)
+    elif isinstance(value, int):
+        yield value
+
+
+def _facts(program: ClosedJaxpr) -> Iterator[Any]:
+    """What tells two traces apart: their primitives, whole numbers (sizes among them), constants and literals."""
+    for jaxpr, constants in _parts(program):
+        yield from constants
+        for equation in jaxpr.eqns:
+            yield equation.primitive.name
+            yield from (value.val for value in equation.invars if isinstance(value, Literal))
+            for _, value in sorted(equation.params.items()):
+                yield from _whole_numbers(value)
+
+
+def _alike(one: ClosedJaxpr, other: ClosedJaxpr, ratio: int) -> bool:
+    """Whether two programs differ only in sizes, by the ratio of their batch sizes."""
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, str) or isinstance(b, str):
+            return a == b
+        if isinstance(a, int) and isinstance(b, int):
+            return a in (b, b * ratio)
+        if isinstance(a, jax.Array) and jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        a, b = np.asarray(a), np.asarray(b)
+        return (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+
+    first, second = list(_facts(one)), list(_facts(other))
+    return len(first) == len(second) and all(a is b or same(a, b) for a, b in zip(first, second, strict=True))
+
+
+def _rounding(program: ClosedJaxpr, dtype: Any) -> float:
+    """The tolerance of a program: larger if any number or product is less precise than float32."""
+    equations = [equation for jaxpr, _ in _parts(program) for equation in jaxpr.eqns]
+    dtypes = {getattr(value.aval, "dtype", None) for equation in equations for value in equation.outvars} | {dtype}
+    low = any(
+        found is not None and jnp.issubdtype(found, jnp.floating) and jnp.dtype(found).itemsize < 4 for found in dtypes
+    )
+    reduced = any(equation.params.get("precision") not in _HIGHEST for equation in equations)
+    return 0.05 if low or reduced else 1e-4

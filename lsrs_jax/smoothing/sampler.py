@@ -20,6 +20,7 @@ from lsrs_jax.runtime.mesh import AXIS
 from lsrs_jax.runtime.validate import choice
 from lsrs_jax.smoothing.arithmetic import ARITHMETICS, make_arithmetic
 from lsrs_jax.smoothing.confidence import MAX_SAMPLES, leaders
+from lsrs_jax.smoothing.coupling_check import CouplingCheck, Evaluated
 from lsrs_jax.smoothing.derivation import check_sigma
 from lsrs_jax.smoothing.head_check import Head, check_head, check_logits
 from lsrs_jax.smoothing.schedule import block_count
@@ -62,7 +63,8 @@ class Sampler:
 
     `latent_shape` has no batch axis; the other arguments are those of `api.SmoothedClassifier`. `head_digest` is a
     digest of the logits at some random latents, which tells heads apart; `traces` is the number of traces of the loop.
-    Raises UserError for a bad argument, or a head that `head_check.check_head` refuses.
+    Raises UserError for a bad argument, or a head that `head_check.check_head` refuses. `collect` raises one for a head
+    that `coupling_check.CouplingCheck` refuses on noisy latents of its own launch; later launches are refused as well.
 
     **Guarantee**: sample i of image z is argmax head(z + σεᵢ) in the arithmetic's sense, where the εᵢ of a (key,
     stream, i) are drawn from bits of their own. The samples of an image are independent of each other; samples of
@@ -93,9 +95,12 @@ class Sampler:
         self._head, self._noise, self._mesh = head, noise, mesh.local_mesh(devices)
         self._launcher = ThreadPoolExecutor(1, "launch")
         with pinned_flags():
-            self.num_classes, self.head_digest = check_head(head, (math.prod(self.tile), *self.latent_shape))
+            with jax.default_device(self._mesh.devices.flat[0]):
+                self._checked = check_head(head, (math.prod(self.tile), *self.latent_shape))
+            self.num_classes, self.head_digest = self._checked.num_classes, self._checked.digest
             self._tables = self._put(self.arithmetic.tables)
-            self._call = self._compile(spmd)
+            self._call, self._rows = self._compile(spmd)
+        self._check = CouplingCheck(self.tile, self.num_classes, self._checked.tolerance, self._mesh.size)
 
     @property
     def tau(self) -> float:
@@ -120,6 +125,13 @@ class Sampler:
 
         return jax.vmap(draw)(ids)
 
+    def _noisy_rows(self, latents: Any, ids: Any, key: Any, tables: Any, block: Any) -> Float[Array, "rows *latent"]:
+        """The noisy latents of one block: for image after image, one row per sample."""
+        noise = self._block_noise(key, ids, block, tables)
+        per_image = 0 if self._noise == "independent" else None
+        noisy = jax.vmap(self.arithmetic.add, (0, per_image))(latents, noise)
+        return noisy.reshape(math.prod(self.tile), *self.latent_shape)
+
     def _device_counts(
         self, device: Any, latents: Any, ids: Any, key: Any, tables: Any, first: Any, stop: Any, n: Any
     ) -> Int[Array, "1 images classes+1"]:
@@ -133,10 +145,7 @@ class Sampler:
 
         def block_counts(step: jax.Array, counts: jax.Array) -> jax.Array:
             block = start + step * devices
-            noise = self._block_noise(key, ids, block, tables)
-            per_image = 0 if self._noise == "independent" else None
-            noisy = jax.vmap(self.arithmetic.add, (0, per_image))(latents, noise)
-            logits = self._head(noisy.reshape(images * samples, *self.latent_shape))
+            logits = self._head(self._noisy_rows(latents, ids, key, tables, block))
             check_logits(logits.shape, (images * samples, self.num_classes))
             predicted = jnp.where(jnp.isnan(logits).any(axis=-1), self.num_classes, jnp.argmax(logits, axis=-1))
             valid = block * samples + jnp.arange(samples, dtype=jnp.int32) < n
@@ -148,7 +157,8 @@ class Sampler:
         counts = jax.lax.fori_loop(0, steps, block_counts, jax.lax.pcast(zeros, AXIS, to="varying"))
         return counts[None]  # the host adds: without a collective, devices never wait for each other
 
-    def _compile(self, spmd: str) -> Any:
+    def _compile(self, spmd: str) -> tuple[Any, Any]:
+        """Compiles the loop, and a program for the first device that puts the noisy latents of a block in any order."""
         devices = self._mesh.devices.reshape(-1)
         if spmd == "pmap":
             axes = (0, *[None] * 7)
@@ -161,7 +171,12 @@ class Sampler:
         key = self._put(rng.domain_key(0, "probe"))
         # Compile in the caller's thread and context, so that the compiled head is the one that was checked.
         program = call.lower(index, *batch, key, self._tables, *self._numbers(0, 1, 1)).compile()
-        return functools.partial(program, index)
+
+        def rows(latents: Any, ids: Any, key: Any, tables: Any, block: Any, source: Any) -> jax.Array:
+            return self._noisy_rows(latents, ids, key, tables, block).at[source].get(mode="promise_in_bounds")
+
+        arguments = (*batch, key, self._tables, *self._put([np.int32(0), np.zeros(math.prod(self.tile), np.int32)]))
+        return functools.partial(program, index), jax.jit(rows).lower(*_on_the_first(arguments)).compile()
 
     def _put(self, arrays: Any) -> Any:
         return jax.device_put(arrays, mesh.replicated(self._mesh))
@@ -204,15 +219,34 @@ class Sampler:
             raise UserError(f"the number of samples must lie between 1 and 2**27, got {n}")
         if not 0 <= first < stop <= blocks:
             raise UserError(f"blocks [{first}, {stop}) are not among the {blocks} of {n} samples")
-        return self._launcher.submit(self._call, *batch, key, self._tables, *self._numbers(first, stop, n))
+        return self._launcher.submit(self._start, batch, key, first, stop, n)
+
+    def _start(
+        self, batch: tuple[jax.Array, jax.Array], key: jax.Array, first: int, stop: int, n: int
+    ) -> tuple[jax.Array, Evaluated | None]:
+        """Starts the blocks [first, stop), and the check of the first of them if one is due."""
+        evaluated, arguments = None, (*batch, key, self._tables)
+        if self._check.due(stop - first):
+            block, sources = self._put(np.int32(first)), self._check.sources()
+            inputs = [_on_the_first((*arguments, block, self._put(source))) for source in sources]
+            logits = [self._checked.logits(self._rows(*each)) for each in inputs]
+            whole = self._numbers(first, first + 1, (first + 1) * self.tile[1])
+            evaluated = Evaluated(sources, logits, self._call(*arguments, *whole))
+        return self._call(*arguments, *self._numbers(first, stop, n)), evaluated
 
     def collect(self, launched: Future, images: int) -> Int[np.ndarray, "images classes"]:
-        """Waits for a launch and returns its counts; raises UserError if any logit was NaN."""
-        per_device = np.asarray(jax.device_get(launched.result()), np.int64)
+        """Waits for a launch and returns its counts.
+
+        Raises UserError if any logit was NaN, or if the check of the launch refuses the head.
+        """
+        found, evaluated = launched.result()
+        per_device = np.asarray(jax.device_get(found), np.int64)
         counts = per_device.reshape(-1, self.tile[0], self.num_classes + 1).sum(axis=0)[:images]
         if counts[:, -1].any():
             number = counts[:, -1].sum()
             raise UserError(f"the head returned NaN logits for {number} noisy samples; a NaN never certifies")
+        if evaluated is not None:
+            self._check.verify(jax.device_get(evaluated))
         return counts[:, :-1]
 
     def one_batch(
@@ -230,3 +264,8 @@ class Sampler:
         parts = [range(start, min(start + size, len(latents))) for start in range(0, len(latents), size)]
         counts = [self.one_batch(latents[part], key, "prediction", n, part) for part in parts]
         return leaders(np.concatenate(counts), alpha, self.tau)
+
+
+def _on_the_first(arrays: Any) -> Any:
+    """The copies of replicated arrays on the first device."""
+    return jax.tree.map(lambda array: array.addressable_data(0), arrays)

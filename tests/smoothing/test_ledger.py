@@ -83,7 +83,7 @@ def test_any_changed_character_is_found(path):
         ("5\t1\t1e-06\tselection\t0\t1\t3:10\t0.1", "bad count"),
         ("5\t1\t1e-06\tselection\t0\t1\t1:5,1:5\t0.1", "bad count"),
         ("5\t1\t1e-06\tselection\t0\t1\t1:-10\t0.1", "not a natural number"),
-        ("5\t1\tnan\tselection\t0\t1\t1:10\t0.1", "out of range"),
+        ("5\t1\tnan\tselection\t0\t1\t1:10\t0.1", "is not a number"),
         ("5\t1\t-1.0\tselection\t0\t1\t1:10\t0.1", "out of range"),
         ("2\t2\t1e-06\testimation\t4\t7\t1:36\t0.1", "label or slack changes"),
         ("2\t1\t2e-06\testimation\t4\t7\t1:36\t0.1", "label or slack changes"),

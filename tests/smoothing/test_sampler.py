@@ -161,7 +161,7 @@ def test_a_launch_returns_while_the_platform_is_busy(baseline):
 
 
 def test_certify_traces_the_loop_once():
-    traced = chex.assert_max_traces(n=3)  # shape check, probe, loop
+    traced = chex.assert_max_traces(n=3)  # probe, batch of 1, loop
     smoothing.certify(traced(network()), LATENTS, sigma=0.5, key=threefry(0), n=N, tile=(2, 16))
 
 

@@ -69,9 +69,7 @@ COUNTS = st.integers(-1, 11).map(str) | st.sampled_from([*NOT_NUMBERS[:-1], *NOT
 )
 def test_rows_with_the_right_checksum_add_up_or_are_refused(folder, rows):
     content = ["\t".join((*fields, RUN)) for fields in rows]
-    found = counts_of(
-        folder / "ledger.tsv", (HEADER + "".join(f"{line}\t{_crc(line)}\n" for line in content)).encode()
-    )
+    found = counts_of(folder / "ledger.tsv", (HEADER + "".join(f"{line}\t{_crc(line)}\n" for line in content)).encode())
     for label, slack, seconds, (selection, estimation) in (found or {}).values():
         assert label >= 0
         assert sum(selection) == 10
