@@ -71,13 +71,16 @@ def test_a_gain_of_one_percent_is_found(share):
 
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("share", [None, 0.5, 0.1])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_power_against_forgeries_that_pay(dtype, share):
-    for gain in (0.01, 0.02, 0.05):
-        found = found_forgeries(40, gain, share, dtype=dtype, images=200, n=20_000)
-        print(f"\n{dtype}, best {share or 'all'}: {found} of 40 forgeries with a gain of {gain:.0%} refused")
-    assert found >= 38
+@pytest.mark.parametrize("share", [None, 0.1])
+@pytest.mark.parametrize(
+    ("dtype", "images", "gain"), [("float32", 40, 0.01), ("bfloat16", 200, 0.01), ("bfloat16", 40, 0.03)]
+)
+def test_the_power_against_forgeries_that_pay(dtype, images, gain, share):
+    found = found_forgeries(60, gain, share, dtype=dtype, images=images, n=20_000)
+    print(
+        f"\n{dtype}, {images} images, best {share or 'all'}: {found} of 60 forgeries with a gain of {gain:.0%} refused"
+    )
+    assert found >= 57
 
 
 def test_samples_moved_to_right_images_and_away_from_wrong_ones_are_found():

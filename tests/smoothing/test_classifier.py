@@ -17,7 +17,7 @@ SETTINGS = {"sigma": 0.5, "tile": (2, 16)}
 
 
 def test_two_calls_on_arrays_of_one_shape_compile_once():
-    traced = chex.assert_max_traces(n=3)  # shape check, probe, loop
+    traced = chex.assert_max_traces(n=3)  # probe, batch of 1, loop
     classifier = SmoothedClassifier(traced(network()), **SETTINGS)
     first = classifier.certify(LATENTS, key=threefry(0), n=500)
     second = classifier.certify(LATENTS[::-1], key=threefry(1), n=700, schedule="staged", alpha=0.01)
