@@ -48,30 +48,26 @@ def run(arguments: list[str]) -> None:
     instead.add_argument("--recast", type=number, metavar="N", help="do --verify, then sample N images again")
     cli.add_profile(instead)
     parser.add_argument("--json", action="store_true", help="print the verdict of --verify or --recast as JSON")
-    options, rest = parser.parse_known_args(arguments)
-    with started() as process, opened(options.workdir) as workdir:
-        _run(workdir, process, options, rest)
+    try:
+        options, rest = parser.parse_known_args(arguments)
+        with started() as process, opened(options.workdir) as workdir:
+            _run(workdir, process, options, rest)
+    except UserError as error:
+        if "--json" in arguments:
+            print(json.dumps({"verdict": "refused", "reason": str(error)}))
+        raise
 
 
 def _read(folder: Path, data_dir: str, options: argparse.Namespace) -> None:
     """``--verify`` and ``--recast``; exits with 3 if something could not be checked."""
-    answer, out = {}, sys.stdout
-    try:
-        with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
-            stored, verdict = verify.run(folder, None if options.recast else data_dir)
-            if options.recast:
-                from lsrs_jax.certification import resample  # it imports scipy.stats, which takes a second
+    with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+        stored, verdict = verify.run(folder, None if options.recast else data_dir)
+        if options.recast:
+            from lsrs_jax.certification import resample  # it imports scipy.stats, which takes a second
 
-                cache_compilations()
-                resample.run(target_of_certificates(folder, stored, data_dir), stored, options.recast, verdict)
-            print(verdict)
-        answer = verdict.to_dict()
-    except UserError as error:
-        answer = {"verdict": "refused", "reason": str(error)}
-        raise
-    finally:
-        if options.json and answer:
-            print(json.dumps(answer), file=out)
+            cache_compilations()
+            resample.run(target_of_certificates(folder, stored, data_dir), stored, options.recast, verdict)
+    print(json.dumps(verdict.to_dict()) if options.json else verdict)
     if not verdict.complete:
         sys.exit(3)
 

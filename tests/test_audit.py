@@ -188,11 +188,11 @@ def test_verify_looks_at_the_audit_too(audited, tmp_path):
     run("certify", f"--workdir={copy}", "--from-counts", "--config.certify.alpha=0.05", "--config.certify.tile=(8,32)")
     code, out, _ = ended(*verify)
     assert code == 3
-    assert "not checked: the audit, which is of another table" in out
+    assert "could not be checked: the audit, which is of another table" in out
     path.unlink()
     code, out, _ = ended(*verify)
     assert code == 3
-    assert "not checked: the audit (audit.json has no audit.tsv beside it)" in out
+    assert "could not be checked: the audit (audit.json has no audit.tsv beside it)" in out
 
 
 def test_a_killed_audit_resumes_to_the_same_table(audited, certified, tmp_path):

@@ -212,7 +212,7 @@ def test_a_halved_constant_without_its_checkpoint_is_said_to_be_unchecked(home):
     code, out, _ = ended("certify", f"--workdir={home}", "--verify")
     assert code == 3
     assert "verdict: incomplete" in out
-    assert "not checked: the weights and the Lipschitz constant 0.5" in out.splitlines()[-1]
+    assert "could not be checked: the weights and the Lipschitz constant 0.5" in out.splitlines()[-1]
 
 
 def test_deterministic_radii_are_computed_again(home):
@@ -401,3 +401,46 @@ def test_every_forgery_of_this_file_is_in_the_table_of_the_docs():
     text = (ROOT / "docs" / "guarantee.md").read_text()
     for change in (*MIXED, *RECOUNTED):
         assert change.__name__.replace("_", " ") in text
+
+
+def test_a_narrowed_selection_is_counted(home):
+    """Rows of wrong images are deleted, and the configuration asks for a single image only."""
+    folder = folder_of(home)
+    rows = [line.split("\t") for line in (folder / "certificates.tsv").read_text().splitlines()[1:]]
+    right = {row[0] for row in rows if row[4] == "1"}
+    lines = (folder / "votes.0.tsv").read_text().splitlines(keepends=True)
+    (folder / "votes.0.tsv").write_text("".join(lines[:1] + [x for x in lines[1:] if x.split("\t")[0] in right]))
+
+    def narrowed(stored):
+        first = min(map(int, right))
+        stored["config"]["certify"].update(start=first, stop=first + 1)
+
+    change_stored(folder, narrowed)
+    verdict = verified(home)
+    assert not verdict.complete
+    assert (verdict.wanted, verdict.missing, verdict.others) == (1, 0, len(right) - 1)
+
+
+def test_rows_under_indices_beyond_the_split_are_refused(home):
+    path = folder_of(home) / "votes.0.tsv"
+    for line in range(2, path.read_text().count("\n") + 1):
+        rewrite(path, line, lambda fields: [str(int(fields[0]) + 1000), *fields[1:]])
+    change_stored(folder_of(home), lambda stored: stored["config"]["certify"].update(stop=2000))
+    with pytest.raises(UserError, match=r"has a certificate of image 1039, but the split has 360 images"):
+        verified(home)
+
+
+def test_a_rewritten_and_shortened_ledger_is_not_resumed(home):
+    path = folder_of(home) / "votes.0.tsv"
+    for line in range(2, path.read_text().count("\n") + 1):
+        rewrite(path, line, lambda fields: with_counts(fields, {int(fields[1]): sum(counts_in(fields).values())}))
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    line = refused("certify", f"--workdir={home}")
+    assert "has other samples in its ledger than its certificate was derived from" in line
+
+
+def test_json_is_one_object_for_every_refusal(tmp_path):
+    for arguments in (["--verify"], ["--recast=0"]):
+        code, out, _ = ended("certify", f"--workdir={tmp_path / 'none'}", *arguments, "--json")
+        assert code == 2
+        assert json.loads(out)["verdict"] == "refused"

@@ -25,7 +25,7 @@ from lsrs_jax.config import config_to_dict, load_config
 from lsrs_jax.runtime.documents import digest
 from lsrs_jax.training import checkpoint
 from support import mutations
-from support.hostile import answer
+from support.hostile import answer, changed, places, sealed
 from support.mutations import (
     campaign,
     mutated,
@@ -273,6 +273,13 @@ def test_certificates_from_a_changed_certificates_json_are_the_same_or_none(cert
     text = json.dumps(stored, indent=2).encode()
     makers = either(functools.partial(mutated, content=text), lambda rng: sealed_value(rng, stored))
     summary(number, campaign(number, makers, functools.partial(derived, certification)))
+
+
+def test_half_a_character_in_any_field_gives_the_same_certificates_or_none(certification):
+    """JSON can spell the halves of a surrogate pair, which have no UTF-8."""
+    stored = certification[2]
+    for path in places(stored):
+        derived(certification, sealed(changed(stored, path, "\ud800")).encode())
 
 
 @pytest.mark.parametrize("number", SLOW)

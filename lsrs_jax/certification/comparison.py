@@ -157,7 +157,12 @@ def _limit(rounding: Rounding, n: np.ndarray, effect: Callable[[np.ndarray], np.
     variance = np.sum((moves * by_one**2)[rare]) + np.max(missed * by_one**2)
     step, expected = by_one.max(), moves[rare].sum() + missed.max()
     bernstein = math.sqrt(2 * log * variance) + 2 / 3 * log * step
-    return math.sqrt(2 * log * squares) + min(bernstein, float(stats.poisson.isf(_LEVEL, expected)) * step)
+    rare_events = min(bernstein, float(stats.poisson.isf(_LEVEL, expected)) * step)
+    # The shifts of few images say little about their size: the quantile of Student's distribution takes the place of
+    # the normal one. No limit is above what the images may move one by one.
+    student = float(stats.t.isf(_LEVEL, len(n)) / stats.norm.isf(_LEVEL))
+    shifts = student * math.sqrt(2 * log * squares)
+    return min(shifts + rare_events, float(effect(_SINGLE * rounding.moves(n, _PSEUDO) + 1).sum()))
 
 
 class Fresh(NamedTuple):

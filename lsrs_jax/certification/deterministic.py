@@ -78,6 +78,11 @@ def check(target: Target, count: int | None = None) -> int:
     near = _SAME * (found["radius"] + found["slack"] / found["lipschitz"])
     wrong = np.abs(found["radius"] - table.radius[rows]) > near
     wrong |= (found["predict"] != table.predict[rows]) & (found["radius"] > 0)
+    cells = np.array([line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()])
+    for name, expected in (("n", 0), ("lipschitz", found["lipschitz"]), ("slack", found["slack"])):
+        written = cells[1:, cells[0] == name].astype(np.float64).reshape(-1)[rows]
+        if len(written) != len(rows) or not np.allclose(written, expected, rtol=1e-6, atol=0):
+            raise UserError(f"{path}: the column {name} is not that of the network")
     for row in np.flatnonzero(wrong)[:1]:
         claimed = f"class {table.predict[rows][row]} and radius {table.radius[rows][row]!r}"
         own = f"class {found['predict'][row]} and radius {found['radius'][row]!r}"

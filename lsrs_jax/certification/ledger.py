@@ -30,6 +30,7 @@ from lsrs_jax.smoothing.counts import Counts, Row
 from lsrs_jax.smoothing.schedule import Schedule
 
 _NAME = re.compile(r"votes\.(0|[1-9][0-9]{0,17})\.tsv")
+UNNAMED = "that all samples are of this run (in format 1 they do not name it)"  # for a verdict
 _SECONDS_PER_WRITE = 1.0  # a kill may lose this much work
 
 
@@ -40,7 +41,9 @@ def name(process: int | str) -> str:
 
 def files(folder: Path) -> list[Path]:
     """The ledgers in a folder, in the order of their processes."""
-    named = (path for path in folder.glob(name("*")) if _NAME.fullmatch(path.name))
+    named = [path for path in folder.glob(name("*")) if _NAME.fullmatch(path.name)]
+    if strange := [path for path in named if not path.is_file()]:
+        raise UserError(f"{strange[0]} is not a file; remove it, or {OTHER_NAME}")
     return sorted(named, key=lambda path: int(path.name.split(".")[1]))
 
 
@@ -55,30 +58,42 @@ def digest(content: bytes) -> dict[str, Any]:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def check_recorded(folder: Path, recorded: Mapping[str, dict[str, Any]] | None, lost: bool = False) -> None:
+def check_recorded(folder: Path, recorded: Mapping[str, dict[str, Any]] | None, lost: bool = False) -> list[Path]:
     """Raises UserError if the part of the ledgers from which certificates were derived has changed; rows may follow it.
 
     `recorded` are the `digests` of that time, None if there were none. If `lost` is true, the end of a file or a whole
-    file may be missing, because its samples can be drawn again.
+    file may be missing, because its samples can be drawn again; returns these files, whose digest says nothing.
     """
+    shorter = []
     for file, wanted in (recorded or {}).items():
-        path, short = folder / file, False
+        path = folder / file
         content = path.read_bytes() if path.exists() else b""
-        if not path.exists() and not lost:
+        if lost and len(content) < wanted["bytes"]:
+            shorter.append(path)
+        elif not path.exists():
             raise UserError(f"{path} is missing: without its samples no certificate can be checked; restore it")
-        if len(content) < wanted["bytes"] and lost:
-            short = True
-            print(f"note: {path} is shorter than when certificates were derived from it; lost samples are drawn again")
-        if not short and digest(content[: wanted["bytes"]]) != wanted:
+        elif digest(content[: wanted["bytes"]]) != wanted:
             why = "its digest is not the one in certificates.json"
             raise UserError(f"{path} has changed: {why}; restore it, or {OTHER_NAME}")
+    return shorter
 
 
-def read(folder: Path, schedule: Schedule, num_classes: int, run: str | None) -> Counts:
-    """The `Counts` of the ledgers in a folder, without locks or repair; raises UserError for a damaged ledger."""
+def read(
+    folder: Path,
+    schedule: Schedule,
+    num_classes: int,
+    run: str | None,
+    recorded: Mapping[str, dict[str, Any]] | None = None,
+) -> Counts:
+    """The `Counts` of the ledgers in a folder, without locks or repair; raises UserError for a damaged ledger.
+
+    If the digests of a table are given as `recorded`, only the rows from which it was derived are counted.
+    """
     counts = Counts(schedule, num_classes)
-    found = {path: (_whole_lines(path, path.read_bytes(), run), len(_header(run))) for path in files(folder)}
-    _count(counts, found, run)
+    parts = {path: path.read_bytes() for path in files(folder)}
+    if recorded is not None:
+        parts = {path: parts[path][: wanted["bytes"]] for path in parts if (wanted := recorded.get(path.name))}
+    _count(counts, {path: (_whole_lines(path, part, run), len(_header(run))) for path, part in parts.items()}, run)
     return counts
 
 

@@ -48,6 +48,8 @@ def run(target: Target, stored: Stored, count: int, verdict: Verdict) -> None:
     if stored.identity.certificate == "deterministic":
         checked = deterministic.check(target, count)
         verdict.unchecked = [item for item in verdict.unchecked if not item.startswith("the radii")]
+        if checked < verdict.certificates:
+            verdict.beyond.append(f"the radii of the other {verdict.certificates - checked:,} images")
         verdict.checked.append(f"the radii of {checked:,} images, computed again")
         return
     folder, identity = target.folder, stored.identity
@@ -77,6 +79,7 @@ def run(target: Target, stored: Stored, count: int, verdict: Verdict) -> None:
     verdict.beyond = [item for item in verdict.beyond if "--recast" not in item]
     verdict.checked.append(f"the samples of {len(indices):,} images, under their own and under fresh noise")
     if len(indices) == len(known):
+        verdict.unchecked = [item for item in verdict.unchecked if item != ledger.UNNAMED]
         print("these are all images of the table")
         return
     verdict.beyond.append(f"the samples of the other {len(known) - len(indices):,} images")

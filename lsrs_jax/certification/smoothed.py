@@ -1,5 +1,6 @@
 """Certificates of the smoothed classifier: draws samples, writes them to ledgers, and derives the table from them."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 from lsrs_jax.certification import OTHER_NAME, ledger, store
 from lsrs_jax.certification.encode import Pipeline
 from lsrs_jax.certification.identity import Identity, arithmetic_facts, schedule_of
+from lsrs_jax.certification.table import read_table
 from lsrs_jax.certification.target import Target
 from lsrs_jax.config import config_to_dict
 from lsrs_jax.data import Dataset, Photos
@@ -54,7 +56,7 @@ class Certification:
         settings |= {"sigma": arithmetic["sigma"], "tau": arithmetic["tau"]}
         self.derivation = Derivation(alpha=certify.alpha, bound=certify.bound, rule=rule, **settings)
         self.process, self.record, self.decided_images = process, list[dict[str, Any]](), set[int]()
-        self.recorded: dict[str, Any] | None = None  # size and digest of the ledgers behind the last table
+        self.stored: store.Stored | None = None  # certificates.json of the session before
 
     def open_ledger(self, lost: bool = False) -> ledger.Ledger:
         """Opens the ledger of this process; its file is made if missing.
@@ -64,11 +66,31 @@ class Certification:
         path = self.folder / ledger.name(self.process.index)
         opened = ledger.Ledger(path, self.schedule, self.num_classes, self.identity.run, self.process)
         try:
-            ledger.check_recorded(self.folder, self.recorded, lost)
+            derivation = (self.stored and self.stored.derivation) or {}
+            for shorter in ledger.check_recorded(self.folder, derivation.get("votes"), lost):
+                print(f"note: {shorter} is shorter than when certificates were derived from it; the rest is compared")
+                self._compare_rest(opened, self.stored)
         except UserError:
             opened.close()
             raise
         return opened
+
+    def _compare_rest(self, counts: Counts, stored: Any) -> None:
+        """Raises UserError if samples that are left of a shortened ledger do not give the certificates of the table."""
+        path = self.folder / "certificates.tsv"
+        if not path.exists():
+            return
+        table, derivation = read_table(path), reopen(self.folder, stored.settings, stored).derivation
+        derivation = dataclasses.replace(derivation, rule=stored.format)
+        n = table.samples if table.samples is not None else np.zeros(len(table))
+        for row, idx in enumerate(table.idx.tolist()):
+            image = counts.images.get(idx)
+            if image is None or not counts.at_a_look(idx) or image.looks[-1].sum() != n[row]:
+                continue  # lost samples, which are drawn again
+            found = derivation.certificates(self.schedule, [image])
+            if (found.predict[0], found.radius[0]) != (table.predict[row], table.radius[row]):
+                changed = f"image {idx} has other samples in its ledger than its certificate was derived from"
+                raise UserError(f"{self.folder}: {changed}; restore the ledger, or {OTHER_NAME}")
 
     def decided(self, images: list[ImageCounts]) -> np.ndarray:
         """Whether images that are at a look are decided; remembers the decided ones."""
@@ -110,7 +132,7 @@ class Certification:
             lost = ledger.name("*")
             raise UserError(f"{self.folder} holds certificates but no samples; restore {lost}, or {OTHER_NAME}")
         self.identity, self.record = self.identity.begun_as(stored.identity), list(stored.record)
-        self.recorded = (stored.derivation or {}).get("votes")
+        self.stored = stored
         if self.identity.run is None and self.process.leads:
             print(f"note: {self.folder} was begun in format 1: its samples do not name the run they belong to")
 
@@ -284,7 +306,7 @@ def reopen(folder: Path, config: Config, stored: store.Stored, rule: int = FORMA
         why = "its arithmetic does not fit the configuration and the latent"
         raise UserError(f"{folder / 'certificates.json'} is damaged ({why}); restore it, or {OTHER_NAME}")
     certification = Certification(folder, config, identity, stored.lipschitz, rule=rule)
-    certification.record, certification.recorded = stored.record, (stored.derivation or {}).get("votes")
+    certification.record, certification.stored = stored.record, stored
     return certification
 
 

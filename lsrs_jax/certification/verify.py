@@ -29,8 +29,10 @@ class Verdict:
     """
 
     certificates: int
-    wanted: int | None = None  # images that the configuration asks for; None if an old file does not know
+    split: int | None = None  # images of the split; None if an old file does not know
+    wanted: int | None = None  # images of the split that the configuration asks for
     missing: int = 0  # of the images wanted
+    others: int = 0  # certificates of images that the configuration does not ask for
     samples: int | None = None
     checked: list[str] = dataclasses.field(default_factory=list)
     unchecked: list[str] = dataclasses.field(default_factory=list)
@@ -38,19 +40,22 @@ class Verdict:
 
     @property
     def complete(self) -> bool:
-        return not (self.missing or self.unchecked)
+        return not (self.missing or self.others or self.unchecked)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types for ``--json``."""
         return {"verdict": "intact" if self.complete else "incomplete"} | dataclasses.asdict(self)
 
     def __str__(self) -> str:
-        of_all = "" if self.wanted is None else f" of {self.wanted:,} images"
-        line = f"verdict: {'intact' if self.complete else 'incomplete'}: {self.certificates:,} certificates{of_all}"
-        line += f" ({self.missing:,} images have none)" if self.missing else ""
-        open_questions = [*self.unchecked, *self.beyond]
+        line = f"verdict: {'intact' if self.complete else 'incomplete'}: {self.certificates:,} certificates"
+        if self.wanted is not None:
+            of_all = f" of the {self.split:,} images of the split" if self.split else " images"
+            line += f"; {self.wanted:,}{of_all} were to be certified"
+        line += f", {self.missing:,} of these have none" if self.missing else ""
+        line += f", {self.others:,} certificates are of others, and nothing says why" if self.others else ""
         line += f"; checked: {', '.join(self.checked)}"
-        return line + (f"; not checked: {', '.join(open_questions)}" if open_questions else "")
+        line += f"; could not be checked: {', '.join(self.unchecked)}" if self.unchecked else ""
+        return line + (f"; files cannot show: {', '.join(self.beyond)}" if self.beyond else "")
 
 
 def run(folder: Path, data_dir: str | None = None) -> tuple[store.Stored, Verdict]:
@@ -74,7 +79,13 @@ def run(folder: Path, data_dir: str | None = None) -> tuple[store.Stored, Verdic
     except ValueError as error:
         raise UserError(f"{table} has changed: it is not a text file any more") from error
     _check_training(folder, stored)
-    verdict, counts = Verdict(text.count("\n") - 1, checked=["the digest of every file", "the configuration"]), None
+    model = config_to_dict(config)["model"]
+    if {name: identity.model.get(name) for name in model} != model:
+        raise UserError(f"{path} contradicts itself: identity.model is not the model of its configuration")
+    verdict, counts = (
+        Verdict(text.count("\n") - 1, checked=["the digests in certificates.json", "the configuration"]),
+        None,
+    )
     if identity.certificate == "smoothed":
         certification = reopen(folder, config, stored, stored.format)
         if (derivation["alpha"], derivation["bound"]) != (config.certify.alpha, config.certify.bound):
@@ -83,9 +94,9 @@ def run(folder: Path, data_dir: str | None = None) -> tuple[store.Stored, Verdic
         _compare(text, certification, counts)
         verdict.samples = sum(image.total for image in counts.images.values())
         verdict.checked.append("every radius from its samples")
-        verdict.beyond.append("that the network gives these samples (--recast=N)")
+        verdict.beyond.append("that the network gives these samples for these images and labels (--recast=N)")
         if identity.run is None:
-            verdict.unchecked.append("that all samples are of this run (in format 1 they do not name it)")
+            verdict.unchecked.append(ledger.UNNAMED)
     elif derivation["bound"] != "margin" or ledger.files(folder):
         raise UserError(f"{path} contradicts itself: deterministic certificates have the bound margin, and no ledger")
     digest = digest_of(table)
@@ -112,7 +123,8 @@ def _report(folder: Path, stored: store.Stored, counts: Counts | None, verdict: 
         settings = f"; sigma {config.sigma}, n0 {certify.n0:,}, n {certify.n:,} ({certify.schedule}), "
         settings += f"alpha {certify.alpha}, {certify.bound} bound, {certify.arithmetic} arithmetic, "
         settings += f"head in {certify.head_dtype}"
-        seed = "derived from weights and images" if certify.seed == SEED_DERIVED else "chosen by the author"
+        meanings = {SEED_DERIVED: "derived from weights and images", SEED_OF_TRAINING: "that of the training"}
+        seed = meanings.get(certify.seed, "chosen by the author")
         settings += f"; noise of seed {stored.identity.seed}, {seed}"
     split = f"split {data.get('split')!r}" + (
         f" of {stored.identity.images:,} images" if stored.identity.images else ""
@@ -133,9 +145,12 @@ def _check_images(table: Path, stored: store.Stored, verdict: Verdict) -> None:
     if wanted is None:
         verdict.unchecked.append("that no image is missing (in format 1 the size of the split is not known)")
         return
-    verdict.wanted = len(wanted)
-    verdict.missing = len(set(wanted) - set(read_table(table).idx.tolist()))
-    if not verdict.missing:
+    found, split = set(read_table(table).idx.tolist()), stored.identity.images
+    if split is not None and max(found) >= split:
+        raise UserError(f"{table} has a certificate of image {max(found)}, but the split has {split:,} images")
+    verdict.wanted, verdict.split = len(wanted), split
+    verdict.missing, verdict.others = len(set(wanted) - found), len(found - set(wanted))
+    if verdict.wanted and not (verdict.missing or verdict.others):
         verdict.checked.append("that no image is missing")
 
 
@@ -161,8 +176,9 @@ def _check_ledgers(certification: Certification, digests: dict[str, dict]) -> Co
         if not (folder / name).exists():
             raise UserError(f"{folder / name} is missing: without its samples no certificate can be checked")
     # Reading names a damaged line. If every line is well-formed, the digest still finds a change of the file.
-    counts = ledger.read(folder, certification.schedule, certification.num_classes, run)
+    ledger.read(folder, certification.schedule, certification.num_classes, run)
     ledger.check_recorded(folder, digests)
+    counts = ledger.read(folder, certification.schedule, certification.num_classes, run, digests)
     certification.check_slack(counts.images.values())
     return counts
 

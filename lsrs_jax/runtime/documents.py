@@ -30,6 +30,8 @@ def read_json(path: Path) -> Any:
             check(inner, levels - 1)
 
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a file")
         text = path.read_text(encoding="utf-8")
         content = json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_number)
         check(content, levels=99)

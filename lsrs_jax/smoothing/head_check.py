@@ -193,14 +193,19 @@ def _whole_numbers(value: Any) -> Iterator[int]:
 
 
 def _facts(program: ClosedJaxpr) -> Iterator[Any]:
-    """What tells two traces apart: their primitives, whole numbers (sizes among them), constants and literals."""
+    """What tells two traces apart: primitives, what they read, parameters, constants, literals and the results."""
     for jaxpr, constants in _parts(program):
         yield from constants
+        numbers = {variable: str(number) for number, variable in enumerate((*jaxpr.constvars, *jaxpr.invars))}
         for equation in jaxpr.eqns:
             yield equation.primitive.name
-            yield from (value.val for value in equation.invars if isinstance(value, Literal))
+            yield from (value.val if isinstance(value, Literal) else numbers[value] for value in equation.invars)
+            numbers |= {variable: str(len(numbers) + number) for number, variable in enumerate(equation.outvars)}
             for _, value in sorted(equation.params.items()):
                 yield from _whole_numbers(value)
+                if isinstance(value, str | float | np.dtype):
+                    yield repr(value)
+        yield from (value.val if isinstance(value, Literal) else numbers[value] for value in jaxpr.outvars)
 
 
 def _alike(one: ClosedJaxpr, other: ClosedJaxpr, ratio: int) -> bool:
