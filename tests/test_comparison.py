@@ -15,6 +15,8 @@ KINDS = {
     "bfloat16": {"dtype": "bfloat16"},
     "bfloat16, coarse": {"dtype": "bfloat16", "error": 0.05},
     "bfloat16, five images": {"dtype": "bfloat16", "images": 5},
+    "bfloat16, one image": {"dtype": "bfloat16", "images": 1, "n": 20_000},
+    "bfloat16, two images of a coarse head": {"dtype": "bfloat16", "images": 2, "error": 0.3},
     "bfloat16, staged": {"dtype": "bfloat16", "n": 4000, "kind": "staged"},
 }
 

@@ -6,6 +6,7 @@ docs/guarantee.md lists them in a table; a test compares the names.
 import hashlib
 import json
 import math
+import os
 import shutil
 
 import jax.numpy as jnp
@@ -437,6 +438,14 @@ def test_a_rewritten_and_shortened_ledger_is_not_resumed(home):
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     line = refused("certify", f"--workdir={home}")
     assert "has other samples in its ledger than its certificate was derived from" in line
+
+
+@pytest.mark.parametrize("name", ["votes.1.tsv", "certificates.json"])
+def test_a_pipe_in_the_place_of_a_file_is_refused(home, name):
+    path = folder_of(home) / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    assert "is not a file" in refused("certify", f"--workdir={home}", "--verify")
 
 
 def test_json_is_one_object_for_every_refusal(tmp_path):

@@ -65,10 +65,15 @@ def first_wrong(
         pairs = [(_last(a, stream, b), _last(b, stream, b)) for a, b in zip(recorded, again, strict=True)]
         moved = np.array([np.abs(old - new).sum() // 2 for old, new in pairs])
         n = np.array([new.sum() for _, new in pairs])
-        allowed = stats.poisson.isf(_LEVEL / 2 / len(pairs), _SINGLE * rounding.moves(n, _PSEUDO))
+        allowed = _allowance(rounding, n)
         for row in np.flatnonzero(moved > allowed)[:1]:
             return int(row), stream, int(moved[row]), int(allowed[row])
     return None
+
+
+def _allowance(rounding: Rounding, n: np.ndarray) -> Float[np.ndarray, " images"]:
+    """The number of n samples that may have moved in each image."""
+    return stats.poisson.isf(_LEVEL / 2 / len(n), _SINGLE * rounding.moves(n, _PSEUDO))
 
 
 def _last(image: ImageCounts, stream: str, other: ImageCounts) -> np.ndarray:
@@ -109,7 +114,13 @@ def radius_gain(
     again: Sequence[ImageCounts],
     rounding: Rounding,
 ) -> Gain:
-    """The gain in the average certified radius of these images (wrong and abstaining ones count as 0)."""
+    """The gain in the average certified radius of these images (wrong and abstaining ones count as 0).
+
+    Both sides have the recorded selection, of which `first_wrong` allows few samples to differ.
+    """
+    again = [copy.copy(image) for image in again]
+    for new, old in zip(again, recorded, strict=True):
+        new.counts = new.counts | {"selection": old.counts["selection"]}
     n = np.array([image.looks[-1].sum() for image in again])
 
     def radii(images: Sequence[ImageCounts]) -> Float[np.ndarray, " images"]:
@@ -126,16 +137,21 @@ def radius_gain(
 
 
 def _moved(images: Sequence[ImageCounts], sizes: np.ndarray) -> list[ImageCounts]:
-    """Images with some samples moved from the strongest rival to the label; negative sizes move them back."""
+    """Images with some samples moved from the rivals to the label, or from the label to its strongest rival."""
     changed = []
     for image, size in zip(images, sizes, strict=True):
         looks, label = image.looks.copy(), image.label
-        rival = int(np.where(np.arange(looks.shape[1]) == label, -1, looks[-1]).argmax())
-        share = np.ceil(np.abs(size) * looks.sum(axis=1) / looks[-1].sum()).astype(np.int64)
-        giver = rival if size > 0 else label
-        share = np.minimum(share, looks[:, giver]) * (1 if size > 0 else -1)
-        looks[:, label] += share
-        looks[:, rival] -= share
+        total, others = looks.sum(axis=1), np.arange(looks.shape[1]) != label
+        share = np.ceil(np.abs(size) * total / total[-1]).astype(np.int64)
+        if size > 0:
+            rest = np.maximum(total - looks[:, label], 1)
+            kept = np.maximum(rest - share, 0) / rest
+            looks[:, others] = np.floor(looks[:, others] * kept[:, None]).astype(np.int64)
+            looks[:, label] = total - looks[:, others].sum(axis=1)
+        else:
+            share = np.minimum(share, looks[:, label])
+            looks[:, label] -= share
+            looks[:, int(np.where(others, looks[-1], -1).argmax())] += share
         other = copy.copy(image)
         other.looks = looks
         changed.append(other)
@@ -152,17 +168,17 @@ def _limit(rounding: Rounding, n: np.ndarray, effect: Callable[[np.ndarray], np.
     """
     log, moves = -math.log(_LEVEL), rounding.moves(n)
     rare, by_one = moves < 1, effect(np.ones(len(n)))
-    squares = np.where(rare, 0, effect(rounding.net(n)) ** 2).sum()
+    # The shifts of few images say little about their size: the quantile of Student's distribution takes the place of
+    # the normal one. Effects are not linear in the size, so they are taken at that quantile.
+    far = math.sqrt(2 * log) * float(stats.t.isf(_LEVEL, len(n)) / stats.norm.isf(_LEVEL))
+    shifts = math.sqrt(np.where(rare, 0, effect(far * rounding.net(n)) ** 2).sum())
     missed = _PSEUDO * (rounding.moves(n, 1) - moves)
     variance = np.sum((moves * by_one**2)[rare]) + np.max(missed * by_one**2)
     step, expected = by_one.max(), moves[rare].sum() + missed.max()
     bernstein = math.sqrt(2 * log * variance) + 2 / 3 * log * step
     rare_events = min(bernstein, float(stats.poisson.isf(_LEVEL, expected)) * step)
-    # The shifts of few images say little about their size: the quantile of Student's distribution takes the place of
-    # the normal one. No limit is above what the images may move one by one.
-    student = float(stats.t.isf(_LEVEL, len(n)) / stats.norm.isf(_LEVEL))
-    shifts = student * math.sqrt(2 * log * squares)
-    return min(shifts + rare_events, float(effect(_SINGLE * rounding.moves(n, _PSEUDO) + 1).sum()))
+    # No limit is above what the images may move one by one.
+    return min(shifts + rare_events, float(effect(_allowance(rounding, n)).sum()))
 
 
 class Fresh(NamedTuple):

@@ -150,3 +150,17 @@ def test_a_launch_outside_the_schedule_is_refused():
             loop.launch(latents, key, first, stop, 100)
     with pytest.raises(UserError, match="1 to 2 latents"):
         loop.put(loop.quantize(LATENTS[:3]))
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        lambda z: z @ np.eye(5, 3) if len(z) > 32 else z @ -np.eye(5, 3),
+        lambda z: (lambda a, b: a if len(z) > 32 else b)(z @ np.eye(5, 3), jnp.tanh(z) @ np.eye(5, 3)),
+        lambda z: (lambda a, b: a - b if len(z) > 32 else b - a)(z @ np.eye(5, 3), jnp.tanh(z) @ np.eye(5, 3)),
+    ],
+    ids=["constants", "results", "operands"],
+)
+def test_a_head_that_branches_on_the_size_of_its_batch_is_refused(head):
+    with pytest.raises(UserError, match="another function when JAX traces it for a batch of 1 instead of 64"):
+        Sampler(head, (5,), sigma=0.5, tile=(4, 16))

@@ -126,8 +126,7 @@ def cheapest_forgery(world, again, rounding, gain, best=None):
     """
     now = world.radii(again)
     n = np.array([image.looks[-1].sum() for image in again])
-    most = comparison._SINGLE * rounding.moves(n, comparison._PSEUDO)
-    room = comparison.stats.poisson.isf(comparison._LEVEL / 2 / len(n), most)
+    room = comparison._allowance(rounding, n)
     room *= np.array([image.counts["selection"].argmax() == 0 for image in again])
     if best is not None:
         worth = world.radii(forged(again, room)) - now
