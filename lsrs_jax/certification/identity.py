@@ -56,7 +56,7 @@ class Identity:
         seed = {SEED_OF_TRAINING: config.seed}.get(config.certify.seed, config.certify.seed)
         if seed == SEED_DERIVED:
             both = f"{self.checkpoint['digest']}{self.data.get('digest')}"
-            seed = int.from_bytes(hashlib.sha256(both.encode()).digest()[:4], "big")
+            seed = int.from_bytes(hashlib.sha256(both.encode(errors="surrogatepass")).digest()[:4], "big")
         return facts | {"sigma": config.sigma, "seed": seed}
 
     @property

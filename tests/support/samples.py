@@ -107,7 +107,7 @@ def certified(home):
         certificate="smoothed",
         classes=3,
         checkpoint={"step": 3, "digest": "00"},
-        data={"name": "digits", "digest": "00"},
+        data={"name": "digits", "version": "1.0.0", "split": "test", "digest": "00"},
         model=plain(config.model.to_dict()) | {"input_shape": [2, 2, 1]},
         platform="cpu cpu",
         images=5,
