@@ -74,13 +74,11 @@ def test_a_gain_of_one_percent_is_found(share):
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("share", [None, 0.1])
-@pytest.mark.parametrize(
-    ("dtype", "images", "gain"), [("float32", 40, 0.01), ("bfloat16", 200, 0.01), ("bfloat16", 40, 0.03)]
-)
+@pytest.mark.parametrize(("dtype", "images", "gain"), [("float32", 40, 0.01), ("bfloat16", 200, 0.015)])
 def test_the_power_against_forgeries_that_pay(dtype, images, gain, share):
     found = found_forgeries(60, gain, share, dtype=dtype, images=images, n=20_000)
     print(
-        f"\n{dtype}, {images} images, best {share or 'all'}: {found} of 60 forgeries with a gain of {gain:.0%} refused"
+        f"\n{dtype}, {images} images, best {share or 'all'}: {found} of 60 forgeries with a gain of {gain:.1%} refused"
     )
     assert found >= 57
 

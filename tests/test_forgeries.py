@@ -315,7 +315,7 @@ def test_a_balanced_forgery_in_bfloat16_is_found(home):
         counts, label = counts_in(fields), int(fields[1])
         others = [name for name in counts if name != label]
         if fields[PURPOSE] == "estimation" and others:
-            share = sum(counts.values()) // 60
+            share = sum(counts.values()) // 20
             giver, taker = max(others, key=counts.get), label
             if fields[0] not in right:
                 giver, taker = taker, giver

@@ -29,6 +29,7 @@ from lsrs_jax.smoothing.schedule import Schedule
 _SHARE = {"float32": 8 * 2.0**-16, "bfloat16": 2.0}
 _SINGLE = 3.0  # one image may be moved by this multiple: its own error may be large where the measured one is small
 _LEVEL = 2e-4  # probability with which each of the five tests refuses an honest folder
+_FEW = 30  # images, of which a sum is not yet nearly normal
 _PSEUDO = 3  # flips that may have been missed: seeing none leaves a probability of 5 % for 3 expected ones
 
 
@@ -169,9 +170,11 @@ def _limit(rounding: Rounding, n: np.ndarray, effect: Callable[[np.ndarray], np.
     log, moves = -math.log(_LEVEL), rounding.moves(n)
     rare, by_one = moves < 1, effect(np.ones(len(n)))
     # The shifts of few images say little about their size: the quantile of Student's distribution takes the place of
-    # the normal one. Effects are not linear in the size, so they are taken at that quantile.
+    # the normal one. And effects are not linear: for few images they are taken at that quantile, while the sum over
+    # many images is nearly normal.
     far = math.sqrt(2 * log) * float(stats.t.isf(_LEVEL, len(n)) / stats.norm.isf(_LEVEL))
-    shifts = math.sqrt(np.where(rare, 0, effect(far * rounding.net(n)) ** 2).sum())
+    size = far if len(n) < _FEW else 1.0
+    shifts = far / size * math.sqrt(np.where(rare, 0, effect(size * rounding.net(n)) ** 2).sum())
     missed = _PSEUDO * (rounding.moves(n, 1) - moves)
     variance = np.sum((moves * by_one**2)[rare]) + np.max(missed * by_one**2)
     step, expected = by_one.max(), moves[rare].sum() + missed.max()
