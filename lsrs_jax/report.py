@@ -57,9 +57,8 @@ def load_runs(arguments: Sequence[str]) -> list[Run]:
             suffix = f"/{file.parent.name}" if len(found) > 1 else ""
             name = label or path.resolve().name.removesuffix(".tsv")
             ours = file.name == "certificates.tsv"  # the files beside it are about the table of this name
-            notes, audit = list(_derivation_notes(file)) if ours else [], _audit(file) if ours else None
             table = read_table(file)
-            notes += _missing_images(file, table) if ours else ()
+            notes, audit = list(_derivation_notes(file, table.idx)) if ours else [], _audit(file) if ours else None
             if table.truncated:
                 notes.insert(0, "its last line was cut off and is left out.")
             if audit:
@@ -78,8 +77,8 @@ def _plain(name: str) -> str:
     return "".join("_" if character in "|$\\`" or not character.isprintable() else character for character in name)
 
 
-def _derivation_notes(table: Path) -> Iterator[str]:
-    """Notes from the certificates.json beside a table. Another program may have written that file.
+def _derivation_notes(table: Path, certified: np.ndarray) -> Iterator[str]:
+    """Notes from the certificates.json beside a table of the images `certified`. Another program may have written it.
 
     Raises UserError for a damaged file, or a file about another table.
     """
@@ -102,24 +101,20 @@ def _derivation_notes(table: Path) -> Iterator[str]:
         yield "no certificates.json beside it names this table; nothing says that certify wrote it."
     if ours and content["digest"] is None:
         yield "unsealed: an old version wrote its certificates.json, and nothing says whether it was changed."
-    radii = derivation.get("radii")  # another program may have written anything here
-    if radii and isinstance(radii, list) and all(0 <= real(radius) <= 1e300 for radius in radii):
-        decided = ", ".join(f"{radius:g}" for radius in radii)
-        yield f"staged to decide the radii {decided}; at other radii, and in its ACR, it is a lower bound."
-
-
-def _missing_images(file: Path, table: Table) -> Iterator[str]:
-    """A note if the configuration beside a table asks for images that the table lacks."""
-    path = file.with_name("certificates.json")
-    content = documents.read_json(path) if path.exists() else None
-    if isinstance(content, dict) and {"digest", "config", "identity"} <= content.keys():
-        images = content["identity"].get("images") if isinstance(content["identity"], dict) else None
+    if ours and content["digest"] and isinstance(identity := content.get("identity"), dict) and "config" in content:
+        images = identity.get("images")
         wanted = chosen_images(config_from_dict(content["config"]), images if is_whole(images) else None)
-        if wanted and (missing := len(set(wanted) - set(table.idx.tolist()))):
+        if wanted and (missing := len(set(wanted) - set(certified.tolist()))):
             yield (
                 f"{missing:,} of the {len(wanted):,} images that were to be certified are not in its table: it is not "
                 "finished, or they were left out. Staged sampling decides the images without a certificate first."
             )
+        if wanted and (others := len(set(certified.tolist()) - set(wanted))):
+            yield f"{others:,} of its images are not among the {len(wanted):,} that were to be certified."
+    radii = derivation.get("radii")  # another program may have written anything here
+    if radii and isinstance(radii, list) and all(0 <= real(radius) <= 1e300 for radius in radii):
+        decided = ", ".join(f"{radius:g}" for radius in radii)
+        yield f"staged to decide the radii {decided}; at other radii, and in its ACR, it is a lower bound."
 
 
 def _audit(table: Path) -> Audit | None:

@@ -230,7 +230,7 @@ def test_deterministic_radii_are_computed_again(home):
     shutil.rmtree(home / "checkpoints")
     verdict = verified(home, "margin")
     assert not verdict.complete
-    assert any("the radii, which were not computed again" in item for item in verdict.unchecked)
+    assert any("the radii, which were not computed again" in item for item in verdict.unchecked.values())
 
 
 def test_a_field_that_stands_twice_and_a_number_that_json_lacks_are_refused(home):
@@ -420,6 +420,8 @@ def test_a_narrowed_selection_is_counted(home):
     verdict = verified(home)
     assert not verdict.complete
     assert (verdict.wanted, verdict.missing, verdict.others) == (1, 0, len(right) - 1)
+    report = run("report", f"A={home}", f"--out={home / 'report'}")
+    assert f"{len(right) - 1} of its images are not among the 1 that were to be certified" in report
 
 
 def test_rows_under_indices_beyond_the_split_are_refused(home):

@@ -56,7 +56,7 @@ def test_another_derivation_is_verified_with_or_without_the_weights(copy):
     shutil.rmtree(copy / "checkpoints")
     verdict = check(copy, "staged")
     assert not verdict.complete
-    (open_question,) = verdict.unchecked
+    (open_question,) = verdict.unchecked.values()
     assert open_question.startswith("the weights and the Lipschitz constant 1.0000000000")
     assert open_question.endswith("(the checkpoint of step 60 is not here)")
 

@@ -30,7 +30,6 @@ from lsrs_jax.smoothing.counts import Counts, Row
 from lsrs_jax.smoothing.schedule import Schedule
 
 _NAME = re.compile(r"votes\.(0|[1-9][0-9]{0,17})\.tsv")
-UNNAMED = "that all samples are of this run (in format 1 they do not name it)"  # for a verdict
 _SECONDS_PER_WRITE = 1.0  # a kill may lose this much work
 
 

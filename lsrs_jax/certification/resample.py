@@ -41,22 +41,25 @@ def run(target: Target, stored: Stored, count: int, verdict: Verdict) -> None:
 
     **Guarantee**: for the chosen images, the tests of `comparison` find no difference between the recorded counts and
     those that the checkpoint gives, neither under the noise of σ and seed nor under noise that the author of the
-    folder could not know. Nothing that the folder records makes a test more lenient. If nothing differs and a share q
-    of the table has any sample of another origin, N chosen images would have shown it with probability at least
+    folder could not know. How much may differ is measured here; of what the folder records, only the dtype of the
+    head, which is part of the classifier that it certifies, and the noise, which the first comparison checks, have a
+    part in it. The tests assume what `comparison` says about rounding on other machines. If nothing differs and a share
+    q of the table has any sample of another origin, N chosen images would have shown it with probability at least
     1 − (1 − q)^N.
     """
     if stored.identity.certificate == "deterministic":
         checked = deterministic.check(target, count)
-        verdict.unchecked = [item for item in verdict.unchecked if not item.startswith("the radii")]
+        verdict.unchecked.pop("radii", None)
         if checked < verdict.certificates:
-            verdict.beyond.append(f"the radii of the other {verdict.certificates - checked:,} images")
+            verdict.beyond["others"] = f"the radii of the other {verdict.certificates - checked:,} images"
         verdict.checked.append(f"the radii of {checked:,} images, computed again")
         return
     folder, identity = target.folder, stored.identity
     certification = reopen(folder, target.config, stored)
     if identity.prng != PRNG:
         raise UserError(f"{folder} holds samples of another generator: prng {identity.prng!r}")
-    recorded = ledger.read(folder, certification.schedule, certification.num_classes, identity.run)
+    of_the_table = (stored.derivation or {}).get("votes")
+    recorded = ledger.read(folder, certification.schedule, certification.num_classes, identity.run, of_the_table)
     check_labels(folder, recorded, target.dataset)
     known = read_table(folder / "certificates.tsv").idx.tolist()
     indices = sorted(np.random.default_rng().choice(known, min(count, len(known)), replace=False).tolist())
@@ -76,13 +79,13 @@ def run(target: Target, stored: Stored, count: int, verdict: Verdict) -> None:
     except ValueError as error:
         raise UserError(f"{folder}: {error}; the certificates are not of this checkpoint, sigma and seed") from error
     _print_differences(certification, old, new)
-    verdict.beyond = [item for item in verdict.beyond if "--recast" not in item]
+    verdict.beyond.pop("samples", None)
     verdict.checked.append(f"the samples of {len(indices):,} images, under their own and under fresh noise")
     if len(indices) == len(known):
-        verdict.unchecked = [item for item in verdict.unchecked if item != ledger.UNNAMED]
+        verdict.unchecked.pop("run", None)
         print("these are all images of the table")
         return
-    verdict.beyond.append(f"the samples of the other {len(known) - len(indices):,} images")
+    verdict.beyond["others"] = f"the samples of the other {len(known) - len(indices):,} images"
     share, differences = 1 - _LEVEL ** (1 / len(indices)), " beyond such differences" * (_moved(old, new) > 0)
     print(
         f"if more than {math.ceil(1000 * share) / 10:g}% of the table had samples of another origin{differences}, "

@@ -67,8 +67,9 @@ class Certification:
         opened = ledger.Ledger(path, self.schedule, self.num_classes, self.identity.run, self.process)
         try:
             derivation = (self.stored and self.stored.derivation) or {}
-            for shorter in ledger.check_recorded(self.folder, derivation.get("votes"), lost):
-                print(f"note: {shorter} is shorter than when certificates were derived from it; the rest is compared")
+            if shorter := ledger.check_recorded(self.folder, derivation.get("votes"), lost):
+                names = " and ".join(str(path) for path in shorter)
+                print(f"note: {names} lost samples from which certificates were derived; the rest is compared")
                 self._compare_rest(opened, self.stored)
         except UserError:
             opened.close()
@@ -83,14 +84,18 @@ class Certification:
         table, derivation = read_table(path), reopen(self.folder, stored.settings, stored).derivation
         derivation = dataclasses.replace(derivation, rule=stored.format)
         n = table.samples if table.samples is not None else np.zeros(len(table))
-        for row, idx in enumerate(table.idx.tolist()):
-            image = counts.images.get(idx)
-            if image is None or not counts.at_a_look(idx) or image.looks[-1].sum() != n[row]:
-                continue  # lost samples, which are drawn again
-            found = derivation.certificates(self.schedule, [image])
-            if (found.predict[0], found.radius[0]) != (table.predict[row], table.radius[row]):
-                changed = f"image {idx} has other samples in its ledger than its certificate was derived from"
-                raise UserError(f"{self.folder}: {changed}; restore the ledger, or {OTHER_NAME}")
+        rows = [  # the others have lost samples, which are drawn again
+            row
+            for row, idx in enumerate(table.idx.tolist())
+            if counts.at_a_look(idx) and counts.images[idx].looks[-1].sum() == n[row]
+        ]
+        if not rows:
+            return
+        found = derivation.certificates(self.schedule, [counts.images[idx] for idx in table.idx[rows].tolist()])
+        differ = (found.predict != table.predict[rows]) | (found.radius != table.radius[rows])
+        for idx in table.idx[rows][differ][:1]:
+            changed = f"image {idx} has other samples in its ledger than its certificate was derived from"
+            raise UserError(f"{self.folder}: {changed}; restore the ledger, or {OTHER_NAME}")
 
     def decided(self, images: list[ImageCounts]) -> np.ndarray:
         """Whether images that are at a look are decided; remembers the decided ones."""

@@ -35,8 +35,8 @@ class Verdict:
     others: int = 0  # certificates of images that the configuration does not ask for
     samples: int | None = None
     checked: list[str] = dataclasses.field(default_factory=list)
-    unchecked: list[str] = dataclasses.field(default_factory=list)
-    beyond: list[str] = dataclasses.field(default_factory=list)
+    unchecked: dict[str, str] = dataclasses.field(default_factory=dict)  # by a short name
+    beyond: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
@@ -44,7 +44,8 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types for ``--json``."""
-        return {"verdict": "intact" if self.complete else "incomplete"} | dataclasses.asdict(self)
+        lists = {"unchecked": list(self.unchecked.values()), "beyond": list(self.beyond.values())}
+        return {"verdict": "intact" if self.complete else "incomplete"} | dataclasses.asdict(self) | lists
 
     def __str__(self) -> str:
         line = f"verdict: {'intact' if self.complete else 'incomplete'}: {self.certificates:,} certificates"
@@ -54,8 +55,8 @@ class Verdict:
         line += f", {self.missing:,} of these have none" if self.missing else ""
         line += f", {self.others:,} certificates are of others, and nothing says why" if self.others else ""
         line += f"; checked: {', '.join(self.checked)}"
-        line += f"; could not be checked: {', '.join(self.unchecked)}" if self.unchecked else ""
-        return line + (f"; files cannot show: {', '.join(self.beyond)}" if self.beyond else "")
+        line += f"; could not be checked: {', '.join(self.unchecked.values())}" if self.unchecked else ""
+        return line + (f"; files cannot show: {', '.join(self.beyond.values())}" if self.beyond else "")
 
 
 def run(folder: Path, data_dir: str | None = None) -> tuple[store.Stored, Verdict]:
@@ -94,9 +95,9 @@ def run(folder: Path, data_dir: str | None = None) -> tuple[store.Stored, Verdic
         _compare(text, certification, counts)
         verdict.samples = sum(image.total for image in counts.images.values())
         verdict.checked.append("every radius from its samples")
-        verdict.beyond.append("that the network gives these samples for these images and labels (--recast=N)")
+        verdict.beyond["samples"] = "that the network gives these samples for these images and labels (--recast=N)"
         if identity.run is None:
-            verdict.unchecked.append(ledger.UNNAMED)
+            verdict.unchecked["run"] = "that all samples are of this run (in format 1 they do not name it)"
     elif derivation["bound"] != "margin" or ledger.files(folder):
         raise UserError(f"{path} contradicts itself: deterministic certificates have the bound margin, and no ledger")
     digest = digest_of(table)
@@ -143,7 +144,7 @@ def _check_images(table: Path, stored: store.Stored, verdict: Verdict) -> None:
     """Counts the images that the configuration asks for and that the table lacks."""
     wanted = stored.wanted
     if wanted is None:
-        verdict.unchecked.append("that no image is missing (in format 1 the size of the split is not known)")
+        verdict.unchecked["images"] = "that no image is missing (in format 1 the size of the split is not known)"
         return
     found, split = set(read_table(table).idx.tolist()), stored.identity.images
     if split is not None and max(found) >= split:
@@ -176,9 +177,10 @@ def _check_ledgers(certification: Certification, digests: dict[str, dict]) -> Co
         if not (folder / name).exists():
             raise UserError(f"{folder / name} is missing: without its samples no certificate can be checked")
     # Reading names a damaged line. If every line is well-formed, the digest still finds a change of the file.
-    ledger.read(folder, certification.schedule, certification.num_classes, run)
+    counts = ledger.read(folder, certification.schedule, certification.num_classes, run)
     ledger.check_recorded(folder, digests)
-    counts = ledger.read(folder, certification.schedule, certification.num_classes, run, digests)
+    if any(path.stat().st_size != digests.get(path.name, {}).get("bytes") for path in ledger.files(folder)):
+        counts = ledger.read(folder, certification.schedule, certification.num_classes, run, digests)
     certification.check_slack(counts.images.values())
     return counts
 
@@ -223,23 +225,23 @@ def _compute_again(folder: Path, stored: store.Stored, data_dir: str | None, ver
             deterministic.check(target)
             verdict.checked.append("every radius, computed again from the images")
             return
-    verdict.unchecked.append(f"the radii, which were not computed again ({why})")
+    verdict.unchecked["radii"] = f"the radii, which were not computed again ({why})"
 
 
 def _check_audit(path: Path, digest: str, verdict: Verdict) -> None:
     """Says what the audit of the table with this digest is worth; raises UserError if the audit has changed."""
     if not path.exists():
         if path.with_suffix(".json").exists():
-            verdict.unchecked.append(f"the audit ({path.with_suffix('.json').name} has no {path.name} beside it)")
+            verdict.unchecked["audit"] = f"the audit ({path.with_suffix('.json').name} has no {path.name} beside it)"
         return
     attacked, audit = read_finished(path) or ("", None)
     if audit is None:
-        verdict.unchecked.append("the audit, which is unfinished")
+        verdict.unchecked["audit"] = "the audit, which is unfinished"
     elif attacked != digest:
-        verdict.unchecked.append("the audit, which is of another table")
+        verdict.unchecked["audit"] = "the audit, which is of another table"
     else:
         verdict.checked.append(f"the files of the audit ({len(audit.idx):,} images, {audit.flips.sum():,} flips)")
-        verdict.beyond.append("the attacks of the audit (move it away and run it again)")
+        verdict.beyond["attacks"] = "the attacks of the audit (move it away and run it again)"
 
 
 def _check_checkpoint(workdir: Path, stored: store.Stored, verdict: Verdict) -> None:
@@ -247,7 +249,9 @@ def _check_checkpoint(workdir: Path, stored: store.Stored, verdict: Verdict) -> 
     identity, config, step = stored.identity, stored.settings, stored.identity.checkpoint["step"]
     if not (checkpoints(workdir) / str(step)).is_dir():
         why = f"the checkpoint of step {step} is not here"
-        verdict.unchecked.append(f"the weights and the Lipschitz constant {stored.lipschitz.constant:.15g} ({why})")
+        verdict.unchecked["weights"] = (
+            f"the weights and the Lipschitz constant {stored.lipschitz.constant:.15g} ({why})"
+        )
         return
     model = models.build(config.model, tuple(identity.model["input_shape"]), identity.classes or 0)
     params, meta = restore(workdir, model, step)
