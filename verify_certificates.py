@@ -2,7 +2,7 @@
 
 Needs NumPy and SciPy alone. It shares no code with lsrs_jax: it follows docs/format.md and Cohen, Rosenfeld and Kolter
 (2019), "Certified Adversarial Robustness via Randomized Smoothing". It executes nothing that it reads. Exit code 0:
-every certificate follows from the counts. 2: something is wrong; one line says what. 3: only images are missing.
+all is intact and complete. 2: something is wrong; one line says what. 3: only images are missing or were added.
 """
 
 import contextlib
@@ -40,7 +40,8 @@ def inside(where: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a damaged file gives one line, whatever it breaks
-        raise Problem(f"{where}: {error if isinstance(error, Problem) else repr(error)}") from error
+        known = error if isinstance(error, Problem) else getattr(error, "strerror", None)
+        raise Problem(f"{where}: {known or repr(error)}") from error
 
 
 def read(kind: Any, text: str) -> Any:
@@ -275,15 +276,14 @@ def verify(folder: Path) -> int:
     need(max(found) < identity.get("images", 2**53), f"{table}: the split has no image {max(found)}")
     size = identity.get("images") or certify["stop"] or max(found) + 1  # of the split, if it was recorded
     wanted = range(certify["start"], min(certify["stop"] or size, size), certify["step"])
-    missing = len(wanted) - sum(idx in wanted for idx in found)
+    missing = len(wanted) - (asked := sum(idx in wanted for idx in found))
     samples = sum(int(image.counts.sum()) for image in images.values()) if images else 0
     proof = f"follow from {samples} samples" if sampled else "are unchanged; they are deterministic, without samples"
     print(f"{len(found)} certificates {proof}; the Lipschitz constant {lipschitz} is the product of its layers")
-    unchecked = "that the network gives them (certify --recast=N does); the audit (certify --verify does)"
-    old = "; which run a sample is of, and how many images the split has (not stored in format 1)"
-    print(f"not checked: {unchecked}{old * (identity.get('format', 1) == 1)}")
-    print(f"{missing} of {len(wanted)} images are missing" if missing else f"none of {len(wanted)} images is missing")
-    return 3 if missing else 0
+    old = "; the run of a sample, and the size of the split (format 1)" * (identity.get("format", 1) == 1)
+    print(f"not checked: that the network gives them (certify --recast=N); the audit (certify --verify){old}")
+    print(f"{missing} of {len(wanted)} images are missing; {len(found) - asked} certificates are of images not wanted")
+    return 3 if missing or asked < len(found) else 0
 
 
 def main(arguments: list[str]) -> int:

@@ -176,7 +176,8 @@ def config_of_training(workdir: Path, rest: list[str], reader: str = "", fields:
         name, old, new = difference
         raise UserError(f"the network was trained with {name}={old!r}, not {new!r}; train with the new value first")
     if config.certify.seed != SEED_OF_TRAINING and before["seed"] != after["seed"]:
-        raise UserError("the field seed belongs to the training; the noise of a certification has the certify.seed")
+        seed = after["seed"]
+        raise UserError(f"seed is that of the training; to draw other noise, give --config.certify.seed={seed} instead")
     if reader and (difference := first_difference(before, after, fields)):
         raise UserError(
             f"{reader} takes {difference[0]} from the certificates; only {' and '.join(fields)} may be given"

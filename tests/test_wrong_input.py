@@ -65,7 +65,7 @@ BAD_CERTIFY = {
         "of the checkpoint of step 60, and the newest checkpoint has step 40",
     ),
     "other seed": ([], "--config.certify.seed=1", "certify.seed was"),
-    "seed of the training": ([], "--config.seed=1", "the field seed belongs to the training"),
+    "seed of the training": ([], "--config.seed=1", "seed is that of the training; to draw other noise"),
     "truncated checkpoint": ([truncate_checkpoint], "", "cannot read checkpoint"),
     "damaged ledger": ([damage_ledger], "", "is damaged"),
     "no provenance": ([lambda w: (w / "certify/base/certificates.json").unlink()], "", "holds samples but no"),
