@@ -48,6 +48,28 @@ def test_an_import_has_no_side_effects_and_loads_nothing_heavy(name):
     assert not [module for module in modules if module.partition(".")[0] in HEAVY]
 
 
+def test_without_fcntl_the_api_works_and_a_command_that_writes_names_the_systems(tmp_path):
+    """On Windows there is no fcntl."""
+    code = f"""
+import sys
+sys.modules["fcntl"] = None
+import jax, numpy as np
+from lsrs_jax import smoothing
+from lsrs_jax.certification import ledger, table
+from lsrs_jax.runtime import errors, files
+found = smoothing.certify(lambda z: z, np.eye(2), sigma=0.1, key=jax.random.key(0, impl="threefry2x32"), n=100)
+assert found.predict.tolist() == [0, 1]
+try:
+    with files.locked(files.Path({str(tmp_path / "lock")!r}), "training"):
+        pass
+except errors.UserError as error:
+    print(error)
+"""
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == f"the commands that write run on Linux and macOS, not on {sys.platform}: no locks\n"
+
+
 def test_the_statistics_work_without_jax_and_the_sampler_without_flax():
     modules, _ = loaded("import lsrs_jax.smoothing")
     ours = {module for module in modules if module.startswith("lsrs_jax")}
