@@ -173,7 +173,7 @@ def bookkeeping(images):
     some = Images(range(images), [0] * images, [0.0] * images, np.zeros((images, 1)))
     with tempfile.TemporaryDirectory() as folder, Ledger(Path(folder) / "votes.0.tsv", schedule, CLASSES) as ledger:
         start = time.perf_counter()
-        Engine(_Drawn(images), None, ledger, decided, Status(schedule, images, 0, measuring.say)).run(some)
+        Engine(_Drawn(images), None, ledger, decided, Status(schedule, images, measuring.say)).run(some)
         seconds = time.perf_counter() - start
         looks = sum(len(image.looks) for image in ledger.images.values())
         return {"images": images, "looks": looks, "seconds": seconds}

@@ -93,17 +93,17 @@ def _attack(target: Target, settings: Settings, stored: Stored, journal: Journal
     table, config = read_table(target.folder / "certificates.tsv"), target.config
     size = min(settings.images or len(table), len(table))
     rows = np.unique(np.linspace(0, len(table) - 1, size).astype(int))
-    encoder, head = target.model.for_certification(target.params, config.certify.head_dtype)
-    sampler = make_sampler(config, head, encoder.report.output_shape)
-    levels = {"lipschitz": stored.lipschitz.constant, "alpha": config.certify.alpha}
-    auditor = Auditor(encoder, head, sampler, settings=settings, seed=stored.identity.seed or 0, **levels)
     left = len(rows) - len(journal.done)
     print(
         f"{len(rows):,} certificates, {left:,} of them to attack: {len(settings.fractions)} radii inside each, "
         f"{settings.restarts} starts of {settings.steps} steps with {settings.samples} samples; predictions by "
-        f"{settings.votes:,} samples at alpha {config.certify.alpha}",
+        f"{settings.votes:,} samples at alpha {config.certify.alpha}; compiling the attacks ...",
         flush=True,
     )
+    encoder, head = target.model.for_certification(target.params, config.certify.head_dtype)
+    sampler = make_sampler(config, head, encoder.report.output_shape)
+    levels = {"lipschitz": stored.lipschitz.constant, "alpha": config.certify.alpha}
+    auditor = Auditor(encoder, head, sampler, settings=settings, seed=stored.identity.seed or 0, **levels)
     progress, finished = None, 0
     for number, batch in enumerate(np.array_split(rows, -(-len(rows) // config.certify.tile[0]))):
         new = len(set(table.idx[batch].tolist()) - journal.done)

@@ -6,7 +6,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from lsrs_jax import report
+from lsrs_jax.reporting import curve
+from lsrs_jax.reporting.runs import Run
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.files import write_atomic
 from studies import accelerator, results
@@ -120,7 +121,8 @@ def write(name):
         if STUDIES[name].figure == "pareto":
             pareto(found, figure)
         else:
-            report.draw([report.Run(label, run.table) for label, run in found.items()], [figure])
+            runs = [Run(label, run.table) for label, run in found.items()]
+            write_atomic(figure, curve.render(runs, ["png"])[0][0])
 
 
 def _replace(name, content):

@@ -1,6 +1,7 @@
 """Certificates are derived from counts: other bounds need no new samples, and SciPy alone gives the same radii."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -78,6 +79,9 @@ def test_a_staged_certification_and_what_can_be_derived_from_it(copy, tmp_path):
     assert len(idx) == 60
     assert set(n) <= set(looks)
     assert len(set(n)) > 1
+    # Progress, summary and table have one number of samples per image; and the wait for the compiler is announced.
+    assert re.findall(r"([\d,]+) samples (?:per|and .* per) image", out)[-2:] == [f"{np.mean(n):,.0f}"] * 2
+    assert out.index("compiling encoder and head ...") < out.index("looks from")
     exact = recomputed(folder, 0.001, looks)
     np.testing.assert_allclose(p_a, [exact[i] for i in idx], rtol=1e-8)
 

@@ -16,7 +16,7 @@ HEAVY = ("orbax", "tensorstore", "tensorflow_datasets", "tensorflow", "grain", "
 # Each entry may import only entries after it. `config` and the commands are files, the others are folders.
 ORDER = [
     *("__main__", "train", "audit", "certify", "report", "cli"),
-    *("certification", "auditing", "training", "data", "models", "layers", "orthogonal"),
+    *("reporting", "certification", "auditing", "training", "data", "models", "layers", "orthogonal"),
     *("config", "smoothing", "runtime"),
 ]
 # The commands are not imported by `cli` at its top: they pass their names, and `cli` imports them to run them.
@@ -46,6 +46,28 @@ def test_an_import_has_no_side_effects_and_loads_nothing_heavy(name):
     modules, unchanged = loaded(f"import {name}")
     assert unchanged
     assert not [module for module in modules if module.partition(".")[0] in HEAVY]
+
+
+def test_without_fcntl_the_api_works_and_a_command_that_writes_names_the_systems(tmp_path):
+    """On Windows there is no fcntl."""
+    code = f"""
+import sys
+sys.modules["fcntl"] = None
+import jax, numpy as np
+from lsrs_jax import smoothing
+from lsrs_jax.certification import ledger, table
+from lsrs_jax.runtime import errors, files
+found = smoothing.certify(lambda z: z, np.eye(2), sigma=0.1, key=jax.random.key(0, impl="threefry2x32"), n=100)
+assert found.predict.tolist() == [0, 1]
+try:
+    with files.locked(files.Path({str(tmp_path / "lock")!r}), "training"):
+        pass
+except errors.UserError as error:
+    print(error)
+"""
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == f"the commands that write run on Linux and macOS, not on {sys.platform}: no locks\n"
 
 
 def test_the_statistics_work_without_jax_and_the_sampler_without_flax():

@@ -2,14 +2,22 @@ import contextlib
 import hashlib
 import json
 import re
+import shutil
+import sys
+from functools import partial
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from lsrs_jax import report
 from lsrs_jax.certification.table import read_table
-from lsrs_jax.runtime import documents
+from lsrs_jax.config import config_to_dict, default
+from lsrs_jax.reporting import curve
+from lsrs_jax.runtime import documents, files, signals
 from lsrs_jax.runtime.errors import UserError
+from support.commands import run
 
 HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime"
 
@@ -26,7 +34,7 @@ def test_report_writes_table_and_pictures(tmp_path, capsys):
     log = write_log(tmp_path / "peer.tsv", [0.3, 0.6], start=2)
     report.run([str(tmp_path / "a"), f"Peer={log}", f"--out={tmp_path / 'out'}", "--radii=0,0.5,1"])
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "| a | 4 | 1.000 | 0.750 | 0.250 | 0.675 | 0.000 | - | 1.5 s |" in text
+    assert "| a | 4 of ? | 1.000 | 0.750 | 0.250 | 0.675 | 0.000 | - | 1.5 s |" in text
     assert "| Peer | 2 | 1.000 | 0.500 | 0.000 | 0.450 |" in text
     assert "Peer and a are certified on different images" in text
     assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
@@ -81,6 +89,90 @@ def test_a_run_with_several_certifications_gives_several_rows(tmp_path):
     for name in ("full", "quick"):
         write_log(tmp_path / "a" / "certify" / name / "certificates.tsv", [0.5])
     assert [run.label for run in report.load_runs([str(tmp_path / "a")])] == ["a/full", "a/quick"]
+
+
+def test_an_unfinished_certification_is_called_so_in_table_text_and_picture(tmp_path, capsys):
+    path = write_log(tmp_path / "a" / "certify" / "half" / "certificates.tsv", [0.0] * 78)
+    content = {"identity": {"images": 360, "schedule": "staged"}, "lipschitz": {}, "config": config_to_dict(default())}
+    content["derivation"] = {"certificates": hashlib.sha256(path.read_bytes()).hexdigest()}
+    documents.write_sealed(path.with_name("certificates.json"), content)
+    report.run([str(tmp_path / "a"), f"--out={tmp_path / 'out'}"])
+    for text in ((tmp_path / "out" / "report.md").read_text(), capsys.readouterr().out):
+        assert "| a (not finished) | 78 of 360 | 1.000 |" in text
+        assert "- a: 282 of the 360 images that were to be certified are not in its table: it is not finished" in text
+        assert "staged sampling decides the images without a certificate first" in text
+    axes = Figure().subplots()
+    curve._draw(report.load_runs([str(tmp_path / "a")]), axes)
+    assert axes.get_legend_handles_labels()[1] == ["a (not finished, 78 of 360 images, ACR 0.000)"]
+    content["identity"]["images"] = None  # as in format 1
+    documents.write_sealed(path.with_name("certificates.json"), content)
+    assert report.load_runs([str(tmp_path / "a")])[0].images == "78 of ?"
+    content["identity"]["images"] = 78
+    documents.write_sealed(path.with_name("certificates.json"), content)
+    assert report.load_runs([str(tmp_path / "a")]) == [report.Run("a", ANY, None, [])]
+
+
+def test_samples_without_a_table_are_called_unfinished(certification, tmp_path):
+    home = certification[0]
+    shutil.copytree(home, tmp_path / "a" / "certify" / "whole")
+    shutil.copytree(home, tmp_path / "a" / "certify" / "begun", ignore=shutil.ignore_patterns("certificates.*"))
+    assert "beside it, begun holds samples but no certificates" in report.load_runs([str(tmp_path / "a")])[0].notes[-1]
+    shutil.rmtree(tmp_path / "a" / "certify" / "whole")
+    for path in (tmp_path / "a", tmp_path / "a" / "certify" / "begun"):
+        with pytest.raises(UserError, match="begun holds samples but no certificates yet: it is not finished"):
+            report.load_runs([str(path)])
+
+
+def test_a_curve_that_cannot_be_drawn_leaves_the_table_and_a_note(tmp_path, monkeypatch, capsys):
+    arguments = [str(write_log(tmp_path / "a.tsv", [0.5])), f"--out={tmp_path / 'out'}"]
+    table = tmp_path / "out" / "report.md"
+
+    def written():
+        text, out = table.read_text(), capsys.readouterr().out
+        assert "| a | 1 |" in text
+        assert "| a | 1 |" in out
+        table.unlink()
+        return ("curve.svg" in text), out.splitlines()[-1]
+
+    report.run(arguments)
+    assert written() == (True, f"curve: {tmp_path / 'out' / 'curve.png'}")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        report.run(arguments)
+    old = f"; {tmp_path / 'out' / 'curve.png'} is of an earlier report"
+    assert written() == (False, f"no curve: Matplotlib is not installed (pip install matplotlib){old}")
+    with monkeypatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda *_, **__: 1 / 0)
+        report.run(arguments)
+    assert written() == (False, f"no curve: Matplotlib failed (ZeroDivisionError: division by zero){old}")
+    write = files.write_atomic
+    for stop in (OSError(28, "No space left on device", "curve.png"), signals.Interrupted(15)):
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "write_atomic", partial(write_only, table, write, stop))
+            with pytest.raises(type(stop)):
+                report.run(arguments)
+        assert written()[0] is False
+
+
+def write_only(allowed, write, error, path, content):
+    if path != allowed:
+        raise error
+    write(path, content)
+
+
+def test_a_missing_backend_and_an_ascii_terminal_lose_nothing(tmp_path):
+    log, out = write_log(tmp_path / "a.tsv", [0.5]), tmp_path / "größe"
+    backend = "module://matplotlib_inline_is_missing.backend_inline"
+    shown = run("report", f"größe={log}", f"--out={out}", MPLBACKEND=backend, PYTHONIOENCODING="ascii", PYTHONUTF8="1")
+    assert r"| gr\xf6\xdfe | 1 |" in shown
+    assert rf"curve: {tmp_path}/gr\xf6\xdfe/curve.png" in shown
+    assert "| größe | 1 |" in (out / "report.md").read_text(encoding="utf-8")
+    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_name_that_the_font_lacks_is_drawn_and_noted(tmp_path, capsys):
+    report.run([f"大きさ={write_log(tmp_path / 'a.tsv', [0.5])}", f"--out={tmp_path}"])
+    assert "note: the font of the curve lacks some characters of the names" in capsys.readouterr().out
 
 
 def test_bad_arguments_are_one_line(tmp_path):

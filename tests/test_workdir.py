@@ -1,10 +1,13 @@
 """Workdirs in a bucket, for which a folder stands in: machines see each other's files and overwrite none."""
 
+import errno
+import fcntl
+import os
 import shutil
 
 import pytest
 
-from lsrs_jax.runtime import workdir
+from lsrs_jax.runtime import files, workdir
 from lsrs_jax.runtime.errors import UserError
 from support.commands import QUICK, ended, finish, refused, run, start, without_time
 
@@ -52,6 +55,29 @@ def test_what_was_written_here_is_not_overwritten(machines):
     (two.path / "config.json").write_text("mine")
     two.pull()
     assert (two.path / "config.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_called_so(tmp_path, monkeypatch, number):
+    """Only the numbers that say so mean another process; any other error keeps its own words."""
+
+    def refuses(number):
+        monkeypatch.setattr(fcntl, "flock", lambda *_: fail(number))
+        with files.locked(tmp_path / ".lock", "training"):
+            pass
+
+    def fail(number):
+        raise OSError(number, os.strerror(number))
+
+    words = rf"the file system of {tmp_path}/.lock has no locks \({os.strerror(number)}\); .*--workdir=file:///"
+    with pytest.raises(UserError, match=words):
+        refuses(number)
+    for held in (errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN):
+        with pytest.raises(UserError, match="another process is training"):
+            refuses(held)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)) as failed:
+        refuses(errno.EIO)
+    assert failed.value.filename == f"{tmp_path}/.lock"
 
 
 def test_the_url_of_a_folder_begins_at_the_root():

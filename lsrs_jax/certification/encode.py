@@ -37,7 +37,7 @@ def encode_batches(
         latents, done = encode(images), start + len(images)
         if start == 0:  # the first batch compiles
             progress = Progress(len(indices), done)
-        progress.show(done, lambda done=done: f"{done:>6,} of {len(indices):,} images encoded")
+        progress.show(done, lambda done=done: f"encoding: {done:>6,} of {len(indices):,} images")
         yield latents, np.linalg.norm(images.reshape(len(images), -1), axis=1)
 
 

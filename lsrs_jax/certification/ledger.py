@@ -194,7 +194,7 @@ class Ledger(Counts, contextlib.AbstractContextManager["Ledger"]):
             own = set(map(name, range(process.count)))
             for other in files(self.path.parent) if self.path.name == name(0) else ():
                 if other.name not in own:
-                    lock(opened.enter_context(other.open("rb")), f"writing {other}")
+                    lock(opened.enter_context(other.open("r+b")), f"writing {other}")
             self._file.seek(0)
             content = self._file.readall()
             whole = _whole_lines(self.path, content, run)

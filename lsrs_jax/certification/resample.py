@@ -65,7 +65,7 @@ def run(target: Target, stored: Stored, count: int, verdict: Verdict) -> None:
     indices = sorted(np.random.default_rng().choice(known, min(count, len(known)), replace=False).tolist())
     if missing := len(set(target.indices) - set(known)):
         print(f"note: {missing:,} of the {len(target.indices):,} images that were to be certified are not in the table")
-    print(f"sampling {len(indices):,} of {len(known):,} images again", flush=True)
+    print(f"sampling {len(indices):,} of {len(known):,} images again; compiling encoder and head ...", flush=True)
     if (here := target.identity("smoothed").platform) != identity.platform:
         print(f"note: the folder says that it was made on {identity.platform!r}; this is {here!r}")
         target = _with_smallest_batch(target, len(indices))
@@ -111,7 +111,7 @@ def _same_noise(
         return np.array([len(image.looks) == len(recorded.images[image.idx].looks) for image in images])
 
     total = sum(len(images.idx) for images in chunks)
-    status = Status(certification.schedule, total, 0, lambda line: print(line, flush=True))
+    status = Status(certification.schedule, total, lambda line: print(line, flush=True))
     engine = Engine(pipeline.sampler, rng.root_key(seed), again, decided, status)
     for images in chunks:
         engine.run(images)

@@ -167,6 +167,7 @@ def run(target: Target, process: Process, workdir: Workdir, tick: Callable[[], N
     an image does not depend on the process that draws it. `tick` is called with every line of progress.
     """
     config = target.config
+    print("compiling encoder and head ...", flush=True)
     with process.together("the preparation of the samples"):  # finds errors before any sample is drawn
         encoder, head = target.model.for_certification(target.params, config.certify.head_dtype)
         arithmetic = make_arithmetic(config.certify.arithmetic, config.sigma)
@@ -243,12 +244,13 @@ def _sample(
         tick()
         print(line if process.count == 1 else f"{line} (of this process's share)", flush=True)
 
-    status, first = Status(certification.schedule, len(indices), len(indices) - len(pending), say), begin
+    status, first = Status(certification.schedule, len(indices), say), begin
+    status.finish([counts.images[idx] for idx in indices if idx in certification.decided_images])
     if process.count > 1:
         with process.together("the first samples"):  # the identity must be on disk before any sample
             if process.leads:
                 begin()
-        status, first = Status(certification.schedule, len(share), 0, say), lambda: None
+        status, first = Status(certification.schedule, len(share), say), lambda: None
     seed = certification.identity.sampling_facts(certification.config)["seed"]
     engine = Engine(pipeline.sampler, rng.root_key(seed), counts, decided, status, first)
     for images in pipeline.encoded(share, {idx: image.slack for idx, image in counts.images.items()}):

@@ -1,8 +1,9 @@
-"""Reads tables of certificates, from this program and from others that follow the field's convention."""
+"""Reads tables of certificates strictly, as this program writes them; `foreign.read_log` reads those of others."""
 
 import dataclasses
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from lsrs_jax.runtime.files import fields_of
 from lsrs_jax.runtime.format import FIELD_COLUMNS
 
 _LARGEST_RADIUS = 1e300  # the mean over the images must still be a number
+Row = tuple[int, int, int, float, bool, float, int]  # the fields of a `Table`, of one image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Table:
     predict: np.ndarray
     radius: np.ndarray
     correct: np.ndarray
-    seconds: np.ndarray
+    seconds: np.ndarray  # NaN if the file has no column ``time``
     samples: np.ndarray | None  # column ``n``, if the file has it
     truncated: bool  # whether the last line was cut off
 
@@ -46,7 +48,7 @@ class Table:
 
 
 def read_table(path: Path | str) -> Table:
-    """Reads certificates in the field's TSV format; raises UserError naming the line that cannot be read.
+    """Reads certificates in the field's TSV format; raises UserError naming line, field and value.
 
     Both time formats (``h:mm:ss.ffffff`` and seconds) are read. A cut-off last line is left out; `Table.truncated`.
     """
@@ -65,29 +67,46 @@ def read_table(path: Path | str) -> Table:
         raise UserError(f"{path} is not a table of certificates: its first line has no column {missing[0]!r}")
     for number, line in enumerate(lines[1:], start=2):
         try:
-            rows.append(_parse(fields_of(line, header)))
+            rows.append(parse_row(fields_of(line, header)))
         except ValueError as error:
             truncated = number == len(lines) and not text.endswith("\n")
             if not truncated:
                 raise UserError(f"{path} line {number} cannot be read ({error})") from error
+    return table_of(path, rows, has_samples="n" in header, truncated=truncated)
+
+
+def table_of(path: Path, rows: Sequence[Row], has_samples: bool, truncated: bool) -> Table:
+    """The table of these rows; raises UserError for an image that is there twice."""
     if not rows:
         raise UserError(f"{path} holds no certificates")
     *columns, samples = (np.asarray(column) for column in zip(*rows, strict=True))
     values, counts = np.unique(columns[0], return_counts=True)
     if len(values) < len(rows):
         raise UserError(f"{path} names image {values[counts > 1][0]} twice")
-    return Table(*columns, samples=samples if "n" in header else None, truncated=truncated)
+    return Table(*columns, samples=samples if has_samples else None, truncated=truncated)
 
 
-def _parse(row: Mapping[str, str]) -> tuple[int, int, int, float, bool, float, int]:
-    idx, label, predict, samples = map(_integer, (row["idx"], row["label"], row["predict"], row.get("n", "0")))
-    radius, correct = parse_number(row["radius"]), {"0": False, "1": True}.get(row["correct"])
-    whole = 0 <= idx < 2**53 and 0 <= label < 2**31 and -1 <= predict < 2**31 and 0 <= samples < 2**53
-    if correct is None or not whole or not 0 <= radius <= _LARGEST_RADIUS:
-        raise ValueError("a field is out of range")
+def parse_row(row: Mapping[str, str]) -> Row:
+    """The row of these fields, of which ``n`` and ``time`` may be missing; raises ValueError naming field and value."""
+    limits = {"idx": (0, 2**53), "label": (0, 2**31), "predict": (-1, 2**31), "n": (0, 2**53)}
+    whole = {name: _integer(name, row.get(name, "0"), *ends) for name, ends in limits.items()}
+    radius = _in_field("radius", row["radius"], parse_number)
+    if not 0 <= radius <= _LARGEST_RADIUS:
+        raise ValueError(f"radius: {row['radius']!r} is not between 0 and {_LARGEST_RADIUS:g}")
+    if row["correct"] not in ("0", "1"):
+        raise ValueError(f"correct: {row['correct']!r} is neither 0 nor 1")
+    correct, idx, label, predict = row["correct"] == "1", whole["idx"], whole["label"], whole["predict"]
     if correct != (predict == label):
-        raise ValueError("the column correct contradicts predict and label")
-    return idx, label, predict, radius, correct, _seconds(row["time"]), samples
+        raise ValueError(f"correct: {row['correct']!r} contradicts predict {predict} and label {label}")
+    seconds = _in_field("time", row["time"], _seconds) if "time" in row else math.nan
+    return idx, label, predict, radius, correct, seconds, whole["n"]
+
+
+def _in_field(name: str, text: str, read: Callable[[str], float]) -> float:
+    try:
+        return read(text)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 # Python's own readers also accept underscores, spaces and the digits of every script.
@@ -96,9 +115,9 @@ _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _TIME = re.compile(r"(?:([0-9]{1,9}) days?, )?([0-9]{1,9}):([0-9]{1,2}):([0-9]{1,2}(?:\.[0-9]+)?)")
 
 
-def _integer(text: str) -> int:
-    if not _INTEGER.fullmatch(text):
-        raise ValueError(f"{text!r} is not a whole number")
+def _integer(name: str, text: str, least: int, most: int) -> int:
+    if not _INTEGER.fullmatch(text) or not least <= int(text) < most:
+        raise ValueError(f"{name}: {text!r} is not a whole number from {least} to {most - 1}")
     return int(text)
 
 
@@ -115,5 +134,5 @@ def _seconds(text: str) -> float:
         return ((int(days or 0) * 24 + int(hours)) * 60 + int(minutes)) * 60 + float(seconds)
     seconds = parse_number(text)
     if not 0 <= seconds < 2.0**53:
-        raise ValueError("time is out of range")
+        raise ValueError(f"{text!r} is not a number of seconds")
     return seconds

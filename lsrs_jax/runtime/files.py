@@ -1,16 +1,20 @@
 """Atomic writes, appends that are complete or absent, and locks."""
 
 import contextlib
-import fcntl
+import errno
 import hashlib
 import io
 import os
 import secrets
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
 from lsrs_jax.runtime.errors import UserError
+
+_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # by another process
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 def digest_of(path: Path) -> str:
@@ -69,11 +73,24 @@ def write_all(file: io.FileIO, path: Path, text: str, size: int) -> int:
 
 
 def lock(file: IO, what: str) -> None:
-    """Takes the exclusive lock of an open file until it is closed; raises UserError if another process holds it."""
+    """Takes the exclusive lock of an open file until it is closed; the file must be open for writing.
+
+    Raises UserError if another process holds the lock, or if the operating system or the file system has no locks.
+    """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        import fcntl
+    except ImportError as error:  # Windows
+        raise UserError(f"the commands that write run on Linux and macOS, not on {sys.platform}: no locks") from error
+    try:
+        with with_filename(Path(file.name)):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise UserError(f"another process is {what}; wait for it, or write elsewhere") from error
+        if error.errno in _HELD:
+            raise UserError(f"another process is {what}; wait for it, or write elsewhere") from error
+        if error.errno in _NO_LOCKS:
+            remedy = "give the workdir as a URL, --workdir=file:///..., which needs no locks there (docs/scale.md)"
+            raise UserError(f"the file system of {file.name} has no locks ({error.strerror}); {remedy}") from error
+        raise
 
 
 @contextlib.contextmanager

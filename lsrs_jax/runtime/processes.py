@@ -95,7 +95,7 @@ def started() -> Iterator[Process]:
         raise lost(f"this process did not find the others of its run ({str(error)[:200]}); {remedy}") from error
     process = Process(jax.process_index(), jax.process_count())
     if not process.leads:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+        sys.stdout = open(os.devnull, "w", errors="replace")  # noqa: SIM115 (until the process ends)
     try:
         yield process
     except Interrupted as stop:

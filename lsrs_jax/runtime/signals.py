@@ -1,6 +1,7 @@
 """SIGTERM and SIGINT raise `Interrupted` now or at the end of a `deferred` block; a second signal exits immediately."""
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -45,10 +46,11 @@ def _handle(number: int, _: FrameType | None) -> None:
 
 
 def starting() -> None:
-    """Prepares a command before its libraries are imported: opens closed streams, lets signals exit immediately.
+    """Prepares a command before its libraries are imported: its standard streams, and signals exit immediately.
 
     An exception that a signal raises during the imports may be raised in a callback that drops it. A closed standard
-    stream is replaced by the null device; otherwise a ledger could get its file number and receive its lines.
+    stream is replaced by the null device; otherwise a ledger could get its file number and receive its lines. A
+    character that the terminal cannot show is printed as its escape sequence, such as ``\\xf6``.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -56,6 +58,9 @@ def starting() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
             setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     for number in _NUMBERS:
         signal.signal(number, lambda number, _: _exit_now(number, b"interrupted before anything was done\n"))
 

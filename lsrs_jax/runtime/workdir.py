@@ -6,6 +6,7 @@ Checkpoints, the only large files, are written to the bucket directly.
 """
 
 import contextlib
+import os
 import sys
 import tempfile
 import threading
@@ -27,7 +28,7 @@ _CHECKPOINTS = "checkpoints"
 def checkpoints(workdir: Path) -> epath.Path:
     """The folder of the checkpoints: in the workdir, or in the bucket if the workdir is the copy of one."""
     marker = Path(workdir) / _MARKER
-    home = _remote(marker.read_text()) if marker.exists() else epath.Path(Path(workdir).absolute())
+    home = _remote(os.fsdecode(marker.read_bytes())) if marker.exists() else epath.Path(Path(workdir).absolute())
     return home / _CHECKPOINTS
 
 
@@ -60,7 +61,7 @@ class Workdir:
         self._bucket, self._lock = _remote(url) if url else None, threading.Lock()
         self._seen: dict[str, tuple[int, int]] = {}
         if url:
-            write_atomic(self.path / _MARKER, url)
+            write_atomic(self.path / _MARKER, os.fsencode(url))
             self.pull()
 
     def push(self) -> None:

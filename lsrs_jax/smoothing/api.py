@@ -117,6 +117,9 @@ class SmoothedClassifier:
         derivation = Derivation(self.sigma, alpha, bound, self.lipschitz, radii=radii, epsilon=epsilon)
         looks = make_schedule(schedule, n0, n, self._settings["tile"][1])
         check_key(key)
+        say = progress or (lambda line: None)
+        if latents.shape[1:] not in self._samplers:
+            say("compiling the head ...")
         sampler = self.sampler(latents.shape[1:])
         quantized, indices = sampler.quantize(latents), range(len(latents))
         slacks = (sampler.arithmetic.slack(latents) + slack).tolist()
@@ -131,7 +134,7 @@ class SmoothedClassifier:
                 raise UserError("counts are of another head, latents, slack, key, noise or schedule; leave them out")
             samples.images |= counts.images
         derivation = dataclasses.replace(derivation, sigma=sampler.arithmetic.sigma, tau=sampler.tau)
-        status = Status(looks, len(latents), 0, progress or (lambda line: None))
+        status = Status(looks, len(latents), say)
         engine = Engine(sampler, key, samples, lambda images: derivation.decided(looks, images), status)
         engine.run(Images(indices, [0] * len(latents), slacks, quantized))
         found = derivation.certificates(looks, [samples.images[i] for i in indices])

@@ -52,38 +52,52 @@ class BlockSampler(Protocol):
 
 
 class Status:
-    """The progress of `total` images, `decided` of them by an earlier session; gives a line about it to `say`."""
+    """The progress of `total` images; gives a line about it to `say`."""
 
-    def __init__(self, schedule: Schedule, total: int, decided: int, say: Callable[[str], object]) -> None:
-        self._schedule, self._total, self._decided, self._say = schedule, total, decided, say
-        self._finished = self._finished_samples = self._drawn = 0
-        self._measured, self._shown = None, time.monotonic()
+    def __init__(self, schedule: Schedule, total: int, say: Callable[[str], object]) -> None:
+        self._schedule, self._total, self._say = schedule, total, say
+        self._decided = self._estimation = self._drawn = self._rows = self._batch = 0
+        self._undecided = dict[int, int]()  # samples of the images that are under way
+        self._start, self._shown = None, time.monotonic()
 
-    def count(self, samples: int) -> None:
-        """Counts new samples; says the line every two seconds."""
-        self._drawn += samples
+    def count(self, images: Sequence[ImageCounts], samples: int, batch: int) -> None:
+        """Counts `samples` new samples of each image, in a batch with room for `batch` images.
+
+        Says the line every two seconds.
+        """
+        self._undecided |= {image.idx: image.total for image in images}
         now = time.monotonic()
-        if self._measured is None:  # the first launch compiles; rates are measured from its end
-            self._measured = (now, self._drawn)
-        elif now - self._shown > SECONDS_PER_REPORT:
+        if self._start is None:  # rates are measured from the end of the first launch
+            self._start, self._batch = now, batch
+            return
+        self._drawn, self._rows = self._drawn + samples * len(images), self._rows + samples * batch
+        if now - self._shown > SECONDS_PER_REPORT:
             self.show()
 
     def finish(self, images: Sequence[ImageCounts]) -> None:
-        """Counts images that are decided now."""
+        """Counts images that are decided, now or by an earlier session."""
         self._decided += len(images)
-        self._finished += len(images)
-        self._finished_samples += sum(image.total for image in images)
+        self._estimation += sum(int(image.looks[-1].sum()) for image in images)
+        for image in images:
+            self._undecided.pop(image.idx, None)
 
     def show(self) -> None:
-        """Says the line: images decided, rate, and the time left (at most, where images may stop early)."""
+        """Says the line: images decided, their mean number of estimation samples, rate, and the time left.
+
+        Where images may stop early, this is the time that is left at most. A batch takes the same time however few
+        images are in it, so the time follows from the rows of the batches.
+        """
         self._shown = now = time.monotonic()
-        start, before = self._measured or (now, 0)
-        rate = (self._drawn - before) / max(now - start, 1e-9)
-        most = (self._total - self._decided) * (self._schedule.n0 + self._schedule.n)
-        left = duration(max(0, most - max(0, self._drawn - self._finished_samples)) / rate) if rate > 0 else "unknown"
-        left = f"at most {left}" if self._schedule.staged else left
-        mean = f"  {self._finished_samples / self._finished:,.0f} samples per image" if self._finished else ""
-        self._say(f"{self._decided:>6,} of {self._total:,} images decided{mean}  {rate:,.0f} samples/s  {left} left")
+        start, waiting = now if self._start is None else self._start, self._total - self._decided
+        seconds = max(now - start, 1e-9)
+        mean = f"  {self._estimation / self._decided:,.0f} samples per image" if self._decided else ""
+        line = f"{self._decided:>6,} of {self._total:,} images decided{mean}  {self._drawn / seconds:,.0f} samples/s"
+        if waiting:
+            samples = waiting * (self._schedule.n0 + self._schedule.n) - sum(self._undecided.values())
+            full = -(-waiting // self._batch) * self._batch if self._batch else waiting
+            left = duration(samples * full / waiting / self._rows * seconds) if self._rows else "unknown"
+            line += f"  at most {left} left" if self._schedule.staged else f"  {left} left"
+        self._say(line)
 
 
 class Engine:
@@ -170,7 +184,8 @@ class Engine:
             Row(images.idx[i], images.labels[i], images.slack[i], stream, first, stop, counts, seconds)
             for i, counts in zip(members, found, strict=True)
         )
-        self._status.count(int(found.sum()))
+        drawn = [self._counts.images[images.idx[i]] for i in members]
+        self._status.count(drawn, int(found[0].sum()), self._sampler.tile[0])
         # Adapt the length of the launches to `_SECONDS_PER_LAUNCH`; the counts do not depend on it.
         if now - clock < _SECONDS_PER_LAUNCH / 2 and stop - first == self._blocks_per_launch:
             self._blocks_per_launch *= 2

@@ -1,16 +1,21 @@
 """Writes and prints the metrics of a training."""
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lsrs_jax.runtime.errors import first_line
 from lsrs_jax.runtime.files import with_filename, write_atomic
 
 
 class Metrics:
-    """Writes metrics.jsonl, TensorBoard events (if tensorboardX is installed), and lines on the screen."""
+    """Writes metrics.jsonl, TensorBoard events (if tensorboardX is installed), and lines on the screen.
+
+    If tensorboardX fails, a note says so, and the training goes on without events.
+    """
 
     def __init__(self, workdir: Path, first: int) -> None:
         self._path = workdir / "metrics.jsonl"
@@ -19,20 +24,23 @@ class Metrics:
         kept = [line for line in text[: text.rfind("\n") + 1].splitlines() if _step(line) <= first]
         write_atomic(self._path, "".join(f"{line}\n" for line in kept))
         self._file = self._path.open("a", encoding="utf-8")
-        try:
-            from tensorboardX import SummaryWriter
+        self._board: Any = None
+        with self._optional():
+            try:
+                from tensorboardX import SummaryWriter
 
-            self._board = SummaryWriter(str(workdir / "tensorboard"))
-        except ImportError:
-            self._board = None
+                self._board = SummaryWriter(str(workdir / "tensorboard"))
+            except ModuleNotFoundError as error:
+                if error.name != "tensorboardX":
+                    raise
 
     def __call__(self, metrics: Mapping[str, Any], left: str | None = None) -> None:
         metrics = {key: value if key == "step" else float(value) for key, value in metrics.items()}
         with with_filename(self._path):
             self._file.write(json.dumps(metrics) + "\n")
             self._file.flush()
-        if self._board:
-            for name, value in metrics.items():
+        with self._optional():
+            for name, value in metrics.items() if self._board else ():
                 self._board.add_scalar(name, value, metrics["step"])
         cells = {name: f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}" for name, value in metrics.items()}
         shown = "  ".join(f"{name} {cell}" for name, cell in cells.items() if name != "step")
@@ -40,8 +48,18 @@ class Metrics:
 
     def close(self) -> None:
         self._file.close()
-        if self._board:
-            self._board.close()
+        with self._optional():
+            if self._board:
+                self._board.close()
+
+    @contextlib.contextmanager
+    def _optional(self) -> Iterator[None]:
+        """A block about TensorBoard; after an error in it there are no more events."""
+        try:
+            yield
+        except Exception as error:  # whatever the library raises
+            self._board = None
+            print(f"note: no TensorBoard events ({type(error).__name__}: {first_line(error)})", flush=True)
 
 
 def _step(line: str) -> float:

@@ -1,11 +1,14 @@
 """The engine over images and looks, whose counts depend on nothing but the schedule; and prediction."""
 
+import types
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from lsrs_jax import smoothing
 from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.smoothing import engine
 from lsrs_jax.smoothing.confidence import leaders
 from lsrs_jax.smoothing.counts import Counts
 from lsrs_jax.smoothing.derivation import Derivation
@@ -65,7 +68,7 @@ class Counting(Sampler):
 
 def sample(counts, sampler, latents, lines=None, stop_after=None):
     derivation = Derivation(0.5, 0.001, tau=sampler.tau, radii=(0.1, 0.2, 0.4))
-    status = Status(counts.schedule, len(latents), 0, (lines if lines is not None else []).append)
+    status = Status(counts.schedule, len(latents), (lines if lines is not None else []).append)
     calls = 0
 
     def decided(found):
@@ -97,6 +100,40 @@ def test_batches_are_full_at_every_look_and_progress_is_reported():
     assert "23 of 23 images decided" in lines[-1]
     assert "samples per image" in lines[-1]
     assert "samples/s" in lines[-1]
+
+
+def test_the_time_left_is_that_of_whole_batches(monkeypatch):
+    """Near the end few images are left in a batch, which takes as long as a full one."""
+    clock, lines, schedule = [0.0], [], make_schedule("staged", 100, N, 16)
+    monkeypatch.setattr(engine, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    status = Status(schedule, 34, lines.append)
+
+    def images(numbers, n):
+        looks = np.array([[n, 0]])
+        return [types.SimpleNamespace(idx=idx, total=100 + n, looks=looks) for idx in numbers]
+
+    status.finish(images([0], 1000))  # by an earlier session
+    status.count(images(range(1, 33), 0), 100, 32)  # rates are measured from the end of this launch
+    clock[0] = 10.0
+    status.count(images(range(1, 33), N), N, 32)
+    status.finish(images(range(1, 33), N))
+    status.show()
+    mean, seconds = (1000 + 32 * N) / 33, 10 * (100 + N) / N
+    assert lines[-1].startswith(f"    33 of 34 images decided  {mean:,.0f} samples per image  16,000 samples/s")
+    assert lines[-1].endswith(f"  at most {seconds:.1f} s left")
+    status.finish(images([33], N))
+    status.show()
+    assert lines[-1].startswith("    34 of 34 images decided")
+    assert "left" not in lines[-1]
+
+
+def test_progress_says_first_that_it_compiles():
+    lines = []
+    classifier = smoothing.SmoothedClassifier(linear_head, sigma=0.5, tile=(4, 16))
+    for _ in range(2):
+        classifier.certify(LATENTS, key=threefry(0), n=100, progress=lines.append)
+    assert lines[0] == "compiling the head ..."
+    assert lines.count(lines[0]) == 1
 
 
 def test_an_interrupted_engine_resumes_to_the_same_counts(staged):

@@ -1,10 +1,13 @@
 """Metrics, audits and files beside a table are read, left out, or refused with one line."""
 
+import contextlib
 import hashlib
 import json
 import os
+import sys
 
 import numpy as np
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -25,6 +28,26 @@ def test_only_whole_lines_with_a_step_are_kept_of_any_metrics(folder, content):
     kept = path.read_text().splitlines()
     assert kept[-1] == '{"step": 7, "loss": 0.5}'
     assert all(isinstance(json.loads(line)["step"], int) for line in kept)
+
+
+@pytest.mark.parametrize("fails", ["import", "add_scalar", "close"])
+def test_a_failing_tensorboard_loses_no_metrics(tmp_path, monkeypatch, capsys, fails):
+    """tensorboardX raises a TypeError when it is imported beside some versions of protobuf."""
+    wrong = "raise TypeError('Descriptors cannot be created directly')"
+    bodies = {name: wrong if name == fails else "pass" for name in ("import", "add_scalar", "close")}
+    methods = "".join(f"    def {name}(self, *_): {bodies[name]}\n" for name in ("add_scalar", "close"))
+    text = f"{bodies['import']}\nclass SummaryWriter:\n    def __init__(self, folder): pass\n{methods}"
+    (tmp_path / "tensorboardX.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tensorboardX", raising=False)
+    with contextlib.closing(Metrics(tmp_path, 0)) as metrics:
+        metrics({"step": 1, "loss": 0.5})
+        metrics({"step": 2, "loss": 0.25})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.25}\n'
+    out = capsys.readouterr().out
+    assert out.count("note: no TensorBoard events (TypeError: Descriptors cannot be created directly)") == 1
+    assert "step      2  loss 0.25" in out
+    monkeypatch.delitem(sys.modules, "tensorboardX", raising=False)
 
 
 @examples(200)

@@ -1,15 +1,20 @@
 """Tables from strangers give valid numbers, or an error of one line."""
 
+import contextlib
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lsrs_jax import report
 from lsrs_jax.auditing.table import read_audit
+from lsrs_jax.certification.foreign import read_log
 from lsrs_jax.certification.table import read_table
 from lsrs_jax.runtime.errors import UserError
 from support.hostile import CHARACTERS, NOT_NUMBERS, NOT_WHOLE, examples
-from support.samples import AUDIT, TABLE, read, table_text, with_field
+from support.samples import AUDIT, TABLE, check_table, read, table_text, with_field
 
 
 @examples(60)
@@ -74,6 +79,108 @@ def test_a_changed_table_is_a_sound_table_or_one_line(folder, content):
 @given(st.binary(max_size=200) | st.text().map(lambda text: text.encode("utf-8", "surrogatepass")), st.booleans())
 def test_any_bytes_are_a_sound_table_or_one_line(folder, content, headed):
     read(folder / "table.tsv", (TABLE.partition("\n")[0] + "\n").encode() * headed + content)
+
+
+@examples(400)
+@given(mutated_table())
+def test_a_changed_log_is_a_sound_table_or_one_line(folder, content):
+    """`read_log` reads what `read_table` reads, and reads it the same way, without a note."""
+    strict, log = read(folder / "table.tsv", content), read(folder / "table.tsv", content, read_log)
+    if strict is not None:
+        assert log is not None
+        assert read_log(folder / "table.tsv")[1] == []
+        for name in ("idx", "label", "predict", "radius", "correct", "seconds", "samples", "truncated"):
+            np.testing.assert_array_equal(getattr(strict, name), getattr(log, name))
+
+
+@examples(150)
+@given(st.binary(max_size=200) | st.text().map(lambda text: text.encode("utf-8", "surrogatepass")), st.booleans())
+def test_any_bytes_are_a_sound_log_or_one_line(folder, content, headed):
+    read(folder / "table.tsv", (TABLE.partition("\n")[0] + "\n").encode() * headed + content, read_log)
+
+
+HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime\n"
+LOG = HEADER + "0\t3\t3\t0.5\t1\t0:00:01.5\n20\t1\t-1\t0.0\t0\t0:00:01\n40\t1\t2\t0.1\t0\t2.0\n"
+PANDAS = LOG.replace("\t3\t3", "\t3.0\t3.0").replace("\t1\t-1\t0.0", "\t1.0\t-1.0\tnan").replace("\t1\t2", "\t1.0\t2.0")
+LENIENT = {  # name: text, a part of the note
+    "byte-order mark": ("\ufeff" + LOG, "a byte-order mark is left out"),
+    "UTF-16": (LOG.encode("utf-16"), "a byte-order mark is left out"),
+    "no time": ("".join(line.rpartition("\t")[0] + "\n" for line in LOG.splitlines()), "there is no column 'time'"),
+    "no correct": (re.sub(r"\t[^\t]*(\t[^\t]*)\n", r"\1\n", LOG), "there is no column 'correct'"),
+    "True": (re.sub(r"\t([01])(\t[0-9:.]+\n)", lambda m: f"\t{m[1] == '1'}{m[2]}", LOG), "True and 1.0 .* (3 times)"),
+    "1.0": (re.sub(r"\t([01])(\t[0-9:.]+\n)", r"\t\1.0\2", LOG), "True and 1.0 .* (3 times)"),
+    "pandas": (PANDAS, "numbers such as 3.0 are read as whole numbers (6 times); the radius of an abstention is no"),
+    "empty radius": (LOG.replace("\t0.0\t", "\t\t"), "the radius of an abstention is no number and counts as 0"),
+    "days": (LOG.replace("0:00:01\n", "0 days 00:00:01\n"), "as pandas writes them"),
+    "blank lines": (LOG.replace("\n", "\n\n"), "blank lines are left out (3 times)"),
+    "spaces": (LOG.replace("\n", "  \n"), "spaces around fields are left out (4 times)"),
+    "tabs": (LOG.replace("\n", "\t\n").replace("time\t", "time"), "empty fields after the last column .* (3 times)"),
+    "header": (LOG.replace("\n40", "\n" + HEADER + "40"), "a repeated header is left out"),
+    "summary": (LOG + "ACR: 0.1667", "its last line 'ACR: 0.1667' is no row and is left out"),
+    "summaries": (LOG + "\n# images: 3\nACR = 0.1667\n", "'ACR = 0.1667' is no row .*'# images: 3' is no row"),
+    "commas": (LOG.replace("\t", ","), "the fields are separated by ','"),
+    "quotes": (LOG.replace("\t", ",").replace("0:00:01\n", '"0 days, 0:00:01"\n'), "the fields are separated by ','"),
+    "negative": (LOG.replace("\t0.0\t", "\t-0.3\t"), "a negative radius of another class .*counts as 0"),
+    "old Mac": (LOG.replace("\n", "\r"), None),
+}
+
+
+@pytest.mark.parametrize("name", LENIENT)
+def test_a_log_with_a_clear_meaning_is_read_and_the_report_says_how(folder, name):
+    text, note = LENIENT[name]
+    path = folder / "log.tsv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    table, notes = read_log(path)
+    check_table(table)
+    assert [table.idx.tolist(), table.label.tolist(), table.predict.tolist()] == [[0, 20, 40], [3, 1, 1], [3, -1, 2]]
+    assert [table.radius.tolist(), table.correct.tolist()] == [[0.5, 0.0, 0.1], [True, False, False]]
+    np.testing.assert_array_equal(table.seconds, [np.nan] * 3 if name == "no time" else [1.5, 1.0, 2.0])
+    if note:
+        assert re.search(note.replace("(", r"\(").replace(")", r"\)"), notes[0])
+        assert report.notes(report.load_runs([str(path)])) == [f"log: {notes[0]}"]
+        # This program's own tables are read strictly; only a last line may be cut off.
+        with contextlib.nullcontext() if name == "summary" else pytest.raises(UserError):
+            assert read_table(path).truncated
+
+
+def test_a_right_class_with_a_negative_radius_has_no_certificate(folder):
+    (folder / "log.tsv").write_text(LOG.replace("\t0.5\t", "\t-0.2\t"))
+    table, notes = read_log(folder / "log.tsv")
+    assert [table.predict[0], table.radius[0], table.certified_accuracy(0)] == [-1, 0, 0]
+    assert notes == ["read leniently: the right class with a negative radius counts as an abstention."]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        ("\t0.5\t", "\tnan\t", "line 2 cannot be read (radius: 'nan' is not a number)"),
+        ("\t0.1\t", "\t0,1\t", "line 4 cannot be read (radius: '0,1' is not a number)"),
+        ("40\t", "4.5\t", "line 4 cannot be read (idx: '4.5' is not a whole number from 0 to"),
+        ("\t-1\t", "\t-2\t", "line 3 cannot be read (predict: '-2' is not a whole number from -1 to"),
+        ("20\t1\t", "20\t-1\t", "line 3 cannot be read (label: '-1' is not a whole number from 0 to"),
+        ("0.5\t1", "0.5\t0", "line 2 cannot be read (correct: '0' contradicts predict 3 and label 3)"),
+        ("0.5\t1", "0.5\tyes", "line 2 cannot be read (correct: 'yes' is neither 0 nor 1)"),
+        ("0:00:01\n", "NaT\n", "line 3 cannot be read (time: 'NaT' is not a number)"),
+        ("\n20", "\nACR: 0.5\n20", "line 3 cannot be read (1 columns instead of 6)"),
+        ("40\t", "20\t", "names image 20 twice"),
+        (LOG.partition("\n")[2], "", "holds no certificates"),
+        (LOG, "\n \n", "is empty"),
+    ],
+)
+def test_a_refused_log_names_line_field_and_value(folder, old, new, why):
+    assert old in LOG
+    (folder / "log.tsv").write_text(LOG.replace(old, new))
+    with pytest.raises(UserError, match=re.escape(why)):
+        read_log(folder / "log.tsv")
+
+
+def test_published_logs_need_no_lenience(reference):
+    paths = [path for path in reference.glob("cohen_certify/**/sigma_*") if path.is_file()]
+    assert len(paths) > 10
+    for path in paths:
+        strict, (log, notes) = read_table(path), read_log(path)
+        assert notes == []
+        np.testing.assert_array_equal(strict.radius, log.radius)
 
 
 @pytest.mark.parametrize("column", ["idx", "label", "predict", "n", "radius", "time"])

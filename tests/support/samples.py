@@ -48,7 +48,7 @@ def check_table(table):
     assert len(set(table.idx.tolist())) == len(table) > 0
     assert (table.idx >= 0).all()
     assert (np.isfinite(table.radius) & (table.radius >= 0)).all()
-    assert (np.isfinite(table.seconds) & (table.seconds >= 0)).all()
+    assert (np.isfinite(table.seconds) & (table.seconds >= 0)).all() or np.isnan(table.seconds).all()
     np.testing.assert_array_equal(table.correct, table.predict == table.label)
     accuracy = [table.certified_accuracy(radius) for radius in (0, 0.25, 1e300)]
     assert 0 <= accuracy[2] <= accuracy[1] <= accuracy[0] <= 1 - table.abstention
@@ -59,9 +59,10 @@ def check_table(table):
     assert len(lines) == 3
 
 
-def read(path, content):
+def read(path, content, reader=read_table):
     path.write_bytes(content)
-    table = answer(read_table, path)
+    found = answer(reader, path)
+    table = found[0] if isinstance(found, tuple) else found
     if table is not None:
         check_table(table)
     return table

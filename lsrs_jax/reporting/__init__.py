@@ -1,0 +1,1 @@
+"""What `report` compares: runs and what is known about them, and their curves."""
