@@ -19,7 +19,7 @@ from lsrs_jax.smoothing.schedule import Schedule
 _MARGIN = 1e-12  # on-disk format: tables are compared digit by digit
 _ABSOLUTE = 1e-14  # per unit of the quantiles; on-disk format
 _ENTRIES = 2**21  # counts of the images that are derived at once
-BLOCK_BYTES = 20 * 8 * _ENTRIES  # memory that this takes
+BLOCK_BYTES = 5 * 8 * _ENTRIES  # memory that this takes
 _FUTILITY = 0.01  # level of the optimistic limits; stopping too early costs radius, never the guarantee
 
 
