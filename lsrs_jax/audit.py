@@ -32,6 +32,7 @@ from lsrs_jax.certification.target import Target, target_of_certificates
 from lsrs_jax.runtime import files, processes
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.progress import Progress
+from lsrs_jax.runtime.rng import pinned
 from lsrs_jax.runtime.workdir import opened
 from lsrs_jax.smoothing.confidence import MAX_SAMPLES
 
@@ -60,7 +61,7 @@ def run(arguments: list[str]) -> None:
     options, rest = parser.parse_known_args(arguments)
     settings = Settings(**{name: getattr(options, name) for name in Settings._fields})
     processes.check_platform()
-    with opened(options.workdir) as workdir:
+    with pinned(), opened(options.workdir) as workdir:
         _run(workdir.path, settings, rest)
 
 

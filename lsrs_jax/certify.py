@@ -33,6 +33,7 @@ from lsrs_jax.config import load_config
 from lsrs_jax.runtime import profiling
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.processes import Process, cache_compilations, started
+from lsrs_jax.runtime.rng import pinned
 from lsrs_jax.runtime.signals import reading
 from lsrs_jax.runtime.workdir import Workdir, opened
 
@@ -50,7 +51,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print the verdict of --verify or --recast as JSON")
     try:
         options, rest = parser.parse_known_args(arguments)
-        with started() as process, opened(options.workdir) as workdir:
+        with started() as process, pinned(), opened(options.workdir) as workdir:
             _run(workdir, process, options, rest)
     except UserError as error:
         if "--json" in arguments:

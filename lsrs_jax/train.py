@@ -18,10 +18,11 @@ from typing import Any
 
 from lsrs_jax import cli, models
 from lsrs_jax.certification.target import restore
-from lsrs_jax.config import config_to_dict, load_config, other_training, save_config
+from lsrs_jax.config import chosen_images, config_to_dict, load_config, other_training, save_config
 from lsrs_jax.data import ImageSet, load_split
 from lsrs_jax.runtime import documents, files, processes, profiling
 from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.rng import pinned
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.runtime.workdir import Workdir, opened
 from lsrs_jax.training import loop, plan
@@ -43,10 +44,11 @@ def run(arguments: list[str]) -> None:
     if not (options.workdir or options.plan):
         parser.error("the following arguments are required: --workdir (or --plan)")
     config = cli.config_from_flags(rest)
-    with processes.started() as process, contextlib.ExitStack() as stack:
+    with processes.started() as process, pinned(), contextlib.ExitStack() as stack:
         processes.cache_compilations()
         if options.plan:
-            print(plan.report(_network(config)[0], config))
+            certified = chosen_images(config, len(load_split(config.data, config.data.split)))
+            print(plan.report(_network(config)[0], config, len(certified or ())))
             return
         workdir = stack.enter_context(opened(options.workdir))
         check = None

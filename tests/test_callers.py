@@ -7,11 +7,13 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import stats
 
 from lsrs_jax.certification.margin import certified_margin
+from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.validate import real
 from lsrs_jax.smoothing import certified_radius, certify, confidence, from_counts, predict
 from lsrs_jax.smoothing.derivation import Derivation
@@ -385,3 +387,35 @@ def test_an_array_of_no_dimensions_is_the_number_it_holds():
     arrays = certify(**CALL | {"sigma": jnp.float32(0.5), "alpha": np.array(0.01)}, key=threefry(0))
     numbers = certify(**CALL | {"alpha": 0.01}, key=threefry(0))
     np.testing.assert_array_equal(arrays.radius, numbers.radius)
+
+
+MASKED = np.ma.array([[0.3, 0.4], [0.1, 0.2]], mask=[[False, True], [False, False]])
+MASKED_COUNTS = np.ma.array([[5, 5], [6, 4]], mask=MASKED.mask)
+PLAIN = np.array([[5, 5], [6, 4]])
+MASKED_CALLS = {
+    "latents": lambda: certify(**CALL | {"latents": MASKED}, key=threefry(0)),
+    "list of latents": lambda: certify(**CALL | {"latents": list(MASKED)}, key=threefry(0)),
+    "predict": lambda: predict(**CALL | {"latents": MASKED}, key=threefry(0)),
+    "slack": lambda: certify(**CALL, slack=MASKED[0], key=threefry(0)),
+    "radii": lambda: certify(**CALL, radii=MASKED[0], schedule="staged", key=threefry(0)),
+    "sigma": lambda: certify(**CALL | {"sigma": np.ma.masked}, key=threefry(0)),
+    "selection": lambda: from_counts(MASKED_COUNTS, PLAIN, sigma=0.5, alpha=0.1),
+    "estimation": lambda: from_counts(PLAIN, MASKED_COUNTS, sigma=0.5, alpha=0.1),
+    "looks": lambda: from_counts(PLAIN, [MASKED_COUNTS[:1], PLAIN[:1]], looks=[10], sigma=0.5, alpha=0.1),
+    "probability": lambda: certified_radius(MASKED, 0.1, 0.5),
+    "count": lambda: confidence.lower(MASKED_COUNTS, 10, 0.1),
+    "logits": lambda: certified_margin(MASKED),
+    "weights": lambda: certified_margin(PLAIN, MASKED),
+}
+
+
+@pytest.mark.parametrize("name", MASKED_CALLS)
+def test_masked_entries_are_refused(name):
+    with pytest.raises(UserError, match="masked"):
+        MASKED_CALLS[name]()
+
+
+def test_masked_arrays_without_a_masked_entry_are_arrays():
+    latents = np.ma.array(CALL["latents"])
+    found, expected = (certify(**CALL | {"latents": z}, key=threefry(0)) for z in (latents, CALL["latents"]))
+    np.testing.assert_array_equal(found.counts, expected.counts)

@@ -163,11 +163,11 @@ def test_space_to_depth_has_an_inverse():
         (layers.L2Pool((2, 2)), (1, 4), "takes images"),
         (layers.GroupSort(1), (1, 4), "at least 2"),
         (layers.L2Pool((2, 2), -0.5), (1, 4, 4, 1), "would stretch"),
-        (layers.OrthogonalConv(3, 3), (1, 4, 4, 1), "kernel_size must be two"),
+        (layers.OrthogonalConv(3, "33"), (1, 4, 4, 1), "kernel_size must be two"),
         (layers.OrthogonalConv(4.0, (3, 3)), (1, 4, 4, 1), "features must be a positive integer"),
         (layers.OrthogonalDense(0), (1, 4), "features must be"),
         (layers.Channels(-1), (1, 4), "features must be"),
-        (layers.AveragePool(2), (1, 4, 4, 1), "window must be two"),
+        (layers.AveragePool(0), (1, 4, 4, 1), "window must be two"),
         (layers.SpaceToDepth((0, 2)), (1, 4, 4, 1), "strides must be two"),
         (layers.Haar(), (1, 5, 4, 1), "do not divide"),
         (layers.Normalize((0.0,), (1e-300,)), (1, 4, 4, 1), "must be positive"),
@@ -428,3 +428,62 @@ def test_report_names_every_layer():
     text = str(materialize(encoder, params, (8, 8, 3)).report)
     assert all(type(layer).__name__ in text for layer in CHAIN)
     assert "(8, 8, 3) -> (4, 4, 8)" in text
+
+
+def test_one_number_stands_for_rows_and_columns():
+    x = jax.random.normal(threefry(1), (2, 6, 6, 4))
+    for one, both in (
+        (layers.OrthogonalConv(8, 3), layers.OrthogonalConv(8, (3, 3))),
+        (layers.OrthogonalConv(8, kernel_size=4, strides=2), layers.OrthogonalConv(8, (4, 4), (2, 2))),
+        (layers.SpaceToDepth(2), layers.SpaceToDepth((2, 2))),
+        (layers.DepthToSpace(np.int64(2)), layers.DepthToSpace((2, 2))),
+        (layers.AveragePool(2), layers.AveragePool((2, 2))),
+        (layers.L2Pool(3), layers.L2Pool((3, 3))),
+    ):
+        variables = jax.jit(both.init)(threefry(0), x)
+        np.testing.assert_array_equal(jax.jit(one.apply)(variables, x), jax.jit(both.apply)(variables, x))
+        plains = [layer.materialize(variables.get("params", {}), (6, 6, 4)) for layer in (one, both)]
+        assert plains[0][2:] == plains[1][2:]
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: layers.GroupSort(2.5), r"group_sort needs groups of at least 2 channels, a whole number, got 2\.5"),
+        (lambda: layers.GroupSort("2"), "a whole number, got '2'"),
+        (
+            lambda: layers.OrthogonalConv(8, 2.5),
+            r"kernel_size must be two .*, got 2\.5",
+        ),
+        (lambda: layers.OrthogonalConv(8, 3, True), "strides must be two positive integers, .* got True"),
+        (lambda: layers.OrthogonalConv(8, 3, groups=2), "OrthogonalConv has no 'groups', only features, kernel_size"),
+        (lambda: layers.OrthogonalConv(8, 3, dilation=2), "has no 'dilation', .*; no layer has groups or dilation"),
+        (lambda: layers.MaxMin(axis=1), "MaxMin has no 'axis', only nothing"),
+    ],
+)
+def test_options_that_a_layer_does_not_have_are_one_line(make, why):
+    with pytest.raises(UserError, match=why):
+        make().init(threefry(0), jnp.zeros((1, 6, 6, 4)))
+
+
+def test_an_encoder_is_the_same_in_the_mesh_of_the_caller():
+    encoder, params = encoder_and_params((4, 4, 2), (layers.OrthogonalConv(4, 3), layers.Flatten()))
+    images = np.random.default_rng(0).random((3, 4, 4, 2))
+    expected = Float64Encoder(materialize(encoder, params, (4, 4, 2)), 2)(images)
+    with jax.set_mesh(jax.make_mesh((8,), ("data",))):
+        np.testing.assert_array_equal(Float64Encoder(materialize(encoder, params, (4, 4, 2)), 2)(images), expected)
+
+
+def test_masked_weights_and_images_are_refused():
+    encoder, params = encoder_and_params((4, 4, 2), (layers.OrthogonalConv(4, 3),))
+    encode = Float64Encoder(materialize(encoder, params, (4, 4, 2)), 2)
+    images = np.ma.masked_greater(np.random.default_rng(0).random((3, 4, 4, 2)), 0.9)
+    masked = jax.tree.map(lambda leaf: np.ma.masked_greater(np.asarray(leaf), 0.1), params)
+    for call in (
+        lambda: encode(images),
+        lambda: materialize(encoder, masked, (4, 4, 2)),
+        lambda: orthogonal.dense_singular_values(images[0, 0]),
+        lambda: orthogonal.conv_singular_values(images[:3], (4, 4)),
+    ):
+        with pytest.raises(UserError, match="must not have masked entries"):
+            call()

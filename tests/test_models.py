@@ -228,3 +228,8 @@ def test_a_head_in_bfloat16_rounds_and_returns_float32(noise):
     assert rounded.dtype == np.float32
     error = np.abs(np.asarray(rounded) - exact).max() / np.abs(exact).max()
     assert 1e-4 < error < 0.03
+
+
+def test_data_of_one_class_is_one_line():
+    with pytest.raises(UserError, match="the data has 1 class: a classifier needs at least two"):
+        models.build(default().model, (8, 8, 1), 1)

@@ -11,6 +11,7 @@ import pytest
 from lsrs_jax import models
 from lsrs_jax.config import default
 from lsrs_jax.models.flops import flops, peak_memory, traffic
+from lsrs_jax.smoothing.schedule import make_schedule
 from lsrs_jax.training import plan
 from support.commands import QUICK, ROOT, refused, run
 
@@ -115,6 +116,16 @@ def test_time_is_that_of_the_slower_of_arithmetic_and_memory():
     assert not plan.Need(15 * 2**30, 1.0, 1.0).fits(chip)
 
 
+def test_the_memory_of_the_host_is_that_of_the_counts_and_of_one_block():
+    _, config = small()
+    config.certify.update({"schedule": "staged", "n": 100_000, "bound": "multiclass"})
+    looks = len(make_schedule("staged", config.certify.n0, 100_000, config.certify.tile[1]).looks)
+    sampled, derived = plan.host_memory(config, 50_000, 1000, (8, 8, 1))
+    assert sampled == 50_000 * 1000 * (2 + looks) * 8 + 50_000 * 64 * 4
+    assert derived < 50_000 * 1000 * 8 + 2**29
+    assert plan.host_memory(config, 10, 10, (2**30,))[0] < 2**30 + 2**16
+
+
 @pytest.mark.usefixtures("fast_compilation")
 def test_the_command_prints_a_plan_and_starts_nothing(tmp_path):
     out = run("train", *QUICK, "--plan", devices=2)
@@ -122,6 +133,7 @@ def test_the_command_prints_a_plan_and_starts_nothing(tmp_path):
     for name in plan.CHIPS:
         assert f"\n{name}" in out
     assert "warning" not in out
+    assert "certification of 40 images x 10 classes: on the host at most" in out
     out = run("train", *QUICK, "--plan", f"--workdir={tmp_path / 'w'}", "--config.certify.tile=(1000000,100)")
     assert "warning: certification needs" in out
     assert "does not fit" in out

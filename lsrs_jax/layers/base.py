@@ -1,7 +1,8 @@
 """What every layer of an encoder provides beside ``__call__``."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -11,8 +12,10 @@ from jaxtyping import Array, Float, PyTree
 
 from lsrs_jax.orthogonal import spectrum
 from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.validate import is_whole
 
 Shape = tuple[int, ...]
+Sizes = int | tuple[int, int]  # of rows and columns; one number for both
 
 
 class Plain(NamedTuple):
@@ -37,7 +40,17 @@ def matrix_plain(apply: Callable[[PyTree, Array], Array], matrix: Float[np.ndarr
 
 
 class Layer(nn.Module):
-    """A Linen module with a known Lipschitz constant. All trainable variables are in the collection ``params``."""
+    """A Linen module with a known Lipschitz constant. All trainable variables are in the collection ``params``.
+
+    Raises UserError for the name of a field that the layer does not have.
+    """
+
+    def __new__(cls, *_: Any, **named: Any) -> "Layer":
+        known = [field.name for field in dataclasses.fields(cls) if field.init]
+        if unknown := [name for name in named if name not in known]:
+            fields = ", ".join(name for name in known if name not in ("parent", "name")) or "nothing"
+            raise UserError(f"{cls.__name__} has no {unknown[0]!r}, only {fields}; no layer has groups or dilation")
+        return super().__new__(cls)
 
     def output_shape(self, input_shape: Shape) -> Shape:
         """Shape of the output without the batch axis; raises UserError for an input that the layer cannot take."""
@@ -64,13 +77,18 @@ class Fixed(Layer):
 
 
 def check_sizes(layer: str, **sizes: object) -> None:
-    """Raises UserError unless every value is a positive integer, or a pair of them if its name ends in ``_pair``."""
+    """Raises UserError unless every value is a positive integer; one whose name ends in ``_pair`` may also be two."""
     for name, value in sizes.items():
         pair = name.endswith("_pair")
-        values = tuple(value) if pair and isinstance(value, tuple | list) else (value,)
-        if len(values) != 1 + pair or not all(isinstance(v, int | np.integer) and v >= 1 for v in values):
-            wanted = "two positive integers" if pair else "a positive integer"
+        values = tuple(value) if pair and isinstance(value, tuple | list) else (value,) * (1 + pair)
+        if len(values) != 1 + pair or not all(is_whole(v) and v >= 1 for v in values):  # pyright: ignore[reportOperatorIssue]
+            wanted = "two positive integers, or one for both," if pair else "a positive integer"
             raise UserError(f"{layer}: {name.removesuffix('_pair')} must be {wanted}, got {value!r}")
+
+
+def pair(sizes: Sizes) -> tuple[int, int]:
+    """The sizes of rows and columns, of a field that `check_sizes` has checked."""
+    return sizes if isinstance(sizes, tuple | list) else (sizes, sizes)
 
 
 def check_image(layer: str, shape: Shape, **sizes: object) -> None:

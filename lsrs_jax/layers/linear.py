@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, Shaped
 
-from lsrs_jax.layers.base import Layer, Plain, Shape, check_image, check_sizes, matrix_plain
+from lsrs_jax.layers.base import Layer, Plain, Shape, Sizes, check_image, check_sizes, matrix_plain, pair
 from lsrs_jax.orthogonal import families, matrix, spectrum
 from lsrs_jax.orthogonal.shape import ConvShape, Features, Images, check_float, check_mode
+from lsrs_jax.runtime.rng import standard_flags
 from lsrs_jax.runtime.validate import choice
 
 
@@ -26,7 +27,7 @@ def _compiled(function: Callable[..., PyTree], raw: PyTree, shape: tuple[ConvSha
 
 def _build_float64(function: Callable[..., PyTree], raw: PyTree, *shape: ConvShape) -> PyTree:
     """Returns ``function(raw, *shape)`` as NumPy arrays, computed in float64 on the host CPU."""
-    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
+    with standard_flags(), jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
         raw = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), raw)
         return jax.tree.map(np.asarray, _compiled(function, raw, shape))
 
@@ -46,8 +47,8 @@ class OrthogonalConv(Layer):
     """
 
     features: int  # output channels; any number (isometry or co-isometry)
-    kernel_size: tuple[int, int]  # (kh, kw), at least the strides; may exceed the image
-    strides: tuple[int, int] = (1, 1)  # (sh, sw); must divide the image
+    kernel_size: Sizes  # (kh, kw), at least the strides; may exceed the image
+    strides: Sizes = (1, 1)  # (sh, sw); must divide the image
     method: str = "adaptive"  # or "paraunitary", "exponential", "cayley"
     initializer: str = "identity"
     padding: str = "circular"  # or, except for "cayley", "zero"
@@ -56,8 +57,8 @@ class OrthogonalConv(Layer):
         """The checked `ConvShape` for inputs ``(H, W, C)``."""
         check_image("OrthogonalConv", input_shape, kernel_size_pair=self.kernel_size, strides_pair=self.strides)
         check_sizes("OrthogonalConv", features=self.features)
-        (height, width, channels), (kh, kw), (sh, sw) = input_shape, self.kernel_size, self.strides
-        shape = ConvShape((kh, kw), (sh, sw), channels, self.features, (height, width), self.padding)
+        (height, width, channels), kernel_size, strides = input_shape, pair(self.kernel_size), pair(self.strides)
+        shape = ConvShape(kernel_size, strides, channels, self.features, (height, width), self.padding)
         families.family(self.method).check(shape)
         check_mode(self.initializer)
         return shape

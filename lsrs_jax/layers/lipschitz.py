@@ -15,6 +15,8 @@ from jaxtyping import Array, ArrayLike, Float, PyTree, Shaped
 from lsrs_jax import layers
 from lsrs_jax.layers.base import Shape, matrix_plain
 from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.rng import standard_flags
+from lsrs_jax.runtime.validate import array, refuse_masked
 
 _LARGEST = 2**31  # largest number of entries of an image or latent
 
@@ -116,6 +118,7 @@ def materialize(encoder: nn.Module, params: PyTree, input_shape: Sequence[int]) 
         if not isinstance(layer, layers.Layer):
             raise UserError(f"layer {name} of the encoder has no proven Lipschitz constant; use lsrs_jax.layers")
         values = params.get(f"layers_{index}", {})
+        refuse_masked(f"parameters of layer {name}", jax.tree.leaves(values))
         if not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(values)):
             raise UserError(f"layer {name} of the encoder has non-finite parameters; train again")
         try:
@@ -172,11 +175,12 @@ class Float64Encoder:
 
     @contextlib.contextmanager
     def _context(self) -> Iterator[None]:
-        with jax.enable_x64(True), jax.default_device(self._device), jax.default_matmul_precision("highest"):
+        precision = jax.default_matmul_precision("highest")
+        with standard_flags(), jax.enable_x64(True), jax.default_device(self._device), precision:
             yield
 
     def __call__(self, images: Shaped[np.ndarray, "images height width channels"]) -> Float[np.ndarray, "images ..."]:
-        images = np.asarray(images, np.float64)
+        images = np.asarray(array("images", images), np.float64)
         parts = []
         with self._context():
             for start in range(0, len(images), self._batch):

@@ -1,11 +1,14 @@
 """Resizing as modules (permutations, padding, cropping, pooling), and the scaling of the input."""
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, Shaped
 
-from lsrs_jax.layers.base import Fixed, Layer, Plain, Shape, check_image, check_sizes
+from lsrs_jax.layers.base import Fixed, Layer, Plain, Shape, Sizes, check_image, check_sizes, pair
 from lsrs_jax.orthogonal import resize, spectrum
+from lsrs_jax.orthogonal.matrix import highest_precision
 from lsrs_jax.orthogonal.shape import Features, Images, check_float
 from lsrs_jax.orthogonal.spectrum import gamma, product_rounding
 from lsrs_jax.runtime.errors import UserError
@@ -14,23 +17,23 @@ from lsrs_jax.runtime.errors import UserError
 class SpaceToDepth(Fixed):
     """Moves windows of pixels into the channels. **Guarantee**: an isometry (a permutation of entries)."""
 
-    strides: tuple[int, int] = (2, 2)
+    strides: Sizes = (2, 2)
     proof = "permutes entries"
 
     def __call__(self, x: Images) -> Float[Array, "batch height/sh width/sw sh*sw*channels"]:
         check_image("SpaceToDepth", x.shape[1:], strides_pair=self.strides)
-        return resize.space_to_depth(x, self.strides)
+        return resize.space_to_depth(x, pair(self.strides))
 
 
 class DepthToSpace(Fixed):
     """The inverse of `SpaceToDepth`. **Guarantee**: an isometry (a permutation of entries)."""
 
-    strides: tuple[int, int] = (2, 2)
+    strides: Sizes = (2, 2)
     proof = "permutes entries"
 
     def __call__(self, x: Images) -> Float[Array, "batch height*sh width*sw channels/(sh*sw)"]:
         check_image("DepthToSpace", x.shape[1:], strides_pair=self.strides)
-        return resize.depth_to_space(x, self.strides)
+        return resize.depth_to_space(x, pair(self.strides))
 
 
 class Haar(Fixed):
@@ -60,17 +63,17 @@ class Channels(Fixed):
 class AveragePool(Fixed):
     """Sum over non-overlapping windows over √(h·w). **Guarantee**: all singular values are 1 (a co-isometry)."""
 
-    window: tuple[int, int] = (2, 2)
+    window: Sizes = (2, 2)
     proof = "orthonormal rows"
 
     def __call__(self, x: Images) -> Float[Array, "batch height/h width/w channels"]:
         check_image("AveragePool", x.shape[1:], window_pair=self.window)
-        return resize.average_pool(x, self.window)
+        return resize.average_pool(x, pair(self.window))
 
     def materialize(self, params: PyTree, input_shape: Shape) -> Plain:
         plain = super().materialize(params, input_shape)
         # Division by √(h·w) rounds in the last place.
-        bound, rounding = spectrum.upper_bound(1.0), product_rounding(self.window[0] * self.window[1] + 4)
+        bound, rounding = spectrum.upper_bound(1.0), product_rounding(math.prod(pair(self.window)) + 4)
         return plain._replace(sigma_max=bound, sigma_min=2 - bound, rounding=rounding)
 
 
@@ -82,7 +85,7 @@ class L2Pool(AveragePool):
 
     def __call__(self, x: Images) -> Float[Array, "batch height/h width/w channels"]:
         check_image("L2Pool", x.shape[1:], window_pair=self.window)
-        return resize.l2_pool(x, self.window, self.epsilon)
+        return resize.l2_pool(x, pair(self.window), self.epsilon)
 
     def materialize(self, params: PyTree, input_shape: Shape) -> Plain:
         outputs = np.prod(self.output_shape(input_shape), dtype=float)
@@ -105,6 +108,7 @@ class Normalize(Layer):
     mean: tuple[float, ...]  # one number, or one per channel
     std: tuple[float, ...]  # the same; positive
 
+    @highest_precision
     def __call__(self, x: Features) -> Features:
         check_float(x, "Normalize")
         self.output_shape(x.shape[1:])

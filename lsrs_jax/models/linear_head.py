@@ -13,6 +13,7 @@ from jaxtyping import Float, Float64
 
 from lsrs_jax.orthogonal.spectrum import dense_singular_values, upper_bound
 from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.validate import refuse_masked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,7 @@ def project_linear_head(weights: Float[np.ndarray, "d K"], bias: Float[np.ndarra
     **Guarantee**: Qᵀ is one more Lipschitz layer in front of the noise. The certificate of the small head at Qᵀz holds
     for the classifier that smooths the small head after that layer. No property of floating-point sums is assumed.
     """
+    refuse_masked("weights and bias", [weights, bias])
     weights, bias = np.asarray(weights, np.float64), np.asarray(bias, np.float64)
     if weights.ndim != 2 or bias.shape != weights.shape[1:] or weights.shape[0] < weights.shape[1]:
         raise UserError(

@@ -130,6 +130,8 @@ def _in_dtype(function: Head, dtype: str) -> Head:
 def build(config: Config, input_shape: tuple[int, ...], num_classes: int) -> Model:
     """Makes the `Model` of the section ``model``; raises UserError for unknown names and shapes that do not fit."""
     encoders, heads = ENCODERS | BLOCKS, HEADS | {"blocks": BlocksHead}
+    if num_classes < 2:
+        raise UserError(f"the data has {num_classes} class: a classifier needs at least two")
     choice("model.activation", config.activation, sorted(ACTIVATIONS))
     choice("model.encoder", config.encoder, sorted(encoders))
     choice("model.head", config.head, sorted(heads))

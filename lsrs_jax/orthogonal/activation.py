@@ -3,8 +3,10 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lsrs_jax.orthogonal.matrix import highest_precision
 from lsrs_jax.orthogonal.shape import Features, check_float
 from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.validate import is_whole
 
 
 def maxmin(x: Features) -> Features:
@@ -25,8 +27,8 @@ def group_sort(x: Features, size: int) -> Features:
 
     **Guarantee**: 1-Lipschitz, and an isometry wherever it is differentiable (its Jacobian is a permutation).
     """
-    if size < 2:
-        raise UserError(f"group_sort needs groups of at least 2 channels, got {size}")
+    if not is_whole(size) or size < 2:
+        raise UserError(f"group_sort needs groups of at least 2 channels, a whole number, got {size!r}")
     if size == 2:
         return maxmin(x)
     groups = x.shape[-1] // size
@@ -35,6 +37,7 @@ def group_sort(x: Features, size: int) -> Features:
     return jnp.concatenate([sorted_part, x[..., groups * size :]], axis=-1)
 
 
+@highest_precision
 def householder(x: Features, theta: Float[Array, " channels//2"]) -> Features:
     """Reflects each pair (a, b) = (c, c + C//2) with a·sin(θ/2) < b·cos(θ/2) into the other half plane.
 

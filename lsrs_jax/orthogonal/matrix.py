@@ -27,11 +27,12 @@ _LARGEST = 1024.0  # The Cayley transform scales W of a larger Frobenius norm to
 
 
 def highest_precision(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Runs `function` with every matmul and convolution inside at the highest precision."""
+    """Runs `function` with all products at the highest precision and JAX's own rules for dtypes and shapes."""
 
     @functools.wraps(function)
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        with jax.default_matmul_precision("highest"):
+        rules = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
+        with jax.default_matmul_precision("highest"), rules[0], rules[1]:
             return function(*args, **kwargs)
 
     return wrapped

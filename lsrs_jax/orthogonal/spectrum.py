@@ -15,6 +15,8 @@ import numpy as np
 from jaxtyping import Complex, Float, Inexact, Shaped
 from threadpoolctl import ThreadpoolController
 
+from lsrs_jax.runtime.validate import array
+
 Pair = tuple[int, int]
 Kernel = Shaped[np.ndarray, "kh kw c_in c_out"]
 PerFrequency = Float[np.ndarray, "height*width rank"]
@@ -40,7 +42,7 @@ class Spectrum(NamedTuple):
 
 def dense_singular_values(matrix: Shaped[np.ndarray, "m n"]) -> Float[np.ndarray, " min(m,n)"]:
     """Singular values of one matrix, descending."""
-    return np.linalg.svd(np.asarray(matrix, np.float64), compute_uv=False)
+    return np.linalg.svd(np.asarray(array("the matrix", matrix), np.float64), compute_uv=False)
 
 
 def conv_singular_values(kernel: Kernel, input_hw: Pair, strides: Pair = (1, 1)) -> PerFrequency:
@@ -49,7 +51,7 @@ def conv_singular_values(kernel: Kernel, input_hw: Pair, strides: Pair = (1, 1))
     Space-to-depth turns a strided circular convolution into an unstrided one. The Fourier transform makes that
     block-diagonal, with one c_out × c_in·sh·sw block per frequency (Sedghi, Gupta and Long 2019).
     """
-    kernel = np.asarray(kernel, np.float64)
+    kernel = np.asarray(array("the kernel", kernel), np.float64)
     (sh, sw), (height, width) = strides, input_hw
     if height % sh or width % sw:
         raise ValueError(f"strides {strides} do not divide the input size {input_hw}")

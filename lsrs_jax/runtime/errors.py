@@ -1,5 +1,7 @@
 """Exceptions whose message is for the user."""
 
+import re
+
 _LONGEST = 1000  # number of characters kept at each end, because a message may quote a whole file
 
 
@@ -23,6 +25,18 @@ class OthersLost(UserError):
     """Another process of the run has ended. Nothing is wrong in this one; the same command resumes. Exit code 75."""
 
     code = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
+def reason(error: BaseException) -> str:
+    """The line of an exception's message that says what is wrong: the last one of a traceback that it quotes."""
+    text = str(error).strip()
+    return text.splitlines()[-1].strip() if "Traceback (most recent call last)" in text else first_line(error)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of the host or of a device was too small."""
+    found = isinstance(error, RuntimeError) and re.search("RESOURCE_EXHAUSTED|Out of memory", str(error))
+    return isinstance(error, MemoryError) or bool(found)
 
 
 def first_line(error: BaseException) -> str:

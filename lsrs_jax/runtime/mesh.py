@@ -1,5 +1,6 @@
 """One-dimensional meshes of devices, and how arrays are placed on them."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,14 @@ def local_mesh(devices: Sequence[Any] | None = None) -> Mesh:
 def global_mesh() -> Mesh:
     """A mesh over the devices of all processes; the devices of one process are neighbours."""
     return local_mesh(sorted(jax.devices(), key=lambda device: (device.process_index, device.id)))
+
+
+def callers_mesh() -> Mesh | None:
+    """The mesh that ``jax.set_mesh`` has set; None without one, or while JAX traces a function."""
+    if not jax.sharding.get_abstract_mesh().empty:
+        with contextlib.suppress(ValueError):  # while a function is traced
+            return jax.sharding.get_mesh()
+    return None
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -12,6 +12,7 @@ import jax
 
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.format import KEY_DOMAINS, PRNG
+from lsrs_jax.runtime.mesh import callers_mesh
 
 
 def root_key(seed: int) -> jax.Array:
@@ -36,7 +37,15 @@ def check_key(key: Any) -> jax.Array:
 
 
 @contextlib.contextmanager
+def standard_flags() -> Iterator[None]:
+    """A context with JAX's own rules for dtypes and shapes, with compilation, and without a mesh of the caller."""
+    mesh = jax.set_mesh(None) if callers_mesh() else contextlib.nullcontext()
+    with mesh, jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), jax.disable_jit(False):
+        yield
+
+
+@contextlib.contextmanager
 def pinned() -> Iterator[None]:
-    """A context in which random bits and dtypes do not depend on the user's JAX flags."""
-    with jax.enable_x64(False), jax.threefry_partitionable(True):
+    """A context in which random bits, dtypes and devices do not depend on the user's JAX flags."""
+    with standard_flags(), jax.enable_x64(False), jax.threefry_partitionable(True):
         yield

@@ -18,6 +18,8 @@ def real(value: Any) -> float:
 
     The number may also come as an array of NumPy or JAX without dimensions.
     """
+    if value is np.ma.masked:
+        return math.nan
     if getattr(value, "shape", None) == () and not isinstance(value, np.generic):
         try:
             value = np.asarray(value)[()]
@@ -32,11 +34,23 @@ def real(value: Any) -> float:
 
 
 def array(name: str, value: Any, what: str = "numbers") -> np.ndarray:
-    """Converts a caller's value to an array; raises UserError if NumPy cannot."""
+    """Converts a caller's value to an array; raises UserError if NumPy cannot, or if an entry is masked."""
     try:
+        refuse_masked(name, value)
         return np.asarray(value)
+    except UserError:
+        raise
     except (TypeError, ValueError) as error:
         raise UserError(f"{name} must be one array of {what}: {error}") from error
+
+
+def refuse_masked(name: str, value: Any) -> None:
+    """Raises UserError if a masked array has a masked entry, also inside lists: NumPy would use what the mask hides."""
+    if isinstance(value, list | tuple):
+        for inner in value:
+            refuse_masked(name, inner)
+    elif isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        raise UserError(f"{name} must not have masked entries: fill them, or leave these rows out")
 
 
 def numbers(name: str, value: Any) -> np.ndarray:

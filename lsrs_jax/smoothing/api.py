@@ -22,6 +22,10 @@ from lsrs_jax.smoothing.head_check import Head
 from lsrs_jax.smoothing.sampler import Sampler, check_settings
 from lsrs_jax.smoothing.schedule import make_schedule
 
+# The last classifier of `certify` or `predict`; one only, because its programs and its head take memory.
+_LATEST: "list[SmoothedClassifier]" = []
+_LOCK = threading.Lock()
+
 
 class SmoothedClassifier:
     """The classifier argmax_c P[head(z + δ) = c], δ ~ N(0, σ²I), compiled once per shape of its inputs.
@@ -58,6 +62,12 @@ class SmoothedClassifier:
         self._settings: dict[str, Any] = {"arithmetic": arithmetic, "noise": noise, "tile": tuple(tile), "spmd": spmd}
         self._settings |= {"sigma": sigma, "devices": devices}
         self._samplers: dict[tuple[int, ...], Sampler] = {}
+
+    def take_over(self, other: "SmoothedClassifier") -> None:
+        """Takes over the compiled programs of a classifier of the same head and settings."""
+        if self._head is other._head and self._settings == other._settings:
+            current = {shape: sampler for shape, sampler in other._samplers.items() if sampler.is_current(self._head)}
+            self._samplers = current
 
     def sampler(self, latent_shape: Sequence[int]) -> Sampler:
         """The compiled `Sampler` for latents of this shape, without the batch axis."""
@@ -182,11 +192,15 @@ def certify(
     spmd: str = "shard_map",
     progress: Callable[[str], object] | None = None,
 ) -> Certificates:
-    """Makes a `SmoothedClassifier`, which compiles, and calls its `certify`; takes the arguments of both."""
+    """Makes a `SmoothedClassifier` and calls its `certify`; takes the arguments of both.
+
+    A call with the same head object, settings and shape of latents as the call before compiles nothing. The head is
+    traced anew, and compiled if it has become another function.
+    """
     settings = {"lipschitz": lipschitz, "arithmetic": arithmetic, "noise": noise, "tile": tile, "spmd": spmd}
     sampling = {"n0": n0, "n": n, "alpha": alpha, "bound": bound, "schedule": schedule, "radii": radii}
     sampling |= {"epsilon": epsilon, "slack": slack, "progress": progress}
-    return SmoothedClassifier(head, sigma=sigma, **settings).certify(latents, key=key, **sampling)
+    return _classifier(head, sigma=sigma, **settings).certify(latents, key=key, **sampling)
 
 
 def predict(
@@ -202,9 +216,19 @@ def predict(
     tile: Sequence[int] = (32, 8),
     spmd: str = "shard_map",
 ) -> Int[np.ndarray, " images"]:
-    """Makes a `SmoothedClassifier`, which compiles, and calls its `predict`; takes the arguments of both."""
+    """Makes a `SmoothedClassifier` and calls its `predict`; compiles as `certify` does."""
     settings = {"arithmetic": arithmetic, "noise": noise, "tile": tile, "spmd": spmd}
-    return SmoothedClassifier(head, sigma=sigma, **settings).predict(latents, key=key, n=n, alpha=alpha)
+    return _classifier(head, sigma=sigma, **settings).predict(latents, key=key, n=n, alpha=alpha)
+
+
+def _classifier(head: Head, **settings: Any) -> SmoothedClassifier:
+    """A classifier with the compiled programs of the one before, if head and settings are still the same."""
+    made = SmoothedClassifier(head, **settings)
+    with _LOCK:
+        for before in _LATEST:
+            made.take_over(before)
+        _LATEST[:] = [made]
+    return made
 
 
 def _check_latents(latents: Any) -> Float[np.ndarray, "images *latent"]:

@@ -18,6 +18,8 @@ from lsrs_jax.smoothing.schedule import Schedule
 # Relative; covers the rounding of the quantile function and of the arithmetic here.
 _MARGIN = 1e-12  # on-disk format: tables are compared digit by digit
 _ABSOLUTE = 1e-14  # per unit of the quantiles; on-disk format
+_ENTRIES = 2**21  # counts of the images that are derived at once
+BLOCK_BYTES = 5 * 8 * _ENTRIES  # memory that this takes
 _FUTILITY = 0.01  # level of the optimistic limits; stopping too early costs radius, never the guarantee
 
 
@@ -98,6 +100,17 @@ class Certificates:
         return len(self.predict)
 
 
+def _images_per_block(classes: int, looks: int) -> int:
+    """How many images are derived at once, so that the memory does not grow with their number."""
+    return max(1, _ENTRIES // (classes * looks))
+
+
+def _joined(parts: Sequence[Certificates]) -> Certificates:
+    names = [field.name for field in dataclasses.fields(Certificates) if field.name != "samples"]
+    joined: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    return Certificates(**joined)
+
+
 @dataclasses.dataclass(frozen=True)
 class Derivation:
     """The settings that turn counts into certificates; `sigma`, `lipschitz` and `tau` as in `from_counts`."""
@@ -131,6 +144,9 @@ class Derivation:
 
         **Guarantee**: the same as of `from_counts`, for any rule that decides at which look an image stops.
         """
+        size = _images_per_block(len(images[0].counts["selection"]), max(len(i.looks) for i in images))
+        if len(images) > size:
+            return _joined([self.certificates(schedule, images[a : a + size]) for a in range(0, len(images), size)])
         selection, rows = np.stack([i.counts["selection"] for i in images]), np.concatenate([i.looks for i in images])
         lengths, slack = np.array([len(i.looks) for i in images]), np.array([i.slack for i in images])
         return self.derive(selection, rows, lengths, np.full(len(images), schedule.n), slack, len(schedule.looks))
@@ -149,7 +165,15 @@ class Derivation:
         `rows` are the cumulative estimation counts of all images, first the ``lengths[0]`` rows of image 0; `horizon`
         is the number of estimation samples at the last look, `looks` the number of looks that share alpha.
         """
-        owner, starts = np.repeat(np.arange(len(lengths)), lengths), np.cumsum(lengths) - lengths
+        images, size = len(lengths), _images_per_block(selection.shape[1], int(lengths.max()))
+        if images > size:
+            ends, slacks, parts = [0, *np.cumsum(lengths).tolist()], np.broadcast_to(slack, images), []
+            for a in range(0, images, size):
+                b = min(a + size, images)
+                own = selection[a:b], rows[ends[a] : ends[b]], lengths[a:b], horizon[a:b], slacks[a:b]
+                parts.append(self.derive(*own, looks))
+            return _joined(parts)
+        owner, starts = np.repeat(np.arange(images), lengths), np.cumsum(lengths) - lengths
         # On-disk format: tables are compared digit by digit. With the factor, no rounding removes τ.
         share, tau = self.alpha / looks, self.tau * (1 + 1e-9)
         bucket, count = confidence.partition(selection, horizon, share, self.bound)
@@ -168,6 +192,9 @@ class Derivation:
         In that future the candidate's share of the samples to come is the upper limit of its probability (level .01).
         Stopping early can shrink a radius but never falsify one, so this rule needs no part of α.
         """
+        size = _images_per_block(len(images[0].counts["selection"]), len(schedule.looks)) if images else 1
+        if len(images) > size:
+            return np.concatenate([self.decided(schedule, images[a : a + size]) for a in range(0, len(images), size)])
         done = np.array([len(image.looks) == len(schedule.looks) for image in images])
         rest = np.flatnonzero(~done)
         if len(rest):

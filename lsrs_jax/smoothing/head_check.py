@@ -3,19 +3,22 @@
 import contextlib
 import functools
 import hashlib
+import secrets
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Literal
 from jaxtyping import Array, Bool, Float, Int
 
-from lsrs_jax.runtime.errors import UserError, first_line
+from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.rng import domain_key
+from lsrs_jax.smoothing.head_trace import TracedHead, calling, parts
 
 _SCALES = (0.01, 1.0, 100.0, 0.0, 1.0, 1.0)  # of the random rows that surround the row under test
+_EXPECTED = "a function latents -> logits (for a Flax module: lambda z: net.apply(variables, z))"
 _LOW = (jnp.bfloat16, jnp.float16)
 _HIGHEST = (None, jax.lax.Precision.HIGHEST, (jax.lax.Precision.HIGHEST,) * 2)
 
@@ -32,6 +35,7 @@ class CheckedHead(NamedTuple):
     num_classes: int
     digest: str  # of the logits at some random latents
     logits: Callable[[jax.Array], jax.Array]  # the compiled head, for latents of the shape that was checked
+    fingerprint: str  # of its program and constants
     tolerance: float  # share of a logit by which rounding may move it, if other rows or another program surround it
 
 
@@ -48,7 +52,7 @@ def _pick(latents: jax.Array, rows: Any) -> jax.Array:
     return latents[rows]
 
 
-def check_head(head: Head, shape: tuple[int, ...]) -> CheckedHead:
+def check_head(head: TracedHead, shape: tuple[int, ...]) -> CheckedHead:
     """Runs a head on random latents ``(rows, *latent)``.
 
     Raises UserError for a head that returns anything but ``(rows, K ≥ 2)`` logits, or NaN logits.
@@ -60,23 +64,22 @@ def check_head(head: Head, shape: tuple[int, ...]) -> CheckedHead:
     the head. It does not find what these few latents do not show, nor a head that is another function for other batch
     sizes than these two. Dependences that only show among similar latents are left to `coupling_check`.
     """
-    try:
-        traced = _trace(head, shape)
-    except Exception as error:  # whatever the caller's function raises
-        expected = "a function latents -> logits (for a Flax module: lambda z: net.apply(variables, z))"
-        why = f"it does not accept latents {shape}: {first_line(error)}"
-        raise UserError(f"the head must be {expected}; {why}") from error
+    with calling(f"in its first call: it must be {_EXPECTED}, but it does not accept latents {shape}"):
+        traced = head.trace(shape)
     out = traced.out_info
     real = hasattr(out, "dtype") and not jnp.issubdtype(out.dtype, jnp.complexfloating)
     if not real or len(out.shape) != 2 or out.shape[0] != shape[0] or out.shape[1] < 2:
-        raise UserError(f"the head must return logits (B, K >= 2) for latents {shape}, got {out}")
+        one = "; with one class nothing can change: give a second one, such as a logit of 0" * _one_class(out, shape[0])
+        raise UserError(f"the head must return logits (B, K >= 2) for latents {shape}, got {_shapes(out)}{one}")
     # Compiled here, in the caller's thread and context, so that it can be called in any other.
-    compiled = traced.lower().compile()
+    with calling("when its first call was compiled"):
+        compiled = traced.lower().compile()
     key, rng = domain_key(0, "probe"), np.random.default_rng(0)
     tolerance = 0.05 if out.dtype in _LOW else 1e-4
 
     def logits(latents: jax.Array) -> np.ndarray:
-        return np.asarray(compiled(latents), np.float32)
+        with calling("on random latents, before any sample is drawn"):
+            return np.asarray(compiled(latents), np.float32)
 
     latents = _normals(key, 1.0, np.zeros(shape[1:], np.float32), np.int64(shape[0]), shape)
     chosen, positions = rng.integers(shape[0], size=(2, len(_SCALES)))
@@ -93,11 +96,19 @@ def check_head(head: Head, shape: tuple[int, ...]) -> CheckedHead:
         if not (np.abs(after - before) <= tolerance * (1 + np.abs(before))).all():
             remedy = "a row may depend on its own latent alone, not on chance; normalise with stored statistics"
             raise UserError(f"the head's rows depend on each other (batch statistics?): {remedy}")
-    checked = CheckedHead(
-        out.shape[1], hashlib.sha256(found.tobytes()).hexdigest(), compiled, _rounding(traced.jaxpr, out.dtype)
-    )
+    digest, program = hashlib.sha256(found.tobytes()).hexdigest(), fingerprint(traced.jaxpr)
+    checked = CheckedHead(out.shape[1], digest, compiled, program, _rounding(traced.jaxpr, out.dtype))
     _check_traces(head, traced.jaxpr, checked, shape, moving, chosen, found)
     return checked
+
+
+def _shapes(out: Any) -> str:
+    """The shapes of what a head returned."""
+    return str(jax.tree.map(lambda leaf: (*getattr(leaf, "shape", ()), str(getattr(leaf, "dtype", leaf))), out))[:200]
+
+
+def _one_class(out: Any, rows: int) -> bool:
+    return getattr(out, "shape", None) in ((rows,), (rows, 1))
 
 
 def check_logits(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
@@ -130,25 +141,21 @@ def differing(
         return ~(same | (np.abs(after - before) <= allowed)).all(axis=1)
 
 
-def _trace(head: Head, shape: tuple[int, ...]) -> Any:
-    """Traces a head anew: JAX may remember the head from another context."""
-    return jax.jit(lambda latents: head(latents)).trace(jax.ShapeDtypeStruct(shape, jnp.float32))
-
-
-def _second_trace(head: Head, shape: tuple[int, ...], num_classes: int) -> tuple[int, Any]:
+def _second_trace(head: TracedHead, shape: tuple[int, ...], num_classes: int) -> tuple[int, Any]:
     """Traces a head for a batch of 1, or, if it accepts only its own batch size, for that; returns size and trace."""
     size, traced, found = 1, None, ()
     with contextlib.suppress(Exception):  # whatever the caller's function raises
-        traced = _trace(head, (1, *shape[1:]))
+        traced = head.trace((1, *shape[1:]))
         found = traced.out_info.shape
     if traced is None or len(found) != 2 or found[0] != 1:
-        size, traced = shape[0], _trace(head, shape)
+        with calling(f"in its third call, the second one for latents {shape}"):
+            size, traced = shape[0], head.trace(shape)
     check_logits(getattr(traced.out_info, "shape", ()), (size, num_classes))
     return size, traced
 
 
 def _check_traces(
-    head: Head,
+    head: TracedHead,
     program: ClosedJaxpr,
     checked: CheckedHead,
     shape: tuple[int, ...],
@@ -164,24 +171,15 @@ def _check_traces(
     size, again = _second_trace(head, shape, checked.num_classes)
     if _alike(program, again.jaxpr, shape[0] // size):
         return
-    compiled, key = again.lower().compile(), domain_key(0, "probe")
+    key = domain_key(0, "probe")
     batches = (_normals(key, 1.0, row, np.int64(0), (size, *shape[1:])) for row in latents)
-    after = np.stack([np.asarray(compiled(batch), np.float32)[0] for batch in batches])
+    with calling(f"on random latents, as JAX traced it again for a batch of {size}"):
+        compiled = again.lower().compile()
+        after = np.stack([np.asarray(compiled(batch), np.float32)[0] for batch in batches])
     if differing(found[chosen], after, allowance(found, checked.tolerance)[chosen]).any():
         where = f"for a batch of {size} instead of {shape[0]}" if size == 1 else "again"
         why = "it may depend on neither the batch and its size, nor random numbers or clocks read while it is traced"
         raise UserError(f"the head is another function when JAX traces it {where}: {why}; draw masks when it is made")
-
-
-def _parts(program: Any) -> Iterator[tuple[Jaxpr, Any]]:
-    """A jaxpr and those inside it, each with its constants."""
-    jaxpr = program.jaxpr if isinstance(program, ClosedJaxpr) else program
-    yield jaxpr, program.consts if isinstance(program, ClosedJaxpr) else ()
-    for equation in jaxpr.eqns:
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                if isinstance(inner, Jaxpr | ClosedJaxpr):
-                    yield from _parts(inner)
 
 
 def _whole_numbers(value: Any) -> Iterator[int]:
@@ -194,7 +192,7 @@ def _whole_numbers(value: Any) -> Iterator[int]:
 
 def _facts(program: ClosedJaxpr) -> Iterator[Any]:
     """What tells two traces apart: primitives, what they read, parameters, constants, literals and the results."""
-    for jaxpr, constants in _parts(program):
+    for jaxpr, constants in parts(program):
         yield from constants
         numbers = {variable: str(number) for number, variable in enumerate((*jaxpr.constvars, *jaxpr.invars))}
         for equation in jaxpr.eqns:
@@ -206,6 +204,30 @@ def _facts(program: ClosedJaxpr) -> Iterator[Any]:
                 if isinstance(value, str | float | np.dtype):
                     yield repr(value)
         yield from (value.val if isinstance(value, Literal) else numbers[value] for value in jaxpr.outvars)
+
+
+def fingerprint(program: ClosedJaxpr) -> str:
+    """SHA-256 of a program and its constants; another one each time if the program calls functions of Python."""
+    total = hashlib.sha256(str(program.jaxpr).encode())  # the text names all that `_facts` leaves out
+    if _calls_python(program):
+        total.update(secrets.token_bytes(32))
+    for fact in _facts(program):
+        if isinstance(fact, jax.Array) and jax.dtypes.issubdtype(fact.dtype, jax.dtypes.prng_key):
+            fact = jax.random.key_data(fact)
+        array = np.asarray(fact)
+        total.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+    return total.hexdigest()
+
+
+def _calls_python(program: ClosedJaxpr) -> bool:
+    """Whether a program calls functions of Python when it runs; rules for derivatives do not count."""
+    equations = [equation for jaxpr, _ in parts(program) for equation in jaxpr.eqns]
+    return any(
+        callable(value) and not isinstance(value, type)
+        for equation in equations
+        if equation.primitive.name not in ("custom_jvp_call", "custom_vjp_call")
+        for value in equation.params.values()
+    )
 
 
 def _alike(one: ClosedJaxpr, other: ClosedJaxpr, ratio: int) -> bool:
@@ -227,7 +249,7 @@ def _alike(one: ClosedJaxpr, other: ClosedJaxpr, ratio: int) -> bool:
 
 def _rounding(program: ClosedJaxpr, dtype: Any) -> float:
     """The tolerance of a program: larger if any number or product is less precise than float32."""
-    equations = [equation for jaxpr, _ in _parts(program) for equation in jaxpr.eqns]
+    equations = [equation for jaxpr, _ in parts(program) for equation in jaxpr.eqns]
     dtypes = {getattr(value.aval, "dtype", None) for equation in equations for value in equation.outvars} | {dtype}
     low = any(
         found is not None and jnp.issubdtype(found, jnp.floating) and jnp.dtype(found).itemsize < 4 for found in dtypes

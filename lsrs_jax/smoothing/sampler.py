@@ -17,12 +17,13 @@ from lsrs_jax.runtime import mesh, rng
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.format import KEY_DOMAINS, NOISE_OFFSETS, STREAMS
 from lsrs_jax.runtime.mesh import AXIS
-from lsrs_jax.runtime.validate import choice
+from lsrs_jax.runtime.validate import array, choice
 from lsrs_jax.smoothing.arithmetic import ARITHMETICS, make_arithmetic
 from lsrs_jax.smoothing.confidence import MAX_SAMPLES, leaders
 from lsrs_jax.smoothing.coupling_check import CouplingCheck, Evaluated
 from lsrs_jax.smoothing.derivation import check_sigma
-from lsrs_jax.smoothing.head_check import Head, check_head, check_logits
+from lsrs_jax.smoothing.head_check import Head, check_head, check_logits, fingerprint
+from lsrs_jax.smoothing.head_trace import TracedHead, calling
 from lsrs_jax.smoothing.schedule import block_count
 
 SPMD = ("shard_map", "pmap")
@@ -37,7 +38,8 @@ def pinned_flags() -> Iterator[None]:
     reused keys mistakes the loop, which derives a key per sample block, for reuse.
     """
     precision, reuse = jax.default_matmul_precision("highest"), jax.debug_key_reuse(False)
-    with rng.pinned(), precision, reuse, jax.numpy_rank_promotion("allow"), jax.transfer_guard("allow"):
+    finite = jax.debug_nans(False), jax.debug_infs(False)
+    with rng.pinned(), precision, reuse, finite[0], finite[1], jax.transfer_guard("allow"):
         yield
 
 
@@ -92,15 +94,33 @@ class Sampler:
             gigabytes = f"{entries // 2**28:,} GiB"
             raise UserError(f"the tile {self.tile} needs {gigabytes} for its noisy latents alone; make it smaller")
         self.arithmetic, self.traces = make_arithmetic(arithmetic, sigma), 0
-        self._head, self._noise, self._mesh = head, noise, mesh.local_mesh(devices)
-        self._launcher = ThreadPoolExecutor(1, "launch")
+        self._noise, self._mesh, traced = noise, mesh.local_mesh(devices), TracedHead(head)
+        self._launcher, self._devices = ThreadPoolExecutor(1, "launch"), devices
         with pinned_flags():
             with jax.default_device(self._mesh.devices.flat[0]):
-                self._checked = check_head(head, (math.prod(self.tile), *self.latent_shape))
+                self._checked = check_head(traced, (math.prod(self.tile), *self.latent_shape))
             self.num_classes, self.head_digest = self._checked.num_classes, self._checked.digest
             self._tables = self._put(self.arithmetic.tables)
-            self._call, self._rows = self._compile(spmd)
+            with calling("in its last call, when the sampling loop was compiled"):
+                try:
+                    self._call, self._rows = self._compile(traced, spmd)
+                except (ValueError, TypeError, NotImplementedError) as error:
+                    if isinstance(error, UserError) or traced.depends_on_mesh:
+                        raise
+                    traced.depends_on_mesh = True  # it may use names of axes that the mesh of the loop does not have
+                    self._call, self._rows = self._compile(traced, spmd)
         self._check = CouplingCheck(self.tile, self.num_classes, self._checked.tolerance, self._mesh.size)
+
+    def is_current(self, head: Head) -> bool:
+        """Whether `head` still is the function that was compiled, and the devices are the same."""
+        traced = TracedHead(head)
+        try:
+            with pinned_flags():
+                program = traced.trace((math.prod(self.tile), *self.latent_shape)).jaxpr
+        except Exception:  # whatever the caller's function raises
+            return False
+        same = self._mesh == mesh.local_mesh(self._devices)
+        return same and fingerprint(program) == self._checked.fingerprint
 
     @property
     def tau(self) -> float:
@@ -157,15 +177,17 @@ class Sampler:
         counts = jax.lax.fori_loop(0, steps, block_counts, jax.lax.pcast(zeros, AXIS, to="varying"))
         return counts[None]  # the host adds: without a collective, devices never wait for each other
 
-    def _compile(self, spmd: str) -> tuple[Any, Any]:
+    def _compile(self, traced: TracedHead, spmd: str) -> tuple[Any, Any]:
         """Compiles the loop, and a program for the first device that puts the noisy latents of a block in any order."""
         devices = self._mesh.devices.reshape(-1)
+        self._head = traced.for_loop((math.prod(self.tile), *self.latent_shape))
         if spmd == "pmap":
             axes = (0, *[None] * 7)
             call: Any = jax.pmap(self._device_counts, AXIS, in_axes=axes, out_axes=0, devices=list(devices))
         else:
-            specs = (P(AXIS), *[P()] * 7)
-            call = jax.jit(jax.shard_map(self._device_counts, mesh=self._mesh, in_specs=specs, out_specs=P(AXIS)))
+            # A trace of a head that is run again does not know which numbers vary over the devices.
+            specs = {"in_specs": (P(AXIS), *[P()] * 7), "out_specs": P(AXIS), "check_vma": not traced.depends_on_mesh}
+            call = jax.jit(jax.shard_map(self._device_counts, mesh=self._mesh, **specs))
         index = jax.device_put(np.arange(len(devices), dtype=np.int32), mesh.split(self._mesh))
         batch = self.put(self.quantize(np.zeros((1, *self.latent_shape))))
         key = self._put(rng.domain_key(0, "probe"))
@@ -186,7 +208,7 @@ class Sampler:
 
     def quantize(self, latents: Any) -> Num[np.ndarray, "images *latent"]:
         """Converts latents ``(images, *latent_shape)`` to the arithmetic's dtype, in NumPy."""
-        latents = np.asarray(latents, np.float64)
+        latents = np.asarray(array("latents", latents), np.float64)
         if latents.shape[1:] != self.latent_shape:
             raise UserError(f"this sampler takes latents of shape {self.latent_shape}, got {latents.shape[1:]}")
         if not np.isfinite(latents).all():
@@ -219,7 +241,7 @@ class Sampler:
             raise UserError(f"the number of samples must lie between 1 and 2**27, got {n}")
         if not 0 <= first < stop <= blocks:
             raise UserError(f"blocks [{first}, {stop}) are not among the {blocks} of {n} samples")
-        return self._launcher.submit(self._start, batch, key, first, stop, n)
+        return self._launcher.submit(pinned_flags()(self._start), batch, key, first, stop, n)
 
     def _start(
         self, batch: tuple[jax.Array, jax.Array], key: jax.Array, first: int, stop: int, n: int
@@ -239,14 +261,15 @@ class Sampler:
 
         Raises UserError if any logit was NaN, or if the check of the launch refuses the head.
         """
-        found, evaluated = launched.result()
-        per_device = np.asarray(jax.device_get(found), np.int64)
+        with calling("on noisy latents, while samples were drawn"):
+            found, evaluated = jax.device_get(launched.result())
+        per_device = np.asarray(found, np.int64)
         counts = per_device.reshape(-1, self.tile[0], self.num_classes + 1).sum(axis=0)[:images]
         if counts[:, -1].any():
             number = counts[:, -1].sum()
             raise UserError(f"the head returned NaN logits for {number} noisy samples; a NaN never certifies")
         if evaluated is not None:
-            self._check.verify(jax.device_get(evaluated))
+            self._check.verify(evaluated)
         return counts[:, :-1]
 
     def one_batch(

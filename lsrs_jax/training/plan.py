@@ -17,8 +17,11 @@ from lsrs_jax.runtime.mesh import global_mesh, replicated, split
 from lsrs_jax.runtime.processes import devices
 from lsrs_jax.runtime.rng import domain_key, pinned
 from lsrs_jax.runtime.types import Config
+from lsrs_jax.smoothing.derivation import BLOCK_BYTES
+from lsrs_jax.smoothing.schedule import make_schedule
 from lsrs_jax.training.loop import parts
 
+LATENT_BYTES = 2**30  # `certification.encode` keeps as many latents in memory
 USED = 0.3  # share of the peak FLOP/s, as measured for configs/cifar10.py on an H200 (docs/results/accelerator.md)
 FREE = 0.9  # share of a chip's memory that a program can use; the runtime and fragmentation take the rest
 _REMEDIES = "more devices, a smaller data.batch_size or train.shard_parameters=true"
@@ -104,6 +107,15 @@ def sampling_need(model: Model, config: Config) -> Need:
         return Need(*(count(sample, *arguments) for count in (peak_memory, flops, traffic)))
 
 
+def host_memory(config: Config, images: int, classes: int, latent: tuple[int, ...]) -> tuple[int, int]:
+    """Bytes of the host: for latents and counts while `images` images are certified, and for deriving certificates."""
+    certify = config.certify
+    looks = len(make_schedule(certify.schedule, certify.n0, certify.n, certify.tile[1]).looks)
+    counts = images * classes * (2 + looks) * 8  # int64, of both streams, and at every look
+    latents = min(LATENT_BYTES, 4 * images * math.prod(latent))
+    return counts + latents, images * classes * 8 + BLOCK_BYTES
+
+
 def _memory_here() -> int | None:
     """Bytes of memory of one device of this machine, or None if unknown."""
     device = jax.local_devices()[0]
@@ -122,8 +134,11 @@ def _cells(need: Need, chip: Chip, dtype: str, calls: float) -> str:
     return f"{'fits' if need.fits(chip) else 'does not fit':>16}{time:>16}"
 
 
-def report(model: Model, config: Config) -> str:
-    """The estimate as text: sizes, memory per device, time on every chip of `CHIPS`; warnings if memory is short."""
+def report(model: Model, config: Config, images: int) -> str:
+    """The estimate as text: sizes, memory, time on every chip of `CHIPS`; warnings if memory is short.
+
+    `images` is the number of images that are certified.
+    """
     certify, need = config.certify, training_need(model, config)
     # (name, unit that is timed, need of a program, calls per unit, field of `Chip`, remedy if memory is short)
     columns = [("training", "a step", need, 1, "training", _REMEDIES)]
@@ -139,6 +154,13 @@ def report(model: Model, config: Config) -> str:
         lines.append(
             f"certification: at most {n:,} samples an image, {calls * tile.flops / 1e12:,.3g} TFLOP; on each device "
             f"{_gib(tile.memory)} for a batch of {certify.tile[0]} images x {certify.tile[1]} samples"
+        )
+        params, latents = model.shapes()
+        classes = jax.eval_shape(model.classify, params, latents).shape[1]
+        sampled, derived = host_memory(config, images, classes, latents.shape[1:])
+        lines.append(
+            f"certification of {images:,} images x {classes:,} classes: on the host at most {_gib(sampled)} for "
+            f"latents and counts, and {_gib(derived)} more while certificates are derived"
         )
     else:
         lines.append("certification: deterministic, without samples")

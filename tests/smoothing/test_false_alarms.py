@@ -9,6 +9,7 @@ from lsrs_jax.models.heads import HEADS
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.smoothing.coupling_check import CouplingCheck, Evaluated
 from lsrs_jax.smoothing.head_check import allowance, check_head, differing
+from lsrs_jax.smoothing.head_trace import TracedHead
 from lsrs_jax.smoothing.sampler import pinned_flags
 from support import threefry
 
@@ -107,4 +108,4 @@ def test_the_tolerance_is_that_of_the_least_precise_number_or_product():
     }
     with pinned_flags():
         for head, tolerance in heads.items():
-            assert check_head(head, (64, 8)).tolerance == tolerance
+            assert check_head(TracedHead(head), (64, 8)).tolerance == tolerance

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -9,9 +10,11 @@ from scipy import special, stats
 
 from lsrs_jax.certification.table import read_table
 from lsrs_jax.runtime.errors import UserError
-from lsrs_jax.smoothing import certified_radius, confidence, from_counts
+from lsrs_jax.smoothing import certified_radius, confidence, derivation, from_counts
 from lsrs_jax.smoothing.arithmetic import Float32Arithmetic
 from lsrs_jax.smoothing.confidence import BOUNDS
+from lsrs_jax.smoothing.derivation import Derivation
+from lsrs_jax.smoothing.schedule import Schedule
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 100, 1000, 100_000])
@@ -300,3 +303,31 @@ def test_the_buckets_of_an_image_do_not_depend_on_the_other_images(seed, image):
         for rows in (selection, selection[:1])
     )
     np.testing.assert_array_equal(alone, together)
+
+
+@pytest.mark.parametrize("bound", ["binary", "multiclass"])
+def test_certificates_derived_in_blocks_have_the_same_digits(bound, monkeypatch):
+    """Blocks bound the memory: 50,000 images of 1,000 classes at 13 looks would take 37 GB at once."""
+    rng, looks = np.random.default_rng(0), (100, 200, 400)
+    steps = [rng.multinomial(100, rng.dirichlet(np.full(12, 0.3)), size=3) for _ in range(9)]
+    cumulative = [np.cumsum(part * [[1], [1], [2]], axis=0)[: 1 + i % 3] for i, part in enumerate(steps)]
+    selection = np.stack([part[0] for part in steps])
+    arguments = {"sigma": 0.5, "alpha": 0.01, "bound": bound, "looks": looks, "slack": rng.random(9) / 100}
+    whole = derivation.from_counts(selection, cumulative, **arguments)
+    plan, settings = Schedule(100, looks, 10), Derivation(0.5, 0.01, bound)
+    images = [
+        types.SimpleNamespace(looks=rows, counts={"selection": own, "estimation": rows[-1]}, slack=slack)
+        for own, rows, slack in zip(selection, cumulative, arguments["slack"], strict=True)
+    ]
+    decided = settings.decided(plan, images)
+    monkeypatch.setattr(derivation, "_ENTRIES", 2 * 12 * 3)  # two images at once
+    sizes, own = [], confidence.partition
+    monkeypatch.setattr(confidence, "partition", lambda *given: sizes.append(len(given[0])) or own(*given))
+    for blocks in (
+        derivation.from_counts(selection, cumulative, **arguments),
+        settings.certificates(plan, images),
+    ):
+        for name in ("predict", "radius", "counts", "n", "p_a_lower", "p_b_upper", "abstain"):
+            np.testing.assert_array_equal(getattr(blocks, name), getattr(whole, name))
+    np.testing.assert_array_equal(settings.decided(plan, images), decided)
+    assert max(sizes) == 2

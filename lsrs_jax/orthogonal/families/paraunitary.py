@@ -23,6 +23,7 @@ def check(shape: ConvShape) -> None:
         )
 
 
+@highest_precision
 def init(key: PRNGKeyArray, shape: ConvShape, mode: str) -> Raw:
     """Raw parameters: per axis a rotation ``(C, C)`` and, from the second tap on, a projector factor ``(C, C//2)``.
 
