@@ -30,7 +30,7 @@ test: .venv/ready
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/basedpyright
-	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
 soak: .venv/ready
 	$(BIN)/python -m pytest -m soak --timeout=7200 -s

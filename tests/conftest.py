@@ -1,8 +1,10 @@
 """Fixtures of all tests: eight simulated CPU devices, short trainings, and real data where they are present."""
 
+import ctypes
 import gc
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -18,15 +20,42 @@ jax.config.update("jax_num_cpu_devices", 8)
 os.environ["XDG_CACHE_HOME"] = str(Path(tempfile.gettempdir()) / f"lsrs_jax_tests_{os.getuid()}")
 cache_compilations()
 
+LARGE = 3 << 29  # bytes
 SHARED = Path(os.environ.get("LSRS_SHARED", ROOT.parent / "shared"))
 
 
-@pytest.fixture(scope="module", autouse=True)
 def drop_compiled_programs():
-    """Drops the compiled programs of a test file from memory when the file is finished; they stay on disk."""
-    yield
+    """Drops all compiled programs from memory; they stay on disk."""
     jax.clear_caches()
     gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # otherwise glibc keeps a gigabyte of what XLA has freed
+
+
+# The files that take longest, so that no worker begins one of them when the others have finished.
+LONGEST = ("test_processes.py", "test_faults.py", "test_forgeries.py", "test_audit.py", "test_convolution.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_file():
+    """Drops the compiled programs of a test file when the file is finished."""
+    yield
+    drop_compiled_programs()
+
+
+@pytest.fixture(autouse=True)
+def bounded_memory():
+    """Drops the compiled programs after a test if the process has become large."""
+    yield
+    if (
+        sys.platform == "linux"
+        and int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") > LARGE
+    ):
+        drop_compiled_programs()
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.format import AUDIT_COLUMNS
 from lsrs_jax.smoothing.sampler import Sampler
 from support import threefry
-from support.commands import QUICK, ended, fingerprint, finish, full_disk, refused, run, start
+from support.commands import ended, fingerprint, finish, full_disk, refused, run, start
 
 SIGMA, SHAPE = 0.25, (4, 4, 3)
 SETTINGS = Settings(images=0, fractions=(0.5, 1.0), restarts=2, steps=20, samples=16, votes=1000)
@@ -123,9 +123,9 @@ FLAGS = ["--images=24", "--steps=4", "--samples=4", "--restarts=1", "--fractions
 
 
 @pytest.fixture(scope="module")
-def certified(tmp_path_factory):
+def certified(trained, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("audit") / "run"
-    run("train", *QUICK, f"--workdir={workdir}")
+    shutil.copytree(trained, workdir, ignore=shutil.ignore_patterns("certify"))
     run("certify", f"--workdir={workdir}", "--config.certify.tile=(8,32)")
     return workdir
 
@@ -295,7 +295,7 @@ def test_certificates_of_an_understated_constant_fail_the_command(certified, tmp
     monkeypatch.setattr(spectrum, "upper_bound", lambda sigma: 0.63 * float(sigma))
     certify.run([f"--workdir={copy}", "--config.certify.name=false", "--config.certify.tile=(8,32)"])
     monkeypatch.undo()
-    flags = ["--steps=20", "--samples=16", "--restarts=2", "--votes=1000"]
+    flags = ["--images=10", "--steps=20", "--samples=16", "--restarts=2", "--votes=1000"]
     with pytest.raises(SystemExit) as stop:
         audit.run([f"--workdir={copy}", "--config.certify.name=false", *flags])
     assert stop.value.code == 1

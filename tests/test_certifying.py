@@ -3,8 +3,10 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from lsrs_jax.certification.table import read_table
 from support.commands import fingerprint, run, without_time
@@ -37,8 +39,11 @@ def test_certificates_are_complete_and_consistent(certified):
     assert provenance["record"][0]["seconds"] > 0
 
 
-@pytest.mark.parametrize(("devices", "spmd"), [(8, "shard_map"), (3, "pmap")])
-def test_certificates_do_not_depend_on_devices(trained, certified, devices, spmd):
+JAX_SETTINGS = {"JAX_ENABLE_X64": "1", "JAX_DEFAULT_PRNG_IMPL": "rbg"}
+
+
+@pytest.mark.parametrize(("devices", "spmd", "environment"), [(8, "shard_map", {}), (3, "pmap", JAX_SETTINGS)])
+def test_certificates_do_not_depend_on_devices(trained, certified, devices, spmd, environment):
     name = f"{spmd}{devices}"
     run(
         "certify",
@@ -46,8 +51,7 @@ def test_certificates_do_not_depend_on_devices(trained, certified, devices, spmd
         f"--config.certify.name={name}",
         f"--config.certify.spmd={spmd}",
         devices=devices,
-        JAX_ENABLE_X64="1",
-        JAX_DEFAULT_PRNG_IMPL="rbg",
+        **environment,
     )
     assert without_time(trained / "certify" / name / "certificates.tsv") == without_time(certified)
 
@@ -82,9 +86,22 @@ def test_more_images_extend_the_same_ledger(copy, certified):
     assert len(rows) == 51
 
 
-def test_compiled_programs_are_kept_and_a_broken_cache_does_no_harm(copy, certified, tmp_path):
+def begin_cache(folder):
+    """Forgets all compiled programs, and keeps them in a folder from now on."""
+    jax.clear_caches()
+    compilation_cache.reset_cache()
+    jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def test_compiled_programs_are_kept_and_a_broken_cache_does_no_harm(copy, certified, tmp_path, monkeypatch):
     def certify_again(name, home):
-        run("certify", f"--workdir={copy}", f"--config.certify.name={name}", XDG_CACHE_HOME=str(home))
+        folder = jax.config.jax_compilation_cache_dir
+        monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+        try:
+            begin_cache(None)  # as in a new process
+            run("certify", f"--workdir={copy}", f"--config.certify.name={name}")
+        finally:
+            begin_cache(folder)
         assert without_time(copy / "certify" / name / "certificates.tsv") == without_time(certified)
         return fingerprint(home) if home.is_dir() else {}
 

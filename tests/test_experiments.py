@@ -15,11 +15,17 @@ NARROW = "model.widths=(8,8,8,8,12,8,8,8)"  # XLA's CPU back end takes most of a
     [
         (
             "cifar10.py",
-            (NARROW, "train.head_dtype=bfloat16", "certify.head_dtype=bfloat16", "train.warmup_steps=1"),
+            (
+                NARROW,
+                "train.head_dtype=bfloat16",
+                "certify.head_dtype=bfloat16",
+                "train.warmup_steps=1",
+                "train.ema=0.9",
+            ),
             100,
         ),
         pytest.param("cifar10_small.py", ("train.loss=smoothadv",), 100, marks=pytest.mark.soak),
-        ("cifar10_small.py:isrs_split", ("train.loss=macer", "train.ema=0.9"), 100),
+        pytest.param("cifar10_small.py:isrs_split", ("train.loss=macer", "train.ema=0.9"), 100, marks=pytest.mark.soak),
         pytest.param("cifar10_study.py:split6_haar", ("certify.bound=multiclass",), 100, marks=pytest.mark.soak),
         ("cifar10_study.py:margin", (), 0),
     ],

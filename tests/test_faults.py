@@ -17,16 +17,24 @@ import pytest
 
 from lsrs_jax import cli
 from lsrs_jax.runtime import signals
-from support.commands import QUICK, ROOT, finish, full_disk, run, start, without_time
+from lsrs_jax.training.metrics import Metrics
+from support.commands import QUICK, ROOT, ended, finish, full_disk, run, start, without_time
 
 TRAIN = [*QUICK, "--config.train.steps=400", "--config.train.checkpoint_every=100", "--config.train.evaluate_every=400"]
 CERTIFY = ["--config.certify.n=30001", "--config.certify.stop=48", "--config.certify.tile=(2,8)"]
 CERTIFY += ["--config.certify.schedule=staged"]
 
 
+ARGUMENTS = {"train": TRAIN, "certify": CERTIFY}
+
+
 def launch(command, workdir, prefix=()):
-    arguments = {"train": TRAIN, "certify": CERTIFY}[command]
-    return start(command, *arguments, f"--workdir={workdir}", devices=2, prefix=prefix)
+    return start(command, *ARGUMENTS[command], f"--workdir={workdir}", devices=2, prefix=prefix)
+
+
+def complete(command, workdir):
+    """Runs a command to its end, in this process."""
+    run(command, *ARGUMENTS[command], f"--workdir={workdir}", devices=2)
 
 
 def refused(process):
@@ -43,14 +51,14 @@ def refused(process):
 INTERRUPTED = ("interrupted; the same command resumes\n", "interrupted before anything was done\n")
 
 
-# Each fault runs a command in a workdir and disturbs it, most at a random moment of its `duration`. It returns whether
-# it disturbed the command.
+# Each fault runs a command in a workdir and disturbs it, most at the moment for which `wait(process)` waits. It returns
+# whether it disturbed the command.
 
 
 def signalled(number):
-    def fault(command, workdir, rng, duration):
+    def fault(command, workdir, rng, wait):
         process = launch(command, workdir)
-        time.sleep(rng.uniform(0, duration))
+        wait(process)
         process.send_signal(number)
         code, _, err = finish(process)
         # Before the package is imported, a signal has the effect that it has on any Python program.
@@ -62,14 +70,14 @@ def signalled(number):
     return fault
 
 
-def disk_is_full(command, workdir, rng, duration):
+def disk_is_full(command, workdir, rng, wait):
     """No file may grow beyond some size."""
     largest = max((path.stat().st_size for path in workdir.rglob("*.tsv")), default=0)
     size = rng.choice([rng.randrange(2000), largest + rng.randrange(20_000), 300_000])
     return refused(launch(command, workdir, full_disk(size))) == 2
 
 
-def read_only(command, workdir, rng, duration):
+def read_only(command, workdir, rng, wait):
     """Nothing in the workdir may be written."""
     if os.getuid() == 0 and not shutil.which("setpriv"):
         return False
@@ -87,9 +95,9 @@ def read_only(command, workdir, rng, duration):
             folder.chmod(0o755)
 
 
-def second_process(command, workdir, rng, duration):
+def second_process(command, workdir, rng, wait):
     first = launch(command, workdir)
-    time.sleep(rng.uniform(0, duration))
+    wait(first)
     second = launch(command, workdir)
     codes = [refused(process) for process in (first, second)]
     assert 0 in codes
@@ -99,8 +107,8 @@ def second_process(command, workdir, rng, duration):
 ITEMS = {"train": ("model", "train"), "certify": ("model",)}  # the items of a checkpoint that each command reads
 
 
-def corrupt_checkpoint(command, workdir, rng, duration):
-    """Changes bytes of the newest checkpoint, and restores them after the run."""
+def corrupt_checkpoint(command, workdir, rng, wait):
+    """Changes bytes of the largest file of the newest checkpoint, and restores them after the run."""
     steps = sorted(
         (workdir / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name) if path.name.isdigit() else 0
     )
@@ -116,7 +124,7 @@ def corrupt_checkpoint(command, workdir, rng, duration):
     )
     if not files:
         return False
-    path = rng.choice(files)
+    path = max(files, key=lambda path: path.stat().st_size)
     content = path.read_bytes()
     for _ in range(20):
         place = rng.randrange(len(content))
@@ -128,9 +136,9 @@ def corrupt_checkpoint(command, workdir, rng, duration):
     return code == 2
 
 
-def torn_line(command, workdir, rng, duration):
+def torn_line(command, workdir, rng, wait):
     """Kills the command and cuts the end off its append-only file, as a power cut may do."""
-    killed = signalled(signal.SIGKILL)(command, workdir, rng, duration)
+    killed = signalled(signal.SIGKILL)(command, workdir, rng, wait)
     name = {"train": "metrics.jsonl", "certify": "votes.0.tsv"}[command]
     for path in workdir.rglob(name):
         size = path.stat().st_size
@@ -161,17 +169,10 @@ def home():
 
 @pytest.fixture(scope="module")
 def undisturbed(home):
-    """The workdir of an undisturbed run, and the seconds that each command took."""
-    workdir, seconds = home / "whole", {}
-    for command in ("train", "certify"):
-        for attempt in ("compiles", "does not"):
-            shutil.rmtree(workdir / "certify", ignore_errors=True)
-            if command == "train":
-                shutil.rmtree(workdir, ignore_errors=True)
-            start = time.monotonic()
-            assert refused(launch(command, workdir)) == 0, attempt
-            seconds[command] = time.monotonic() - start
-    return workdir, seconds
+    """The workdir of an undisturbed run."""
+    for command in ARGUMENTS:
+        complete(command, home / "whole")
+    return home / "whole"
 
 
 def parameters(workdir):
@@ -179,14 +180,33 @@ def parameters(workdir):
     return json.loads(metas[-1].read_text())
 
 
-def campaign(undisturbed, workdir, faults, rng):
-    """Runs a training and a certification with their faults, then to the end; returns the faults that disturbed."""
-    whole, seconds = undisturbed
+def after_the_next_line(command, workdir):
+    """A function that waits until a process of the command has written a result."""
+
+    def size():
+        files = workdir.glob("metrics.jsonl" if command == "train" else "certify/default/votes.0.tsv")
+        return sum(path.stat().st_size for path in files)
+
+    def wait(process):
+        before = size()
+        while process.poll() is None and size() <= max(before, 100):
+            time.sleep(0.01)
+
+    return wait
+
+
+def campaign(whole, workdir, faults, rng, moment):
+    """Runs a training and a certification with their faults, then to the end; returns the faults that disturbed.
+
+    ``moment(command, name)`` is the function with which a fault waits.
+    """
     workdir.mkdir()
     disturbed = []
     for command in ("train", "certify"):
-        disturbed += [name for name in faults[command] if FAULTS[name](command, workdir, rng, seconds[command])]
-        assert refused(launch(command, workdir)) == 0
+        for name in faults[command]:
+            if FAULTS[name](command, workdir, rng, moment(command, name)):
+                disturbed.append(name)
+        complete(command, workdir)
     assert parameters(workdir) == parameters(whole)
     table = "certify/default/certificates.tsv"
     assert without_time(workdir / table) == without_time(whole / table)
@@ -195,18 +215,36 @@ def campaign(undisturbed, workdir, faults, rng):
 
 
 def test_every_fault_ends_in_the_same_parameters_and_certificates(undisturbed, home):
-    rng, names = random.Random(0), list(FAULTS)
-    faults = {"train": ["SIGTERM", "full disk", "corrupt checkpoint", "read-only"], "certify": names}
-    assert len(campaign(undisturbed, home / "faults", faults, rng)) >= 5
+    """Every kind of fault at a moment at which it disturbs; the two processes start together."""
+    faults = {
+        "train": ["full disk", "SIGINT", "torn line", "second process"],
+        "certify": ["SIGKILL", "corrupt checkpoint", "read-only", "SIGTERM"],
+    }
+    workdir, names = home / "faults", [name for command in faults for name in faults[command]]
+    assert set(names) == set(FAULTS)
+
+    def moment(command, name):
+        return (lambda _: None) if name == "second process" else after_the_next_line(command, workdir)
+
+    assert campaign(undisturbed, workdir, faults, random.Random(0), moment) == names
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
 def test_fault_campaign(undisturbed, home):
     rng, counts, rounds = random.Random(1), collections.Counter(), 0
+    seconds = {}
+    for command in ARGUMENTS:
+        start = time.monotonic()
+        assert refused(launch(command, home / "timed")) == 0
+        seconds[command] = time.monotonic() - start
+
+    def any_moment(command, _):
+        return lambda process: time.sleep(rng.uniform(0, seconds[command]))
+
     while sum(counts.values()) < 100:
         faults = {command: rng.choices(list(FAULTS), k=5) for command in ("train", "certify")}
-        counts.update(campaign(undisturbed, home / f"round{rounds}", faults, rng))
+        counts.update(campaign(undisturbed, home / f"round{rounds}", faults, rng, any_moment))
         shutil.rmtree(home / f"round{rounds}")
         rounds += 1
     print(
@@ -404,28 +442,26 @@ def test_other_errors_are_not_reported_as_out_of_memory():
     assert "memory" not in done.stderr
 
 
-@pytest.mark.parametrize("where", ["block", "end"])
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_the_command_immediately_with_one_line(where, second):
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, where], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
-    if where == "end":
-        assert process.stdout.readline() == "served\n"
-    process.send_signal(second)  # counts as an echo of the first signal
+def test_a_second_signal_ends_the_command_immediately_with_one_line():
+    cases = [(where, second) for where in ("block", "end") for second in (signal.SIGTERM, signal.SIGINT)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = [subprocess.Popen([sys.executable, "-c", SLOW, where], cwd=ROOT, **pipes) for where, _ in cases]
+    for process, (where, second) in zip(running, cases, strict=True):
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        if where == "end":
+            assert process.stdout.readline() == "served\n"
+        process.send_signal(second)  # counts as an echo of the first signal
     time.sleep(6 * signals._ECHO)  # a busy machine may handle the first signal late
-    assert process.poll() is None
-    for _ in range(5):  # if the first was handled that late, this one counts as an echo
-        process.send_signal(second)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            _, err = process.communicate(timeout=6)
-            break
-    assert (process.returncode, err) == (
-        128 + second,
-        "interrupted twice, ended immediately; the same command resumes\n",
-    )
+    assert [process.poll() for process in running] == [None] * 4
+    for process, (where, second) in zip(running, cases, strict=True):
+        for _ in range(5):  # if the first was handled that late, this one counts as an echo
+            process.send_signal(second)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                _, err = process.communicate(timeout=6)
+                break
+        ended = "interrupted twice, ended immediately; the same command resumes\n"
+        assert (process.returncode, err) == (128 + second, ended), where
 
 
 def test_sigterm_saves_the_step_it_came_in(home):
@@ -446,15 +482,18 @@ def test_sigterm_saves_the_step_it_came_in(home):
 
 
 @pytest.mark.parametrize("moved", [False, True])
-def test_a_training_whose_folder_is_gone_ends_with_one_line(home, moved):
-    workdir, away = home / "gone", home / "away"
-    process = launch("train", workdir)
-    while process.poll() is None and not (workdir / "metrics.jsonl").exists():
-        time.sleep(0.01)
-    workdir.rename(away)
-    if not moved:
-        shutil.rmtree(away)
-    code, _, err = finish(process)
+def test_a_training_whose_folder_is_gone_ends_with_one_line(home, moved, monkeypatch):
+    workdir, away, log = home / "gone", home / "away", Metrics.__call__
+
+    def written(self, *row):
+        log(self, *row)
+        monkeypatch.undo()
+        workdir.rename(away)
+        if not moved:
+            shutil.rmtree(away)
+
+    monkeypatch.setattr(Metrics, "__call__", written)
+    code, _, err = ended("train", *TRAIN, f"--workdir={workdir}", devices=2)
     assert code == 2, err
     assert err.startswith(f"error: {workdir} was removed or moved away while it was written; ")
     assert err.count("\n") == 1
@@ -465,7 +504,7 @@ def test_a_training_whose_folder_is_gone_ends_with_one_line(home, moved):
 def test_a_full_disk_keeps_what_is_on_it(undisturbed, home):
     """The ledger never ends in half a line, and no row that was written is lost."""
     workdir = home / "full"
-    shutil.copytree(undisturbed[0], workdir)
+    shutil.copytree(undisturbed, workdir)
     shutil.rmtree(workdir / "certify")
     process = launch("certify", workdir, full_disk(9000))
     code, _, err = finish(process)
@@ -475,6 +514,6 @@ def test_a_full_disk_keeps_what_is_on_it(undisturbed, home):
     ledger = workdir / "certify" / "default" / "votes.0.tsv"
     if ledger.exists():
         assert ledger.read_bytes()[-1:] in (b"", b"\n")
-    assert refused(launch("certify", workdir)) == 0
+    complete("certify", workdir)
     table = "certify/default/certificates.tsv"
-    assert without_time(workdir / table) == without_time(undisturbed[0] / table)
+    assert without_time(workdir / table) == without_time(undisturbed / table)

@@ -14,16 +14,16 @@ from lsrs_jax.certification.identity import arithmetic_facts
 from lsrs_jax.config import config_from_dict
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.smoothing.arithmetic import make_arithmetic
-from support.commands import QUICK, fingerprint, refused, run
+from support.commands import fingerprint, refused, run
 from support.forging import reseal, rewrite
 
 VOTES = 6  # index of the column `votes` of a ledger
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory):
+def original(trained, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("recast") / "run"
-    run("train", *QUICK, f"--workdir={workdir}")
+    shutil.copytree(trained, workdir, ignore=shutil.ignore_patterns("certify"))
     run("certify", f"--workdir={workdir}")
     flags = ["--config.certify.name=staged", "--config.certify.schedule=staged", "--config.certify.noise=independent"]
     run("certify", f"--workdir={workdir}", *flags, "--config.certify.n=3000", "--config.certify.head_dtype=bfloat16")

@@ -15,9 +15,9 @@ from support.forging import edit, reseal, rewrite
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory):
+def original(trained, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("verify") / "run"
-    run("train", *QUICK, f"--workdir={workdir}")
+    shutil.copytree(trained, workdir, ignore=shutil.ignore_patterns("certify"))
     run("certify", f"--workdir={workdir}")
     flags = ["--config.certify.name=staged", "--config.certify.schedule=staged", "--config.certify.bound=multiclass"]
     run("certify", f"--workdir={workdir}", *flags, "--config.certify.n=3000")
