@@ -232,14 +232,6 @@ def test_samples_under_the_noise_of_another_seed_are_found(copy):
         draw_again(copy)
 
 
-def test_samples_of_another_generator_are_refused(copy):
-    folder = copy / "certify" / "default"
-    stored = store.read(folder / "certificates.json")
-    stored = dataclasses.replace(stored, identity=dataclasses.replace(stored.identity, prng="rbg"))
-    with pytest.raises(UserError, match="another generator: prng 'rbg'"):
-        resample.run(target.target_of_certificates(folder, stored, ""), stored, 3, verify.Verdict(0))
-
-
 def test_a_slack_below_that_of_the_latent_is_found(copy):
     """The forged slack is plausible: it covers the rounding of a latent of zeros, and it is equal in all rows."""
     folder = copy / "certify" / "default"

@@ -15,7 +15,7 @@ from lsrs_jax.certification.smoothed import Certification, check_labels, reopen
 from lsrs_jax.certification.store import Stored
 from lsrs_jax.certification.table import read_table
 from lsrs_jax.certification.target import Target
-from lsrs_jax.certification.verify import Verdict
+from lsrs_jax.certification.verify import Verdict, check_dataset
 from lsrs_jax.runtime import rng
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.format import PRNG
@@ -49,7 +49,9 @@ def run(target: Target, stored: Stored, count: int, verdict: Verdict) -> None:
     1 − (1 − q)^N.
     """
     if stored.identity.certificate == "deterministic":
-        checked = deterministic.check(target, count)
+        chosen = deterministic.check(target, count)
+        check_dataset(target, verdict, chosen)
+        checked = len(chosen)
         verdict.unchecked.pop("radii", None)
         if checked < verdict.certificates:
             verdict.beyond["others"] = f"the radii of the other {verdict.certificates - checked:,} images"
@@ -57,13 +59,12 @@ def run(target: Target, stored: Stored, count: int, verdict: Verdict) -> None:
         return
     folder, identity = target.folder, stored.identity
     certification = reopen(folder, target.config, stored)
-    if identity.prng != PRNG:
-        raise UserError(f"{folder} holds samples of another generator: prng {identity.prng!r}")
     of_the_table = (stored.derivation or {}).get("votes")
     recorded = ledger.read(folder, certification.schedule, certification.num_classes, identity.run, of_the_table)
     check_labels(folder, recorded, target.dataset)
     known = read_table(folder / "certificates.tsv").idx.tolist()
     indices = sorted(np.random.default_rng().choice(known, min(count, len(known)), replace=False).tolist())
+    check_dataset(target, verdict, np.array(indices))
     if missing := len(set(target.indices) - set(known)):
         print(f"note: {missing:,} of the {len(target.indices):,} images that were to be certified are not in the table")
     print(f"sampling {len(indices):,} of {len(known):,} images again", flush=True)

@@ -13,6 +13,7 @@ from scipy import stats
 
 from lsrs_jax.certification.comparison import (
     LEVEL,
+    PSEUDO,
     Gain,
     Rounding,
     at_look,
@@ -73,10 +74,12 @@ def _shift_per_flip(rounding: Rounding) -> tuple[float, float]:
 def _spread(rounding: Rounding, per_flip: float, n: Int[np.ndarray, " images"]) -> Float[np.ndarray, " images"]:
     """The standard deviation of what a candidate gains or loses, at most: at least one sample.
 
-    From the flips of the image and from what is known of all images, or from its own shift if that is larger.
+    From the flips of the image, of which `PSEUDO` may have been missed, and from what a flip means in all images; or
+    from its own shift if that is larger.
     """
-    pooled = rounding.net_of(np.maximum((per_flip * rounding.flips) ** 2, rounding.common), n)
-    return np.sqrt(np.maximum(pooled**2, np.maximum(rounding.moves(n), 1)))
+    flips = rounding.flips + PSEUDO
+    pooled = rounding._replace(flips=flips).net_of(np.maximum((per_flip * flips) ** 2, rounding.common), n)
+    return np.sqrt(np.maximum(pooled**2, np.maximum(rounding.moves(n, PSEUDO), 1)))
 
 
 def _best_window(gains: Float[np.ndarray, " images"]) -> float:
