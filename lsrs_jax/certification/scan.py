@@ -25,6 +25,7 @@ from lsrs_jax.smoothing.derivation import Derivation
 from lsrs_jax.smoothing.schedule import Schedule
 
 _FEWEST = 5  # images in a window: the spread of few images is not known well enough
+_EVERY = 500  # windows of up to so many images are all tried; of longer ones, one length in each 5 %
 _MOST = 4.0  # spreads that one image counts for at most, because the spread of a single image may be larger
 
 
@@ -83,8 +84,9 @@ def _spread(rounding: Rounding, per_flip: float, n: Int[np.ndarray, " images"]) 
 
 
 def _best_window(gains: Float[np.ndarray, " images"]) -> float:
-    """The largest sum of consecutive gains over the root of their number."""
-    sums, best = np.concatenate([[0.0], np.cumsum(gains)]), -math.inf
-    for length in range(_FEWEST, len(gains) + 1):
+    """The largest sum of consecutive gains over the root of their number; not every long window is tried."""
+    sums, best, length = np.concatenate([[0.0], np.cumsum(gains)]), -math.inf, _FEWEST
+    while length <= len(gains):
         best = max(best, float((sums[length:] - sums[:-length]).max()) / math.sqrt(length))
+        length = length + 1 if length < _EVERY else math.ceil(length * 1.05)
     return best
