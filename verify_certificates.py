@@ -1,8 +1,7 @@
 """Derives published certificates again from their ledgers: python verify_certificates.py <workdir>/certify/<name>
 
-Needs NumPy and SciPy alone. It shares no code with lsrs_jax: it follows docs/format.md and Cohen, Rosenfeld and Kolter
-(2019), "Certified Adversarial Robustness via Randomized Smoothing". It executes nothing that it reads. Exit code 0:
-all is intact and complete. 2: something is wrong; one line says what. 3: only images are missing or were added.
+Needs NumPy and SciPy alone. It shares no code with lsrs_jax, and executes nothing that it reads: it follows Cohen,
+Rosenfeld and Kolter (2019) and docs/format.md, which also explains the exit codes.
 """
 
 import contextlib
@@ -11,7 +10,6 @@ import math
 import re
 import sys
 import zlib
-from collections.abc import Iterator
 from fractions import Fraction
 from hashlib import sha256
 from pathlib import Path
@@ -22,26 +20,23 @@ from scipy import stats
 
 ABSENT = {"bound": "binary", "schedule": "fixed", "arithmetic": "float32", "noise": "shared", "head_dtype": "float32"}
 ABSENT |= {"certificate": "smoothed", "seed": -2}  # what a missing field of config.certify means
+NAMELESS = {"folder", "npz", "hf", "arrays"}  # sets whose name and split an identity may record in another way
 LEDGER = re.compile(r"votes\.(0|[1-9][0-9]{0,17})\.tsv")
 FORMS = {int: r"[0-9]{1,18}", float: r"[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?"}
 
 
-class Problem(Exception):
-    """The files contradict each other, or the theorem; the message is one line."""
-
-
-def need(condition: Any, problem: str) -> None:
+def need(condition: Any, problem: str) -> None:  # the files contradict each other, or the theorem
     if not condition:
-        raise Problem(problem)
+        raise ValueError(problem)
 
 
 @contextlib.contextmanager
-def inside(where: Any) -> Iterator[None]:
+def inside(where: Any) -> Any:
     try:
         yield
     except Exception as error:  # a damaged file gives one line, whatever it breaks
-        known = error if isinstance(error, Problem) else getattr(error, "strerror", None)
-        raise Problem(f"{where}: {known or repr(error)}") from error
+        known = error if isinstance(error, ValueError) else getattr(error, "strerror", None)
+        raise ValueError(f"{where}: {known or repr(error)}") from error
 
 
 def read(kind: Any, text: str) -> Any:
@@ -65,8 +60,12 @@ def read_document(path: Path) -> dict[str, Any]:
     need(begun == 1 or type(document["identity"].get("images")) is int, "it does not say how many images the split has")
     need(document["derivation"], "it describes samples, but no certificates yet")
     document["config"]["certify"] = ABSENT | document["config"]["certify"]
-    kinds = {document["identity"]["certificate"], document["config"]["certify"]["certificate"]}
-    need(kinds in ({"smoothed"}, {"deterministic"}), f"identity and configuration are of the kinds {kinds}")
+    identity, config = document["identity"], document["config"]
+    model = {name: config["model"].get(name, own) for name, own in identity["model"].items()}
+    own, claimed = ((re.split("[:/]", one["data"]["name"])[0], one["data"].get("split")) for one in (config, identity))
+    kinds = {identity["certificate"], config["certify"]["certificate"]}
+    same = model == identity["model"] and kinds in ({"smoothed"}, {"deterministic"})
+    need(same and (own[0] in NAMELESS or own == claimed), "identity and configuration differ in kind, model or data")
     return document
 
 
@@ -94,14 +93,16 @@ def check_settings(document: dict[str, Any]) -> float:
         target *= 1.3
     digests = b"".join(str(identity[name].get("digest")).encode() for name in ("checkpoint", "data"))
     seeds = {-1: int.from_bytes(sha256(digests).digest()[:4], "big"), -2: config["seed"]}
-    seed = seeds.get(certify["seed"], certify["seed"])
     facts, least = {"sigma": min(sigma, float(np.float32(sigma))), "tau": 0.0}, 10 * 2.0**-22 * sigma * (1 - 2.0**-24)
     if certify["arithmetic"] == "sound":  # exact grid arithmetic; the spacing is a power of two
         facts = {"sigma": sigma, "spacing": 2.0 ** (math.frexp(sigma)[1] - 15), "tau": math.prod(latent) * 2.0**-44}
         least = math.sqrt(math.prod(latent)) * facts["spacing"]
     wanted = {name: certify[name] for name in ("n0", "n", "schedule", "tile", "noise", "head_dtype", "alpha", "bound")}
-    wanted |= {"stages": [*sorted(look for look in looks if look < n), n], "sigma": sigma}
-    wanted |= {"arithmetic": facts | {"name": certify["arithmetic"]}, "seed": seed}
+    wanted |= {"stages": [*sorted(look for look in looks if look < n), n], "sigma": sigma, "prng": "threefry2x32"}
+    wanted |= {
+        "arithmetic": facts | {"name": certify["arithmetic"]},
+        "seed": seeds.get(certify["seed"], certify["seed"]),
+    }
     for name, value in wanted.items():
         stated = document["derivation" if name in ("alpha", "bound") else "identity"][name]
         need(stated == value, f"its {name} is {stated!r}, the configuration gives {value!r}")
@@ -150,7 +151,8 @@ def read_ledgers(folder: Path, votes: dict[str, Any], identity: dict[str, Any], 
     header = "idx label slack purpose first stop votes seconds run crc\n".replace(" ", "\t")
     header, rows, images = header if run else header.replace("run\t", ""), [], dict[int, Image]()
     found = {path.name: path for path in sorted(folder.glob("votes.*.tsv")) if LEDGER.fullmatch(path.name)}
-    need(votes and votes.keys() <= found.keys(), f"{folder}: {sorted(votes.keys() - found.keys())} is missing")
+    lost = [name for name in votes if name not in found and votes[name].get("bytes", math.inf) > len(header)]
+    need(votes and not lost, f"{folder}: {lost} is missing")
     for name, path in found.items():
         with inside(path):
             content = path.read_bytes()
@@ -158,11 +160,12 @@ def read_ledgers(folder: Path, votes: dict[str, Any], identity: dict[str, Any], 
             digest = {"bytes": len(part), "sha256": sha256(part).hexdigest()}
             need(votes.get(name, digest) == digest, "it has changed: its digest is not the one in certificates.json")
             whole = content[: content.rfind(b"\n") + 1].decode("utf-8")
-            torn = not whole and header.encode().startswith(content)
-            need(torn or whole.startswith(header), f"the first line of a ledger of this folder is {header!r}")
+            need(header.encode().startswith(content[: len(header)]), f"its first line is not {header!r}")
         for line, text in enumerate(whole.split("\n")[1:-1], start=2):
             with inside(f"{path} line {line}"):
                 rows.append((parse_row(text, run), f"{path} line {line}"))
+    named = 1 + max([0, *(max(row[4], *row[6]) for row, _ in rows)])  # a forger's classes shall take no memory
+    need(identity["classes"] <= max(2**25 // (len(rows) + 1), 1000 * named), f"no sample is of a class above {named}")
     for row, where in sorted(rows, key=lambda found: found[0][:3]):
         with inside(f"{where} (image {row[0]})"):
             need(least <= row[5], f"its slack {row[5]} is below {least}, the rounding of a latent")
@@ -202,12 +205,10 @@ def buckets(selection: np.ndarray, n: int, level: float, bound: str) -> tuple[np
     p_a = clopper_pearson(np.floor(shares[:, 0] * n), n, levels, upper=False).reshape(largest.shape)
     p_b = clopper_pearson(np.floor(largest * n), n, levels, upper=True).reshape(largest.shape)
     best = (stats.norm.ppf(p_a) - stats.norm.ppf(np.minimum(1 - p_a, p_b))).argmax(axis=0)[inverse.ravel()]
-    bucket = np.empty_like(order)
-    np.put_along_axis(bucket, order, np.array(options)[best], axis=1)
-    return bucket, of_option[best]
+    return np.take_along_axis(np.array(options)[best], np.argsort(order, axis=1), axis=1), of_option[best]
 
 
-def derive(images: list[Image], document: dict[str, Any], lipschitz: float) -> Iterator[tuple]:
+def derive(images: list[Image], document: dict[str, Any], lipschitz: float) -> Any:
     """Candidate, radius, p_A and p_B of images that have reached a look."""
     derivation, looks, facts = document["derivation"], *map(document["identity"].get, ("stages", "arithmetic"))
     level, tau = derivation["alpha"] / len(looks), facts["tau"] * (1 + 1e-9)
@@ -233,18 +234,17 @@ def check_table(text: str, document: dict[str, Any], lipschitz: float, images: d
     """Compares every line with what the counts give (without samples: with itself); returns the indices of images."""
     names = ["idx", "label", "predict", "radius", "correct", "time", "n"]
     names += ["lipschitz", "slack"] if images is None else ["p_a_lower", "p_b_upper", "lipschitz", "slack", "abstain"]
-    first, *lines = text.removesuffix("\n").split("\n")
-    numbers = re.fullmatch(r"[-+.0-9e\t\n]+", "\n".join(lines))
-    need(first.split("\t") == names and numbers, f"its columns are not {names}, or it holds more than numbers")
-    rows = [dict(zip(names, line.split("\t"), strict=True)) for line in lines]
+    first, _, rest = text.partition("\n")
+    need(first.split("\t") == names, f"its columns are not {names}")
+    need(re.fullmatch(r"([-+.0-9e\t]+\n)+", rest), "it holds more than lines of numbers")
+    rows = [dict(zip(names, line.split("\t"), strict=True)) for line in rest.splitlines()]
     indices = [read(int, row["idx"]) for row in rows]
     need(len(set(indices)) == len(rows), "an image is there twice")
-    lost = [idx for idx in indices if images is not None and idx not in images]
-    need(not lost, f"the ledgers have no certificate for the images {lost[:5]}")
+    need(images is None or images.keys() >= set(indices), "the ledgers have no certificate for some of its images")
     derived = derive([images[idx] for idx in indices], document, lipschitz) if images else iter(())
     for line, row in enumerate(rows, start=2):
         with inside(f"line {line} (image {row['idx']})"):
-            predict, radius, near = int(row["predict"]), read(float, row["radius"]), []
+            predict, radius, _, near = int(row["predict"]), *(read(float, row[name]) for name in ("radius", "time")), []
             equal = {"correct": predict == read(int, row["label"]), "lipschitz": lipschitz, "n": 0}
             if images is not None:
                 image, (candidate, proven, p_a, p_b) = images[int(row["idx"])], next(derived)
@@ -254,20 +254,20 @@ def check_table(text: str, document: dict[str, Any], lipschitz: float, images: d
                 tie = max(radius, proven) <= 1e-12 * unit  # rounding decides whether the image abstains
                 equal |= {"predict": candidate if (radius if tie else proven) > 0 else -1, "abstain": predict == -1}
                 equal |= {"label": image.label, "slack": image.slack, "n": image.looks[-1].sum()}
-            for name, own, less, more in near:
-                need(-less <= read(float, row[name]) - own <= more, f"{name} is {row[name]}, the counts give {own!r}")
-            for name, own in equal.items():
-                need(float(row[name]) == own, f"{name} is {row[name]}, the files give {own!r}")
+            for name, own, less, more in [*near, *((name, own, 0, 0) for name, own in equal.items())]:
+                need(-less <= float(row[name]) - own <= more, f"{name} is {row[name]}, the counts give {own!r}")
     return set(indices)
 
 
 def verify(folder: Path) -> int:
-    path, table = folder / "certificates.json", folder / "certificates.tsv"
+    path, table, *ledgers = [folder / "certificates.json", folder / "certificates.tsv", *folder.glob("votes.*.tsv")]
+    odd = [str(file) for file in (path, table, *ledgers) if file.exists() and not file.is_file()]
+    need(not odd, f"{odd} is not a file")  # a reader of a pipe would wait
     with inside(path):
         document = read_document(path)
         identity, derivation, certify = document["identity"], document["derivation"], document["config"]["certify"]
         lipschitz, sampled = lipschitz_constant(document["lipschitz"]), identity["certificate"] == "smoothed"
-        need(sampled or not [*folder.glob("votes.*.tsv")], "deterministic certificates have no ledger")
+        need(sampled or not ledgers, "deterministic certificates have no ledger")
         least = check_settings(document) if sampled else 0.0
     images = read_ledgers(folder, derivation["votes"], identity, least) if sampled else None
     with inside(table):
@@ -280,10 +280,10 @@ def verify(folder: Path) -> int:
     samples = sum(int(image.counts.sum()) for image in images.values()) if images else 0
     proof = f"follow from {samples} samples" if sampled else "are unchanged; they are deterministic, without samples"
     print(f"{len(found)} certificates {proof}; the Lipschitz constant {lipschitz} is the product of its layers")
-    old = "; the run of a sample, and the size of the split (format 1)" * (identity.get("format", 1) == 1)
+    old = "; in format 1 nobody can: that no image of the split is missing; the run" * (identity.get("format", 1) == 1)
     print(f"not checked: that the network gives them (certify --recast=N); the audit (certify --verify){old}")
-    print(f"{missing} of {len(wanted)} images are missing; {len(found) - asked} certificates are of images not wanted")
-    return 3 if missing or asked < len(found) else 0
+    print(f"{missing} of {len(wanted)} images are missing, of {wanted}; {len(found) - asked} certificates of others")
+    return 3 if missing or asked < len(found) or old else 0
 
 
 def main(arguments: list[str]) -> int:
@@ -291,7 +291,7 @@ def main(arguments: list[str]) -> int:
         need(len(arguments) == 1, "usage: python verify_certificates.py FOLDER")
         with inside("error"):
             return verify(Path(arguments[0]))
-    except Problem as problem:
+    except ValueError as problem:
         print("".join(letter if letter.isprintable() else "?" for letter in str(problem))[:1000], file=sys.stderr)
         return 2
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from lsrs_jax import cli
 from lsrs_jax.auditing.auditor import Auditor
-from lsrs_jax.auditing.table import Attacked, Journal, Settings, read_audit
+from lsrs_jax.auditing.table import Attacked, Journal, Settings, attacked_rows, read_audit
 from lsrs_jax.certification.encode import make_sampler
 from lsrs_jax.certification.store import Stored, read_folder
 from lsrs_jax.certification.table import read_table
@@ -92,8 +92,7 @@ def _run(workdir: Path, settings: Settings, rest: list[str]) -> None:
 
 def _attack(target: Target, settings: Settings, stored: Stored, journal: Journal) -> None:
     table, config = read_table(target.folder / "certificates.tsv"), target.config
-    size = min(settings.images or len(table), len(table))
-    rows = np.unique(np.linspace(0, len(table) - 1, size).astype(int))
+    rows = attacked_rows(settings.images, len(table))
     left = len(rows) - len(journal.done)
     print(
         f"{len(rows):,} certificates, {left:,} of them to attack: {len(settings.fractions)} radii inside each, "

@@ -53,7 +53,7 @@ def run(arguments: list[str]) -> None:
         options, rest = parser.parse_known_args(arguments)
         with started() as process, pinned(), opened(options.workdir) as workdir:
             _run(workdir, process, options, rest)
-    except UserError as error:
+    except (UserError, OSError) as error:
         if "--json" in arguments:
             print(json.dumps({"verdict": "refused", "reason": str(error)}))
         raise

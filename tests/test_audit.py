@@ -1,5 +1,6 @@
 """Attacks come close to the true boundary, and break certificates that claim too much."""
 
+import hashlib
 import json
 import random
 import shutil
@@ -15,6 +16,7 @@ from lsrs_jax import audit, certify, layers, report, smoothing
 from lsrs_jax.auditing import attacks
 from lsrs_jax.auditing.auditor import Auditor
 from lsrs_jax.auditing.table import Settings, read_audit
+from lsrs_jax.certification import verify
 from lsrs_jax.layers.lipschitz import materialize
 from lsrs_jax.orthogonal import spectrum
 from lsrs_jax.runtime import documents
@@ -193,6 +195,42 @@ def test_verify_looks_at_the_audit_too(audited, tmp_path):
     code, out, _ = ended(*verify)
     assert code == 3
     assert "could not be checked: the audit (audit.json has no audit.tsv beside it)" in out
+
+
+def forge_audit(folder, change_rows=None, **settings):
+    """Changes audit.tsv and the settings in audit.json, and renews the digests of both."""
+    path = folder / "audit.tsv"
+    if change_rows:
+        rows = [line.split("\t") for line in path.read_text().splitlines()]
+        change_rows(rows)
+        path.write_text("".join("\t".join(row) + "\n" for row in rows))
+    stored = json.loads((folder / "audit.json").read_text())
+    stored["settings"] |= settings
+    stored["audit"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (folder / "audit.json").write_text(json.dumps(stored | {"digest": documents.digest(stored)}))
+
+
+def test_an_audit_of_other_images_classes_or_radii_is_refused(audited, tmp_path):
+    shutil.copytree(audited, tmp_path / "run")
+    folder = tmp_path / "run" / "certify" / "default"
+    shutil.copytree(folder, tmp_path / "kept")
+    for change, why in (
+        (lambda rows: rows[1].__setitem__(0, "99999"), "is not the audit of its settings: 1 images are missing, and 1"),
+        (lambda rows: rows.pop(), "1 images are missing, and 0 were not asked for"),
+        (lambda rows: rows[2].__setitem__(1, "11"), "has the label 11, the table"),
+        (lambda rows: rows[2].__setitem__(2, "11"), "has the predict 11, the table"),
+        (lambda rows: rows[2].__setitem__(3, "7.5"), r"has the radius 7.5, the table"),
+    ):
+        forge_audit(folder, change)
+        with pytest.raises(UserError, match=why):
+            verify.run(folder)
+        shutil.copytree(tmp_path / "kept", folder, dirs_exist_ok=True)
+    for settings in ({"images": 40}, {"images": "many"}, {"restarts": 0}, {"fractions": None}, {"votes": True}):
+        forge_audit(folder, **settings)
+        with pytest.raises(UserError, match=r"settings"):
+            verify.run(folder)
+        shutil.copytree(tmp_path / "kept", folder, dirs_exist_ok=True)
+    assert any("the files of the audit" in line for line in verify.run(folder)[1].checked)
 
 
 def test_a_killed_audit_resumes_to_the_same_table(audited, certified, tmp_path):

@@ -7,7 +7,8 @@ import pytest
 from scipy import stats
 
 from lsrs_jax.certification import comparison
-from support.machines import World, cheapest_forgery, forged, refusals
+from lsrs_jax.certification import fresh as fresh_noise
+from support.machines import World, cheapest_forgery, forged, just_below, moved_to_the_first_look, refusals
 
 KINDS = {
     "float32": {},
@@ -17,6 +18,9 @@ KINDS = {
     "bfloat16, five images": {"dtype": "bfloat16", "images": 5},
     "bfloat16, one image": {"dtype": "bfloat16", "images": 1, "n": 20_000},
     "bfloat16, two images of a coarse head": {"dtype": "bfloat16", "images": 2, "error": 0.3},
+    "bfloat16, 200 images": {"dtype": "bfloat16", "images": 200},
+    "float32, 200 images": {"images": 200},
+    "bfloat16, 200 images that are rounded unevenly": {"dtype": "bfloat16", "images": 200, "uneven": 1.0},
     "bfloat16, staged": {"dtype": "bfloat16", "n": 4000, "kind": "staged"},
 }
 
@@ -33,14 +37,14 @@ def count_refusals(trials, first=0, **settings):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_honest_folders_are_accepted(kind):
-    assert count_refusals(3 if "staged" in kind else 12, **KINDS[kind])["any"] == 0
+    assert count_refusals(3 if "staged" in kind or "200" in kind else 12, **KINDS[kind])["any"] == 0
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("kind", KINDS)
 def test_honest_folders_are_refused_less_than_once_in_a_thousand(kind):
-    trials = {"float32, many samples": 1000, "bfloat16, staged": 500}.get(kind, 3000)
+    trials = {"float32, many samples": 1000, "bfloat16, staged": 500, "bfloat16, 200 images": 5000}.get(kind, 3000)
     found = count_refusals(trials, 100, **KINDS[kind])
     print(f"\n{kind}: {dict(found)} of {trials} honest folders of another machine")
     assert stats.binomtest(found["any"], trials, 1e-3, alternative="greater").pvalue > 1e-3, found
@@ -71,10 +75,52 @@ def test_a_gain_of_one_percent_is_found(share):
     assert found_forgeries(8, 0.01, share, images=100, n=5000) == 8
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_samples_moved_to_earlier_looks_are_found(dtype):
+    """The counts at the last look stay as they are."""
+    world = World(np.random.default_rng(0), dtype=dtype, n=4000, kind="staged")
+    _, again, rounding, fresh = world.run()
+    candidate = moved_to_the_first_look(again)
+    assert comparison.samples_moved(candidate, again) > 1000
+    assert all((a.looks[-1] == b.looks[-1]).all() for a, b in zip(candidate, again, strict=True))
+    assert {"image", "fresh image"} <= refusals(world, candidate, again, rounding, fresh)
+
+
+def found_just_below(trials, first=0, **settings):
+    """How often a certified accuracy that was raised at one radius is found, and by how much it was raised."""
+    found, raised = 0, []
+    for seed in range(first, first + trials):
+        world = World(np.random.default_rng(seed), **settings)
+        _, again, rounding, fresh = world.run()
+        candidate, gain = just_below(world, again, rounding)
+        raised.append(gain)
+        found += bool(refusals(world, candidate, again, rounding, fresh))
+    return found, float(np.mean(raised))
+
+
+def test_certified_accuracy_that_is_raised_at_one_radius_is_found():
+    found, raised = found_just_below(3, dtype="bfloat16", images=500, n=5000)
+    assert raised > 0.03
+    assert found == 3
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize(("images", "least"), [(200, 48), (500, 58)])
+def test_the_power_at_one_radius(images, least):
+    found, raised = found_just_below(60, dtype="bfloat16", images=images, n=20_000)
+    print(
+        f"\n{images} images in bfloat16, certified accuracy raised by {raised:.3f} at one radius: {found} of 60 refused"
+    )
+    assert found >= least
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("share", [None, 0.1])
-@pytest.mark.parametrize(("dtype", "images", "gain"), [("float32", 40, 0.01), ("bfloat16", 200, 0.015)])
+@pytest.mark.parametrize(
+    ("dtype", "images", "gain"), [("float32", 40, 0.01), ("bfloat16", 200, 0.015), ("bfloat16", 500, 0.01)]
+)
 def test_the_power_against_forgeries_that_pay(dtype, images, gain, share):
     found = found_forgeries(60, gain, share, dtype=dtype, images=images, n=20_000)
     print(
@@ -98,11 +144,11 @@ def test_samples_moved_to_right_images_and_away_from_wrong_ones_are_found():
 def test_fresh_noise_finds_counts_that_only_the_seed_gives():
     world = World(np.random.default_rng(4))
     recorded, again, rounding, fresh = world.run()
-    assert not comparison.fresh_gain(recorded, fresh, rounding, True).refused
+    assert not fresh_noise.fresh_gain(recorded, fresh, rounding, True).refused
     lucky = forged(again, np.full(len(again), 150.0))
-    assert comparison.fresh_gain(lucky, fresh, rounding, True).refused
+    assert fresh_noise.fresh_gain(lucky, fresh, rounding, True).refused
     one = forged(again, np.where(np.arange(len(again)) == np.argmin(np.abs(world.means)), 400.0, 0.0))
-    assert comparison.first_unlikely(one, fresh, rounding, 1) is not None
+    assert fresh_noise.first_unlikely(one, fresh, rounding) is not None
 
 
 def test_a_head_that_rounds_more_is_allowed_more():

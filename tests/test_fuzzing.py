@@ -348,7 +348,13 @@ def test_audits(folder, number):
 def test_finished_audits_are_as_they_were_finished_or_refused(folder, number, which):
     home = folder / "finished"
     home.mkdir(exist_ok=True)
-    facts = {"format": 1, "certificates": "00", "settings": {}, "audit": hashlib.sha256(AUDIT.encode()).hexdigest()}
+    settings = {"images": 1, "fractions": [1.0], "restarts": 1, "steps": 1, "samples": 1, "votes": 1}
+    facts = {
+        "format": 1,
+        "certificates": "00",
+        "settings": settings,
+        "audit": hashlib.sha256(AUDIT.encode()).hexdigest(),
+    }
     facts |= {"digest": digest(facts)}
     good = {"audit.tsv": AUDIT.encode(), "audit.json": json.dumps(facts, indent=2).encode()}
     for name, content in good.items():

@@ -144,3 +144,14 @@ def test_a_bucket_that_cannot_be_written_is_found_with_the_first_samples(trained
     assert code == 2
     assert "images decided" not in out
     assert err.startswith(f"error: cannot read or write file://{remote} (PermissionError")
+
+
+def test_links_and_pipes_of_a_mount_are_left_out(machines):
+    """A bucket has neither; a reader of a pipe would wait, and a link to its own folder has no end."""
+    remote, one, _ = machines
+    (remote / "loop").symlink_to(".")
+    (remote / "elsewhere").symlink_to(remote / "config.json")
+    os.mkfifo(remote / "pipe")
+    (remote / "new").write_text("new")
+    one.pull()
+    assert sorted(path.name for path in one.path.iterdir()) == [".bucket", "config.json", "new"]

@@ -13,7 +13,9 @@ from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.files import append, digest_of, fields_of, write_atomic
 from lsrs_jax.runtime.format import AUDIT_COLUMNS
 from lsrs_jax.runtime.signals import deferred
+from lsrs_jax.runtime.validate import real
 
+_MOST = 2**27  # of every size in the settings
 _WHOLE = ("idx", "label", "predict", "unperturbed", "pairs", "flips", "undecided")
 
 
@@ -52,6 +54,7 @@ class Audit(NamedTuple):
     """The rows of an audit.tsv; arrays over images, as in `Attacked` and `Found`."""
 
     idx: np.ndarray
+    label: np.ndarray
     predict: np.ndarray
     radius: np.ndarray
     correct: np.ndarray  # True if the certified (else the unperturbed) class is the label
@@ -85,7 +88,7 @@ def read_audit(path: Path) -> Audit:
             raise UserError(f"{path} line {number} cannot be read ({error})") from error
         idx, label, certified, unperturbed, *points = numbers
         class_ = certified if certified >= 0 else unperturbed
-        rows.append((idx, certified, radius, class_ == label, *points, distance))
+        rows.append((idx, label, certified, radius, class_ == label, *points, distance))
     if not rows:
         raise UserError(f"{path} holds no attacked images")
     audit = Audit(*map(np.asarray, zip(*rows, strict=True)))
@@ -114,12 +117,48 @@ def _check_facts(stored: dict[str, Any]) -> None:
     for name, kind in (("certificates", str), ("settings", dict), ("audit", str | None)):
         if not isinstance(stored[name], kind):
             raise TypeError(f"{name} is missing")
+    fractions = stored["settings"].get("fractions")
+    for name, least in {"images": 0, "restarts": 1, "steps": 1, "samples": 1, "votes": 1}.items():
+        size = stored["settings"].get(name)
+        if type(size) is not int or not least <= size <= _MOST:
+            raise ValueError(f"settings.{name} is {str(size)[:40]!r}")
+    if not isinstance(fractions, list) or not fractions or not all(0 < real(share) <= 1 for share in fractions):
+        raise ValueError(f"settings.fractions is {str(fractions)[:40]!r}")
 
 
 def read_finished(path: Path) -> tuple[str, Audit] | None:
     """``(digest of the attacked table, `Audit`)``, or None if unfinished; raises UserError if it has changed."""
     facts = _facts(path)
     return (facts["certificates"], read_audit(path)) if facts["audit"] else None
+
+
+def attacked_rows(images: int, certificates: int) -> np.ndarray:
+    """The rows of a table that an audit of so many images attacks: evenly spaced; 0 stands for all."""
+    return np.unique(np.linspace(0, certificates - 1, min(images or certificates, certificates)).astype(int))
+
+
+def check_attacked(path: Path, audit: Audit, table: Attacked) -> None:
+    """Raises UserError unless the finished audit at `path` has one row for each image that its settings ask for.
+
+    And unless these rows agree with the table that was attacked.
+    """
+    order = np.argsort(table.idx, kind="stable")
+    rows = attacked_rows(_facts(path)["settings"]["images"], len(order))
+    asked = set(table.idx[rows].tolist())
+    if asked != set(audit.idx.tolist()):
+        lacks, more = len(asked - set(audit.idx.tolist())), len(set(audit.idx.tolist()) - asked)
+        raise UserError(
+            f"{path} is not the audit of its settings: {lacks:,} images are missing, and {more:,} were not asked for; "
+            "restore it, or move it away and audit again"
+        )
+    places = order[np.searchsorted(table.idx[order], audit.idx)]
+    for name in ("label", "predict", "radius"):
+        own, attacked = getattr(audit, name), getattr(table, name)[places]
+        for row in np.flatnonzero(own != attacked)[:1]:
+            raise UserError(
+                f"{path}: image {audit.idx[row]} has the {name} {own[row].item()}, the table {attacked[row].item()}; "
+                "restore it, or move it away and audit again"
+            )
 
 
 class Journal:

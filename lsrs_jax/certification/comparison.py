@@ -2,10 +2,13 @@
 
 The same noise gives the same counts, except where the head rounds differently on another machine. How much rounding
 can do is measured by the person who checks, on the head at hand: samples are evaluated in bfloat16 and in float32, and
-a *flip* is a sample whose class differs. Fresh noise gives other counts of the same distribution.
+a *flip* is a sample whose class differs. `fresh` has the tests under other noise.
+
+A radius comes from the best look of its image, so every test looks at the counts of every look, and divides its level
+over them.
 
 All tests together refuse an honest folder with probability below 1 in 1,000, if another machine moves samples at most
-`_SHARE` times as often as the change of the dtype does (those of a single image `_SINGLE` times that), and shifts each
+`_SHARE` times as often as the change of the dtype does (those of a single image `SINGLE` times that), and shifts each
 image to either side with equal probability.
 """
 
@@ -15,10 +18,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy import stats
 
-from lsrs_jax.smoothing.confidence import trusted_lower, trusted_upper
 from lsrs_jax.smoothing.counts import ImageCounts
 from lsrs_jax.smoothing.derivation import Derivation
 from lsrs_jax.smoothing.schedule import Schedule
@@ -27,10 +29,10 @@ from lsrs_jax.smoothing.schedule import Schedule
 # bfloat16 at other points, so that their errors differ by no more than twice the error of one. A float32 error is 2⁻¹⁶
 # of a bfloat16 error; the factor 8 covers sums in another order.
 _SHARE = {"float32": 8 * 2.0**-16, "bfloat16": 2.0}
-_SINGLE = 3.0  # one image may be moved by this multiple: its own error may be large where the measured one is small
-_LEVEL = 2e-4  # probability with which each of the five tests refuses an honest folder
+SINGLE = 3.0  # one image may be moved by this multiple: its own error may be large where the measured one is small
+LEVEL = 1.6e-4  # probability with which each of the six tests refuses an honest folder
 _FEW = 30  # images, of which a sum is not yet nearly normal
-_PSEUDO = 3  # flips that may have been missed: seeing none leaves a probability of 5 % for 3 expected ones
+PSEUDO = 3  # flips that may have been missed: seeing none leaves a probability of 5 % for 3 expected ones
 
 
 class Rounding(NamedTuple):
@@ -41,45 +43,94 @@ class Rounding(NamedTuple):
     tried: int
     head_dtype: str
 
-    def moves(self, n: Int[np.ndarray, " images"], missed: float = 0.0) -> Float[np.ndarray, " images"]:
+    def moves(self, n: Int[np.ndarray, "*looks images"], missed: float = 0.0) -> Float[np.ndarray, "*looks images"]:
         """The number of n samples that another machine is expected to move, at most."""
         return _SHARE[self.head_dtype] * (self.flips + missed) / self.tried * n
 
-    def net(self, n: Int[np.ndarray, " images"]) -> Float[np.ndarray, " images"]:
+    def net(self, n: Int[np.ndarray, "*looks images"]) -> Float[np.ndarray, "*looks images"]:
         """The root of the mean square of what a candidate is expected to gain or lose among n samples, at most.
 
         What is seen is a shift of the whole image and flips in both directions; only the first grows with n itself.
         """
+        return self.net_of(self.common, n)
+
+    def net_of(self, common: Float[np.ndarray, " images"], n: np.ndarray) -> Float[np.ndarray, "*looks images"]:
+        """`net`, if the squared shift of each whole image is `common` in the samples tried."""
         ratio = n / self.tried
-        common = np.maximum(self.shift.astype(float) ** 2 - self.flips, 0)
         return _SHARE[self.head_dtype] * np.sqrt(common * ratio**2 + self.flips * ratio)
 
+    @property
+    def common(self) -> Float[np.ndarray, " images"]:
+        """The squared shift of each whole image, without what its flips contribute by chance."""
+        return np.maximum(self.shift.astype(float) ** 2 - self.flips, 0)
 
-def first_wrong(
-    recorded: Sequence[ImageCounts], again: Sequence[ImageCounts], rounding: Rounding
-) -> tuple[int, str, int, int] | None:
-    """The first image in which more samples differ than rounding can move: ``(row, stream, moved, allowed)``.
 
-    Under the same noise; both sequences are in the order of `rounding`.
-    """
+class Wrong(NamedTuple):
+    """An image with samples that rounding does not explain."""
+
+    row: int
+    stream: str
+    moved: int  # samples of another class than now, at least, among the first `samples` of the stream
+    allowed: int
+    samples: int
+
+
+def first_wrong(recorded: Sequence[ImageCounts], again: Sequence[ImageCounts], rounding: Rounding) -> Wrong | None:
+    """The first image in which more samples differ at a look than rounding can move, in the order of `rounding`."""
+    looks = most_looks(again)
     for stream in ("selection", "estimation"):
-        pairs = [(_last(a, stream, b), _last(b, stream, b)) for a, b in zip(recorded, again, strict=True)]
-        moved = np.array([np.abs(old - new).sum() // 2 for old, new in pairs])
-        n = np.array([new.sum() for _, new in pairs])
-        allowed = _allowance(rounding, n)
-        for row in np.flatnonzero(moved > allowed)[:1]:
-            return int(row), stream, int(moved[row]), int(allowed[row])
+        parts = 1 if stream == "selection" else looks
+        moved = np.zeros(len(again), np.int64)
+        for part in range(parts):
+            pairs = [
+                (increment(a, stream, part), increment(b, stream, part)) for a, b in zip(recorded, again, strict=True)
+            ]
+            moved += [np.abs(old - new).sum() // 2 for old, new in pairs]
+            n = np.array([_cumulative(image, stream, part).sum() for image in again])
+            allowed = allowance(rounding, n, parts)
+            for row in np.flatnonzero(moved > allowed)[:1]:
+                return Wrong(int(row), stream, int(moved[row]), int(allowed[row]), int(n[row]))
     return None
 
 
-def _allowance(rounding: Rounding, n: np.ndarray) -> Float[np.ndarray, " images"]:
-    """The number of n samples that may have moved in each image."""
-    return stats.poisson.isf(_LEVEL / 2 / len(n), _SINGLE * rounding.moves(n, _PSEUDO))
+def samples_moved(recorded: Sequence[ImageCounts], again: Sequence[ImageCounts]) -> int:
+    """The number of samples that have another class now, at least."""
+    parts = [("selection", 0), *(("estimation", look) for look in range(most_looks(again)))]
+    return sum(
+        int(np.abs(increment(old, *part) - increment(new, *part)).sum()) // 2
+        for old, new in zip(recorded, again, strict=True)
+        for part in parts
+    )
 
 
-def _last(image: ImageCounts, stream: str, other: ImageCounts) -> np.ndarray:
-    """The counts of a stream at the last look of another image."""
-    return image.counts[stream] if stream == "selection" else image.looks[len(other.looks) - 1]
+def allowance(rounding: Rounding, n: np.ndarray, looks: int) -> Float[np.ndarray, "*looks images"]:
+    """The number of n samples that may have moved in each image, if it is compared at this many looks."""
+    return stats.poisson.isf(LEVEL / 2 / looks / n.shape[-1], SINGLE * rounding.moves(n, PSEUDO))
+
+
+def most_looks(images: Sequence[ImageCounts]) -> int:
+    """The number of looks that the image with most samples has reached."""
+    return max(len(image.looks) for image in images)
+
+
+def at_look(image: ImageCounts, look: int) -> Int[np.ndarray, " classes"]:
+    """The estimation counts of an image at a look, or at its last look if it stopped before."""
+    return image.looks[min(look, len(image.looks) - 1)]
+
+
+def sizes_at_looks(images: Sequence[ImageCounts]) -> Int[np.ndarray, "looks images"]:
+    """The number of estimation samples at every look; see `at_look`."""
+    return np.array([[at_look(image, look).sum() for image in images] for look in range(most_looks(images))])
+
+
+def _cumulative(image: ImageCounts, stream: str, look: int) -> np.ndarray:
+    return image.counts[stream] if stream == "selection" else at_look(image, look)
+
+
+def increment(image: ImageCounts, stream: str, look: int) -> Int[np.ndarray, " classes"]:
+    """The counts between a look and the one before; zeros if the image stopped before."""
+    found = _cumulative(image, stream, look)
+    return found - _cumulative(image, stream, look - 1) if look else found
 
 
 class Gain(NamedTuple):
@@ -94,18 +145,26 @@ class Gain(NamedTuple):
 
 
 def lead_gain(recorded: Sequence[ImageCounts], again: Sequence[ImageCounts], rounding: Rounding) -> Gain:
-    """The gain in the lead of the label over its strongest rival, in samples, of images that selected their label."""
-    rows, found = [], []
-    for row, (old, new) in enumerate(zip(recorded, again, strict=True)):
-        if int(old.counts["selection"].argmax()) != old.label:
-            continue
-        before, now = _last(old, "estimation", new), new.looks[-1]
-        rival = int(np.where(np.arange(len(now)) == old.label, -1, now).argmax())
-        rows.append(row)
-        found.append(int(before[old.label] - now[old.label]) - int(before[rival] - now[rival]))
-    n = np.array([image.looks[-1].sum() for image in again])
-    chosen = np.isin(np.arange(len(n)), rows)
-    return Gain(float(sum(found)), _limit(rounding, n, lambda sizes: 2 * sizes * chosen))
+    """The gain in the lead of the label over its strongest rival, in samples, of images that selected their label.
+
+    At the look at which it exceeds its limit, or else at the last one.
+    """
+    chosen, sizes = selected_label(recorded), sizes_at_looks(again)
+    for look, n in enumerate(sizes):
+        found = 0
+        for row in np.flatnonzero(chosen).tolist():
+            before, now, label = at_look(recorded[row], look), at_look(again[row], look), again[row].label
+            rival = int(np.where(np.arange(len(now)) == label, -1, now).argmax())
+            found += int(before[label] - now[label]) - int(before[rival] - now[rival])
+        gain = Gain(float(found), limit(rounding, n, lambda of, n=n: 2 * of(n) * chosen, len(sizes)))
+        if gain.refused or look == len(sizes) - 1:
+            return gain
+    raise AssertionError("images of a table have reached a look")
+
+
+def selected_label(images: Sequence[ImageCounts]) -> Bool[np.ndarray, " images"]:
+    """Whether the candidate of each image is its label."""
+    return np.array([int(image.counts["selection"].argmax()) == image.label for image in images])
 
 
 def radius_gain(
@@ -122,7 +181,7 @@ def radius_gain(
     again = [copy.copy(image) for image in again]
     for new, old in zip(again, recorded, strict=True):
         new.counts = new.counts | {"selection": old.counts["selection"]}
-    n = np.array([image.looks[-1].sum() for image in again])
+    n = sizes_at_looks(again)
 
     def radii(images: Sequence[ImageCounts]) -> Float[np.ndarray, " images"]:
         certificates = derivation.certificates(schedule, images)
@@ -130,21 +189,24 @@ def radius_gain(
 
     now = radii(again)
 
-    def effect(sizes: np.ndarray) -> np.ndarray:
-        sizes = np.ceil(sizes)
-        return np.maximum(*(np.abs(radii(_moved(again, sign * sizes)) - now) for sign in (1, -1)))
+    def effect(of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        sizes = np.ceil(of(n))
+        return np.maximum(*(np.abs(radii(moved(again, sign * sizes)) - now) for sign in (1, -1)))
 
-    return Gain(float((radii(recorded) - now).mean()), _limit(rounding, n, effect) / len(n))
+    most = limit(rounding, n[-1], effect, len(n), level=LEVEL)  # one number holds all looks
+    return Gain(float((radii(recorded) - now).mean()), most / len(now))
 
 
-def _moved(images: Sequence[ImageCounts], sizes: np.ndarray) -> list[ImageCounts]:
-    """Images with some samples moved from the rivals to the label, or from the label to its strongest rival."""
+def moved(images: Sequence[ImageCounts], sizes: Float[np.ndarray, "looks images"]) -> list[ImageCounts]:
+    """Images with samples moved at every look from the rivals to the label, or from the label to its strongest rival.
+
+    The sizes of an image have one sign.
+    """
     changed = []
-    for image, size in zip(images, sizes, strict=True):
+    for image, size in zip(images, sizes.T.astype(np.int64), strict=True):
         looks, label = image.looks.copy(), image.label
-        total, others = looks.sum(axis=1), np.arange(looks.shape[1]) != label
-        share = np.ceil(np.abs(size) * total / total[-1]).astype(np.int64)
-        if size > 0:
+        total, others, share = looks.sum(axis=1), np.arange(looks.shape[1]) != label, np.abs(size[: len(looks)])
+        if size.sum() > 0:
             rest = np.maximum(total - looks[:, label], 1)
             kept = np.maximum(rest - share, 0) / rest
             looks[:, others] = np.floor(looks[:, others] * kept[:, None]).astype(np.int64)
@@ -159,88 +221,33 @@ def _moved(images: Sequence[ImageCounts], sizes: np.ndarray) -> list[ImageCounts
     return changed
 
 
-def _limit(rounding: Rounding, n: np.ndarray, effect: Callable[[np.ndarray], np.ndarray]) -> float:
-    """The largest sum over images that rounding explains at the level `_LEVEL`.
+def limit(
+    rounding: Rounding,
+    n: Int[np.ndarray, " images"],
+    effect: Callable[[Callable[[np.ndarray], np.ndarray]], np.ndarray],
+    looks: int,
+    level: float | None = None,
+) -> float:
+    """The largest sum over images that rounding explains at a level, by default `LEVEL` divided over the looks.
 
-    Images move to either side with equal probability. `effect` maps a number of moved samples per image to the change
-    of each image's term. Where less than one sample is expected to move, moves are rare events: Bernstein's bound, or
-    the number of events. Elsewhere a whole image shifts: Hoeffding's bound. `_PSEUDO` flips that were missed in the
-    image in which they matter most are added.
+    Images move to either side with equal probability. `effect` takes a function from numbers of samples to numbers of
+    moved ones, and returns the change of each image's term. Where less than one of n samples is expected to move, moves
+    are rare events: Bernstein's bound, or the number of events. Elsewhere a whole image shifts: Hoeffding's bound.
+    `PSEUDO` flips that were missed in the image in which they matter most are added.
     """
-    log, moves = -math.log(_LEVEL), rounding.moves(n)
-    rare, by_one = moves < 1, effect(np.ones(len(n)))
+    level = LEVEL / looks if level is None else level
+    log, moves = -math.log(level), rounding.moves(n)
+    rare, by_one = moves < 1, effect(np.ones_like)
     # The shifts of few images say little about their size: the quantile of Student's distribution takes the place of
     # the normal one. And effects are not linear: for few images they are taken at that quantile, while the sum over
     # many images is nearly normal.
-    far = math.sqrt(2 * log) * float(stats.t.isf(_LEVEL, len(n)) / stats.norm.isf(_LEVEL))
+    far = math.sqrt(2 * log) * float(stats.t.isf(level, len(n)) / stats.norm.isf(level))
     size = far if len(n) < _FEW else 1.0
-    shifts = far / size * math.sqrt(np.where(rare, 0, effect(size * rounding.net(n)) ** 2).sum())
-    missed = _PSEUDO * (rounding.moves(n, 1) - moves)
+    shifts = far / size * math.sqrt(np.where(rare, 0, effect(lambda n: size * rounding.net(n)) ** 2).sum())
+    missed = PSEUDO * (rounding.moves(n, 1) - moves)
     variance = np.sum((moves * by_one**2)[rare]) + np.max(missed * by_one**2)
     step, expected = by_one.max(), moves[rare].sum() + missed.max()
     bernstein = math.sqrt(2 * log * variance) + 2 / 3 * log * step
-    rare_events = min(bernstein, float(stats.poisson.isf(_LEVEL, expected)) * step)
+    rare_events = min(bernstein, float(stats.poisson.isf(level, expected)) * step)
     # No limit is above what the images may move one by one.
-    return min(shifts + rare_events, float(effect(_allowance(rounding, n)).sum()))
-
-
-class Fresh(NamedTuple):
-    """Counts of the recorded candidates under fresh noise, in equal segments of `size` samples."""
-
-    counts: Int[np.ndarray, "images segments"]
-    size: int
-
-    @property
-    def total(self) -> int:
-        """Samples of an image."""
-        return self.counts.shape[1] * self.size
-
-
-def first_unlikely(
-    recorded: Sequence[ImageCounts], fresh: Fresh, rounding: Rounding, looks: int
-) -> tuple[int, float, float] | None:
-    """The first image whose candidate is too frequent in the ledger: ``(row, recorded, fresh)``, two shares.
-
-    Two confidence intervals that hold at all `looks` together must overlap, up to what rounding can move.
-    """
-    candidate, n = _candidates(recorded)
-    level = _LEVEL / 2 / len(n)
-    least = trusted_lower(candidate, n, np.full(len(n), level / looks))
-    most = trusted_upper(fresh.counts.sum(axis=1), np.full(len(n), fresh.total), np.full(len(n), level))
-    for row in np.flatnonzero(least > most + _SINGLE * rounding.moves(n, _PSEUDO) / n)[:1]:
-        return int(row), float(candidate[row] / n[row]), float(fresh.counts[row].sum() / fresh.total)
-    return None
-
-
-def fresh_gain(recorded: Sequence[ImageCounts], fresh: Fresh, rounding: Rounding, shared_noise: bool) -> Gain:
-    """The gain in candidate samples of images that selected their label, against what fresh noise predicts.
-
-    The samples after a look are independent of those before, and the weight of an image does not depend on any
-    estimation sample; so the sum is a martingale, whatever stopped the images. With shared noise, images are
-    correlated: the variance comes from sums over all images, per segment.
-    """
-    chosen = np.array([int(image.counts["selection"].argmax()) == image.label for image in recorded])
-    candidate, n = _candidates(recorded)
-    share, segments = fresh.counts.sum(axis=1) / fresh.total, fresh.counts.shape[1]
-    gain = float(np.sum((candidate - n * share) * chosen))
-    weights = chosen * n / fresh.total
-    variance = segments * float(np.var(weights @ fresh.counts, ddof=1))
-    longest = max(recorded, key=lambda image: len(image.looks))
-    ends = longest.looks.sum(axis=1)
-    smooth = (fresh.counts.sum(axis=1) + 1) / (fresh.total + 2)
-    for look, samples in enumerate(np.diff(ends, prepend=0)):
-        reached = chosen & np.array([len(image.looks) > look for image in recorded])
-        if shared_noise:
-            variance += samples * float(np.var(reached @ fresh.counts, ddof=1)) / fresh.size
-        else:
-            variance += samples * float(np.sum(reached * smooth * (1 - smooth)))
-    luck = float(stats.t.isf(_LEVEL, segments - 1)) * math.sqrt(variance)
-    return Gain(gain, luck + _limit(rounding, n, lambda sizes: sizes * chosen))
-
-
-def _candidates(images: Sequence[ImageCounts]) -> tuple[np.ndarray, np.ndarray]:
-    """Estimation samples of the candidate, and of all classes, at the last look."""
-    counts = [image.looks[-1] for image in images]
-    candidates = [int(image.counts["selection"].argmax()) for image in images]
-    found = [row[candidate] for row, candidate in zip(counts, candidates, strict=True)]
-    return np.array(found), np.array([row.sum() for row in counts])
+    return min(shifts + rare_events, float(effect(lambda n: allowance(rounding, n, looks)).sum()))

@@ -1,6 +1,8 @@
 """Certificates of the classifier without noise: the margin of a linear head behind a Lipschitz encoder."""
 
+import math
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,13 +11,16 @@ from lsrs_jax.certification import OTHER_NAME, store
 from lsrs_jax.certification.encode import encode_batches
 from lsrs_jax.certification.margin import certified_margin, float64_slack
 from lsrs_jax.certification.platform_check import check_encoder
-from lsrs_jax.certification.table import read_table
+from lsrs_jax.certification.table import parse_number, read_table
 from lsrs_jax.certification.target import Target
 from lsrs_jax.layers.lipschitz import Float64Encoder, LipschitzReport
 from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.files import fields_of
+from lsrs_jax.runtime.format import FIELD_COLUMNS
 from lsrs_jax.runtime.progress import duration
 
 _BATCH = 50
+_COLUMNS = (*FIELD_COLUMNS, "n", "lipschitz", "slack")
 _SAME = 1e-9  # relative: how far a radius may differ between two machines
 
 
@@ -23,6 +28,7 @@ def run(target: Target) -> None:
     """Certifies the images of a target in one forward pass each, writes the table and prints a summary."""
     identity, record = target.identity("deterministic"), list[dict[str, Any]]()
     document, table = target.folder / "certificates.json", target.folder / "certificates.tsv"
+    store.check_files(target.folder)
     if not document.exists() and any(target.folder.glob("*.tsv")):
         raise UserError(f"{target.folder} holds another certification; {OTHER_NAME}")
     if document.exists():
@@ -64,8 +70,29 @@ def _compute(target: Target, indices: np.ndarray) -> tuple[LipschitzReport, dict
     return encoder.report, {"predict": predict, "radius": radius, "lipschitz": lipschitz, "slack": slack}
 
 
-def check(target: Target, count: int | None = None) -> int:
-    """Computes images of the table again, all or `count` that are chosen at random; returns their number.
+def check_form(path: Path, text: str, lipschitz: float) -> None:
+    """Raises UserError, which names the line, for a table that `run` cannot have written."""
+    first, *lines = text.split("\n")
+    if first.split("\t") != list(_COLUMNS):
+        raise UserError(f"{path} line 1: its columns are {first[:80]!r}, not {' '.join(_COLUMNS)}")
+    if lines[-1:] != [""]:
+        raise UserError(f"{path} line {len(lines) + 1} does not end: the end of the table is missing; restore it")
+    for number, line in enumerate(lines[:-1], start=2):
+        try:
+            row = fields_of(line, _COLUMNS)
+            own = {"correct": int(row["predict"] == row["label"]), "n": 0, "lipschitz": lipschitz}
+            for name, value in own.items():
+                if row[name] != repr(value):
+                    raise ValueError(f"{name} is {row[name][:40]!r}, not {value!r}")
+            for name in ("radius", "time", "slack"):
+                if not 0 <= parse_number(row[name]) < math.inf:
+                    raise ValueError(f"{name} is {row[name][:40]!r}")
+        except ValueError as error:
+            raise UserError(f"{path} line {number} cannot be of a deterministic certificate: {error}") from error
+
+
+def check(target: Target, count: int | None = None) -> np.ndarray:
+    """Computes images of the table again, all or `count` that are chosen at random; returns their indices.
 
     Raises UserError, which names the image, if a prediction or a radius is not that of the network.
     """
@@ -79,12 +106,12 @@ def check(target: Target, count: int | None = None) -> int:
     wrong = np.abs(found["radius"] - table.radius[rows]) > near
     wrong |= (found["predict"] != table.predict[rows]) & (found["radius"] > 0)
     cells = np.array([line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()])
-    for name, expected in (("n", 0), ("lipschitz", found["lipschitz"]), ("slack", found["slack"])):
-        written = cells[1:, cells[0] == name].astype(np.float64).reshape(-1)[rows]
-        if len(written) != len(rows) or not np.allclose(written, expected, rtol=1e-6, atol=0):
+    for name, expected in (("lipschitz", found["lipschitz"]), ("slack", found["slack"])):
+        written = cells[1:, _COLUMNS.index(name)].astype(np.float64)[rows]
+        if not np.allclose(written, expected, rtol=1e-6, atol=0):
             raise UserError(f"{path}: the column {name} is not that of the network")
     for row in np.flatnonzero(wrong)[:1]:
-        claimed = f"class {table.predict[rows][row]} and radius {table.radius[rows][row]!r}"
-        own = f"class {found['predict'][row]} and radius {found['radius'][row]!r}"
+        claimed = f"class {table.predict[rows][row]} and radius {float(table.radius[rows][row])!r}"
+        own = f"class {found['predict'][row]} and radius {float(found['radius'][row])!r}"
         raise UserError(f"{path}: image {table.idx[rows][row]} has {claimed}, the network gives {own}")
-    return len(rows)
+    return table.idx[rows]

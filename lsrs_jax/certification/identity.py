@@ -6,7 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from lsrs_jax.config import FIELDS, SEED_DERIVED, SEED_OF_TRAINING, upgrade_section, without_absent
+from lsrs_jax.config import (
+    FIELDS,
+    SEED_DERIVED,
+    SEED_OF_TRAINING,
+    config_to_dict,
+    upgrade_section,
+    without_absent,
+)
 from lsrs_jax.runtime.documents import digest, first_difference, plain, refuse_unknown
 from lsrs_jax.runtime.format import PRNG
 from lsrs_jax.runtime.types import Config
@@ -108,6 +115,44 @@ class Identity:
         if name == "data.digest":
             return "images or labels of {name} {version}, split {split}, have changed".format(**new.data)
         return f"{_CONFIG_NAMES.get(name, name)} was {was!r} and is now {now!r}"
+
+
+# Values of data.name for sets that have no name of their own: the name or the split in an identity may be another one.
+_UNNAMED = ("folder", "npz", "hf", "arrays")
+
+
+def names_its_data(config: Config) -> bool:
+    """Whether the data set and the split in an identity must be those in its configuration."""
+    return _base(config.data.name) not in _UNNAMED
+
+
+def _base(name: str) -> str:
+    """The name of a data set without its version and the configuration of its builder."""
+    return name.partition(":")[0].partition("/")[0]
+
+
+def contradiction(identity: Identity, config: Config) -> str | None:
+    """How an identity contradicts the configuration beside it, in one clause; None if it does not.
+
+    `Identity.sampling_facts` has the fields that follow from the configuration.
+    """
+    kinds = identity.certificate, config.certify.certificate
+    if kinds[0] != kinds[1]:
+        return f"identity.certificate is {kinds[0]!r}, that of its configuration {kinds[1]!r}"
+    if identity.certificate == "smoothed" and identity.prng != PRNG:
+        return f"identity.prng is {identity.prng!r}, and every version draws with {PRNG!r}"
+    model = config_to_dict(config)["model"]
+    if {name: identity.model.get(name) for name in model} != model:
+        return "identity.model is not the model of its configuration"
+    if not names_its_data(config):
+        return None
+    for field, own, claimed in (
+        ("name", _base(config.data.name), _base(str(identity.data.get("name")))),
+        ("split", config.data.split, identity.data.get("split")),
+    ):
+        if own != claimed:
+            return f"identity.data.{field} is {claimed!r}, that of its configuration {own!r}"
+    return None
 
 
 def schedule_of(config: Config) -> Schedule:

@@ -9,6 +9,7 @@ from all its ledgers together. Folders that were begun in format 1 have ledgers 
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import re
 import time
@@ -30,6 +31,7 @@ from lsrs_jax.smoothing.counts import Counts, Row
 from lsrs_jax.smoothing.schedule import Schedule
 
 _NAME = re.compile(r"votes\.(0|[1-9][0-9]{0,17})\.tsv")
+_MEMORY = 2**28  # bytes of counts for which so many classes are believed in any case
 _SECONDS_PER_WRITE = 1.0  # a kill may lose this much work
 
 
@@ -38,9 +40,14 @@ def name(process: int | str) -> str:
     return f"votes.{process}.tsv"
 
 
+def is_name(text: str) -> bool:
+    """Whether a file of this name is a ledger."""
+    return _NAME.fullmatch(text) is not None
+
+
 def files(folder: Path) -> list[Path]:
     """The ledgers in a folder, in the order of their processes."""
-    named = [path for path in folder.glob(name("*")) if _NAME.fullmatch(path.name)]
+    named = [path for path in folder.glob(name("*")) if is_name(path.name)]
     if strange := [path for path in named if not path.is_file()]:
         raise UserError(f"{strange[0]} is not a file; remove it, or {OTHER_NAME}")
     return sorted(named, key=lambda path: int(path.name.split(".")[1]))
@@ -57,6 +64,14 @@ def digest(content: bytes) -> dict[str, Any]:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
+def check_present(folder: Path, recorded: Mapping[str, dict[str, Any]]) -> None:
+    """Raises UserError for a ledger that is missing, although certificates were derived from its rows."""
+    for file in recorded:
+        path = folder / file
+        if not path.exists() and recorded[file]["bytes"] > len(_header("run")):
+            raise UserError(f"{path} is missing: without its samples no certificate can be checked; restore it")
+
+
 def check_recorded(folder: Path, recorded: Mapping[str, dict[str, Any]] | None, lost: bool = False) -> list[Path]:
     """Raises UserError if the part of the ledgers from which certificates were derived has changed; rows may follow it.
 
@@ -64,14 +79,14 @@ def check_recorded(folder: Path, recorded: Mapping[str, dict[str, Any]] | None, 
     file may be missing, because its samples can be drawn again; returns these files, whose digest says nothing.
     """
     shorter = []
+    if not lost:
+        check_present(folder, recorded or {})
     for file, wanted in (recorded or {}).items():
         path = folder / file
         content = path.read_bytes() if path.exists() else b""
         if lost and len(content) < wanted["bytes"]:
             shorter.append(path)
-        elif not path.exists():
-            raise UserError(f"{path} is missing: without its samples no certificate can be checked; restore it")
-        elif digest(content[: wanted["bytes"]]) != wanted:
+        elif path.exists() and digest(content[: wanted["bytes"]]) != wanted:
             why = "its digest is not the one in certificates.json"
             raise UserError(f"{path} has changed: {why}; restore it, or {OTHER_NAME}")
     return shorter
@@ -121,6 +136,23 @@ class _OtherRun(ValueError):
     """A row that names another run."""
 
 
+class _Twice(ValueError):
+    """Blocks that stand in two ledgers."""
+
+
+def _overlap(one: Row, other: Row) -> bool:
+    """Whether the later of two sorted rows repeats blocks of the other."""
+    return (one.idx, one.stream) == (other.idx, other.stream) and other.first < one.stop
+
+
+def _check_classes(rows: list[Row], num_classes: int) -> None:
+    """Raises UserError if rows cannot be of so many classes, before memory is taken for them."""
+    named = 1 + max((max(len(row.counts) - 1, row.label) for row in rows), default=0)
+    if 8 * len(rows) * num_classes > _MEMORY and num_classes > 1000 * named:
+        few = f"its samples and labels name no class above {named - 1}"
+        raise UserError(f"certificates.json claims {num_classes:,} classes, but {few}; restore it, or {OTHER_NAME}")
+
+
 def _count(counts: Counts, contents: Mapping[Path, tuple[bytes, int]], run: str | None) -> None:
     """Counts the rows of ledgers: path → complete lines, and the offset of the first line to count.
 
@@ -133,8 +165,17 @@ def _count(counts: Counts, contents: Mapping[Path, tuple[bytes, int]], run: str 
             for number, line in enumerate(content[offset:].split(b"\n")[:-1], first):
                 rows.append((_parse(line.decode("utf-8"), counts, run), path, number))
         rows.sort(key=lambda found: (found[0].idx, order.index(found[0].stream), found[0].first))
-        for row, path, number in rows:  # noqa: B007 (the error names them)
-            counts.count(row)
+        _check_classes([row for row, _, _ in rows], counts.num_classes)
+        before = None
+        for row, path, number in rows:  # noqa: B007 (the errors name it)
+            if before and before[1] != path and _overlap(before[0], row):
+                raise _Twice(f"{before[1]} and {path} both hold samples of image {row.idx}")
+            before = row, path
+            missing = counts.num_classes - len(row.counts)
+            counts.count(dataclasses.replace(row, counts=np.pad(row.counts, (0, missing))))
+    except _Twice as error:
+        remedy = "ledgers of one run can be put together if they certified different images"
+        raise UserError(f"{error}; {remedy}; remove one of the files") from error
     except _OtherRun as error:
         remedy = f"remove the file if it does not belong here, restore it, or {OTHER_NAME}"
         raise UserError(f"{path} line {number} is of another run: {error}; {remedy}") from error
@@ -150,12 +191,14 @@ def _parse(line: str, counts: Counts, run: str | None) -> Row:
         raise _OtherRun(f"it names {named[0][:40]!r}, the run of this folder is {run!r}")
     if stream not in counts.schedule.totals:
         raise ValueError(f"unknown purpose {stream!r}")
-    found = np.zeros(counts.num_classes, np.int64)
+    votes = dict[int, int]()
     for pair in pairs.split(","):
         index, count = map(_natural, pair.split(":"))
-        if index >= counts.num_classes or found[index] or not count:
+        if index >= counts.num_classes or index in votes or not count:
             raise ValueError(f"bad count {pair!r}")
-        found[index] = count
+        votes[index] = count
+    found = np.zeros(max(votes) + 1, np.int64)  # `_count` appends the other classes
+    found[list(votes)] = list(votes.values())
     idx, label, first, stop = map(_natural, (idx, label, first, stop))
     return Row(idx, label, parse_number(slack), stream, first, stop, found, parse_number(seconds))
 
@@ -188,6 +231,10 @@ class Ledger(Counts, contextlib.AbstractContextManager["Ledger"]):
         self.path, self._written, self._unwritten = Path(path), time.monotonic(), list[str]()
         self._sizes = dict[Path, int]()  # bytes of the other files that were counted
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        home = self.path.parent.resolve().parents[1]
+        if self.path.is_symlink() and not self.path.resolve().is_relative_to(home):
+            remedy = "copy that file to its place, so that new samples are not written there"
+            raise UserError(f"{self.path} is a link to {self.path.resolve()}, outside of {home}; {remedy}")
         with contextlib.ExitStack() as opened:
             self._file = opened.enter_context(self.path.open("a+b", buffering=0))
             lock(self._file, f"writing {self.path}")

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lsrs_jax.certification import comparison, deterministic, ledger
+from lsrs_jax.certification import comparison, deterministic, fresh, ledger, scan
 from lsrs_jax.certification.encode import Pipeline, make_sampler
 from lsrs_jax.certification.smoothed import Certification, check_labels, reopen
 from lsrs_jax.certification.store import Stored
 from lsrs_jax.certification.table import read_table
 from lsrs_jax.certification.target import Target
-from lsrs_jax.certification.verify import Verdict
+from lsrs_jax.certification.verify import Verdict, check_dataset
 from lsrs_jax.runtime import rng
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.format import PRNG
@@ -39,16 +39,19 @@ def run(target: Target, stored: Stored, count: int, verdict: Verdict) -> None:
 
     Raises UserError naming an image whose slack is too small for its latent, or samples that the network did not give.
 
-    **Guarantee**: for the chosen images, the tests of `comparison` find no difference between the recorded counts and
-    those that the checkpoint gives, neither under the noise of σ and seed nor under noise that the author of the
-    folder could not know. How much may differ is measured here; of what the folder records, only the dtype of the
-    head, which is part of the classifier that it certifies, and the noise, which the first comparison checks, have a
-    part in it. The tests assume what `comparison` says about rounding on other machines. If nothing differs and a share
-    q of the table has any sample of another origin, N chosen images would have shown it with probability at least
+    **Guarantee**: for the chosen images, the tests of `comparison`, `scan` and `fresh` find no difference between the
+    recorded counts and those that the checkpoint gives, neither under the noise of σ and seed nor under noise that the
+    author of the folder could not know. How much may differ is measured here; of what the folder records, only the
+    dtype of the head, which is part of the classifier that it certifies, and the noise, which the first comparison
+    checks, have a part in it. The tests assume what `comparison` says about rounding on other machines. If nothing
+    differs and a share q of the table has any sample of another origin, N chosen images would have shown it with
+    probability at least
     1 − (1 − q)^N.
     """
     if stored.identity.certificate == "deterministic":
-        checked = deterministic.check(target, count)
+        chosen = deterministic.check(target, count)
+        check_dataset(target, verdict, chosen)
+        checked = len(chosen)
         verdict.unchecked.pop("radii", None)
         if checked < verdict.certificates:
             verdict.beyond["others"] = f"the radii of the other {verdict.certificates - checked:,} images"
@@ -56,13 +59,12 @@ def run(target: Target, stored: Stored, count: int, verdict: Verdict) -> None:
         return
     folder, identity = target.folder, stored.identity
     certification = reopen(folder, target.config, stored)
-    if identity.prng != PRNG:
-        raise UserError(f"{folder} holds samples of another generator: prng {identity.prng!r}")
     of_the_table = (stored.derivation or {}).get("votes")
     recorded = ledger.read(folder, certification.schedule, certification.num_classes, identity.run, of_the_table)
     check_labels(folder, recorded, target.dataset)
     known = read_table(folder / "certificates.tsv").idx.tolist()
     indices = sorted(np.random.default_rng().choice(known, min(count, len(known)), replace=False).tolist())
+    check_dataset(target, verdict, np.array(indices))
     if missing := len(set(target.indices) - set(known)):
         print(f"note: {missing:,} of the {len(target.indices):,} images that were to be certified are not in the table")
     print(f"sampling {len(indices):,} of {len(known):,} images again; compiling encoder and head ...", flush=True)
@@ -73,9 +75,9 @@ def run(target: Target, stored: Stored, count: int, verdict: Verdict) -> None:
     chunks = list(pipeline.encoded(indices, {idx: recorded.images[idx].slack for idx in indices}))
     again = _same_noise(pipeline, certification, recorded, chunks, identity.seed or 0)
     old, new = ([counts.images[idx] for idx in indices] for counts in (recorded, again))
-    rounding, fresh = _under_fresh_noise(pipeline, chunks, old, certification.schedule.n)
+    rounding, under_fresh = _under_fresh_noise(pipeline, chunks, old, certification.schedule.n)
     try:
-        _compare(certification, old, new, rounding, fresh)
+        _compare(certification, old, new, rounding, under_fresh)
     except ValueError as error:
         raise UserError(f"{folder}: {error}; the certificates are not of this checkpoint, sigma and seed") from error
     _print_differences(certification, old, new)
@@ -86,7 +88,10 @@ def run(target: Target, stored: Stored, count: int, verdict: Verdict) -> None:
         print("these are all images of the table")
         return
     verdict.beyond["others"] = f"the samples of the other {len(known) - len(indices):,} images"
-    share, differences = 1 - _LEVEL ** (1 / len(indices)), " beyond such differences" * (_moved(old, new) > 0)
+    share, differences = (
+        1 - _LEVEL ** (1 / len(indices)),
+        " beyond such differences" * (comparison.samples_moved(old, new) > 0),
+    )
     print(
         f"if more than {math.ceil(1000 * share) / 10:g}% of the table had samples of another origin{differences}, "
         f"these images would have shown it with {1 - _LEVEL:.0%} probability"
@@ -121,7 +126,7 @@ def _same_noise(
 
 def _under_fresh_noise(
     pipeline: Pipeline, chunks: list[Images], recorded: list[ImageCounts], n: int
-) -> tuple[comparison.Rounding, comparison.Fresh]:
+) -> tuple[comparison.Rounding, fresh.Fresh]:
     """Counts of the candidates under noise that nobody could know, and how the dtype of the head changes them."""
     target, sampler = pipeline.target, pipeline.sampler
     dtype, samples = target.config.certify.head_dtype, sampler.tile[1]
@@ -150,7 +155,7 @@ def _under_fresh_noise(
             progress.show(done, lambda done=done: f"{done:>6,} of {len(recorded):,} images sampled under fresh noise")
     flips, shift, counts = (np.concatenate(found) for found in zip(*parts, strict=True))
     total = launches * blocks * samples
-    return comparison.Rounding(flips, shift, total, dtype), comparison.Fresh(counts, total // _SEGMENTS)
+    return comparison.Rounding(flips, shift, total, dtype), fresh.Fresh(counts, total // _SEGMENTS)
 
 
 def _per_launch(
@@ -168,16 +173,14 @@ def _compare(
     old: list[ImageCounts],
     new: list[ImageCounts],
     rounding: comparison.Rounding,
-    fresh: comparison.Fresh,
+    under_fresh: fresh.Fresh,
 ) -> None:
-    """Raises ValueError for the first test of `comparison` that refuses the recorded counts."""
+    """Raises ValueError for the first test (of `comparison`, `scan` and `fresh`) that refuses the recorded counts."""
     if found := comparison.first_wrong(old, new, rounding):
-        row, stream, moved, allowed = found
-        was, now = ((i.counts[stream] if stream == "selection" else i.looks[-1]) for i in (old[row], new[row]))
-        worst = int(np.abs(was - now).argmax())
+        image, stream = old[found.row].idx, found.stream
         raise ValueError(
-            f"image {old[row].idx}: {moved:,} of its {now.sum():,} {stream} samples are not from this network, and "
-            f"rounding explains {allowed:,}: class {worst} has {was[worst]:,} in the ledger, {now[worst]:,} now"
+            f"image {image}: {found.moved:,} of its first {found.samples:,} {stream} samples are not from this "
+            f"network, and rounding explains {found.allowed:,}"
         )
     lead = comparison.lead_gain(old, new, rounding)
     if lead.refused:
@@ -185,37 +188,37 @@ def _compare(
             f"in the ledger the right classes lead their rivals by {lead.found:,.0f} samples more than now, and "
             f"rounding, which moves samples to either side, explains {lead.limit:,.0f}"
         )
-    radius = comparison.radius_gain(certification.derivation, certification.schedule, old, new, rounding)
+    derivation = certification.derivation, certification.schedule
+    radius = comparison.radius_gain(*derivation, old, new, rounding)
     if radius.refused:
         raise ValueError(
             f"the average certified radius of these images is {radius.found:.6f} larger than with the samples drawn "
             f"now, and rounding explains {radius.limit:.6f}"
         )
-    if unlikely := comparison.first_unlikely(old, fresh, rounding, len(certification.schedule.looks)):
+    scanned = scan.scan_gain(*derivation, old, new, rounding)
+    if scanned.refused:
+        raise ValueError(
+            f"among images of similar radius the right classes have gained {scanned.found:.1f} standard errors, and "
+            f"rounding, which moves samples to either side, explains {scanned.limit:.1f}"
+        )
+    if unlikely := fresh.first_unlikely(old, under_fresh, rounding):
         row, was, now = unlikely
         raise ValueError(
             f"image {old[row].idx}: its class has {was:.5f} of the samples in the ledger, and {now:.5f} of the samples "
             "under fresh noise: the samples in the ledger cannot be ordinary ones"
         )
     shared = certification.identity.noise == "shared"
-    gain = comparison.fresh_gain(old, fresh, rounding, shared)
+    gain = fresh.fresh_gain(old, under_fresh, rounding, shared)
     if gain.refused:
         raise ValueError(
             f"in the ledger the right classes have {gain.found:,.0f} samples more than under fresh noise, and chance "
             f"and rounding explain {gain.limit:,.0f}: the noise of the seed favours this network"
         )
-    print(f"under fresh noise: {fresh.total * len(old):,} samples; no test finds a difference")
-
-
-def _moved(old: list[ImageCounts], new: list[ImageCounts]) -> int:
-    """The number of samples that changed their class, at least."""
-    pairs = [(a.counts["selection"], b.counts["selection"]) for a, b in zip(old, new, strict=True)]
-    pairs += [(a.looks[-1], b.looks[-1]) for a, b in zip(old, new, strict=True)]
-    return sum(int(np.abs(a - b).sum()) // 2 for a, b in pairs)
+    print(f"under fresh noise: {under_fresh.total * len(old):,} samples; no test finds a difference")
 
 
 def _print_differences(certification: Certification, old: list[ImageCounts], new: list[ImageCounts]) -> None:
-    moved = _moved(old, new)
+    moved = comparison.samples_moved(old, new)
     print(f"drawn again: {sum(image.total for image in new):,} samples of {len(new):,} images; {moved:,} differ")
     if moved:
         was, now = (certification.derivation.certificates(certification.schedule, images) for images in (old, new))

@@ -127,6 +127,7 @@ class Certification:
 
         Raises UserError if they had another identity, or if their files are missing or have changed.
         """
+        store.check_files(self.folder)
         path, has_rows = self.folder / "certificates.json", ledger.has_rows(self.folder)
         if not has_rows and not (self.folder / "certificates.tsv").exists():
             return  # without samples no identity matters
@@ -138,7 +139,12 @@ class Certification:
             raise UserError(f"{self.folder} holds certificates but no samples; restore {lost}, or {OTHER_NAME}")
         self.identity, self.record = self.identity.begun_as(stored.identity), list(stored.record)
         self.stored = stored
-        if self.identity.run is None and self.process.leads:
+        if self.process.leads:
+            self.note_format()
+
+    def note_format(self) -> None:
+        """Says that nobody can tell which run the samples of an old folder belong to."""
+        if self.identity.run is None:
             print(f"note: {self.folder} was begun in format 1: its samples do not name the run they belong to")
 
     def derive(self, counts: ledger.Ledger, chosen: Collection[int]) -> tuple[list[ImageCounts], Certificates | None]:
@@ -275,6 +281,7 @@ def from_counts(folder: Path, config: Config) -> None:
         wrong = f"{folder} holds {held} ones" if held != "smoothed" else "leave --config.certify.certificate out"
         raise UserError(f"--from-counts is for smoothed certificates: {wrong}")
     certification = reopen(folder, config, stored)
+    certification.note_format()
     if not ledger.has_rows(folder):
         raise UserError(f"{folder} holds no samples; restore {ledger.name('*')}")
     with certification.open_ledger() as counts:

@@ -7,7 +7,6 @@ import dataclasses
 import datetime
 import hashlib
 import platform
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 
 from lsrs_jax import __version__
 from lsrs_jax.certification import OTHER_NAME, ledger
-from lsrs_jax.certification.identity import Identity
+from lsrs_jax.certification.identity import Identity, contradiction
 from lsrs_jax.config import CERTIFICATES, check_config, chosen_images, config_from_dict, config_to_dict
 from lsrs_jax.layers.lipschitz import LipschitzReport
 from lsrs_jax.runtime import documents, files
@@ -65,8 +64,16 @@ def read(path: Path) -> Stored:
     return found[0]
 
 
+def check_files(folder: Path) -> None:
+    """Raises UserError for a pipe, a folder or another thing in the place of a file, on which a reader could wait."""
+    for name in ("certificates.json", "certificates.tsv", "audit.json", "audit.tsv"):
+        if (path := folder / name).exists() and not path.is_file():
+            raise UserError(f"{path} is not a file; remove it, or {OTHER_NAME}")
+
+
 def read_folder(folder: Path, use: str) -> Stored:
     """Reads the certificates.json in a folder, which must be sealed. An error names the `use`."""
+    check_files(folder)
     path = folder / "certificates.json"
     if path.exists():
         return require_sealed(path)
@@ -99,8 +106,8 @@ def _parse(content: dict[str, Any]) -> Stored:
     classes = 2 if identity.classes is None and not sealed else identity.classes
     if identity.certificate not in CERTIFICATES or type(classes) is not int or not 2 <= classes <= _MOST:
         raise ValueError("identity is of no certificate")
-    if config and config.certify.certificate != identity.certificate:
-        raise ValueError("identity and config are of different kinds")
+    if config and (found := contradiction(identity, config)):
+        raise UserError(f"it contradicts itself: {found}; restore it, or {OTHER_NAME}")
     if not all(type(size) is int and 1 <= size <= _MOST for size in identity.model["input_shape"]):
         raise ValueError("input_shape cannot be the shape of an image")
     begun, images = identity.format, identity.images
@@ -128,7 +135,7 @@ def _parse_votes(content: dict[str, Any]) -> dict[str, dict]:
     if not votes:
         raise ValueError("its certificates name no ledger")
     for name, digest in votes.items():
-        if not re.fullmatch(r"votes\.(0|[1-9][0-9]{0,8})\.tsv", name):
+        if not ledger.is_name(name):
             raise ValueError(f"{name[:40]!r} is no ledger")
         _check_types(digest, {"bytes": int, "sha256": str}, f"derivation.votes.{name}.")
     return votes

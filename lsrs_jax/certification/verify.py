@@ -1,22 +1,28 @@
 """Compares the files of a certification with their digests, and derives its certificates again from its ledgers."""
 
 import dataclasses
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lsrs_jax import models
-from lsrs_jax.auditing.table import read_finished
+from lsrs_jax.auditing.table import Attacked, check_attacked, read_finished
 from lsrs_jax.certification import deterministic, ledger, store
+from lsrs_jax.certification.identity import names_its_data
 from lsrs_jax.certification.smoothed import Certification, reopen
 from lsrs_jax.certification.table import read_table
-from lsrs_jax.certification.target import restore, target_of_certificates
+from lsrs_jax.certification.target import Target, restore, target_of_certificates
 from lsrs_jax.config import SEED_DERIVED, SEED_OF_TRAINING, config_to_dict, load_config, other_training
+from lsrs_jax.data import Photos, load_split
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.files import digest_of
 from lsrs_jax.runtime.workdir import checkpoints
 from lsrs_jax.smoothing.counts import Counts, ImageCounts
 
+_BATCH = 100  # images whose pixels are compared at a time
 _SAME = 1e-9  # relative: how far the Lipschitz constant of an encoder may differ between two machines
 
 
@@ -33,6 +39,8 @@ class Verdict:
     wanted: int | None = None  # images of the split that the configuration asks for
     missing: int = 0  # of the images wanted
     others: int = 0  # certificates of images that the configuration does not ask for
+    selection: dict[str, int] = dataclasses.field(default_factory=dict)  # start, stop and step of the images wanted
+    equal: int | None = None  # certificates of images that equal another one of the table; None if nobody looked
     samples: int | None = None
     checked: list[str] = dataclasses.field(default_factory=list)
     unchecked: dict[str, str] = dataclasses.field(default_factory=dict)  # by a short name
@@ -51,9 +59,11 @@ class Verdict:
         line = f"verdict: {'intact' if self.complete else 'incomplete'}: {self.certificates:,} certificates"
         if self.wanted is not None:
             of_all = f" of the {self.split:,} images of the split" if self.split else " images"
-            line += f"; {self.wanted:,}{of_all} were to be certified"
+            which = ", ".join(f"{name} {value}" for name, value in self.selection.items())
+            line += f"; {self.wanted:,}{of_all} were to be certified ({which}, which the author chose)"
         line += f", {self.missing:,} of these have none" if self.missing else ""
         line += f", {self.others:,} certificates are of others, and nothing says why" if self.others else ""
+        line += f"; {self.equal:,} of the images compared equal another one" if self.equal else ""
         line += f"; checked: {', '.join(self.checked)}"
         line += f"; could not be checked: {', '.join(self.unchecked.values())}" if self.unchecked else ""
         return line + (f"; files cannot show: {', '.join(self.beyond.values())}" if self.beyond else "")
@@ -80,13 +90,10 @@ def run(folder: Path, data_dir: str | None = None) -> tuple[store.Stored, Verdic
     except ValueError as error:
         raise UserError(f"{table} has changed: it is not a text file any more") from error
     _check_training(folder, stored)
-    model = config_to_dict(config)["model"]
-    if {name: identity.model.get(name) for name in model} != model:
-        raise UserError(f"{path} contradicts itself: identity.model is not the model of its configuration")
-    verdict, counts = (
-        Verdict(text.count("\n") - 1, checked=["the digests in certificates.json", "the configuration"]),
-        None,
-    )
+    checked = ["the digests in certificates.json", "the configuration"]
+    verdict, counts = Verdict(text.count("\n") - 1, checked=checked), None
+    if not names_its_data(config):
+        verdict.beyond["data"] = f"which images data.name={config.data.name!r} stands for (--recast=N)"
     if identity.certificate == "smoothed":
         certification = reopen(folder, config, stored, stored.format)
         if (derivation["alpha"], derivation["bound"]) != (config.certify.alpha, config.certify.bound):
@@ -100,14 +107,16 @@ def run(folder: Path, data_dir: str | None = None) -> tuple[store.Stored, Verdic
             verdict.unchecked["run"] = "that all samples are of this run (in format 1 they do not name it)"
     elif derivation["bound"] != "margin" or ledger.files(folder):
         raise UserError(f"{path} contradicts itself: deterministic certificates have the bound margin, and no ledger")
+    else:
+        deterministic.check_form(table, text, stored.lipschitz.constant)
     digest = digest_of(table)
     if derivation["certificates"] != digest:
         raise UserError(f"{table} has changed: its digest is not the one in {path.name}")
     _check_checkpoint(folder.parents[1], stored, verdict)
     _check_audit(folder / "audit.tsv", digest, verdict)
+    _check_images(table, stored, verdict)
     if counts is None:
         _compute_again(folder, stored, data_dir, verdict)
-    _check_images(table, stored, verdict)
     _report(folder, stored, counts, verdict)
     return stored, verdict
 
@@ -142,17 +151,41 @@ def _report(folder: Path, stored: store.Stored, counts: Counts | None, verdict: 
 
 def _check_images(table: Path, stored: store.Stored, verdict: Verdict) -> None:
     """Counts the images that the configuration asks for and that the table lacks."""
-    wanted = stored.wanted
-    if wanted is None:
+    split = stored.identity.images
+    if stored.wanted is None:
         verdict.unchecked["images"] = "that no image is missing (in format 1 the size of the split is not known)"
         return
-    found, split = set(read_table(table).idx.tolist()), stored.identity.images
-    if split is not None and max(found) >= split:
-        raise UserError(f"{table} has a certificate of image {max(found)}, but the split has {split:,} images")
+    found = read_table(table).idx
+    if split is not None and found.max() >= split:
+        raise UserError(f"{table} has a certificate of image {found.max()}, but the split has {split:,} images")
+    _count_images(found, stored.wanted, split, verdict)
+
+
+def _count_images(found: np.ndarray, wanted: range, split: int | None, verdict: Verdict) -> None:
+    indices = set(found.tolist())
     verdict.wanted, verdict.split = len(wanted), split
-    verdict.missing, verdict.others = len(set(wanted) - found), len(found - set(wanted))
+    verdict.selection = {"start": wanted.start, "stop": wanted.stop, "step": wanted.step}
+    verdict.missing, verdict.others = len(set(wanted) - indices), len(indices - set(wanted))
     if verdict.wanted and not (verdict.missing or verdict.others):
         verdict.checked.append("that no image is missing")
+
+
+def check_dataset(target: Target, verdict: Verdict, chosen: np.ndarray) -> None:
+    """Counts what only the images can show: missing ones of an old folder, and images that equal another one.
+
+    Compares the pixels of all images of the table, or of those `chosen` where pixels must be decoded. Honest sets
+    contain equal images.
+    """
+    found, dataset = read_table(target.folder / "certificates.tsv").idx, target.dataset
+    if verdict.unchecked.pop("images", None):
+        _count_images(found, target.indices, len(dataset), verdict)
+    compared = chosen if isinstance(dataset, Photos) else found
+    digests = [
+        hashlib.sha256(image.tobytes()).digest()
+        for part in np.array_split(compared, -(-len(compared) // _BATCH))
+        for image in dataset.pixels(part, np.float64)
+    ]
+    verdict.equal = len(digests) - len(set(digests))
 
 
 def _check_training(folder: Path, stored: store.Stored) -> None:
@@ -173,9 +206,7 @@ def _check_training(folder: Path, stored: store.Stored) -> None:
 def _check_ledgers(certification: Certification, digests: dict[str, dict]) -> Counts:
     """The counts of the ledgers; raises UserError if the rows behind the table have changed. New rows may follow."""
     folder, run = certification.folder, certification.identity.run
-    for name in digests:
-        if not (folder / name).exists():
-            raise UserError(f"{folder / name} is missing: without its samples no certificate can be checked")
+    ledger.check_present(folder, digests)
     # Reading names a damaged line. If every line is well-formed, the digest still finds a change of the file.
     counts = ledger.read(folder, certification.schedule, certification.num_classes, run)
     ledger.check_recorded(folder, digests)
@@ -215,17 +246,32 @@ def _compare(text: str, certification: Certification, counts: Counts) -> None:
 
 def _compute_again(folder: Path, stored: store.Stored, data_dir: str | None, verdict: Verdict) -> None:
     """Computes deterministic certificates again, if network and images are here."""
-    why = "not asked for"
+    why, step = "not asked for", stored.identity.checkpoint["step"]
     if data_dir is not None:
-        try:
-            target = target_of_certificates(folder, stored, data_dir)
-        except UserError as error:
-            why = str(error)
-        else:
-            deterministic.check(target)
-            verdict.checked.append("every radius, computed again from the images")
-            return
-    verdict.unchecked["radii"] = f"the radii, which were not computed again ({why})"
+        why = None if (checkpoints(folder.parents[1]) / str(step)).is_dir() else _no_checkpoint(step)
+        why = why or _no_images(stored, data_dir)
+    if why:
+        verdict.unchecked["radii"] = f"the radii, which were not computed again ({why})"
+        return
+    target = target_of_certificates(folder, stored, data_dir or "")
+    deterministic.check(target)
+    check_dataset(target, verdict, read_table(target.folder / "certificates.tsv").idx)
+    verdict.checked.append("every radius, computed again from the images")
+
+
+def _no_images(stored: store.Stored, data_dir: str) -> str | None:
+    """Why the split that was certified cannot be loaded; None if it can."""
+    data = stored.settings.copy_and_resolve_references().data
+    data.dir = data_dir
+    try:
+        load_split(data, data.split)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _no_checkpoint(step: int) -> str:
+    return f"the checkpoint of step {step} is not here"
 
 
 def _check_audit(path: Path, digest: str, verdict: Verdict) -> None:
@@ -240,6 +286,8 @@ def _check_audit(path: Path, digest: str, verdict: Verdict) -> None:
     elif attacked != digest:
         verdict.unchecked["audit"] = "the audit, which is of another table"
     else:
+        table = read_table(path.with_name("certificates.tsv"))
+        check_attacked(path, audit, Attacked(*(getattr(table, name) for name in Attacked._fields)))
         verdict.checked.append(f"the files of the audit ({len(audit.idx):,} images, {audit.flips.sum():,} flips)")
         verdict.beyond["attacks"] = "the attacks of the audit (move it away and run it again)"
 
@@ -248,10 +296,8 @@ def _check_checkpoint(workdir: Path, stored: store.Stored, verdict: Verdict) -> 
     """Compares digest, shapes and Lipschitz constant of the weights."""
     identity, config, step = stored.identity, stored.settings, stored.identity.checkpoint["step"]
     if not (checkpoints(workdir) / str(step)).is_dir():
-        why = f"the checkpoint of step {step} is not here"
-        verdict.unchecked["weights"] = (
-            f"the weights and the Lipschitz constant {stored.lipschitz.constant:.15g} ({why})"
-        )
+        constant = f"the Lipschitz constant {stored.lipschitz.constant:.15g}"
+        verdict.unchecked["weights"] = f"the weights and {constant} ({_no_checkpoint(step)})"
         return
     model = models.build(config.model, tuple(identity.model["input_shape"]), identity.classes or 0)
     params, meta = restore(workdir, model, step)

@@ -42,7 +42,11 @@ def _signature(path: Path) -> tuple[int, int]:
 
 
 def _files(folder: epath.Path, skipped: epath.Path) -> Iterator[epath.Path]:
+    """All files except hidden ones; a bucket has neither links nor pipes, so those of a mount are left out."""
     for path in folder.iterdir() if folder.exists() else ():
+        local = None if "://" in str(path) else Path(str(path))
+        if local and (local.is_symlink() or not (local.is_file() or local.is_dir())):
+            continue
         if path.is_dir():
             if path != skipped:
                 yield from _files(path, skipped)

@@ -98,7 +98,8 @@ def test_facts_about_an_audit_are_its_own_or_refused_in_one_line(folder, field, 
     home = folder / "audited"
     home.mkdir(exist_ok=True)
     (home / "audit.tsv").write_text(AUDIT)
-    facts = {"certificates": "00", "settings": {}, "audit": hashlib.sha256(AUDIT.encode()).hexdigest()}
+    settings = {"images": 1, "fractions": [1.0], "restarts": 1, "steps": 1, "samples": 1, "votes": 1}
+    facts = {"certificates": "00", "settings": settings, "audit": hashlib.sha256(AUDIT.encode()).hexdigest()}
     content = new if field is None else facts | {field: new}
     (home / "audit.json").write_text(sealed(content) if field in facts else json_text(content))
     found = answer(read_finished, home / "audit.tsv")

@@ -9,7 +9,8 @@ import copy
 
 import numpy as np
 
-from lsrs_jax.certification import comparison
+from lsrs_jax.certification import comparison, scan
+from lsrs_jax.certification import fresh as fresh_noise
 from lsrs_jax.smoothing.counts import ImageCounts, Row
 from lsrs_jax.smoothing.derivation import Derivation
 from lsrs_jax.smoothing.schedule import make_schedule
@@ -20,13 +21,15 @@ SIGMA, N0 = 0.25, 100
 class World:
     """Images of one head. `error` is the rounding error of bfloat16, in standard deviations of the margin."""
 
-    def __init__(self, rng, images=40, n=2000, dtype="float32", error=0.01, shared=0.2, kind="fixed"):
+    def __init__(self, rng, images=40, n=2000, dtype="float32", error=0.01, shared=0.2, kind="fixed", uneven=0.0):
         self.rng, self.n, self.dtype, self.shared = rng, n, dtype, shared
         self.schedule = make_schedule(kind, N0, n, 8)
         self.error = {"bfloat16": error, "float32": error / 2**16}[dtype]
         self.coarse = error
         self.means = rng.normal(1.5, 1.5, images)  # of the margins; about one image in six is wrong
-        self.offsets = rng.normal(size=(2, images, 1))  # of this machine and of another one
+        # Of this machine and of another one; some images may be rounded more than others.
+        self.scale = np.exp(rng.normal(size=(images, 1)) * uneven)
+        self.offsets = rng.normal(size=(2, images, 1))
         self.derivation = Derivation(SIGMA, 0.001)
 
     def noise(self, n):
@@ -36,7 +39,7 @@ class World:
 
     def rounded(self, margins, error, machine=0):
         """The margins with the rounding errors of one machine."""
-        return margins + error * (self.offsets[machine] + self.rng.normal(size=margins.shape)) / np.sqrt(2)
+        return margins + error * self.scale * (self.offsets[machine] + self.rng.normal(size=margins.shape)) / np.sqrt(2)
 
     def images(self, selection, estimation):
         """`ImageCounts` of all images at the last look; labels are 0."""
@@ -87,7 +90,7 @@ class World:
         rounding = comparison.Rounding(
             (exact != coarse).sum(axis=1), others.sum(axis=1) - hits.sum(axis=1), size * segments, self.dtype
         )
-        return rounding, comparison.Fresh(hits.reshape(len(images), segments, size).sum(axis=2), size)
+        return rounding, fresh_noise.Fresh(hits.reshape(len(images), segments, size).sum(axis=2), size)
 
     def radii(self, images):
         found = self.derivation.certificates(self.schedule, images)
@@ -102,20 +105,28 @@ def classes(margins):
 
 def refusals(world, recorded, again, rounding, fresh):
     """The names of the tests that refuse the recorded counts."""
-    looks = len(world.schedule.looks)
+    derivation = world.derivation, world.schedule
     found = {
         "image": comparison.first_wrong(recorded, again, rounding) is not None,
         "lead": comparison.lead_gain(recorded, again, rounding).refused,
-        "radius": comparison.radius_gain(world.derivation, world.schedule, recorded, again, rounding).refused,
-        "fresh image": comparison.first_unlikely(recorded, fresh, rounding, looks) is not None,
-        "fresh": comparison.fresh_gain(recorded, fresh, rounding, True).refused,
+        "radius": comparison.radius_gain(*derivation, recorded, again, rounding).refused,
+        "scan": scan.scan_gain(*derivation, recorded, again, rounding).refused,
+        "fresh image": fresh_noise.first_unlikely(recorded, fresh, rounding) is not None,
+        "fresh": fresh_noise.fresh_gain(recorded, fresh, rounding, True).refused,
     }
     return {name for name, refused in found.items() if refused}
 
 
 def forged(images, sizes):
-    """Images with some samples of every look moved from the strongest rival to the label."""
-    return comparison._moved(images, sizes)
+    """Images with some samples of every look moved to the label (or, if negative, from it to its strongest rival)."""
+    n = comparison.sizes_at_looks(images)
+    return comparison.moved(images, np.sign(sizes) * np.ceil(np.abs(sizes) * n / n[-1]))
+
+
+def room_of(images, rounding):
+    """How many samples of each image may differ in all."""
+    n = comparison.sizes_at_looks(images)
+    return comparison.allowance(rounding, n[-1], len(n))
 
 
 def cheapest_forgery(world, again, rounding, gain, best=None):
@@ -125,8 +136,7 @@ def cheapest_forgery(world, again, rounding, gain, best=None):
     Returns None if even the whole allowance does not suffice.
     """
     now = world.radii(again)
-    n = np.array([image.looks[-1].sum() for image in again])
-    room = comparison._allowance(rounding, n)
+    room = room_of(again, rounding)
     room *= np.array([image.counts["selection"].argmax() == 0 for image in again])
     if best is not None:
         worth = world.radii(forged(again, room)) - now
@@ -137,3 +147,33 @@ def cheapest_forgery(world, again, rounding, gain, best=None):
         if world.radii(candidate).sum() >= (1 + gain) * now.sum():
             return candidate
     return None
+
+
+def just_below(world, again, rounding):
+    """Raises the certified accuracy at the radius at which the allowance of each image lifts it most."""
+    now, room = world.radii(again), room_of(again, rounding)
+    full = world.radii(forged(again, room))
+    radius = max(np.linspace(0.01, 0.6, 119), key=lambda r: ((now < r) & (full >= r)).sum())
+    low, high = np.zeros(len(now)), np.where((now < radius) & (full >= radius), room, 0.0)
+    for _ in range(14):  # the fewest samples that suffice, by bisection
+        middle = np.floor((low + high) / 2)
+        enough = world.radii(forged(again, middle)) >= radius
+        low, high = np.where(enough, low, middle), np.where(enough, middle, high)
+    candidate = forged(again, high)
+    return candidate, float((world.radii(candidate) >= radius).mean() - (now >= radius).mean())
+
+
+def moved_to_the_first_look(images):
+    """Images that selected their label, and whose rivals give it all samples of the first look that it has later."""
+    found = []
+    for image in images:
+        other = copy.copy(image)
+        other.looks = image.looks.copy()
+        left = int(image.looks[-1, 0] - image.looks[0, 0]) * (image.counts["selection"].argmax() == 0)
+        for rival in (1, 2):
+            size = min(int(image.looks[0, rival]), left)
+            other.looks[:-1, 0] += size
+            other.looks[:-1, rival] -= size
+            left -= size
+        found.append(other)
+    return found
