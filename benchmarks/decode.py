@@ -14,6 +14,7 @@ import time
 import jax
 
 from lsrs_jax import cli, data, models
+from lsrs_jax.flags import config_from_flags
 from lsrs_jax.training import plan
 from studies.accelerator import table
 
@@ -36,9 +37,9 @@ def main(arguments):
     parser.add_argument("--workers", default="0,1,2", help="numbers of worker processes")
     parser.add_argument("--batches", type=int, default=20, help="of 64 photos, per rate")
     options = parser.parse_args(arguments)
-    config = cli.config_from_flags([f"--config={options.config}", f"--config.data.dir={options.data}"])
+    config = config_from_flags([f"--config={options.config}", f"--config.data.dir={options.data}"])
     dataset = data.load_split(config.data, config.data.train_split)
-    model = models.build(config.model, dataset.shape, dataset.num_classes)
+    model = models.build(config.model, dataset.shape, len(dataset.class_names))
     need, images = plan.training_need(model, config), config.data.batch_size / jax.device_count()
     config.data.batch_size = 64
     found = {int(number): [] for number in options.workers.split(",")}

@@ -21,7 +21,6 @@ import numpy as np
 from benchmarks.measuring import say
 from lsrs_jax import cli, models
 from lsrs_jax.certification.table import read_table
-from lsrs_jax.certification.target import restore
 from lsrs_jax.config import load_config
 from lsrs_jax.data import load_split
 from lsrs_jax.layers.lipschitz import Float64Encoder
@@ -31,6 +30,7 @@ from lsrs_jax.smoothing import SmoothedClassifier, certified_radius, confidence
 from lsrs_jax.smoothing.counts import Counts, ImageCounts, Row
 from lsrs_jax.smoothing.derivation import Derivation
 from lsrs_jax.smoothing.schedule import SCHEDULES, Schedule, block_count, make_schedule
+from lsrs_jax.training.checkpoint import restore
 from studies.accelerator import table
 
 N0, ALPHA, SPACING, FEW = 100, 0.001, 0.25, (0.25, 0.5, 0.75, 1.0)
@@ -104,9 +104,9 @@ class Run:
         self.config = load_config(self.path / "config.json")
         config, dataset = self.config, load_split(self.config.data, self.config.data.split)
         indices = list(range(0, len(dataset), max(1, len(dataset) // images)))[:images]
-        model = models.build(config.model, dataset.shape, dataset.num_classes)
+        model = models.build(config.model, dataset.shape, len(dataset.class_names))
         encoder, self.head = model.for_certification(restore(self.path, model)[0], config.certify.head_dtype)
-        pixels, self.labels = dataset.pixels(indices, np.float64), dataset.labels[indices]
+        pixels, self.labels = dataset.read(indices, np.float64)
         say(f"{self.path}: encoding {len(pixels)} images")
         self.latents = Float64Encoder(encoder, config.certify.tile[0])(pixels)
         self.lipschitz = encoder.report.constant

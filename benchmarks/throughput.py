@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks import measuring
 from lsrs_jax import data, models
 from lsrs_jax.certification.ledger import Ledger
-from lsrs_jax.cli import config_from_flags
+from lsrs_jax.flags import config_from_flags
 from lsrs_jax.layers.lipschitz import Float64Encoder
 from lsrs_jax.runtime.rng import domain_key
 from lsrs_jax.smoothing.derivation import Derivation
@@ -184,7 +184,7 @@ def _seconds_of_a_batch(count):
     config, size = _default("lsrs")[0], 50_000
     rng = np.random.default_rng(0)
     images, labels = rng.integers(256, size=(size, *IMAGE), dtype=np.uint8), rng.integers(CLASSES, size=size)
-    dataset = data.Dataset("probe", "1", "train", images, labels, CLASSES)
+    dataset = data.Arrays("probe", "1", "train", images, labels, tuple(map(str, range(CLASSES))))
     batches = data.training_batches(dataset, config.data, 0, 0, count + 1)
     next(batches)  # permutes
     start = time.perf_counter()

@@ -1,7 +1,8 @@
 """Attack the certificates of a workdir.
 
-  python -m lsrs_jax.audit --workdir=runs/digits
-  python -m lsrs_jax.audit --workdir=runs/digits --config.certify.name=full --images=100 --restarts=10
+  lsrs audit --workdir=runs/digits
+  lsrs audit --workdir=runs/digits --images=100 --restarts=10
+  lsrs audit --workdir=runs/digits --config.certify.name=full
 
 The audit attacks every certificate inside its radius: by gradients (PGD through the smoothed classifier, from several
 random starts), and by predictions alone (a decision-based attack). A flip is a point within the radius at which
@@ -29,6 +30,7 @@ from lsrs_jax.certification.encode import make_sampler
 from lsrs_jax.certification.store import Stored, read_folder
 from lsrs_jax.certification.table import read_table
 from lsrs_jax.certification.target import Target, target_of_certificates
+from lsrs_jax.flags import config_of_training, given_data_dir
 from lsrs_jax.runtime import files, processes
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.progress import Progress
@@ -47,7 +49,7 @@ _NUMBERS = {  # flag: default, least value, meaning
 
 def run(arguments: list[str]) -> None:
     """The command; see the module's docstring."""
-    parser = cli.parser("audit", __doc__)
+    parser = cli.parser("audit", __doc__, ("certify.name", "data.dir"), "--workdir=DIR [--images=N] [...]")
     parser.add_argument("--workdir", required=True, type=cli.workdir, help="folder of a training, or gs://...")
     shares = cli.checked(
         cli.numbers, lambda found: all(0 < share <= 1 for share in found), "numbers in (0, 1], as 0.5,1"
@@ -66,7 +68,7 @@ def run(arguments: list[str]) -> None:
 
 
 def _run(workdir: Path, settings: Settings, rest: list[str]) -> None:
-    asked = cli.config_of_training(workdir, rest, "audit", ("certify.name", "data.dir"))
+    asked = config_of_training(workdir, rest, "audit", ("certify.name", "data.dir"))
     folder = workdir / "certify" / asked.certify.name
     stored, table = read_folder(folder, "to attack"), folder / "certificates.tsv"
     if stored.identity.certificate != "smoothed":
@@ -82,7 +84,7 @@ def _run(workdir: Path, settings: Settings, rest: list[str]) -> None:
     if settings.votes < least:
         raise UserError(f"--votes={settings.votes} can decide nothing at alpha {alpha}: give at least {least}")
     processes.cache_compilations()
-    target = target_of_certificates(folder, stored, asked.data.dir)
+    target = target_of_certificates(folder, stored, given_data_dir(rest, asked))
     with files.locked(folder / ".audit.lock", f"auditing {folder}"):
         journal = Journal(folder, settings, stored.derivation["certificates"])
         _attack(target, settings, stored, journal)
@@ -109,7 +111,7 @@ def _attack(target: Target, settings: Settings, stored: Stored, journal: Journal
         new = len(set(table.idx[batch].tolist()) - journal.done)
         if not new:
             continue
-        images = target.dataset.pixels(table.idx[batch], np.float64)
+        images = target.dataset.read(table.idx[batch], np.float64)[0]
         attacked = Attacked(*(getattr(table, name)[batch] for name in Attacked._fields))
         journal.append(attacked, auditor(images, attacked.predict, attacked.radius, number))
         finished += new

@@ -10,13 +10,13 @@ from scipy.spatial.distance import pdist
 
 from lsrs_jax import models
 from lsrs_jax.certification.table import Table, read_table
-from lsrs_jax.certification.target import restore
 from lsrs_jax.config import config_to_dict, load_config
 from lsrs_jax.data import load_split
 from lsrs_jax.models.encoders import BLOCKS
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.files import write_atomic
 from lsrs_jax.runtime.progress import duration
+from lsrs_jax.training.checkpoint import restore
 
 PAIRED = 500  # images whose distances are compared
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -59,7 +59,7 @@ def keep(workdir, folder, commands):
     source = workdir / "certify" / "default"
     config = load_config(workdir / "config.json")
     dataset, config.data.dir = load_split(config.data, config.data.split), ""
-    model = models.build(config.model, dataset.shape, dataset.num_classes)
+    model = models.build(config.model, dataset.shape, len(dataset.class_names))
     cost = models.cost(model)
     facts = {
         "commands": commands,
@@ -78,7 +78,7 @@ def keep(workdir, folder, commands):
 def _distances(model, workdir, dataset):
     """Median ratio of the distances between two images after and before the encoder, within and across classes."""
     some = np.linspace(0, len(dataset) - 1, min(PAIRED, len(dataset))).astype(int)
-    images, labels = dataset.pixels(some, np.float32), dataset.labels[some]
+    images, labels = dataset.read(some, np.float32)
     latents = np.asarray(jax.jit(model.encode)(restore(workdir, model)[0], images), np.float64)
     before, after = pdist(images.reshape(len(some), -1)), pdist(latents.reshape(len(some), -1))
     ratio = after[before > 0] / before[before > 0]

@@ -19,6 +19,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 # The compilation cache is shared by all tests and runs of the suite. It lies outside the user's cache.
 os.environ["XDG_CACHE_HOME"] = str(Path(tempfile.gettempdir()) / f"lsrs_jax_tests_{os.getuid()}")
 cache_compilations()
+os.environ["HF_HUB_OFFLINE"] = "1"  # the library reads it when it is imported
 
 LARGE = 3 << 29  # bytes
 SHARED = Path(os.environ.get("LSRS_SHARED", ROOT.parent / "shared"))

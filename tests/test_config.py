@@ -4,8 +4,9 @@ import re
 
 import pytest
 
-from lsrs_jax import cli, models
+from lsrs_jax import models
 from lsrs_jax.config import check_config, config_from_dict, config_to_dict, default, load_config, save_config
+from lsrs_jax.flags import config_from_flags
 from lsrs_jax.runtime.documents import first_difference
 from lsrs_jax.runtime.errors import UserError
 from support import ROOT
@@ -115,7 +116,7 @@ def test_foreign_values_are_refused(values, why):
 )
 def test_a_flag_that_names_no_field_is_told_which_there_are(flag, why):
     with pytest.raises(UserError) as error:
-        cli.config_from_flags([flag], default())
+        config_from_flags([flag], default())
     assert why in str(error.value)
 
 

@@ -11,7 +11,7 @@ def test_digits_are_real_and_split_once():
     assert (len(train), len(test)) == (1437, 360)
     assert train.shape == (8, 8, 1)
     assert set(train.labels) == set(range(10)) == set(test.labels)
-    pixels = train.pixels(np.arange(len(train)), np.float64)
+    pixels = train.read(np.arange(len(train)), np.float64)[0]
     assert (pixels.min(), pixels.max()) == (0.0, 1.0)
     assert 1e-3 < pixels.std() < 0.5
 
@@ -22,7 +22,7 @@ def test_a_prepared_set_is_read_in_order(tmp_path):
     train = data.load("tiny", "train", str(tmp_path))
     np.testing.assert_array_equal(train.images, images)
     np.testing.assert_array_equal(train.labels, labels)
-    assert (train.name, train.version, train.num_classes) == ("tiny", "1.0.0", 3)
+    assert (train.name, train.version, len(train.class_names)) == ("tiny", "1.0.0", 3)
     assert len(data.load("tiny", "train[:25%]", str(tmp_path))) == 10
     assert len(data.load("tiny:1.0.0", "test", str(tmp_path))) == 7
 

@@ -159,9 +159,9 @@ def test_the_whole_error_budget_reaches_the_certificates(tmp_path):
     with pinned():
         params, _ = checkpoint.restore_model(workdir, jax.eval_shape(model.init, root_key(0)))
     encoder, head = model.for_certification(params)
-    latents = Float64Encoder(encoder, 5)(data.load("digits", "test").pixels(np.arange(40), np.float64))
+    latents = Float64Encoder(encoder, 5)(data.load("digits", "test").read(np.arange(40), np.float64)[0])
     moved = np.linalg.norm((np.rint(latents * 2**15) / 2**15 - latents).reshape(40, -1), axis=1)
-    images = data.load("digits", "test").pixels(np.arange(40), np.float64).reshape(40, -1)
+    images = data.load("digits", "test").read(np.arange(40), np.float64)[0].reshape(40, -1)
     rounding = 2 * encoder.report.rounding(np.linalg.norm(images, axis=1) + 10 * 0.5 / encoder.report.constant)
     rest = np.array([slack[idx] for idx in range(40)]) - 8 * 2.0**-15 * (1 + 2.0**-50)
     np.testing.assert_allclose(rest, rounding, rtol=1e-3)
@@ -228,7 +228,7 @@ def test_deterministic_and_smoothed_certificates_meet_in_one_report(margins, tmp
     model = models.build(config.model, (8, 8, 1), 10)
     with pinned():
         params, _ = checkpoint.restore_model(margins, jax.eval_shape(model.init, root_key(0)))
-    images = data.load("digits", "test").pixels(np.arange(40), np.float32)
+    images = data.load("digits", "test").read(np.arange(40), np.float32)[0]
     logits = np.asarray(model.classify(params, model.encode(params, images)), np.float64)
     kernel = np.asarray(params["head"]["kernel"], np.float64)
     kernel /= np.linalg.norm(kernel, axis=0)

@@ -50,7 +50,7 @@ def batches(folder, first=0, stop=6, own=slice(None), **fields):
 def test_labels_and_shape_are_those_of_the_set(snaps):
     split = data.load("snaps", "test", snaps, 16)
     assert isinstance(split, data.Photos)
-    assert (len(split), split.shape, split.num_classes) == (12, (16, 16, 3), 3)
+    assert (len(split), split.shape, len(split.class_names)) == (12, (16, 16, 3), 3)
     np.testing.assert_array_equal(split.labels, prepared.photos(12, seed=1)[1])
     assert len(data.load("snaps", "test[:25%]", snaps, 16)) == 3
     with pytest.raises(UserError, match=r"differ in size.*data\.size"):
@@ -62,7 +62,7 @@ def test_labels_and_shape_are_those_of_the_set(snaps):
 def test_the_evaluated_part_is_the_middle_of_the_resized_photo(snaps):
     """Compares with the usual two steps: resize the shorter side to 8/7 of the size, crop the central square."""
     split = data.load("snaps", "test", snaps, 28)
-    found = split.pixels(np.arange(12), np.float64)
+    found = split.read(np.arange(12), np.float64)[0]
     assert (found.min() >= 0, found.max() <= 1, found.dtype) == (True, True, np.float64)
     for image, file in zip(found, prepared.photos(12, seed=1)[0], strict=True):
         photo = Image.open(io.BytesIO(file))
@@ -157,10 +157,10 @@ def test_the_digest_sees_photos_labels_and_size(snaps, tmp_path):
 def test_a_photo_that_cannot_be_decoded_is_named(tmp_path, workers):
     files, labels = prepared.photos(8)
     prepared.write(tmp_path, "snaps", {"train": ([*files[:7], files[7][:200]], labels)})
-    with pytest.raises(UserError, match="image 7 of snaps train cannot be decoded"):
+    with pytest.raises(UserError, match="image 7 of the split 'train' of snaps cannot be decoded"):
         batches(tmp_path, stop=1, workers=workers)
-    with pytest.raises(UserError, match="image 7 of snaps train cannot be decoded"):
-        data.load("snaps", "train", tmp_path, 16).pixels([7], np.float32)
+    with pytest.raises(UserError, match="image 7 of the split 'train' of snaps cannot be decoded"):
+        data.load("snaps", "train", tmp_path, 16).read([7], np.float32)[0]
 
 
 def test_a_broken_png_is_named_without_addresses(tmp_path):
@@ -168,8 +168,8 @@ def test_a_broken_png_is_named_without_addresses(tmp_path):
     prepared.write(tmp_path, "snaps", {"train": (files, [0, 1])})
     split = data.load("snaps", "train", tmp_path, 16)
     for index in range(2):
-        with pytest.raises(UserError, match=f"image {index} of snaps train cannot be decoded") as error:
-            split.pixels([index], np.float32)
+        with pytest.raises(UserError, match=f"image {index} of the split 'train' of snaps cannot be decoded") as error:
+            split.read([index], np.float32)[0]
         assert "0x" not in str(error.value)
 
 
@@ -187,7 +187,7 @@ def test_the_training_is_kept_where_a_test_photo_is_broken(tmp_path):
     files, labels = prepared.photos(12)
     prepared.write(tmp_path, "snaps", {"train": (files, labels), "test": ([*files[:11], files[11][:200]], labels)})
     flags = [*SMALL, f"--config.data.dir={tmp_path}", f"--workdir={tmp_path / 'w'}", "--config.data.workers=0"]
-    assert "image 11 of snaps test cannot be decoded" in refused("train", *flags)
+    assert "image 11 of the split 'test' of snaps cannot be decoded" in refused("train", *flags)
     assert (tmp_path / "w" / "checkpoints" / "4").is_dir()
 
 

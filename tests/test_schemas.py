@@ -91,8 +91,21 @@ def test_a_field_is_described_as_in_the_configuration(name):
 PROBES = [-3, -2, -1, 0, 1, 2, 3, 100, 2**27, 2**27 + 1, 2**32 - 1, 2**32, 4096, 4097, 1024, 1025]
 PROBES += [-0.5, 0.0, 1e-300, 2.0**-61, 0.5, 1.0, 1.5, 1e18, 2e18, 1e300]
 PROBES += ["", "a", "cifar10", "adam", "sgd", "cosine", "none", "a/b", "a b", "float32", "bfloat16", "sound", "pmap"]
-PROBES += ["shard_map", "fixed", "staged", "binary", "multiclass", "shared", "independent", "smoothed", "deterministic"]
+PROBES += [
+    "NHWC",
+    "NCHW",
+    "shard_map",
+    "fixed",
+    "staged",
+    "binary",
+    "multiclass",
+    "shared",
+    "independent",
+    "smoothed",
+    "deterministic",
+]
 PROBES += ["gaussian", "consistency", "macer", "smoothadv", "smoothadv_consistency", "margin", "constant", True, None]
+PROBES += ["NHWC", "NCHW"]
 PROBES += [
     (),
     (0.0, 1.0),

@@ -9,7 +9,7 @@ import pytest
 
 from lsrs_jax import models
 from lsrs_jax.config import default
-from lsrs_jax.data import Dataset, batch_indices
+from lsrs_jax.data import Arrays, batch_indices
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.mesh import local_mesh, replicated
 from lsrs_jax.runtime.rng import domain_key, pinned
@@ -48,10 +48,11 @@ def trained(tmp_path, log=lambda *_: None, **fields):
     config.model.head, config.train.learning_rate = "linear", 0.1
     config.train.update(fields)
     rng = np.random.default_rng(0)
-    dataset = Dataset("x", "1", "train", rng.integers(0, 256, (16, 4, 4, 1), np.uint8), rng.integers(0, 3, 16), 3)
+    images = rng.integers(0, 256, (16, 4, 4, 1), np.uint8)
+    dataset = Arrays("x", "1", "train", images, rng.integers(0, 3, 16), ("a", "b", "c"))
     model = models.build(config.model, dataset.shape, 3)
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
-        result = loop.train(model, config, dataset, dataset, checkpoints, log)
+        result = loop.train(loop.Job(model, config, dataset, dataset, checkpoints, {}), log)
         params, _ = checkpoint.restore_model(tmp_path, result)
         jax.tree.map(np.testing.assert_array_equal, params, result)
     return config, model, dataset, result
@@ -91,7 +92,7 @@ def test_the_average_is_what_is_kept_and_the_parameters_train_on(tmp_path):
         state = loop.State(params, transformation.init(params), None)
         for step in range(6):
             index = batch_indices(len(dataset), 8, config.seed, step)
-            batch = dataset.pixels(index, np.float32), dataset.labels[index]
+            batch = dataset.read(index, np.float32)
             state, _ = step_function(state, *batch, domain_key(config.seed, "train"), np.uint32(step))
             kept = min(0.3, (1 + step) / (10 + step))
             expected = jax.tree.map(lambda a, b, k=kept: k * a + (1 - k) * b, expected, jax.device_get(state.params))
@@ -128,7 +129,7 @@ def test_evaluation_counts_every_image_once():
     predicted = np.argmax(model.classify(params, model.encode(params, (images / 255).astype(np.float32))), axis=1)
     labels = np.array(predicted, np.int32)
     labels[::4] = (labels[::4] + 1) % 3
-    dataset = Dataset("x", "1", "test", images, labels, 3)
+    dataset = Arrays("x", "1", "test", images, labels, ("a", "b", "c"))
     noisy, clean = Evaluator(model, 1e-6, dataset, local_mesh())(params, threefry(0))
     assert clean == pytest.approx(27 / 37)
     assert noisy == pytest.approx(clean)

@@ -7,7 +7,7 @@ import numpy as np
 from lsrs_jax.certification import OTHER_NAME
 from lsrs_jax.certification.platform_check import check_encoder, check_noise
 from lsrs_jax.certification.target import Target
-from lsrs_jax.data import Dataset, Photos
+from lsrs_jax.data import Dataset
 from lsrs_jax.layers.lipschitz import Float64Encoder, Materialized
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.progress import Progress
@@ -28,12 +28,12 @@ def make_sampler(config: Config, head: Head, latent_shape: Sequence[int]) -> Sam
 
 
 def encode_batches(
-    dataset: Dataset | Photos, indices: list[int] | np.ndarray, encode: Float64Encoder, batch: int
+    dataset: Dataset, indices: list[int] | np.ndarray, encode: Float64Encoder, batch: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Encodes images batch after batch, with progress; yields latents in float64 and the ℓ2 norms of their images."""
     progress = Progress(len(indices))
     for start in range(0, len(indices), batch):
-        images = dataset.pixels(indices[start : start + batch], np.float64)
+        images = dataset.read(indices[start : start + batch], np.float64)[0]
         latents, done = encode(images), start + len(images)
         if start == 0:  # the first batch compiles
             progress = Progress(len(indices), done)
@@ -50,8 +50,8 @@ class Pipeline:
     def __init__(self, target: Target, encoder: Materialized, head: Head) -> None:
         self.target, self.report, self._batch = target, encoder.report, target.config.certify.tile[0]
         self.sampler = make_sampler(target.config, head, encoder.report.output_shape)
-        if self.sampler.num_classes != target.dataset.num_classes:
-            raise UserError(f"the head has {self.sampler.num_classes} classes, the data {target.dataset.num_classes}")
+        if self.sampler.num_classes != (classes := len(target.dataset.class_names)):
+            raise UserError(f"the head has {self.sampler.num_classes} classes, the data {classes}")
         self._encode = Float64Encoder(encoder, self._batch)
         check_noise(self.sampler.arithmetic)
         check_encoder(encoder, self._encode)

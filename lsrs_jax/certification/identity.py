@@ -14,6 +14,7 @@ from lsrs_jax.config import (
     upgrade_section,
     without_absent,
 )
+from lsrs_jax.data.images import other_class
 from lsrs_jax.runtime.documents import digest, first_difference, plain, refuse_unknown
 from lsrs_jax.runtime.format import PRNG
 from lsrs_jax.runtime.types import Config
@@ -21,7 +22,7 @@ from lsrs_jax.smoothing.arithmetic import Arithmetic
 from lsrs_jax.smoothing.schedule import Schedule, make_schedule
 
 # Fields that follow from other fields. A message names one of the other fields if that differs too.
-_FOLLOWING = ("arithmetic", "checkpoint.digest", "data.digest", "stages")
+_FOLLOWING = ("arithmetic", "checkpoint.digest", "data.digest", "seed", "stages")
 _CONFIG_NAMES = {"arithmetic.name": "certify.arithmetic"} | {
     name: f"certify.{name}" for name in ("certificate", "n0", "n", "schedule", "tile", "noise", "head_dtype", "seed")
 }
@@ -34,7 +35,7 @@ class Identity:
     certificate: str  # "smoothed" or "deterministic"
     classes: int | None  # None in old files, which do not have it
     checkpoint: dict[str, Any]  # step and digest of the parameters
-    data: dict[str, Any]  # name, version, split, and digest of images and labels
+    data: dict[str, Any]  # name, version, split, digest of images and labels; and class_names, except in old files
     model: dict[str, Any]  # the section of the configuration, and input_shape
     platform: str  # back end and kind of device
     images: int | None = None  # of the whole split; None in folders of format 1
@@ -74,7 +75,8 @@ class Identity:
     def begun_as(self, stored: "Identity") -> "Identity":
         """This identity with what a new session takes over from the session that began the folder."""
         images = self.images if stored.format > 1 else stored.images
-        return dataclasses.replace(self, format=stored.format, images=images)
+        data = {name: value for name, value in self.data.items() if name in stored.data or name != "class_names"}
+        return dataclasses.replace(self, format=stored.format, images=images, data=data)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types for JSON; fields without a value, or with the value that their absence means, are left out."""
@@ -91,7 +93,11 @@ class Identity:
         """The identity in a certificates.json of any format; raises for a field that is missing or unknown."""
         model = ("input_shape", *(name.removeprefix("model.") for name in FIELDS if name.startswith("model.")))
         known: dict[str, Any] = {field.name: None for field in dataclasses.fields(cls)}
-        known |= {"checkpoint": ("step", "digest"), "data": ("name", "version", "split", "digest"), "model": model}
+        known |= {
+            "checkpoint": ("step", "digest"),
+            "data": ("name", "version", "split", "digest", "class_names"),
+            "model": model,
+        }
         known |= {"arithmetic": ("name", "spacing", "sigma", "tau")}
         refuse_unknown(values, known, "identity.")
         return cls(**{"classes": None, **values, "model": upgrade_section(values["model"], "model.")})
@@ -104,17 +110,30 @@ class Identity:
         return first_difference(old, now, (*_FOLLOWING, *ignore)) or first_difference(old, now, ignore)
 
     def how_it_differs(self, new: "Identity") -> str | None:
-        """Says in one clause how another run differs from this one; None if they agree."""
-        if not (found := self.difference(new)):
+        """Names every field in which another run differs from this one, in one clause each; None if they agree."""
+        if (found := self.difference(new)) is None:
             return None
-        name, was, now = found
-        if name == "checkpoint.step":
-            return f"they are of the checkpoint of step {was}, and the newest checkpoint has step {now}"
-        if name == "checkpoint.digest":
-            return f"the weights in the checkpoint of step {new.checkpoint['step']} have changed"
-        if name == "data.digest":
-            return "images or labels of {name} {version}, split {split}, have changed".format(**new.data)
-        return f"{_CONFIG_NAMES.get(name, name)} was {was!r} and is now {now!r}"
+        names, clauses = [found[0]], [_clause(new, *found)]
+        old, now = self._facts(), new._facts()
+        while names[0] != "certificate" and (found := first_difference(old, now, (*_FOLLOWING, *names))):
+            names.append(found[0])
+            clauses.append(_clause(new, *found))
+        return " and ".join(clauses)
+
+
+def _clause(new: Identity, name: str, was: Any, now: Any) -> str:
+    """Says how a field of another run differs."""
+    if name == "checkpoint.step":
+        return f"they are of the checkpoint of step {was}, not {now}; --config.certify.checkpoint={was} continues them"
+    if name == "checkpoint.digest":
+        return f"the weights in the checkpoint of step {new.checkpoint['step']} have changed"
+    if name == "data.class_names" and (clause := other_class(was or [], now or [])):
+        return f"{clause} now"
+    if name == "data.digest":
+        name = " ".join(filter(None, (new.data["name"], new.data["version"])))
+        digests = f"digest {str(was)[:12]}, now {str(now)[:12]}"
+        return f"images or labels of {name}, split {new.data['split']}, have changed ({digests})"
+    return f"{_CONFIG_NAMES.get(name, name)} was {was!r} and is now {now!r}"
 
 
 # Values of data.name for sets that have no name of their own: the name or the split in an identity may be another one.

@@ -14,7 +14,7 @@ from lsrs_jax.certification.identity import Identity, arithmetic_facts, schedule
 from lsrs_jax.certification.table import read_table
 from lsrs_jax.certification.target import Target
 from lsrs_jax.config import config_to_dict
-from lsrs_jax.data import Dataset, Photos
+from lsrs_jax.data import Dataset
 from lsrs_jax.layers.lipschitz import LipschitzReport
 from lsrs_jax.runtime import documents, progress, rng
 from lsrs_jax.runtime.errors import UserError
@@ -139,12 +139,11 @@ class Certification:
             raise UserError(f"{self.folder} holds certificates but no samples; restore {lost}, or {OTHER_NAME}")
         self.identity, self.record = self.identity.begun_as(stored.identity), list(stored.record)
         self.stored = stored
-        if self.process.leads:
-            self.note_format()
+        self.note_format()
 
     def note_format(self) -> None:
         """Says that nobody can tell which run the samples of an old folder belong to."""
-        if self.identity.run is None:
+        if self.identity.run is None and self.process.leads:
             print(f"note: {self.folder} was begun in format 1: its samples do not name the run they belong to")
 
     def derive(self, counts: ledger.Ledger, chosen: Collection[int]) -> tuple[list[ImageCounts], Certificates | None]:
@@ -210,7 +209,7 @@ def _headline(target: Target, schedule: Schedule, pending: int) -> str:
     return f"{line}\nstaged: {len(schedule.looks)} looks from {schedule.looks[0]:,} samples on, until {until}"
 
 
-def check_labels(folder: Path, counts: Counts, dataset: Dataset | Photos) -> None:
+def check_labels(folder: Path, counts: Counts, dataset: Dataset) -> None:
     """Raises UserError unless the images in a folder's ledgers have the labels of the data set."""
     for image in counts.images.values():
         if image.idx >= len(dataset) or image.label != dataset.labels[image.idx]:

@@ -161,7 +161,7 @@ def read_same_run(path: Path, identity: Identity) -> Stored:
     """The content of a certificates.json, to be continued; raises UserError for one of another identity."""
     stored = require_sealed(path)
     if difference := stored.identity.how_it_differs(identity.begun_as(stored.identity)):
-        remedy = f"{OTHER_NAME}, or the old value to resume"
+        remedy = f"{OTHER_NAME}, or resume with what it was"
         raise UserError(f"{path.parent} holds certificates of another run: {difference}; {remedy}")
     return stored
 

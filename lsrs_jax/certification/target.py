@@ -11,13 +11,14 @@ from lsrs_jax.certification import OTHER_NAME
 from lsrs_jax.certification.identity import Identity
 from lsrs_jax.certification.store import Stored
 from lsrs_jax.config import chosen_images
-from lsrs_jax.data import Dataset, Photos, load_split
-from lsrs_jax.runtime import documents, rng
+from lsrs_jax.data import Dataset, load_split
+from lsrs_jax.data.images import other_class
+from lsrs_jax.runtime import documents
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.format import FORMAT
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.runtime.workdir import checkpoints
-from lsrs_jax.training.checkpoint import restore_model, trained_on
+from lsrs_jax.training.checkpoint import restore, trained_on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Target:
 
     config: Config
     folder: Path  # <workdir>/certify/<name>
-    dataset: Dataset | Photos  # the whole split
+    dataset: Dataset  # the whole split
     indices: range  # the images to certify
     model: models.Model
     params: Any
@@ -37,21 +38,15 @@ class Target:
         dataset = self.dataset
         return Identity(
             certificate=certificate,
-            classes=dataset.num_classes,
+            classes=len(dataset.class_names),
             checkpoint={name: self.meta[name] for name in ("step", "digest")},
-            data={name: getattr(dataset, name) for name in ("name", "version", "split")} | {"digest": dataset.digest()},
+            data={name: getattr(dataset, name) for name in ("name", "version", "split")}
+            | {"digest": dataset.digest(), "class_names": list(dataset.class_names)},
             model=documents.plain(self.config.model.to_dict()) | {"input_shape": list(self.model.input_shape)},
             platform=f"{jax.default_backend()} {jax.local_devices()[0].device_kind}",
             images=len(dataset),
             format=FORMAT,
         )
-
-
-def restore(workdir: Path, model: models.Model, step: int | None = None) -> tuple[Any, dict[str, Any]]:
-    """`checkpoint.restore_model` for the parameters of a model."""
-    with rng.pinned():
-        shapes = jax.eval_shape(model.init, rng.root_key(0))
-    return restore_model(workdir, shapes, step)
 
 
 def load_target(workdir: Path, config: Config, step: int | None = None) -> Target:
@@ -60,30 +55,45 @@ def load_target(workdir: Path, config: Config, step: int | None = None) -> Targe
     Raises UserError for images of another shape than those of the training, or for other classes.
     """
     certify = config.certify
+    step = step or certify.checkpoint or None
     dataset = load_split(config.data, config.data.split)
     indices = chosen_images(config, len(dataset)) or range(0)
     if not indices:
         raise UserError(f"no image to certify: certify.start={certify.start} in a split of {len(dataset)}")
-    trained, found = trained_on(workdir), {"input_shape": list(dataset.shape), "classes": dataset.num_classes}
-    if trained and trained != found:  # convolutions would take images of another shape
-        was = f"trained on images of shape {trained.get('input_shape')} in {trained.get('classes')} classes"
-        now = f"{dataset.name} has the shape {found['input_shape']} and {found['classes']} classes"
-        remedy = "certify another data.name, or train a network on this one"
-        raise UserError(f"the network in {workdir} was {was}, but {now}: {remedy}")
-    model = models.build(config.model, dataset.shape, dataset.num_classes)
+    _check_images(workdir, trained_on(workdir), dataset)
+    model = models.build(config.model, dataset.shape, len(dataset.class_names))
     params, meta = restore(workdir, model, step)
     if step is None and meta["step"] < config.train.steps:
         print(f"note: the training stopped at step {meta['step']} of {config.train.steps}")
     return Target(config, workdir / "certify" / certify.name, dataset, indices, model, params, meta)
 
 
+def _check_images(workdir: Path, trained: dict[str, Any], dataset: Dataset) -> None:
+    """Raises UserError unless the images have the shape and the classes of the training.
+
+    Convolutions take images of another shape without an error. `trained` comes from `checkpoint.trained_on`, and is
+    incomplete in checkpoints of older versions.
+    """
+    names = list(dataset.class_names)
+    remedy = "certify another data.name, or train a network on this one"
+    if dataset.name == "npz":
+        remedy = "give the file an array class_names, or certify another set"
+    found = {"input_shape": list(dataset.shape), "classes": len(names)}
+    if any(trained[name] != found[name] for name in found if name in trained):
+        was = f"trained on images of shape {trained.get('input_shape')} in {trained.get('classes')} classes"
+        now = f"{dataset.name} has the shape {found['input_shape']} and {found['classes']} classes"
+        raise UserError(f"the network in {workdir} was {was}, but {now}: {remedy}")
+    if difference := other_class(trained.get("class_names", names), names):
+        raise UserError(f"in the training of {workdir} {difference} in {dataset.name}: {remedy}")
+
+
 def target_of_certificates(folder: Path, stored: Stored, data_dir: str) -> Target:
     """The `Target` of the certificates in a folder; raises UserError if network or images are missing or have changed.
 
-    The folder may have been renamed since; the data is in `data_dir` now.
+    The folder may have been renamed since; the data is in `data_dir` now, or if that is empty, where it was.
     """
     workdir, config, identity = folder.parents[1], stored.settings.copy_and_resolve_references(), stored.identity
-    config.data.dir, config.certify.name = data_dir, folder.name
+    config.data.dir, config.certify.name = data_dir or config.data.dir, folder.name
     step = identity.checkpoint["step"]
     if not (checkpoints(workdir) / str(step)).is_dir():
         checkpoint = f"the checkpoint of step {step}, which was certified,"

@@ -14,13 +14,14 @@ from lsrs_jax.certification import deterministic, ledger, store
 from lsrs_jax.certification.identity import names_its_data
 from lsrs_jax.certification.smoothed import Certification, reopen
 from lsrs_jax.certification.table import read_table
-from lsrs_jax.certification.target import Target, restore, target_of_certificates
+from lsrs_jax.certification.target import Target, target_of_certificates
 from lsrs_jax.config import SEED_DERIVED, SEED_OF_TRAINING, config_to_dict, load_config, other_training
 from lsrs_jax.data import Photos, load_split
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.files import digest_of
 from lsrs_jax.runtime.workdir import checkpoints
 from lsrs_jax.smoothing.counts import Counts, ImageCounts
+from lsrs_jax.training.checkpoint import restore
 
 _BATCH = 100  # images whose pixels are compared at a time
 _SAME = 1e-9  # relative: how far the Lipschitz constant of an encoder may differ between two machines
@@ -183,7 +184,7 @@ def check_dataset(target: Target, verdict: Verdict, chosen: np.ndarray) -> None:
     digests = [
         hashlib.sha256(image.tobytes()).digest()
         for part in np.array_split(compared, -(-len(compared) // _BATCH))
-        for image in dataset.pixels(part, np.float64)
+        for image in dataset.read(part, np.float64)[0]
     ]
     verdict.equal = len(digests) - len(set(digests))
 
@@ -262,7 +263,7 @@ def _compute_again(folder: Path, stored: store.Stored, data_dir: str | None, ver
 def _no_images(stored: store.Stored, data_dir: str) -> str | None:
     """Why the split that was certified cannot be loaded; None if it can."""
     data = stored.settings.copy_and_resolve_references().data
-    data.dir = data_dir
+    data.dir = data_dir or data.dir
     try:
         load_split(data, data.split)
     except UserError as error:

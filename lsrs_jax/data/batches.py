@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int, Int32
 
-from lsrs_jax.data.photos import Photos, silence_pillow
-from lsrs_jax.data.sources import ImageSet
+from lsrs_jax.data.decode import silence_pillow
+from lsrs_jax.data.images import Dataset
+from lsrs_jax.data.photos import Photos
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.types import Config
 
@@ -91,7 +92,7 @@ def _start_worker(*_: int) -> None:
 
 
 def training_batches(
-    dataset: ImageSet, data: Config, seed: int, first: int, stop: int, own: slice = _ALL
+    dataset: Dataset, data: Config, seed: int, first: int, stop: int, own: slice = _ALL
 ) -> Generator[tuple[Float32[np.ndarray, "B H W C"], Int32[np.ndarray, " B"]]]:
     """Batches ``first`` to ``stop`` of a training: images in [0, 1] and labels. The caller closes the generator.
 
@@ -103,9 +104,8 @@ def training_batches(
         options = {"crop": data.crop, "flip": data.flip, "seed": seed, "rows": own, "batch_size": data.batch_size}
         for step in range(first, stop):
             index = batch_indices(len(dataset), data.batch_size, seed, step)[own]
-            # Shift before scaling: bytes take a quarter of the memory.
-            images = augment(dataset.images[index], step=step, **options)
-            yield dataset.scaled(images, np.float32), dataset.labels[index]
+            images, labels = dataset.read(index, np.float32)
+            yield augment(images, step=step, **options), np.asarray(labels, np.int32)
         return
     import grain
     from absl import flags
@@ -127,6 +127,8 @@ def training_batches(
         try:
             for images, labels in prepared:
                 yield np.asarray(images, np.float32) / np.float32(255), np.asarray(labels, np.int32)
+        except UserError as error:  # Grain adds a paragraph about tracebacks
+            raise UserError(str(error).partition("\n")[0]) from error
         except RuntimeError as error:
             if "terminated unexpectedly" not in str(error):
                 raise

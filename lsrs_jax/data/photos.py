@@ -1,14 +1,11 @@
-"""Sets of photos of any size. They stay encoded, and are decoded and cropped to one size when they are read."""
+"""Sets of image files. They are decoded into memory, or stay encoded and are cut to one size when they are read."""
 
 import concurrent.futures
 import dataclasses
 import functools
 import hashlib
-import io
 import math
 import os
-import re
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,33 +15,35 @@ from jaxtyping import Float, Int32, UInt8
 from numpy.typing import DTypeLike
 from PIL import Image, features
 
+from lsrs_jax.data.decode import decode, decoded_differently_before, silence_pillow
+from lsrs_jax.data.images import Arrays, Dataset, Index, check_label, check_labels
 from lsrs_jax.runtime.errors import UserError
 
 MARGIN = 8 / 7  # shorter side of a photo over the side of the square that is evaluated: 256 over 224 pixels
 ASPECT = (3 / 4, 4 / 3)  # width over height of random crops
 _PROBES = 8  # a split's digest contains the decoded pixels of this many photos
+_LABELLED = 20_000  # a split of up to so many photos is read through when it is loaded
+_COMPARED = 2000  # photos of a larger split that `sample_digest` reads
 _TRIES = 10  # to place a random crop
 
-Index = np.ndarray | list[int]  # of images of a split
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @dataclasses.dataclass(frozen=True)
 class Photos:
-    """One split, in the order of its source, with the interface of a `Dataset`.
+    """A `Dataset` of encoded images of any size, in the order of its source.
 
     An image is the central square of its photo, with 7/8 of the shorter side (ResNet's evaluation: the middle 224 of
-    256 pixels), resampled to `size` with an antialiased triangle filter. Name, version and split are part of a
-    certificate's identity.
+    256 pixels), resampled to `size` with an antialiased triangle filter.
     """
 
     name: str
     version: str
     split: str
-    source: Any  # picklable sequence of {"image": bytes of a JPEG or PNG, "label": int}, with __getitems__
+    source: Any  # picklable sequence of {"image": bytes of a file, "label": int}, with __getitems__; see `read_source`
     size: int  # H and W of an image
     channels: int  # 3, or 1 for greyscale
-    num_classes: int
+    class_names: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.source)
@@ -57,12 +56,15 @@ class Photos:
     @functools.cached_property
     def _read_through(self) -> tuple[str, np.ndarray]:
         """``(SHA-256 of photos and labels as stored, labels)``."""
-        total, labels = hashlib.sha256(), []
+        total, labels, changed = hashlib.sha256(), [], False
         for start in range(0, len(self), 256):
             for example in self.source.__getitems__(list(range(start, min(start + 256, len(self))))):
-                labels.append(example["label"])
+                labels.append(self._label(example, len(labels)))
                 total.update(len(example["image"]).to_bytes(8, "little") + example["image"])
+                changed = changed or decoded_differently_before(example["image"])
         total.update(np.asarray(labels, np.int32).tobytes())
+        # Old certificates of a split keep its digest only if the decoder still gives the pixels that they are about.
+        total.update(b"decoder 2" * changed)
         return total.hexdigest(), np.asarray(labels, np.int32)
 
     @property
@@ -77,22 +79,28 @@ class Photos:
         gives the same pixels wherever it gives them for the first eight photos. Another version is another split.
         """
         decoder = (PIL.__version__, features.version("jpg"), features.version("libjpeg_turbo"))
-        total = hashlib.sha256(str((self._read_through[0], self.shape, self.num_classes, decoder)).encode())
-        total.update(self.pixels(np.arange(min(_PROBES, len(self))), np.float32).tobytes())
+        total = hashlib.sha256(str((self._read_through[0], self.shape, len(self.class_names), decoder)).encode())
+        total.update(self.read(np.arange(min(_PROBES, len(self))), np.float32)[0].tobytes())
+        return total.hexdigest()
+
+    def sample_digest(self) -> str:
+        """A digest of photos and labels for a training: of 2,000 evenly spaced ones, if there are more than 20,000."""
+        if len(self) <= _LABELLED:
+            return self._read_through[0]
+        total = hashlib.sha256()
+        for index in np.linspace(0, len(self) - 1, _COMPARED).astype(int).tolist():
+            example = self.source.__getitems__([index])[0]
+            total.update(self._label(example, index).to_bytes(8, "little") + example["image"])
         return total.hexdigest()
 
     def read(self, index: Index, dtype: DTypeLike) -> tuple[Float[np.ndarray, "B H W C"], Int32[np.ndarray, " B"]]:
-        """``(pixels, labels)`` of the images `index`; the rest of the split is not read."""
+        """``(pixels, labels)`` of the images `index`, with pixels in [0, 1]; the rest of the split is not read."""
         silence_pillow()
         # Threads are enough: decoding and resampling release the interpreter lock.
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             cuts = list(pool.map(lambda i: self._cut(int(i), central_square), index))
         images, labels = (np.stack(column) for column in zip(*cuts, strict=True))
         return np.asarray(images, dtype) / np.asarray(255, dtype), labels.astype(np.int32)
-
-    def pixels(self, index: Index, dtype: DTypeLike) -> Float[np.ndarray, "B H W C"]:
-        """The images `index` scaled to [0, 1], the unit of every radius."""
-        return self.read(index, dtype)[0]
 
     def random_view(
         self, index: int, rng: np.random.Generator, area: tuple[float, float], flip: bool
@@ -103,15 +111,63 @@ class Photos:
 
     def _cut(self, index: int, box_of: Callable[[int, int], Box]) -> tuple[np.ndarray, int]:
         example = self.source.__getitems__([index])[0]
-        try:
-            with Image.open(io.BytesIO(example["image"])) as opened:
-                photo = opened.convert("RGB" if self.channels == 3 else "L")
-        except Exception as error:  # decoders raise many types
-            reason = re.sub(r"\s+<[^>]*>", "", str(error))  # without the addresses of objects
-            image = f"image {index} of {self.name} {self.split}"
-            raise UserError(f"{image} cannot be decoded ({reason}): prepare the set again") from error
+        photo = _decoded(example, self.channels, index, self._where)
         cut = photo.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box_of(*photo.size))
-        return np.asarray(cut).reshape(self.shape), int(example["label"])
+        return np.asarray(cut).reshape(self.shape), self._label(example, index)
+
+    def _label(self, example: dict[str, Any], index: int) -> int:
+        return check_label(int(example["label"]), len(self.class_names), index, self._where)
+
+    @property
+    def _where(self) -> str:
+        return _where(self.name, self.split)
+
+
+def read_source(
+    source: Any, size: int, channels: int, *, name: str, version: str, split: str, class_names: tuple[str, ...]
+) -> Dataset:
+    """A `Dataset` of image files: `Photos` if there is a `size`, and otherwise decoded into memory.
+
+    `source` is a picklable sequence with ``__getitems__(indices)``, which returns dicts of ``image`` (the bytes of a
+    file), ``label`` and optionally ``path``. Raises UserError for a file that cannot be decoded, for a label that is no
+    class, and without a `size` also for images that differ in size.
+    """
+    silence_pillow()
+    if size:
+        photos = Photos(name, version, split, source, size, channels, class_names)
+        if len(photos) <= _LABELLED:
+            check_labels(photos.labels, len(class_names), _where(name, split))
+        return photos
+    where, images, labels = _where(name, split), np.empty(0), np.empty(len(source), np.int32)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(source), 1024):
+            index = list(range(start, min(start + 1024, len(source))))
+            examples = source.__getitems__(index)
+            decoded = pool.map(lambda i, example: np.asarray(_decoded(example, channels, i, where)), index, examples)
+            for position, example, image in zip(index, examples, decoded, strict=True):
+                if not position:
+                    images = np.empty((len(source), *image.shape[:2], channels), np.uint8)
+                if image.shape[:2] != images.shape[1:3]:
+                    sizes = " and ".join("x".join(map(str, found.shape[:2])) for found in (images[0], image))
+                    raise UserError(f"images of {where} differ in size ({sizes}); data.size=224 cuts them to 224x224")
+                images[position] = image.reshape(images.shape[1:])
+                labels[position] = check_label(int(example["label"]), len(class_names), position, where)
+    return Arrays(name, version, split, images, labels, class_names)
+
+
+def _where(name: str, split: str) -> str:
+    return f"the split {split!r} of {name}"
+
+
+def _decoded(example: dict[str, Any], channels: int, index: int, where: str) -> Image.Image:
+    try:
+        return decode(example["image"], channels)
+    except ValueError as error:
+        path = example.get("path")
+        file, remedy = (
+            (path, "replace or remove it") if path else (f"image {index} of {where}", "prepare the set again")
+        )
+        raise UserError(f"{file} cannot be decoded ({error}): {remedy}") from error
 
 
 def central_square(width: int, height: int) -> Box:
@@ -138,11 +194,3 @@ def random_box(width: int, height: int, rng: np.random.Generator, area: tuple[fl
 def _central(width: int, height: int, across: float, down: float) -> Box:
     left, top = (width - across) / 2, (height - down) / 2
     return (left, top, left + across, top + down)
-
-
-def silence_pillow() -> None:
-    """Hides Pillow's warnings from now on. They are about metadata on which no pixel depends.
-
-    They arise in threads, where `warnings.catch_warnings` is not safe.
-    """
-    warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -18,8 +18,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from lsrs_jax.models.split import Model, Params
 from lsrs_jax.runtime.errors import OthersLost, UserError
 from lsrs_jax.runtime.logs import ignore_leftovers, quiet
+from lsrs_jax.runtime.rng import pinned, root_key
 from lsrs_jax.runtime.workdir import checkpoints
 
 _ITEMS = ("model", "train", "meta")
@@ -134,8 +136,17 @@ def restore_model(workdir: Path, target: Any, step: int | None = None) -> tuple[
     damaged checkpoint (its digest differs), or one of another network.
     """
     with _opened(workdir) as (manager, folder, newest):
+        if step is not None and step not in (saved := sorted(manager.all_steps())):
+            raise UserError(f"no checkpoint of step {step} in {workdir}, only of {', '.join(map(str, saved))}")
         restored = _restore(manager, folder, newest if step is None else step, model=target)
     return restored["model"], restored["meta"]
+
+
+def restore(workdir: Path, model: Model, step: int | None = None) -> tuple[Params, dict[str, Any]]:
+    """`restore_model` for the parameters of a model."""
+    with pinned():
+        shapes = jax.eval_shape(model.init, root_key(0))
+    return restore_model(workdir, shapes, step)
 
 
 def trained_on(workdir: Path) -> dict[str, Any]:

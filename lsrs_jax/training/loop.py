@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from lsrs_jax.data import ImageSet, batch_indices, training_batches
+from lsrs_jax.data import Dataset, batch_indices, training_batches
 from lsrs_jax.models.heads import Images
 from lsrs_jax.models.split import Model, Params
 from lsrs_jax.runtime.errors import UserError
@@ -121,8 +121,8 @@ def parts(model: Model, config: Config, mesh: Mesh) -> tuple[Callable[[jax.Array
     """``(fresh, shardings, train_step)``: the function key → first `State`, its shardings, and `step_function`."""
     whole, transformation = replicated(mesh), make_optimizer(config.train)
 
-    def fresh(key: jax.Array) -> State:
-        params = model.init(key)
+    def fresh(key: jax.Array, start: Params | None = None) -> State:
+        params = model.init(key) if start is None else start
         return State(params, transformation.init(params), jax.tree.map(jnp.copy, params) if config.train.ema else None)
 
     shapes = jax.eval_shape(fresh, domain_key(config.seed, "init"))
@@ -133,7 +133,7 @@ def parts(model: Model, config: Config, mesh: Mesh) -> tuple[Callable[[jax.Array
 class Evaluator:
     """Accuracy of the base classifier on a data set, with one noise sample per image and without noise."""
 
-    def __init__(self, model: Model, sigma: float, dataset: ImageSet, mesh: Mesh, batch: int = 256) -> None:
+    def __init__(self, model: Model, sigma: float, dataset: Dataset, mesh: Mesh, batch: int = 256) -> None:
         self._dataset, self._mesh = dataset, mesh
         self._batch = -(-min(batch, len(dataset)) // mesh.size) * mesh.size
 
@@ -157,7 +157,7 @@ class Evaluator:
         return totals / size
 
 
-def check_batch(config: Config, dataset: ImageSet) -> None:
+def check_batch(config: Config, dataset: Dataset) -> None:
     """Raises UserError unless batch and crop fit the data and the devices divide the batch."""
     (height, width, _), batch, devices = dataset.shape, config.data.batch_size, jax.device_count()
     batch_indices(len(dataset), batch, config.seed, 0)
@@ -167,31 +167,43 @@ def check_batch(config: Config, dataset: ImageSet) -> None:
         raise UserError(f"data.batch_size {batch} must be a multiple of {devices}, the number of devices")
 
 
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is trained, on which images, and where the checkpoints go."""
+
+    model: Model
+    config: Config
+    train_set: Dataset
+    test_set: Dataset
+    checkpoints: Checkpoints
+    trained_on: dict[str, Any]  # what every checkpoint says about the images
+    start: Params | None = None  # the first parameters, as NumPy arrays; by default they are drawn
+
+
 class _Training:
     """The state of a training, with the methods that log and save it."""
 
-    def __init__(
-        self, model: Model, config: Config, train_set: ImageSet, test_set: ImageSet, checkpoints: Checkpoints, log: Log
-    ) -> None:
-        self._config, self._train_set, self._checkpoints, self._log = config, train_set, checkpoints, log
+    def __init__(self, job: Job, log: Log) -> None:
+        model, config, checkpoints = job.model, job.config, job.checkpoints
+        self._job, self._config, self._checkpoints, self._log = job, config, checkpoints, log
         self._mesh = global_mesh()
         self._whole, self._flags = replicated(self._mesh), collections.deque()
         self._any = jax.jit(jnp.max, out_shardings=self._whole)
         fresh, shardings, self._train_step = parts(model, config, self._mesh)
-        self._state = jax.jit(fresh, out_shardings=shardings)(domain_key(config.seed, "init"))
+        self._state = jax.jit(fresh, out_shardings=shardings)(domain_key(config.seed, "init"), job.start)
         self._first = checkpoints.latest() or 0
         if self._first:
             # A checkpoint holds the result replicated, for certification.
             result, rest = checkpoints.restore(self._first, reshard(self._state.result, self._whole), self._state.rest)
             self._state = self._state.resumed(reshard(result, shardings.result), rest)
-        self._evaluate = Evaluator(model, config.sigma, test_set, self._mesh)
+        self._evaluate = Evaluator(model, config.sigma, job.test_set, self._mesh)
         self._rate, self._window = schedule(config.train), []
         self._since = 0, 0.0  # step and time from which the next report measures the speed
 
     def run(self) -> Params:
         config, settings, first = self._config, self._config.train, self._first
         own = own_rows(self._mesh, config.data.batch_size)
-        batches = training_batches(self._train_set, config.data, config.seed, first, settings.steps, own)
+        batches = training_batches(self._job.train_set, config.data, config.seed, first, settings.steps, own)
         key = domain_key(config.seed, "train")
         self._saved = time.monotonic()
         # A step donates its state to the next one, so a signal takes effect after a step, when its state is saved.
@@ -263,16 +275,14 @@ class _Training:
         self._log({"step": done, "test_noisy_accuracy": noisy, "test_clean_accuracy": clean})
 
     def _save(self, done: int) -> None:
-        data = {"input_shape": list(self._train_set.shape), "classes": self._train_set.num_classes}
-        self._checkpoints.save(done, reshard(self._state.result, self._whole), self._state.rest, **data)
+        result = reshard(self._state.result, self._whole)
+        self._checkpoints.save(done, result, self._state.rest, **self._job.trained_on)
         # Seconds since the last checkpoint: over all sessions they add up to the time that the saved steps took.
         self._log({"step": done, "train_seconds": round(time.monotonic() - self._saved, 2)})
         self._saved = time.monotonic()
 
 
-def train(
-    model: Model, config: Config, train_set: ImageSet, test_set: ImageSet, checkpoints: Checkpoints, log: Log
-) -> Params:
+def train(job: Job, log: Log) -> Params:
     """Trains to ``config.train.steps``, from the newest checkpoint if there is one.
 
     Every process of the run calls this with the same arguments and takes its own rows of each batch; the batches do not
@@ -283,4 +293,4 @@ def train(
       Interrupted: after a signal to any process, when the steps under way are finished and saved.
     """
     with pinned():
-        return _Training(model, config, train_set, test_set, checkpoints, log).run()
+        return _Training(job, log).run()

@@ -48,12 +48,19 @@ def restore(workdir):
 
 @contextlib.contextmanager
 def replaced(path, content):
+    """Puts another file in the place of one; a file that a thread of TensorStore still reads does not change."""
+
+    def put(text):
+        other = path.with_name(".other")
+        other.write_bytes(text)
+        other.replace(path)
+
     before = path.read_bytes()
-    path.write_bytes(content)
+    put(content)
     try:
         yield
     finally:
-        path.write_bytes(before)
+        put(before)
 
 
 def test_no_checkpoint_is_unpickled(trained, tmp_path):
