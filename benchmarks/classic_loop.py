@@ -14,6 +14,7 @@ import numpy as np
 
 from benchmarks import measuring
 from lsrs_jax import cli, layers, models
+from lsrs_jax.flags import config_from_flags
 from lsrs_jax.models.heads import BlocksHead, ConvHead
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.rng import domain_key
@@ -148,7 +149,7 @@ def main(arguments):
     parser.add_argument("--tile", default="32,8", help="images,samples of a batch of our loop")
     parser.add_argument("--seconds", type=float, default=1.0, help="per loop")
     options = parser.parse_args(arguments)
-    config = cli.config_from_flags([f"--config={options.config}"]).model
+    config = config_from_flags([f"--config={options.config}"]).model
     flops, rates, note = measure(config, tuple(map(int, options.tile.split(","))), options.seconds)
     lsrs, isrs, *_ = rates
     classic = max((name for name in rates if f"batch {BATCHES[0]}," in name), key=rates.get, default=None)

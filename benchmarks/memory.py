@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from lsrs_jax import cli, models
+from lsrs_jax.flags import config_from_flags
 from lsrs_jax.runtime.mesh import from_own_rows, global_mesh
 from lsrs_jax.runtime.rng import domain_key, pinned
 from lsrs_jax.training import loop, plan
@@ -33,7 +34,7 @@ def resident(field):
 
 def measure(name, shape, classes, batch):
     """``(bytes estimated, bytes taken)`` for training steps on random images."""
-    config = cli.config_from_flags([f"--config={name}"])
+    config = config_from_flags([f"--config={name}"])
     config.data.batch_size = batch
     model, mesh = models.build(config.model, shape, classes), global_mesh()
     planned = plan.training_need(model, config).memory

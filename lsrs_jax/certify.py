@@ -1,8 +1,9 @@
 """Certify a trained classifier.
 
-  python -m lsrs_jax.certify --workdir=runs/digits
-  python -m lsrs_jax.certify --workdir=runs/digits --config.certify.n=100000 --config.certify.name=full
-  python -m lsrs_jax.certify --workdir=runs/x --config.certify.certificate=deterministic --config.certify.name=margin
+  lsrs certify --workdir=runs/digits
+  lsrs certify --workdir=runs/digits --config.certify.n=100000 --config.certify.name=full
+  lsrs certify --workdir=runs/digits --verify
+  lsrs certify --workdir=runs/x --config.certify.certificate=deterministic --config.certify.name=margin
 
 The configuration comes from the workdir; flags override it. The command writes the ledgers, certificates.tsv and
 certificates.json into <workdir>/certify/<name>. The same command resumes an interrupted certification, on any number of
@@ -30,6 +31,7 @@ from lsrs_jax import cli, models
 from lsrs_jax.certification import deterministic, smoothed, store, verify
 from lsrs_jax.certification.target import load_target, target_of_certificates
 from lsrs_jax.config import load_config
+from lsrs_jax.flags import config_from_flags, config_of_training, given_data_dir
 from lsrs_jax.runtime import profiling
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.processes import Process, cache_compilations, started
@@ -40,7 +42,9 @@ from lsrs_jax.runtime.workdir import Workdir, opened
 
 def run(arguments: list[str]) -> None:
     """The command; see the module's docstring."""
-    parser = cli.parser("certify", __doc__)
+    fields = ("name", "n", "n0", "alpha", "bound", "schedule", "radii", "start", "stop", "step", "tile", "checkpoint")
+    usage = "--workdir=DIR [--verify | --recast=N | --from-counts] [--json] [--config.FIELD=VALUE ...]"
+    parser = cli.parser("certify", __doc__, [f"certify.{name}" for name in fields], usage)
     parser.add_argument("--workdir", required=True, type=cli.workdir, help="folder of a training, or gs://...")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--from-counts", action="store_true", help="derive from the counts on disk; sample nothing")
@@ -77,14 +81,14 @@ def _run(workdir: Workdir, process: Process, options: argparse.Namespace, rest: 
     reader = "--recast" if options.recast else "--verify" if options.verify else ""
     if options.json and not reader:
         raise UserError("--json is for --verify and --recast")
-    config = cli.config_of_training(workdir.path, rest, reader, ("certify.name", "data.dir"))
+    config = config_of_training(workdir.path, rest, reader, ("certify.name", "data.dir"))
     folder = workdir.path / "certify" / config.certify.name
     if (reader or options.from_counts) and process.count > 1:
         remedy = "start it alone, or with JAX_DISTRIBUTED=off"
         raise UserError(f"--from-counts, --verify and --recast are for one process; {remedy}")
     if reader:
         with reading():
-            _read(folder, config.data.dir, options)
+            _read(folder, given_data_dir(rest, config), options)
         return
     path = folder / "certificates.json"
     if path.exists():
@@ -97,7 +101,7 @@ def _run(workdir: Workdir, process: Process, options: argparse.Namespace, rest: 
                     base.certify[name] = kept
                     derived = f"{folder} was derived with {name} {kept}"
                     print(f"{derived}, which holds unless --config.certify.{name} is given")
-        config = cli.config_from_flags(rest, base)
+        config = config_from_flags(rest, base)
     if options.from_counts:
         smoothed.from_counts(folder, config)
         return

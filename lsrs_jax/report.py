@@ -1,7 +1,8 @@
 """Compare certified classifiers: a table in Markdown and a curve as PNG and SVG.
 
-  python -m lsrs_jax.report runs/digits runs/digits_isrs --out=report
-  python -m lsrs_jax.report LSRS=runs/digits Cohen=logs/sigma_0.25.tsv --out=report --radii=0,0.25,0.5
+  lsrs report runs/digits --out=report
+  lsrs report runs/digits runs/digits_isrs --out=report
+  lsrs report LSRS=runs/digits Cohen=logs/sigma_0.25.tsv --out=report --radii=0,0.25,0.5
 
 Each RUN is a workdir, a folder with certificates.tsv, or any table in the field's format (idx label predict radius
 correct time), also a published log; LABEL=RUN names its row and curve. Logs of other programs may deviate from the
@@ -84,7 +85,7 @@ def _draw(runs: Sequence[Run], paths: Sequence[Path]) -> str:
 
 def run(arguments: list[str]) -> None:
     """The command; see the module's docstring."""
-    parser = cli.parser("report", __doc__)
+    parser = cli.parser("report", __doc__, (), "[LABEL=]RUN ... --out=DIR [--radii=R,R,...]")
     parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN")
     parser.add_argument("--out", required=True, type=cli.folder, help="folder for report.md and the curve")
     radii = cli.checked(cli.numbers, lambda found: all(0 <= radius < math.inf for radius in found), "numbers >= 0")

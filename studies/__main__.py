@@ -18,6 +18,7 @@ from pathlib import Path
 
 from lsrs_jax import cli
 from lsrs_jax.config import SEED_OF_TRAINING, config_from_dict, config_to_dict
+from lsrs_jax.flags import config_from_flags
 from lsrs_jax.runtime import signals
 from lsrs_jax.runtime.errors import UserError
 from studies import render, results
@@ -34,7 +35,7 @@ def made(run, folder):
     except UserError:
         return False
     _, _, _, *flags = run.commands("")[0]
-    wanted = config_to_dict(cli.config_from_flags([f"--config={render.ROOT / run.config}", *flags]))
+    wanted = config_to_dict(config_from_flags([f"--config={render.ROOT / run.config}", *flags]))
     if config["certify"]["seed"] == SEED_OF_TRAINING:  # made before the noise had a seed of its own
         wanted["certify"]["seed"] = SEED_OF_TRAINING
     return facts["commands"] == run.shown() and config == wanted

@@ -326,7 +326,10 @@ def test_a_signal_during_the_imports_of_a_command_is_not_lost(number):
         script = IMPORTING.format(number=int(number))
         return subprocess.run([sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True)
 
-    for words in (*((f"lsrs_jax.{name}", "__main__") for name in cli.COMMANDS), ("lsrs_jax", "__main__", "certify")):
+    for words in (
+        *((f"lsrs_jax.{module}", "__main__") for module, _ in cli.COMMANDS.values()),
+        ("lsrs_jax", "__main__", "certify"),
+    ):
         done = python(*words)
         assert (done.returncode, done.stdout) == (128 + number, ""), words
         assert done.stderr == "interrupted before anything was done\n"
@@ -347,6 +350,7 @@ def run(arguments):
         sys.exit(10 + file.fileno())
 
 sys.modules["lsrs_jax.theirs"] = sys.modules["__main__"]
+sys.orig_argv[1:] = ["-m", "lsrs_jax.theirs"]
 cli.main("theirs")
 """
 
@@ -379,6 +383,7 @@ def run(arguments):
         print("went on", flush=True)
 
 sys.modules["lsrs_jax.theirs"] = sys.modules["__main__"]
+sys.orig_argv[1:] = ["-m", "lsrs_jax.theirs"]
 cli.main("theirs")
 """
 
@@ -411,6 +416,7 @@ def run(arguments):
         time.sleep(60)
 
 sys.modules["lsrs_jax.theirs"] = sys.modules["__main__"]
+sys.orig_argv[1:] = ["-m", "lsrs_jax.theirs"]
 cli.main("theirs")
 """
 
@@ -420,6 +426,7 @@ import jax, numpy, sys, types
 from lsrs_jax import cli
 
 sys.modules["lsrs_jax.theirs"] = types.SimpleNamespace(run=lambda _: {})
+sys.orig_argv[1:] = ["-m", "lsrs_jax.theirs"]
 cli.main("theirs")
 """
 OUT_OF_MEMORY = ["jax.jit(lambda: jax.numpy.zeros(2**44))()", "numpy.ones(2**48)"]

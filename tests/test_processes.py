@@ -8,18 +8,19 @@ import time
 import jax
 import numpy as np
 import pytest
+from orbax.checkpoint import multihost
 
+from lsrs_jax import cli
 from lsrs_jax.certification.table import read_table
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.files import locked
-from lsrs_jax.runtime.processes import _arguments
+from lsrs_jax.runtime.processes import Process, _arguments
 from support.commands import (
     QUICK,
     finish,
     refused,
     run,
     run_together,
-    short_heartbeat,
     start_together,
     without_time,
 )
@@ -149,6 +150,21 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
     assert checkpoints(tmp_path)[-1] == 1000
 
 
+def test_the_end_of_another_process_has_its_own_exit_code(monkeypatch, capsys):
+    """What JAX does when a process ends is tested by the next test, which waits for it."""
+
+    def lost(*_, **__):
+        raise RuntimeError("a task has missed its heartbeats")
+
+    monkeypatch.setattr(multihost, "sync_global_processes", lost)
+    with pytest.raises(SystemExit) as end:
+        cli.execute(lambda _: Process(0, 2).wait("the samples"))
+    assert end.value.code == 75
+    line = "error: another process of this run ended before the samples; the same command resumes\n"
+    assert capsys.readouterr().err == line
+
+
+@pytest.mark.soak
 def test_a_signal_to_one_process_of_a_certification_is_no_error_of_the_others(alone, tmp_path):
     """Exit code 75 means that the same command can be tried again; 2 would mean that something must be fixed.
 
@@ -156,12 +172,12 @@ def test_a_signal_to_one_process_of_a_certification_is_no_error_of_the_others(al
     """
     workdir = tmp_path / "interrupted"
     shutil.copytree(alone, workdir)
-    flags = [f"--workdir={workdir}", "--config.certify.n=20000", "--config.certify.tile=(2,8)"]
-    flags += ["--config.certify.stop=24", "--config.certify.schedule=staged"]
+    flags = [f"--workdir={workdir}", "--config.certify.n=25000", "--config.certify.tile=(2,8)"]
+    flags.append("--config.certify.stop=16")
     run("certify", *flags, "--config.certify.name=whole", devices=2)
     folder = workdir / "certify" / "parts"
     flags.append("--config.certify.name=parts")
-    processes = start_together(2, "certify", *flags, devices=1, prefix=short_heartbeat(6))
+    processes = start_together(2, "certify", *flags, devices=1)
     wait_for(lambda: (folder / "votes.1.tsv").exists() and (folder / "votes.1.tsv").stat().st_size > 300, processes)
     processes[1].send_signal(signal.SIGTERM)
     ends = [finish(process) for process in processes]

@@ -122,7 +122,10 @@ def test_the_commands_work_in_a_bucket(tmp_path):
     assert "next: python -m lsrs_jax.certify" in run("train", *QUICK, f"--workdir=file://{remote}")
     assert (remote / "metrics.jsonl").read_text().count('"loss"') >= 2
     shutil.copytree(remote, local)
-    run("certify", f"--workdir=file://{remote}")
+    assert run("certify", f"--workdir=file://{remote}").endswith(f"file://{remote}/certify/default/certificates.tsv\n")
+    assert f" file://{remote}/certify/default holds certificates of another run" in refused(
+        "certify", f"--workdir=file://{remote}", "--config.certify.n=5"
+    )
     run("certify", f"--workdir={local}")
     table = "certify/default/certificates.tsv"
     assert without_time(remote / table) == without_time(local / table)

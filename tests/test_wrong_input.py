@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsrs_jax import certify, cli, models, train
+from lsrs_jax import certify, models, train
 from lsrs_jax.config import save_config
+from lsrs_jax.flags import config_from_flags
 from lsrs_jax.models.heads import HEADS
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.rng import domain_key, pinned
 from lsrs_jax.training import checkpoint
 from support import prepared
-from support.commands import QUICK, ROOT, fingerprint, finish, refused, run, start, truncate_checkpoint
+from support.commands import QUICK, ROOT, fingerprint, refused, run, truncate_checkpoint
 
 COMMANDS = {"train": train, "certify": certify}
 
@@ -62,7 +63,7 @@ BAD_CERTIFY = {
     "other step": (
         [lambda w: shutil.rmtree(max((w / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name)))],
         "",
-        "of the checkpoint of step 60, and the newest checkpoint has step 40",
+        "of the checkpoint of step 60, not 40",
     ),
     "other seed": ([], "--config.certify.seed=1", "certify.seed was"),
     "seed of the training": ([], "--config.seed=1", "seed is that of the training; to draw other noise"),
@@ -291,7 +292,7 @@ class SmallHead(nn.Module):
 @pytest.mark.parametrize(("mistake", "why"), [("coupled", "rows depend on each other"), ("nan", "NaN logits")])
 def test_a_head_that_cannot_be_certified_leaves_nothing_behind(tmp_path, monkeypatch, mistake, why):
     monkeypatch.setitem(HEADS, "small", lambda classes: SmallHead(classes, mistake))
-    config = cli.config_from_flags([*QUICK, "--config.model.head=small", "--config.train.steps=2"])
+    config = config_from_flags([*QUICK, "--config.model.head=small", "--config.train.steps=2"])
     model = models.build(config.model, (8, 8, 1), 10)
     save_config(config, tmp_path / "config.json")
     with pinned(), checkpoint.Checkpoints(tmp_path) as checkpoints:
@@ -307,10 +308,8 @@ def test_a_head_that_cannot_be_certified_leaves_nothing_behind(tmp_path, monkeyp
     certify.run([f"--workdir={tmp_path}", "--config.certify.stop=3", "--config.certify.tile=(2,8)"])
 
 
-def test_help_and_missing_workdir():
-    for name in ("train", "certify", "audit", "report"):
-        code, out, _ = finish(start(name, "--help"))
-        assert code == 0
-        assert "python -m lsrs_jax" in out
-    assert "--workdir" in refused("train", "--config=configs/digits.py")
-    assert "--workdir" in refused("certify", "--config=configs/digits.py")
+def test_a_run_that_differs_names_each_field_that_the_user_has_changed(copy):
+    flags = [f"--workdir={copy}", "--config.certify.name=base", "--config.certify.n=2000", "--config.sigma=0.25"]
+    line = refused("certify", *flags, "--config.certify.noise=independent")
+    for words in ("certify.n was 1000 and is now 2000", "sigma was 0.5 and is now 0.25", "certify.noise was 'shared'"):
+        assert words in line

@@ -157,11 +157,11 @@ def _command(name: str, table: Path) -> str:
 
 def _split(argument: str) -> tuple[str | None, Path]:
     label, equals, path = argument.partition("=")
-    if not equals or Path(argument).exists():
-        return None, Path(argument)
+    if not equals or Path(argument).expanduser().exists():
+        return None, Path(argument).expanduser()
     if not label or plain(label) != label:
         raise UserError(f"bad name {label!r} for a run: use plain text without any of | $ \\ `")
-    return label, Path(path)
+    return label, Path(path).expanduser()
 
 
 def _tables(path: Path) -> tuple[list[Path], list[Path]]:

@@ -62,7 +62,11 @@ def starting() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     for number in _NUMBERS:
-        signal.signal(number, lambda number, _: _exit_now(number, b"interrupted before anything was done\n"))
+        signal.signal(number, _before_anything)
+
+
+def _before_anything(number: int, _: FrameType | None) -> None:
+    _exit_now(number, b"interrupted before anything was done\n")
 
 
 @contextlib.contextmanager
@@ -79,21 +83,21 @@ def reading() -> Iterator[None]:
 def handled() -> Iterator[None]:
     """A block in which SIGTERM and SIGINT raise `Interrupted` in the main thread, except inside `deferred` blocks.
 
-    After the block signals have their default effect. If a finalizer dropped the exception, Python does not print it,
+    After the block signals have the effect that they had before, or their default effect in a process that `starting`
+    prepared. If a finalizer dropped the exception, Python does not print it,
     and the end of the block raises it again.
     """
     _state.update(pending=None, first=None)
     hook = sys.unraisablehook
     sys.unraisablehook = lambda dropped: None if isinstance(dropped.exc_value, Interrupted) else hook(dropped)
-    for number in _NUMBERS:
-        signal.signal(number, _handle)
+    before = {number: signal.signal(number, _handle) for number in _NUMBERS}
     try:
         yield
         _raise_pending()
     finally:
         sys.unraisablehook = hook
-        for number in _NUMBERS:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler in (_before_anything, None) else handler)
 
 
 def agreed() -> Interrupted:

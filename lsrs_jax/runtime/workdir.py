@@ -6,13 +6,14 @@ Checkpoints, the only large files, are written to the bucket directly.
 """
 
 import contextlib
+import io
 import os
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from etils import epath
 
@@ -107,6 +108,19 @@ class Workdir:
             raise UserError(f"cannot read or write {self.name} ({reason}); {remedy}") from error
 
 
+class _Renamed(io.TextIOBase):
+    """Writes to a stream, with the name of the workdir in place of the path of its local copy."""
+
+    def __init__(self, stream: TextIO, path: str, name: str) -> None:
+        self._stream, self._path, self._name = stream, path, name
+
+    def write(self, text: str) -> int:
+        return self._stream.write(text.replace(self._path, self._name))
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
 @contextlib.contextmanager
 def opened(location: Path | str) -> Iterator[Workdir]:
     """The `Workdir` of a ``--workdir``: a `pathlib.Path`, or the text of a URL."""
@@ -126,7 +140,10 @@ def opened(location: Path | str) -> Iterator[Workdir]:
         thread = threading.Thread(target=keep_pushing, daemon=True)
         thread.start()
         try:
-            yield workdir
+            with contextlib.redirect_stdout(_Renamed(sys.stdout, folder, location)):
+                yield workdir
+        except UserError as error:
+            raise type(error)(str(error).replace(folder, location)) from error
         finally:
             ended.set()
             thread.join()

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
-from lsrs_jax import cli, report
+from lsrs_jax import report
 from lsrs_jax.config import default
+from lsrs_jax.flags import config_from_flags
 from lsrs_jax.training.metrics import Metrics
 from support.executions import Payload, nothing_executed, payloads
 from support.hostile import answer, changed, json_text, places
@@ -48,7 +49,7 @@ def test_no_file_and_no_flag_is_executed(folder, certification, tmp_path, monkey
     tables = ["\n".join("\t".join(map(str, row)) for row in table).encode() for table in everywhere(rows, texts)]
     derive(certification, json_text(stored).encode())  # done once before, because lazy imports execute code
     load(folder / "config.json", json_text(CONFIG).encode())
-    answer(cli.config_from_flags, ["--config.certify.n=5"], default())
+    answer(config_from_flags, ["--config.certify.n=5"], default())
     with nothing_executed(canary):
         for text in [*(json_text(value).encode() for value in everywhere(stored, texts)), *whole]:
             derive(certification, text)
@@ -63,4 +64,4 @@ def test_no_file_and_no_flag_is_executed(folder, certification, tmp_path, monkey
             counts_of(folder / "ledger.tsv", HEADER.encode() + text)
         for field in FIELDS:
             for text in texts:
-                answer(cli.config_from_flags, [f"--config.{field}={text}"], default())
+                answer(config_from_flags, [f"--config.{field}={text}"], default())

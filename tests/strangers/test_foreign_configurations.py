@@ -7,8 +7,8 @@ import numpy as np
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lsrs_jax import cli
 from lsrs_jax.config import check_config, config_from_dict, config_to_dict, default
+from lsrs_jax.flags import config_from_flags
 from support.hostile import JSON, NOT_NUMBERS, NOT_WHOLE, STRANGE, answer, changed, examples, json_text, places
 from support.samples import CONFIG, FIELDS, load
 
@@ -77,7 +77,7 @@ FLAG_VALUES = [
 )
 def test_any_flag_gives_a_valid_configuration_or_one_line(field, value, form):
     arguments = form.format(field, value).split(" ", 1)
-    config = answer(cli.config_from_flags, arguments, default())
+    config = answer(config_from_flags, arguments, default())
     if config is not None:
         assert check_config(config_from_dict(config_to_dict(config)))
         assert 2.0**-60 <= config.sigma <= 2.0**60
@@ -92,4 +92,4 @@ def test_any_flag_gives_a_valid_configuration_or_one_line(field, value, form):
 @example(["--config=" + "a" * 5000])
 @example(["--config=a\0b"])
 def test_any_arguments_without_a_configuration_file_are_one_line(arguments):
-    assert answer(cli.config_from_flags, arguments) is None
+    assert answer(config_from_flags, arguments) is None

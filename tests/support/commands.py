@@ -35,18 +35,6 @@ def full_disk(size):
     return [sys.executable, "-c", code + "os.execv(sys.argv[2], sys.argv[2:])", str(size)]
 
 
-def short_heartbeat(seconds):
-    """A prefix for a command that counts a process as lost after this many seconds of silence, instead of 30."""
-    code = "import runpy, sys, jax; own, seconds = jax.distributed.initialize, int(sys.argv[1]); del sys.argv[:4]; "
-    code += "jax.distributed.initialize = lambda **given: own(**given | {'heartbeat_timeout_seconds': seconds}); "
-    return [
-        sys.executable,
-        "-c",
-        code + "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)",
-        str(seconds),
-    ]
-
-
 def start(command, *arguments, devices=1, prefix=(), **environment):
     settings = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu", **environment}
     return subprocess.Popen(
