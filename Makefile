@@ -1,19 +1,21 @@
-# make demo   train, certify and compare on the embedded digits (a few minutes on 2 cores)
-# make test   ruff, the type checker, the test suite
-# make soak   full grids, long simulations, kill campaigns (an hour or two)
-# make lint   ruff
+# make demo     train, certify and compare on the embedded digits (a few minutes on 2 cores)
+# make test     ruff, the type checker, the test suite
+# make package  build the wheel, install it elsewhere on two versions of Python, run the commands (minutes)
+# make soak     full grids, long simulations, kill campaigns (an hour or two)
+# make lint     ruff
 # All of them make their own environment in .venv first; PYTHON picks the interpreter (3.11 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
+WORKERS = $(shell $(PYTHON) -c 'import os; print(os.cpu_count() + 1)')# one more: some tests wait for processes
 DEMO := runs/demo
 
-.PHONY: demo test soak lint clean
+.PHONY: demo test package soak lint clean
 .DELETE_ON_ERROR:
 
 .venv/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; give make PYTHON=...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,plots]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@
 
 demo: .venv/ready
@@ -30,7 +32,10 @@ test: .venv/ready
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/basedpyright
-	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
+
+package: .venv/ready
+	$(BIN)/python -m pytest -m package --timeout=1200
 
 soak: .venv/ready
 	$(BIN)/python -m pytest -m soak --timeout=7200 -s

@@ -27,14 +27,14 @@ fi
 PYTHON=${PYTHON:-python3}
 EXTRA=${EXTRA:-}
 
-stamp=.venv/ready-plots${EXTRA:+-$EXTRA}
+stamp=.venv/ready-run${EXTRA:+-$EXTRA}
 if [ -z "$EXTRA" ] && [ -e .venv/ready ]; then
   stamp=.venv/ready # of `make`, which installs more
 fi
 install() {
   [ ! -e "$stamp" ] || return 0
   "$PYTHON" -m venv .venv
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[plots${EXTRA:+,$EXTRA}]"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${EXTRA:+[$EXTRA]}"
   touch "$stamp"
 }
 if [ ! -e "$stamp" ]; then

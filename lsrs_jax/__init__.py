@@ -5,14 +5,29 @@ the latent between them, so that one pass of the encoder serves every noisy samp
 is carried back to the image by the encoder's Lipschitz constant (Zeng, Su and Huang 2021; the bound is Cohen,
 Rosenfeld and Kolter 2019).
 
-Folders, each importing only those after it: the commands (`train`, `certify`, `audit`, `report`; `cli` runs them),
-`certification` (folders of certificates), `auditing` (attacks), `training`, `data`, `models` (encoder, head and both),
-`layers` (Flax layers; `layers.lipschitz` proves their constant), `orthogonal` (pure functions), `config` (fields and
-their meaning), `smoothing` (sampling and statistics for any JAX function), `runtime` (files, errors, processes).
+Folders, each importing only those after it: the commands (`train`, `certify`, `audit`, `report`, `show_config`,
+`show_data`; `cli` runs them), `reporting` (tables and curves), `certification` (folders of certificates), `auditing`
+(attacks), `training`, `data`, `models` (encoder, head and both), `layers` (Flax layers; `layers.lipschitz` proves their
+constant), `orthogonal` (pure functions), `config` (fields and their meaning), `smoothing` (sampling and statistics for
+any JAX function), `runtime` (files, errors, processes).
 """
+
+from typing import TYPE_CHECKING, Any
 
 from lsrs_jax.runtime import moved
 
+if TYPE_CHECKING:
+    from lsrs_jax.smoothing.api import SmoothedClassifier
+
+__all__ = ["SmoothedClassifier"]
 __version__ = "0.1.0"
 
 moved.redirect_imports()
+
+
+def __getattr__(name: str) -> Any:
+    if name != "SmoothedClassifier":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lsrs_jax.smoothing.api import SmoothedClassifier
+
+    return SmoothedClassifier

@@ -1,0 +1,64 @@
+"""The names and parameters that docs/stability.md promises, and what an import of them loads."""
+
+import inspect
+import json
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+from lsrs_jax import cli
+from support import ROOT
+
+PAGE = (ROOT / "docs" / "stability.md").read_text(encoding="utf-8")
+_SAMPLING = "n0 n alpha bound schedule radii epsilon"
+_WAYS = "arithmetic noise tile spmd"
+PARAMETERS = {
+    "lsrs_jax.SmoothedClassifier": f"head sigma lipschitz {_WAYS} devices",
+    "lsrs_jax.smoothing.SmoothedClassifier.certify": f"self x key {_SAMPLING} slack counts progress",
+    "lsrs_jax.smoothing.SmoothedClassifier.predict": "self x key n alpha",
+    "lsrs_jax.smoothing.certify": f"head latents sigma key {_SAMPLING} lipschitz slack {_WAYS} progress",
+    "lsrs_jax.smoothing.predict": f"head latents sigma key n alpha {_WAYS}",
+    "lsrs_jax.smoothing.certified_radius": "p_a_lower p_b_upper sigma lipschitz slack",
+    "lsrs_jax.smoothing.from_counts": "selection estimation sigma alpha bound looks lipschitz slack tau",
+    "lsrs_jax.margin.certified_margin": "logits weights lipschitz slack",
+    "lsrs_jax.config.default": "",
+    "lsrs_jax.training.fit": "config data test workdir class_names",
+    "lsrs_jax.data.load": "name split data_dir size fields",
+    "lsrs_jax.data.from_arrays": "images labels class_names name split layout",
+    "lsrs_jax.layers.OrthogonalConv": None,
+    "lsrs_jax.layers.OrthogonalDense": None,
+    "lsrs_jax.layers.MaxMin": None,
+    "lsrs_jax.orthogonal.build_kernels": None,
+}
+LIGHT = {"jax", "jaxlib", "flax", "numpy", "scipy", "lsrs_jax"}
+# What jax, flax and jaxtyping themselves load.
+THEIRS = {"jaxtyping", "wadler_lindig", "ml_dtypes", "opt_einsum", "msgpack", "rich", "typing_extensions", "treescope"}
+DATA = {"PIL", "tensorflow_datasets", "grain", "orbax", "optax", "matplotlib", "sklearn", "datasets", "tensorflow"}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_public_name_has_its_parameters(name):
+    found = pkgutil.resolve_name(name)
+    if PARAMETERS[name] is not None:
+        assert " ".join(inspect.signature(found).parameters) == PARAMETERS[name]
+    assert name.rpartition(".")[2] in PAGE or f"`{name.rpartition('.')[0]}`" in PAGE
+
+
+def test_every_command_is_promised():
+    assert all(f"`{name}`" in PAGE or f"`lsrs {name}`" in PAGE for name in cli.COMMANDS)
+
+
+def loaded(statement):
+    code = f"import json, sys; {statement}; print(json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(json.loads(found.stdout))
+
+
+def test_an_import_of_a_public_name_loads_no_more_than_it_needs():
+    alone = loaded("import jax, numpy, scipy.special, scipy.stats")
+    for statement in ("from lsrs_jax import SmoothedClassifier", "from lsrs_jax.smoothing import certify"):
+        own = loaded(statement) - alone - set(sys.stdlib_module_names)
+        assert own <= LIGHT - {"flax"} | THEIRS, own
+    assert not loaded("from lsrs_jax.layers import OrthogonalConv") & DATA
