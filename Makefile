@@ -6,7 +6,6 @@
 # All of them make their own environment in .venv first; PYTHON picks the interpreter (3.11 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
-WORKERS = $(shell $(PYTHON) -c 'import os; print(os.cpu_count() + 1)')# one more: some tests wait for processes
 DEMO := runs/demo
 
 .PHONY: demo test package soak lint clean
@@ -32,7 +31,7 @@ test: .venv/ready
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/basedpyright
-	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
 package: .venv/ready
 	$(BIN)/python -m pytest -m package --timeout=1200

@@ -59,9 +59,8 @@ class Model:
 
     def shapes(self, batch: int = 1) -> tuple[Params, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of the parameters, and of a batch of the latents (under ISRS images) that get the noise."""
-        params = jax.eval_shape(self.init, jax.random.key(0))
         image = jax.ShapeDtypeStruct((batch, *self.input_shape), jnp.float32)
-        return params, jax.eval_shape(self.encode, params, image)
+        return (params := _parameter_shapes(self)), jax.eval_shape(self.encode, params, image)
 
     def _encoded(self, params: Any, x: Any) -> Any:
         normalized = x if self.normalize is None else self.normalize.apply({}, x)
@@ -122,6 +121,17 @@ class Model:
         return self._materialized(params), *matrix(params["head"])
 
 
+@functools.lru_cache(32)  # a command asks for the shapes several times, and tracing takes tenths of a second
+def _parameter_shapes(model: Model) -> Params:
+    return jax.eval_shape(model.init, jax.random.key(0))
+
+
+@functools.lru_cache(32)
+def _check_shapes(model: Model) -> None:
+    """Shapes that do not fit raise here, before any computation."""
+    jax.eval_shape(model.classify, *model.shapes())
+
+
 def _in_dtype(function: Head, dtype: str) -> Head:
     """The same function in `dtype`: it casts the noisy latents to `dtype`, and the logits back to float32."""
     return function if dtype == "float32" else lambda noisy: function(noisy.astype(dtype)).astype(jnp.float32)
@@ -152,8 +162,7 @@ def build(config: Config, input_shape: tuple[int, ...], num_classes: int) -> Mod
     mean, std = tuple(map(float, config.mean)), tuple(map(float, config.std))
     normalize = None if (mean, std) == ((0.0,), (1.0,)) else layers.Normalize(mean, std)
     model = Model(layers.Encoder(encoder), head, normalize, config.noise, tuple(input_shape))
-    # Shapes that do not fit raise here, before any computation.
-    jax.eval_shape(model.classify, *model.shapes())
+    _check_shapes(model)
     return model
 
 
@@ -190,6 +199,7 @@ class Cost(NamedTuple):
         return (self.encoder + self.head) / self.head
 
 
+@functools.lru_cache(32)
 def cost(model: Model) -> Cost:
     params, latent = model.shapes()
 

@@ -21,7 +21,7 @@ from etils import epath
 from lsrs_jax.models.split import Model, Params
 from lsrs_jax.runtime.errors import OthersLost, UserError
 from lsrs_jax.runtime.logs import ignore_leftovers, quiet
-from lsrs_jax.runtime.rng import pinned, root_key
+from lsrs_jax.runtime.rng import pinned
 from lsrs_jax.runtime.workdir import checkpoints
 
 _ITEMS = ("model", "train", "meta")
@@ -145,8 +145,7 @@ def restore_model(workdir: Path, target: Any, step: int | None = None) -> tuple[
 def restore(workdir: Path, model: Model, step: int | None = None) -> tuple[Params, dict[str, Any]]:
     """`restore_model` for the parameters of a model."""
     with pinned():
-        shapes = jax.eval_shape(model.init, root_key(0))
-    return restore_model(workdir, shapes, step)
+        return restore_model(workdir, model.shapes()[0], step)
 
 
 def trained_on(workdir: Path) -> dict[str, Any]:
