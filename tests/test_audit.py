@@ -233,6 +233,7 @@ def test_an_audit_of_other_images_classes_or_radii_is_refused(audited, tmp_path)
     assert any("the files of the audit" in line for line in verify.run(folder)[1].checked)
 
 
+@pytest.mark.soak
 def test_a_killed_audit_resumes_to_the_same_table(audited, certified, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(certified, copy)

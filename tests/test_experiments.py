@@ -27,7 +27,7 @@ NARROW = "model.widths=(8,8,8,8,12,8,8,8)"  # XLA's CPU back end takes most of a
         pytest.param("cifar10_small.py", ("train.loss=smoothadv",), 100, marks=pytest.mark.soak),
         pytest.param("cifar10_small.py:isrs_split", ("train.loss=macer", "train.ema=0.9"), 100, marks=pytest.mark.soak),
         pytest.param("cifar10_study.py:split6_haar", ("certify.bound=multiclass",), 100, marks=pytest.mark.soak),
-        ("cifar10_study.py:margin", (), 0),
+        pytest.param("cifar10_study.py:margin", (), 0, marks=pytest.mark.soak),
     ],
 )
 def test_an_experiment_runs_from_its_configuration_to_certificates(

@@ -508,6 +508,7 @@ def test_a_training_whose_folder_is_gone_ends_with_one_line(home, moved, monkeyp
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.mark.soak
 def test_a_full_disk_keeps_what_is_on_it(undisturbed, home):
     """The ledger never ends in half a line, and no row that was written is lost."""
     workdir = home / "full"

@@ -22,7 +22,8 @@ def kill(process, seen, delay=0.0):
     return code != 0
 
 
-@pytest.mark.parametrize("kind", [pytest.param("fixed", marks=pytest.mark.soak), "staged"])
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["fixed", "staged"])
 def test_a_killed_certification_resumes_to_the_same_bytes(trained, kind):
     """The run is killed when samples are on disk, its last line is cut, and other devices resume it."""
     whole, killed = (trained / "certify" / f"{name}_{kind}" for name in ("whole", "killed"))

@@ -39,7 +39,7 @@ def test_certified_functions_are_the_trained_ones(encoder, noise):
     assert np.array_equal(latents, x) == smooths_input
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", [*sorted(set(HEADS) - {"resnet50"}), pytest.param("resnet50", marks=pytest.mark.soak)])
 def test_heads_treat_rows_independently(head):
     model = model_of(encoder="identity", head=head)
     params = model.init(threefry(0))

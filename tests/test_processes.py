@@ -97,6 +97,7 @@ def test_certificates_do_not_depend_on_the_number_of_processes(alone, tmp_path):
     assert without_time(workdir / TABLE) == without_time(alone / TABLE)
 
 
+@pytest.mark.soak
 def test_processes_that_share_a_bucket_only(alone, tmp_path):
     remote = tmp_path / "remote"
     shutil.copytree(alone, remote)

@@ -73,7 +73,8 @@ def test_names_of_runs_are_unique():
     assert len({run.name for run in runs}) == len(runs)
 
 
-@pytest.mark.parametrize("figure", ["pareto", pytest.param("curves", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("figure", ["pareto", "curves"])
 def test_a_study_from_training_to_page(tmp_path, monkeypatch, figure):
     """Runs a whole study on the embedded digits. A second call does no work, and a changed result changes the page."""
     quick = ("train.steps=20", "certify.n=200", "certify.stop=40")
