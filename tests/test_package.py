@@ -23,8 +23,8 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 
 def newest_python():
     """The newest Python above this one that is on the PATH or under pyenv, or None."""
-    homes = [Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser() / "versions", Path("/opt/pyenv/versions")]
-    found = [path for home in homes for path in home.glob("3.*/bin/python3")]
+    home = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser() / "versions"
+    found = list(home.glob("3.*/bin/python3"))
     found += [Path(path) for minor in range(20, 11, -1) if (path := shutil.which(f"python3.{minor}"))]
     code, best = "import sys; print(*sys.version_info[:2])", (sys.version_info[:2], None)
     for path in found:
