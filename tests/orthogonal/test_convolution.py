@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.linalg
+from jax.extend.core import jaxprs_in_params
 from jax.test_util import check_grads
 from test_matrix import precisions
 
@@ -392,7 +393,7 @@ def primitives(function, *arguments):
     def walk(jaxpr):
         for equation in jaxpr.eqns:
             names.append(equation.primitive.name)
-            for inner in jax.core.jaxprs_in_params(equation.params):
+            for inner in jaxprs_in_params(equation.params):
                 walk(inner)
 
     walk(jax.make_jaxpr(function)(*arguments).jaxpr)

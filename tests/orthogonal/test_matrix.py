@@ -4,6 +4,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.linalg
+from jax.extend.core import jaxprs_in_params
 from jax.test_util import check_grads
 
 from lsrs_jax import orthogonal
@@ -126,7 +127,7 @@ def precisions(function, *arguments):
         for equation in jaxpr.eqns:
             if equation.primitive.name in ("dot_general", "conv_general_dilated"):
                 found.append(equation.params["precision"])
-            for inner in jax.core.jaxprs_in_params(equation.params):
+            for inner in jaxprs_in_params(equation.params):
                 walk(inner)
 
     walk(jax.make_jaxpr(function)(*arguments).jaxpr)
