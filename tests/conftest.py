@@ -34,7 +34,14 @@ def drop_compiled_programs():
 
 
 # The files that take longest, so that no worker begins one of them when the others have finished.
-LONGEST = ("test_processes.py", "test_faults.py", "test_forgeries.py", "test_audit.py", "test_convolution.py")
+LONGEST = (
+    "test_processes.py",
+    "test_faults.py",
+    "test_forgeries.py",
+    "test_odd_folders.py",
+    "test_audit.py",
+    "test_convolution.py",
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -125,6 +132,27 @@ def copy(trained, certified, tmp_path):
     target = tmp_path / "copy"
     shutil.copytree(trained, target)
     return target
+
+
+@pytest.fixture(scope="session")
+def originals(tmp_path_factory):
+    """Two trainings with certificates; the first also has certificates in bfloat16, and deterministic ones."""
+    home = tmp_path_factory.mktemp("forgeries")
+    train = [*QUICK, "--config.model.head=normalized"]
+    for name, flags in (("honest", []), ("other", ["--config.seed=5"])):
+        run("train", *train, *flags, f"--workdir={home / name}")
+        run("certify", f"--workdir={home / name}")
+    folder = f"--workdir={home / 'honest'}"
+    run("certify", folder, "--config.certify.name=half", "--config.certify.head_dtype=bfloat16")
+    flags = ["--config.certify.certificate=deterministic", "--config.certify.name=margin"]
+    run("certify", folder, *flags)
+    return home
+
+
+@pytest.fixture
+def home(originals, tmp_path):
+    shutil.copytree(originals / "honest", tmp_path / "honest")
+    return tmp_path / "honest"
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from lsrs_jax.config import (
     FIELDS,
     SEED_DERIVED,
     SEED_OF_TRAINING,
+    SOURCES,
     config_to_dict,
     upgrade_section,
     without_absent,
@@ -137,7 +138,7 @@ def _clause(new: Identity, name: str, was: Any, now: Any) -> str:
 
 
 # Values of data.name for sets that have no name of their own: the name or the split in an identity may be another one.
-_UNNAMED = ("folder", "npz", "hf", "arrays")
+_UNNAMED = (*SOURCES, "arrays")
 
 
 def names_its_data(config: Config) -> bool:

@@ -45,8 +45,7 @@ def run(target: Target, stored: Stored, count: int, verdict: Verdict) -> None:
     dtype of the head, which is part of the classifier that it certifies, and the noise, which the first comparison
     checks, have a part in it. The tests assume what `comparison` says about rounding on other machines. If nothing
     differs and a share q of the table has any sample of another origin, N chosen images would have shown it with
-    probability at least
-    1 − (1 − q)^N.
+    probability at least 1 − (1 − q)^N.
     """
     if stored.identity.certificate == "deterministic":
         chosen = deterministic.check(target, count)
@@ -88,10 +87,8 @@ def run(target: Target, stored: Stored, count: int, verdict: Verdict) -> None:
         print("these are all images of the table")
         return
     verdict.beyond["others"] = f"the samples of the other {len(known) - len(indices):,} images"
-    share, differences = (
-        1 - _LEVEL ** (1 / len(indices)),
-        " beyond such differences" * (comparison.samples_moved(old, new) > 0),
-    )
+    share = 1 - _LEVEL ** (1 / len(indices))
+    differences = " beyond such differences" * (comparison.samples_moved(old, new) > 0)
     print(
         f"if more than {math.ceil(1000 * share) / 10:g}% of the table had samples of another origin{differences}, "
         f"these images would have shown it with {1 - _LEVEL:.0%} probability"

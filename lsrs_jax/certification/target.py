@@ -14,7 +14,7 @@ from lsrs_jax.config import chosen_images
 from lsrs_jax.data import Dataset, load_split
 from lsrs_jax.data.images import other_class
 from lsrs_jax.runtime import documents
-from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.errors import NotHere, UserError
 from lsrs_jax.runtime.format import FORMAT
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.runtime.workdir import checkpoints
@@ -49,14 +49,14 @@ class Target:
         )
 
 
-def load_target(workdir: Path, config: Config, step: int | None = None) -> Target:
+def load_target(workdir: Path, config: Config, step: int | None = None, dataset: Dataset | None = None) -> Target:
     """The `Target` of a configuration: its data, its network, and a checkpoint of the workdir (by default the newest).
 
     Raises UserError for images of another shape than those of the training, or for other classes.
     """
     certify = config.certify
     step = step or certify.checkpoint or None
-    dataset = load_split(config.data, config.data.split)
+    dataset = load_split(config.data, config.data.split) if dataset is None else dataset
     indices = chosen_images(config, len(dataset)) or range(0)
     if not indices:
         raise UserError(f"no image to certify: certify.start={certify.start} in a split of {len(dataset)}")
@@ -97,8 +97,12 @@ def target_of_certificates(folder: Path, stored: Stored, data_dir: str) -> Targe
     step = identity.checkpoint["step"]
     if not (checkpoints(workdir) / str(step)).is_dir():
         checkpoint = f"the checkpoint of step {step}, which was certified,"
-        raise UserError(f"{checkpoint} is not in {workdir}: restore it, or {OTHER_NAME}")
-    target = load_target(workdir, config, step)
+        raise NotHere(f"{checkpoint} is not in {workdir}: restore it, or {OTHER_NAME}")
+    try:
+        dataset = load_split(config.data, config.data.split)
+    except UserError as error:
+        raise NotHere(str(error)) from error
+    target = load_target(workdir, config, step, dataset)
     if target.meta["digest"] != identity.checkpoint["digest"]:
         raise UserError(f"the weights in the checkpoint of step {step} in {workdir} are not the certified ones")
     found = target.identity(identity.certificate)

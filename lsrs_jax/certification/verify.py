@@ -16,8 +16,8 @@ from lsrs_jax.certification.smoothed import Certification, reopen
 from lsrs_jax.certification.table import read_table
 from lsrs_jax.certification.target import Target, target_of_certificates
 from lsrs_jax.config import SEED_DERIVED, SEED_OF_TRAINING, config_to_dict, load_config, other_training
-from lsrs_jax.data import Photos, load_split
-from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.data import Photos
+from lsrs_jax.runtime.errors import NotHere, UserError
 from lsrs_jax.runtime.files import digest_of
 from lsrs_jax.runtime.workdir import checkpoints
 from lsrs_jax.smoothing.counts import Counts, ImageCounts
@@ -247,32 +247,18 @@ def _compare(text: str, certification: Certification, counts: Counts) -> None:
 
 def _compute_again(folder: Path, stored: store.Stored, data_dir: str | None, verdict: Verdict) -> None:
     """Computes deterministic certificates again, if network and images are here."""
-    why, step = "not asked for", stored.identity.checkpoint["step"]
+    target, why = None, "not asked for"
     if data_dir is not None:
-        why = None if (checkpoints(folder.parents[1]) / str(step)).is_dir() else _no_checkpoint(step)
-        why = why or _no_images(stored, data_dir)
-    if why:
+        try:
+            target = target_of_certificates(folder, stored, data_dir)
+        except NotHere as error:
+            why = str(error)
+    if target is None:
         verdict.unchecked["radii"] = f"the radii, which were not computed again ({why})"
         return
-    target = target_of_certificates(folder, stored, data_dir or "")
     deterministic.check(target)
     check_dataset(target, verdict, read_table(target.folder / "certificates.tsv").idx)
     verdict.checked.append("every radius, computed again from the images")
-
-
-def _no_images(stored: store.Stored, data_dir: str) -> str | None:
-    """Why the split that was certified cannot be loaded; None if it can."""
-    data = stored.settings.copy_and_resolve_references().data
-    data.dir = data_dir or data.dir
-    try:
-        load_split(data, data.split)
-    except UserError as error:
-        return str(error)
-    return None
-
-
-def _no_checkpoint(step: int) -> str:
-    return f"the checkpoint of step {step} is not here"
 
 
 def _check_audit(path: Path, digest: str, verdict: Verdict) -> None:
@@ -298,7 +284,7 @@ def _check_checkpoint(workdir: Path, stored: store.Stored, verdict: Verdict) -> 
     identity, config, step = stored.identity, stored.settings, stored.identity.checkpoint["step"]
     if not (checkpoints(workdir) / str(step)).is_dir():
         constant = f"the Lipschitz constant {stored.lipschitz.constant:.15g}"
-        verdict.unchecked["weights"] = f"the weights and {constant} ({_no_checkpoint(step)})"
+        verdict.unchecked["weights"] = f"the weights and {constant} (the checkpoint of step {step} is not here)"
         return
     model = models.build(config.model, tuple(identity.model["input_shape"]), identity.classes or 0)
     params, meta = restore(workdir, model, step)

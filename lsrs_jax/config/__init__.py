@@ -2,7 +2,6 @@
 
 from lsrs_jax.config.fields import (
     CERTIFICATES,
-    DTYPES,
     FIELDS,
     LOSSES,
     REQUIRED,
@@ -10,10 +9,8 @@ from lsrs_jax.config.fields import (
     SEED_OF_TRAINING,
     SOURCES,
     Field,
-    Limit,
 )
 from lsrs_jax.config.values import (
-    COMPARISONS,
     check_config,
     check_field,
     choose,
@@ -32,8 +29,6 @@ from lsrs_jax.config.values import (
 
 __all__ = [
     "CERTIFICATES",
-    "COMPARISONS",
-    "DTYPES",
     "FIELDS",
     "LOSSES",
     "REQUIRED",
@@ -41,7 +36,6 @@ __all__ = [
     "SEED_OF_TRAINING",
     "SOURCES",
     "Field",
-    "Limit",
     "check_config",
     "check_field",
     "choose",

@@ -55,13 +55,13 @@ def load_folder(data: Config, split: str) -> Dataset:
                 f"{root} has no split {missing!r}, only {', '.join(homes)}: make a folder {missing}, or {remedy}"
             )
         names = sorted({name for home in set(homes.values()) for name in _subfolders(home)})
-        listed = {home: _listed(root, home, names) for home in set(homes.values())}
+        listed = {home: _listed(root, home, names, said=home == homes[split]) for home in set(homes.values())}
         files, shown = listed[homes[split]], homes[split].name
     else:
         names, shown = inside, split
         if split not in ("train", "test"):
             raise UserError(f"{root} has no folder train, so its splits are train and test, not {split!r}")
-        listed = {root: _listed(root, root, names)}
+        listed = {root: _listed(root, root, names, said=split == "train")}
         files = [(path, label) for path, label in listed[root] if _is_test(root, path, data) == (split == "test")]
         if listed[root] and not files:
             raise UserError(
@@ -92,8 +92,8 @@ def _subfolders(home: Path) -> list[str]:
     return names
 
 
-def _listed(root: Path, home: Path, names: list[str]) -> list[tuple[str, int]]:
-    """``(path, label)`` of the image files of a folder of classes, by class and path; says what it leaves out."""
+def _listed(root: Path, home: Path, names: list[str], said: bool) -> list[tuple[str, int]]:
+    """``(path, label)`` of the image files of a folder of classes; if `said`, prints what it leaves out."""
     inside, found, left = os.path.realpath(root), [], []
     for label, name in enumerate(names):
         for path in sorted((home / name).rglob("*")):
@@ -108,7 +108,7 @@ def _listed(root: Path, home: Path, names: list[str]) -> list[tuple[str, int]]:
                 raise UserError(f"{path} is a link to {target}, outside of {root}: copy the file there")
             else:
                 found.append((str(path), label))
-    if left:
+    if left and said:
         print(f"note: {len(left)} files in {home} are no images by their names, and left out: {left[0].name}, ...")
     return found
 

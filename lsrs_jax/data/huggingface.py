@@ -45,7 +45,7 @@ def load_huggingface(data: Config, split: str) -> Dataset:
     try:
         import datasets
     except ImportError as error:
-        raise UserError("data.name=hf needs the library datasets: pip install 'lsrs_jax[hf]'") from error
+        raise UserError("data.name=hf needs the extra hf of lsrs_jax: pip install datasets") from error
     if not data.dir:
         raise UserError("data.name=hf needs a set: give data.name=hf:NAME, or a folder that save_to_disk wrote")
     where, parts = Path(data.dir).expanduser(), data.dir.partition(":")

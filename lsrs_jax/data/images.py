@@ -10,6 +10,7 @@ from jaxtyping import Float, Float32, Int32, UInt8
 from numpy.typing import ArrayLike, DTypeLike
 
 from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.validate import array
 
 Index = np.ndarray | list[int]  # of images of a split
 
@@ -136,10 +137,7 @@ def from_arrays(
     Raises UserError for anything else.
     """
     where = f"the split {split!r} of {name}"
-    for what, array in (("images", images), ("labels", labels)):
-        if isinstance(array, np.ma.MaskedArray):
-            raise UserError(f"the {what} of {where} are a masked array: fill the masked values, or leave them out")
-    pixels, found = np.asarray(images), np.asarray(labels)
+    pixels, found = array(f"the images of {where}", images), array(f"the labels of {where}", labels)
     if pixels.ndim == 3:
         pixels = pixels[..., None]
     elif pixels.ndim == 4 and layout == "NCHW":

@@ -16,7 +16,7 @@ from numpy.typing import DTypeLike
 from PIL import Image, features
 
 from lsrs_jax.data.decode import decode, decoded_differently_before, silence_pillow
-from lsrs_jax.data.images import Arrays, Dataset, Index, check_label, check_labels
+from lsrs_jax.data.images import Arrays, Dataset, Index, check_label
 from lsrs_jax.runtime.errors import UserError
 
 MARGIN = 8 / 7  # shorter side of a photo over the side of the square that is evaluated: 256 over 224 pixels
@@ -136,7 +136,7 @@ def read_source(
     if size:
         photos = Photos(name, version, split, source, size, channels, class_names)
         if len(photos) <= _LABELLED:
-            check_labels(photos.labels, len(class_names), _where(name, split))
+            _ = photos.labels  # reads the split through, which checks its labels
         return photos
     where, images, labels = _where(name, split), np.empty(0), np.empty(len(source), np.int32)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:

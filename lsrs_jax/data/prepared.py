@@ -41,7 +41,7 @@ def load_prepared(data: Config, split: str) -> Dataset:
     base, _, config = name.partition("/")
     home = folder / name
     build = f"tfds build {base}{config and f' --config={config}'} --file_format=array_record --data_dir={folder}"
-    prepare = f"pip install 'lsrs_jax[prepare]' && {build}"
+    prepare = f"pip install tensorflow-cpu && {build}"
     if not home.is_dir():
         if (here := Path(data.name)).is_dir() or here.suffix == ".npz":
             raise UserError(

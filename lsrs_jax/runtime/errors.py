@@ -27,6 +27,10 @@ class OthersLost(UserError):
     code = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
+class NotHere(UserError):
+    """A checkpoint or a data set that other files name is not on this machine."""
+
+
 def reason(error: BaseException) -> str:
     """The line of an exception's message that says what is wrong: the last one of a traceback that it quotes."""
     text = str(error).strip()

@@ -84,8 +84,7 @@ def handled() -> Iterator[None]:
     """A block in which SIGTERM and SIGINT raise `Interrupted` in the main thread, except inside `deferred` blocks.
 
     After the block signals have the effect that they had before, or their default effect in a process that `starting`
-    prepared. If a finalizer dropped the exception, Python does not print it,
-    and the end of the block raises it again.
+    prepared. If a finalizer dropped the exception, Python does not print it, and the end of the block raises it again.
     """
     _state.update(pending=None, first=None)
     hook = sys.unraisablehook

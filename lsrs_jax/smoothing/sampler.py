@@ -104,10 +104,12 @@ class Sampler:
             with calling("in its last call, when the sampling loop was compiled"):
                 try:
                     self._call, self._rows = self._compile(traced, spmd)
-                except (ValueError, TypeError, NotImplementedError) as error:
+                except ValueError as error:
                     if isinstance(error, UserError) or traced.depends_on_mesh:
                         raise
-                    traced.depends_on_mesh = True  # it may use names of axes that the mesh of the loop does not have
+                    # Flax applies rules for logical axes as soon as there is a mesh, and that of the loop does not have
+                    # the axes that they name. Without a mesh, the head can be traced.
+                    traced.depends_on_mesh = True
                     self._call, self._rows = self._compile(traced, spmd)
         self._check = CouplingCheck(self.tile, self.num_classes, self._checked.tolerance, self._mesh.size)
 
