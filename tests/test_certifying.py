@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from lsrs_jax.certification.table import read_table
-from support.commands import fingerprint, run, without_time
+from support.commands import ended, fingerprint, run, without_time
 
 
 def test_training_leaves_what_certification_needs(trained):
@@ -99,9 +99,10 @@ def test_compiled_programs_are_kept_and_a_broken_cache_does_no_harm(copy, certif
         monkeypatch.setenv("XDG_CACHE_HOME", str(home))
         try:
             begin_cache(None)  # as in a new process
-            run("certify", f"--workdir={copy}", f"--config.certify.name={name}")
+            code, _, err = ended("certify", f"--workdir={copy}", f"--config.certify.name={name}")
         finally:
             begin_cache(folder)
+        assert (code, err) == (0, "")
         assert without_time(copy / "certify" / name / "certificates.tsv") == without_time(certified)
         return fingerprint(home) if home.is_dir() else {}
 

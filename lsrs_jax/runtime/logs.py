@@ -47,6 +47,12 @@ def quiet() -> Iterator[None]:
                 _restore.close()
 
 
+def ignore_warnings(beginning: str) -> None:
+    """Hides warnings that begin like this regular expression, for the rest of the process."""
+    if not _state["debug"]:
+        warnings.filterwarnings("ignore", beginning)
+
+
 def ignore_leftovers() -> None:
     """Hides exceptions in finalizers and messages of asyncio for the rest of the process.
 

@@ -148,9 +148,13 @@ def cache_compilations() -> None:
     """Lets XLA keep compiled programs between runs, in $JAX_COMPILATION_CACHE_DIR or the user's cache folder.
 
     A resumed run then executes exactly the program of its first half, even if an autotuner would choose another one.
+    What a kill or a full disk has cut off there is compiled again, without a warning.
     """
     import jax
 
+    from lsrs_jax.runtime.logs import ignore_warnings
+
+    ignore_warnings("Error (reading|writing) persistent compilation cache entry")
     if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(home / "lsrs_jax"))
