@@ -26,10 +26,9 @@ import numpy as np
 from lsrs_jax import cli
 from lsrs_jax.auditing.auditor import Auditor
 from lsrs_jax.auditing.table import Attacked, Journal, Settings, attacked_rows, read_audit
-from lsrs_jax.certification.encode import make_sampler
 from lsrs_jax.certification.store import Stored, read_folder
 from lsrs_jax.certification.table import read_table
-from lsrs_jax.certification.target import Target, target_of_certificates
+from lsrs_jax.certification.target import TrainedTarget, target_of_certificates
 from lsrs_jax.flags import config_of_training, given_data_dir
 from lsrs_jax.runtime import files, processes
 from lsrs_jax.runtime.errors import UserError
@@ -92,7 +91,7 @@ def _run(workdir: Path, settings: Settings, rest: list[str]) -> None:
         _conclude(journal.path)
 
 
-def _attack(target: Target, settings: Settings, stored: Stored, journal: Journal) -> None:
+def _attack(target: TrainedTarget, settings: Settings, stored: Stored, journal: Journal) -> None:
     table, config = read_table(target.folder / "certificates.tsv"), target.config
     rows = attacked_rows(settings.images, len(table))
     left = len(rows) - len(journal.done)
@@ -103,7 +102,7 @@ def _attack(target: Target, settings: Settings, stored: Stored, journal: Journal
         flush=True,
     )
     encoder, head = target.model.for_certification(target.params, config.certify.head_dtype)
-    sampler = make_sampler(config, head, encoder.report.output_shape)
+    sampler = target.sampler()
     levels = {"lipschitz": stored.lipschitz.constant, "alpha": config.certify.alpha}
     auditor = Auditor(encoder, head, sampler, settings=settings, seed=stored.identity.seed or 0, **levels)
     progress, finished = None, 0

@@ -112,7 +112,7 @@ def _run(workdir: Workdir, process: Process, options: argparse.Namespace, rest: 
     if config.certify.certificate == "smoothed":
         profile = options.profile if process.leads else None
         with profiling.captured(profile, workdir.path / "profile") as tick:
-            smoothed.run(target, process, workdir, tick)
+            smoothed.run(target, process, workdir, lambda line: print(line, flush=True), tick)
         return
     if process.leads:
         deterministic.run(target)

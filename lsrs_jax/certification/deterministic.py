@@ -12,7 +12,7 @@ from lsrs_jax.certification.encode import encode_batches
 from lsrs_jax.certification.margin import certified_margin, float64_slack
 from lsrs_jax.certification.platform_check import check_encoder
 from lsrs_jax.certification.table import parse_number, read_table
-from lsrs_jax.certification.target import Target
+from lsrs_jax.certification.target import TrainedTarget
 from lsrs_jax.layers.lipschitz import Float64Encoder, LipschitzReport
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.files import fields_of
@@ -24,7 +24,7 @@ _COLUMNS = (*FIELD_COLUMNS, "n", "lipschitz", "slack")
 _SAME = 1e-9  # relative: how far a radius may differ between two machines
 
 
-def run(target: Target) -> None:
+def run(target: TrainedTarget) -> None:
     """Certifies the images of a target in one forward pass each, writes the table and prints a summary."""
     identity, record = target.identity("deterministic"), list[dict[str, Any]]()
     document, table = target.folder / "certificates.json", target.folder / "certificates.tsv"
@@ -52,7 +52,7 @@ def run(target: Target) -> None:
     )
 
 
-def _compute(target: Target, indices: np.ndarray) -> tuple[LipschitzReport, dict[str, Any]]:
+def _compute(target: TrainedTarget, indices: np.ndarray) -> tuple[LipschitzReport, dict[str, Any]]:
     """The report of the encoder, and predictions, radii, Lipschitz constant and slack of some images."""
     encoder, weights, bias = target.model.with_linear_head(target.params)
     dataset = target.dataset
@@ -91,7 +91,7 @@ def check_form(path: Path, text: str, lipschitz: float) -> None:
             raise UserError(f"{path} line {number} cannot be of a deterministic certificate: {error}") from error
 
 
-def check(target: Target, count: int | None = None) -> np.ndarray:
+def check(target: TrainedTarget, count: int | None = None) -> np.ndarray:
     """Computes images of the table again, all or `count` that are chosen at random; returns their indices.
 
     Raises UserError, which names the image, if a prediction or a radius is not that of the network.

@@ -1,6 +1,6 @@
 """From pixels to latents in memory: the encoder in float64, its rounding, and the sampler of a target."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -8,23 +8,14 @@ from lsrs_jax.certification import OTHER_NAME
 from lsrs_jax.certification.platform_check import check_encoder, check_noise
 from lsrs_jax.certification.target import Target
 from lsrs_jax.data import Dataset
-from lsrs_jax.layers.lipschitz import Float64Encoder, Materialized
+from lsrs_jax.layers.lipschitz import Float64Encoder, LipschitzReport
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.progress import Progress
-from lsrs_jax.runtime.types import Config
 from lsrs_jax.smoothing.engine import Images
-from lsrs_jax.smoothing.head_check import Head
-from lsrs_jax.smoothing.sampler import Sampler
 
 _LATENT_BYTES = 2**30  # memory for latents
 _SAME = 1e-12  # relative: how far the slack of an image may differ between two machines
 _LARGEST_RADIUS = 10.0  # in units of σ: no number of samples certifies more
-
-
-def make_sampler(config: Config, head: Head, latent_shape: Sequence[int]) -> Sampler:
-    """The `Sampler` of a configuration."""
-    settings = {name: config.certify[name] for name in ("arithmetic", "noise", "tile", "spmd")}
-    return Sampler(head, latent_shape, sigma=config.sigma, **settings)
 
 
 def encode_batches(
@@ -41,15 +32,21 @@ def encode_batches(
         yield latents, np.linalg.norm(images.reshape(len(images), -1), axis=1)
 
 
+def encoder_slack(report: LipschitzReport, norms: np.ndarray, sigma: float) -> np.ndarray:
+    """ℓ2 error of float64 latents: at images of these norms, and at any other image that a certificate can reach."""
+    return 2 * report.rounding(norms + _LARGEST_RADIUS * sigma / report.constant)
+
+
 class Pipeline:
-    """Encoder and sampler of a target (from ``target.model.for_certification``), tested on this platform.
+    """Encoder and sampler of a target, tested on this platform.
 
     Raises UserError if head and data differ in the number of classes, or if errors exceed the error budget.
     """
 
-    def __init__(self, target: Target, encoder: Materialized, head: Head) -> None:
+    def __init__(self, target: Target) -> None:
+        encoder = target.encoder()
         self.target, self.report, self._batch = target, encoder.report, target.config.certify.tile[0]
-        self.sampler = make_sampler(target.config, head, encoder.report.output_shape)
+        self.sampler = target.sampler()
         if self.sampler.num_classes != (classes := len(target.dataset.class_names)):
             raise UserError(f"the head has {self.sampler.num_classes} classes, the data {classes}")
         self._encode = Float64Encoder(encoder, self._batch)
@@ -63,14 +60,14 @@ class Pipeline:
         image whose slack there is smaller than its latent needs.
         """
         dataset, arithmetic = self.target.dataset, self.sampler.arithmetic
-        farthest = _LARGEST_RADIUS * self.target.config.sigma / self.report.constant
+        sigma = self.target.config.sigma
         size = max(self._batch, _LATENT_BYTES // (4 * int(np.prod(self.sampler.latent_shape))))
         for first in range(0, len(indices), size):
             chosen, latents, slack = indices[first : first + size], [], []
             for encoded, norms in encode_batches(dataset, chosen, self._encode, self._batch):
                 latents.append(self.sampler.quantize(encoded))
-                # The rounding of the encoder at the image, and at any other image that a certificate can reach.
-                slack += (arithmetic.slack(encoded) + 2 * self.report.rounding(norms + farthest)).tolist()
+                slack += (arithmetic.slack(encoded) + encoder_slack(self.report, norms, sigma)).tolist()
+            slack = (self.target.slack(chosen) + slack).tolist()
             for position, (idx, own) in enumerate(zip(chosen, slack, strict=True)):
                 # The first row of an image fixes its slack: another machine's encoder may differ in the last digit.
                 known = slack[position] = known_slack.get(idx, own)

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsrs_jax.certification import comparison, deterministic, fresh, ledger, scan
-from lsrs_jax.certification.encode import Pipeline, make_sampler
+from lsrs_jax.certification.encode import Pipeline
 from lsrs_jax.certification.smoothed import Certification, check_labels, reopen
 from lsrs_jax.certification.store import Stored
 from lsrs_jax.certification.table import read_table
-from lsrs_jax.certification.target import Target
+from lsrs_jax.certification.target import TrainedTarget, make_sampler
 from lsrs_jax.certification.verify import Verdict, check_dataset
 from lsrs_jax.runtime import rng
 from lsrs_jax.runtime.errors import UserError
@@ -30,7 +30,7 @@ _FEWEST = 10_000  # fresh samples of an image, if n is not smaller
 _TOGETHER = 128  # samples of an image that are counted together; flips in both directions among them are not seen
 
 
-def run(target: Target, stored: Stored, count: int, verdict: Verdict) -> None:
+def run(target: TrainedTarget, stored: Stored, count: int, verdict: Verdict) -> None:
     """Computes some images of a table again, compares, and prints the result; changes no file.
 
     Every call chooses `count` images (or all) at random, so that the author of the ledger could not know them. The
@@ -70,11 +70,11 @@ def run(target: Target, stored: Stored, count: int, verdict: Verdict) -> None:
     if (here := target.identity("smoothed").platform) != identity.platform:
         print(f"note: the folder says that it was made on {identity.platform!r}; this is {here!r}")
         target = _with_smallest_batch(target, len(indices))
-    pipeline = Pipeline(target, *target.model.for_certification(target.params, target.config.certify.head_dtype))
+    pipeline = Pipeline(target)
     chunks = list(pipeline.encoded(indices, {idx: recorded.images[idx].slack for idx in indices}))
     again = _same_noise(pipeline, certification, recorded, chunks, identity.seed or 0)
     old, new = ([counts.images[idx] for idx in indices] for counts in (recorded, again))
-    rounding, under_fresh = _under_fresh_noise(pipeline, chunks, old, certification.schedule.n)
+    rounding, under_fresh = _under_fresh_noise(target, pipeline, chunks, old, certification.schedule.n)
     try:
         _compare(certification, old, new, rounding, under_fresh)
     except ValueError as error:
@@ -95,7 +95,7 @@ def run(target: Target, stored: Stored, count: int, verdict: Verdict) -> None:
     )
 
 
-def _with_smallest_batch(target: Target, images: int) -> Target:
+def _with_smallest_batch(target: TrainedTarget, images: int) -> TrainedTarget:
     """The target with the smallest batch that suffices; the rounding of the head differs on this device anyway."""
     config = target.config.copy_and_resolve_references()
     most, samples = config.certify.tile
@@ -122,10 +122,10 @@ def _same_noise(
 
 
 def _under_fresh_noise(
-    pipeline: Pipeline, chunks: list[Images], recorded: list[ImageCounts], n: int
+    target: TrainedTarget, pipeline: Pipeline, chunks: list[Images], recorded: list[ImageCounts], n: int
 ) -> tuple[comparison.Rounding, fresh.Fresh]:
     """Counts of the candidates under noise that nobody could know, and how the dtype of the head changes them."""
-    target, sampler = pipeline.target, pipeline.sampler
+    sampler = pipeline.sampler
     dtype, samples = target.config.certify.head_dtype, sampler.tile[1]
     other = "float32" if dtype == "bfloat16" else "bfloat16"
     rounded = make_sampler(target.config, target.model.for_certification(target.params, other)[1], sampler.latent_shape)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lsrs_jax.certification import OTHER_NAME, ledger, store
+from lsrs_jax.certification import OTHER_NAME, ledger, store, summary
 from lsrs_jax.certification.encode import Pipeline
 from lsrs_jax.certification.identity import Identity, arithmetic_facts, schedule_of
 from lsrs_jax.certification.table import read_table
@@ -16,20 +16,21 @@ from lsrs_jax.certification.target import Target
 from lsrs_jax.config import config_to_dict
 from lsrs_jax.data import Dataset
 from lsrs_jax.layers.lipschitz import LipschitzReport
-from lsrs_jax.runtime import documents, progress, rng
+from lsrs_jax.runtime import documents, rng
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.format import FORMAT
-from lsrs_jax.runtime.processes import ALONE, Process, devices
+from lsrs_jax.runtime.processes import ALONE, Process
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.runtime.workdir import Workdir
 from lsrs_jax.smoothing.arithmetic import make_arithmetic
 from lsrs_jax.smoothing.counts import Counts, ImageCounts
 from lsrs_jax.smoothing.derivation import Certificates, Derivation
 from lsrs_jax.smoothing.engine import Engine, Status
-from lsrs_jax.smoothing.schedule import Schedule, make_schedule
 
 DERIVED = ("alpha", "bound", "radii", "epsilon")  # fields of config.certify on which no sample depends
 _SECONDS_PER_DERIVATION = 60.0
+Say = Callable[[str], object]
+Found = tuple[list[ImageCounts], Certificates | None]  # the images of a table, by index, and their certificates
 
 
 class Certification:
@@ -37,7 +38,7 @@ class Certification:
 
     Each process writes its own ledger; the first process also writes the certificates. `record` has one entry per
     session, `decided_images` the indices of the images that are known to be decided. Radii follow the `rule` of a
-    format.
+    format. `say` receives notes, as lines of text.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Certification:
         lipschitz: LipschitzReport,
         process: Process = ALONE,
         rule: int = FORMAT,
+        say: Say = print,
     ) -> None:
         certify, arithmetic = config.certify, identity.arithmetic or {}
         self.folder, self.config, self.identity, self.lipschitz = folder, config, identity, lipschitz
@@ -56,6 +58,7 @@ class Certification:
         settings |= {"sigma": arithmetic["sigma"], "tau": arithmetic["tau"]}
         self.derivation = Derivation(alpha=certify.alpha, bound=certify.bound, rule=rule, **settings)
         self.process, self.record, self.decided_images = process, list[dict[str, Any]](), set[int]()
+        self._say = say
         self.stored: store.Stored | None = None  # certificates.json of the session before
 
     def open_ledger(self, lost: bool = False) -> ledger.Ledger:
@@ -69,7 +72,7 @@ class Certification:
             derivation = (self.stored and self.stored.derivation) or {}
             if shorter := ledger.check_recorded(self.folder, derivation.get("votes"), lost):
                 names = " and ".join(str(path) for path in shorter)
-                print(f"note: {names} lost samples from which certificates were derived; the rest is compared")
+                self._say(f"note: {names} lost samples from which certificates were derived; the rest is compared")
                 self._compare_rest(opened, self.stored)
         except UserError:
             opened.close()
@@ -144,9 +147,9 @@ class Certification:
     def note_format(self) -> None:
         """Says that nobody can tell which run the samples of an old folder belong to."""
         if self.identity.run is None and self.process.leads:
-            print(f"note: {self.folder} was begun in format 1: its samples do not name the run they belong to")
+            self._say(f"note: {self.folder} was begun in format 1: its samples do not name the run they belong to")
 
-    def derive(self, counts: ledger.Ledger, chosen: Collection[int]) -> tuple[list[ImageCounts], Certificates | None]:
+    def derive(self, counts: ledger.Ledger, chosen: Collection[int]) -> Found:
         """Writes certificates.tsv and certificates.json for the images `chosen`, which have reached a look.
 
         Returns the counts and the certificates of these images; without images, the certificates are None.
@@ -164,49 +167,41 @@ class Certification:
         store.write(self.folder, self.config, self.identity, self.lipschitz, self.record, derivation, table)
         return images, certificates
 
+    def summary(self, images: list[ImageCounts], certificates: Certificates | None, indices: range) -> str:
+        """`summary.summary` of these images."""
+        return summary.summary(self.folder, self.schedule, self.derivation, images, certificates, indices)
 
-def run(target: Target, process: Process, workdir: Workdir, tick: Callable[[], None]) -> None:
-    """Draws the samples that are missing in the ledgers, derives the certificates and prints a summary.
+
+def run(target: Target, process: Process, workdir: Workdir, say: Say, tick: Callable[[], None]) -> Found | None:
+    """Draws the samples that are missing in the ledgers, and derives the certificates; returns them.
 
     Every process of the run calls this with the same target, and takes its share of the undecided images: the noise of
-    an image does not depend on the process that draws it. `tick` is called with every line of progress.
+    an image does not depend on the process that draws it. Only the first one derives. `tick` is called with every line
+    of progress, and `say` with the line and all others.
     """
     config = target.config
-    print("compiling encoder and head ...", flush=True)
+    say("compiling encoder and head ...")
     with process.together("the preparation of the samples"):  # finds errors before any sample is drawn
-        encoder, head = target.model.for_certification(target.params, config.certify.head_dtype)
+        report = target.encoder().report
         arithmetic = make_arithmetic(config.certify.arithmetic, config.sigma)
-        identity = target.identity("smoothed").sampled(config, arithmetic, encoder.report.output_shape)
-        certification = Certification(target.folder, config, identity, encoder.report, process)
+        identity = target.identity("smoothed").sampled(config, arithmetic, report.output_shape)
+        certification = Certification(target.folder, config, identity, report, process, say=say)
         certification.resume()
-        pipeline = Pipeline(target, encoder, head)
+        pipeline = Pipeline(target)
     with certification.open_ledger(lost=certification.identity.run is not None) as counts:
         with process.together("the ledgers"):
             check_labels(target.folder, counts, target.dataset)
         certification.catch_up(counts)
         pending = len(certification.pending(target.indices))
-        print(pipeline.report)
-        print(_headline(target, certification.schedule, pending), flush=True)
+        say(str(pipeline.report))
+        say(summary.headline(target, certification.schedule, pending))
         if pending:
-            _sample(pipeline, certification, counts, workdir, tick)
+            _sample(pipeline, certification, counts, workdir, say, tick)
         if not process.leads:
-            return
+            return None
         found = certification.derive(counts, certification.decided_images)
-    _print_summary(certification, *found, target.indices)
-
-
-def _headline(target: Target, schedule: Schedule, pending: int) -> str:
-    certify, dataset = target.config.certify, target.dataset
-    line = (
-        f"{dataset.name} {dataset.split}: {len(target.indices):,} images, {len(target.indices) - pending:,} of them "
-        f"done; sigma {target.config.sigma}, n0 {certify.n0}, n {certify.n:,}, alpha {certify.alpha}, "
-        f"{certify.bound} bound, {certify.arithmetic} arithmetic; {devices()}"
-    )
-    if not schedule.staged:
-        return line
-    radii = f"radii {', '.join(f'{radius:g}' for radius in certify.radii)} are decided"
-    until = radii if certify.radii else f"the radius is known to {certify.epsilon:g} sigma / L"
-    return f"{line}\nstaged: {len(schedule.looks)} looks from {schedule.looks[0]:,} samples on, until {until}"
+    say(certification.summary(*found, target.indices))
+    return found
 
 
 def check_labels(folder: Path, counts: Counts, dataset: Dataset) -> None:
@@ -217,7 +212,12 @@ def check_labels(folder: Path, counts: Counts, dataset: Dataset) -> None:
 
 
 def _sample(
-    pipeline: Pipeline, certification: Certification, counts: ledger.Ledger, workdir: Workdir, tick: Callable[[], None]
+    pipeline: Pipeline,
+    certification: Certification,
+    counts: ledger.Ledger,
+    workdir: Workdir,
+    say: Say,
+    tick: Callable[[], None],
 ) -> None:
     process, start, indices = certification.process, time.monotonic(), pipeline.target.indices
     pending = certification.pending(indices)
@@ -245,20 +245,22 @@ def _sample(
             derived = time.monotonic()
         return found
 
-    def say(line: str) -> None:
+    def report(line: str) -> None:
         tick()
-        print(line if process.count == 1 else f"{line} (of this process's share)", flush=True)
+        say(line if process.count == 1 else f"{line} (of this process's share)")
 
-    status, first = Status(certification.schedule, len(indices), say), begin
+    status, first = Status(certification.schedule, len(indices), report), begin
     status.finish([counts.images[idx] for idx in indices if idx in certification.decided_images])
     if process.count > 1:
         with process.together("the first samples"):  # the identity must be on disk before any sample
             if process.leads:
                 begin()
-        status, first = Status(certification.schedule, len(share), say), lambda: None
+        status, first = Status(certification.schedule, len(share), report), lambda: None
     seed = certification.identity.sampling_facts(certification.config)["seed"]
     engine = Engine(pipeline.sampler, rng.root_key(seed), counts, decided, status, first)
-    for images in pipeline.encoded(share, {idx: image.slack for idx, image in counts.images.items()}):
+    for number, images in enumerate(pipeline.encoded(share, {i: image.slack for i, image in counts.images.items()})):
+        if number == 0:
+            say(summary.accuracy_under_noise(pipeline.sampler, images))
         engine.run(images)
     status.show()
     counts.flush()
@@ -293,7 +295,7 @@ def from_counts(folder: Path, config: Config) -> None:
     print(f"alpha {certify.alpha}, {certify.bound} bound, from the samples of {len(chosen):,} images")
     if left_out := len(counts.images) - len(chosen):
         print(f"note: {left_out:,} images whose sampling was interrupted are left out; certify resumes them")
-    _print_summary(certification, *found, indices)
+    print(certification.summary(*found, indices))
 
 
 def reopen(folder: Path, config: Config, stored: store.Stored, rule: int = FORMAT) -> Certification:
@@ -321,30 +323,3 @@ def reopen(folder: Path, config: Config, stored: store.Stored, rule: int = FORMA
     certification = Certification(folder, config, identity, stored.lipschitz, rule=rule)
     certification.record, certification.stored = stored.record, stored
     return certification
-
-
-def _print_summary(
-    certification: Certification, images: list[ImageCounts], certificates: Certificates | None, indices: range
-) -> None:
-    if certificates is None:
-        return
-    wanted = np.array([image.idx in indices for image in images])
-    correct = (certificates.predict == [image.label for image in images])[wanted]
-    seconds = np.array([image.seconds for image in images])[wanted]
-    acr, abstained = np.where(correct, certificates.radius[wanted], 0).mean(), certificates.abstain[wanted].mean()
-    cost = f"{certificates.n[wanted].mean():,.0f} samples and {progress.duration(seconds.mean())} per image"
-    print(
-        f"{wanted.sum():,} images: certified accuracy {correct.mean():.3f}, average certified radius {acr:.4f}, "
-        f"abstained {abstained:.3f}, {cost}\n{certification.folder / 'certificates.tsv'}"
-    )
-    schedule, derivation, slack = certification.schedule, certification.derivation, max(image.slack for image in images)
-    largest = derivation.largest_radius(schedule, slack)
-    if largest <= 0:
-        settings = f"n={schedule.n} and alpha={derivation.alpha}"
-        print(f"note: with {settings} nothing is certified even if all samples agree; raise certify.n")
-    elif schedule.staged:
-        fixed = derivation.largest_radius(make_schedule("fixed", schedule.n0, schedule.n, schedule.samples), slack)
-        between = "; a radius says only which of the radii asked for it reaches" if derivation.radii else ""
-        most = f"the largest radius is {largest:.4f} instead of {fixed:.4f} with the fixed schedule"
-        shrink = f"radii near it shrink, radii below {0.85 * fixed:.4f} hardly do{between}"
-        print(f"staged: alpha is split over {len(schedule.looks)} looks, so {most}; {shrink}")

@@ -1,10 +1,13 @@
-"""The target of a certification: a trained classifier and images of a data set."""
+"""The target of a certification: a classifier and images of a data set."""
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from lsrs_jax import models
 from lsrs_jax.certification import OTHER_NAME
@@ -13,25 +16,44 @@ from lsrs_jax.certification.store import Stored
 from lsrs_jax.config import chosen_images
 from lsrs_jax.data import Dataset, load_split
 from lsrs_jax.data.images import other_class
+from lsrs_jax.layers.lipschitz import Materialized
 from lsrs_jax.runtime import documents
 from lsrs_jax.runtime.errors import NotHere, UserError
 from lsrs_jax.runtime.format import FORMAT
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.runtime.workdir import checkpoints
+from lsrs_jax.smoothing.head_check import Head
+from lsrs_jax.smoothing.sampler import Sampler
 from lsrs_jax.training.checkpoint import restore, trained_on
+
+
+def make_sampler(config: Config, head: Head, latent_shape: Sequence[int]) -> Sampler:
+    """The `Sampler` of a configuration."""
+    settings = {name: config.certify[name] for name in ("arithmetic", "noise", "tile", "spmd")}
+    return Sampler(head, latent_shape, sigma=config.sigma, **settings)
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A classifier, the images to certify, and the folder of the results."""
+    """The images to certify and the folder of the results; a subclass has the classifier."""
 
     config: Config
     folder: Path  # <workdir>/certify/<name>
     dataset: Dataset  # the whole split
     indices: range  # the images to certify
-    model: models.Model
-    params: Any
-    meta: dict[str, Any]  # step and digest of the checkpoint
+    meta: dict[str, Any]  # step and digest of the parameters
+
+    def encoder(self) -> Materialized:
+        """The encoder, with its Lipschitz constant."""
+        raise NotImplementedError
+
+    def sampler(self) -> Sampler:
+        """The compiled sampler of the head."""
+        raise NotImplementedError
+
+    def slack(self, indices: list[int]) -> np.ndarray:
+        """ℓ2 errors of the latents of some images, which are subtracted besides the rounding of the encoder."""
+        return np.zeros(len(indices))
 
     def identity(self, certificate: str) -> Identity:
         """The `Identity` of this run, without the facts of the sampling."""
@@ -42,15 +64,35 @@ class Target:
             checkpoint={name: self.meta[name] for name in ("step", "digest")},
             data={name: getattr(dataset, name) for name in ("name", "version", "split")}
             | {"digest": dataset.digest(), "class_names": list(dataset.class_names)},
-            model=documents.plain(self.config.model.to_dict()) | {"input_shape": list(self.model.input_shape)},
+            model=documents.plain(self.config.model.to_dict()) | {"input_shape": list(dataset.shape)},
             platform=f"{jax.default_backend()} {jax.local_devices()[0].device_kind}",
             images=len(dataset),
             format=FORMAT,
         )
 
 
-def load_target(workdir: Path, config: Config, step: int | None = None, dataset: Dataset | None = None) -> Target:
-    """The `Target` of a configuration: its data, its network, and a checkpoint of the workdir (by default the newest).
+@dataclasses.dataclass(frozen=True)
+class TrainedTarget(Target):
+    """A `Target` with a network of this project."""
+
+    model: models.Model
+    params: Any
+
+    @functools.cached_property
+    def _parts(self) -> tuple[Materialized, Head]:
+        return self.model.for_certification(self.params, self.config.certify.head_dtype)
+
+    def encoder(self) -> Materialized:
+        return self._parts[0]
+
+    def sampler(self) -> Sampler:
+        return make_sampler(self.config, self._parts[1], self._parts[0].report.output_shape)
+
+
+def load_target(
+    workdir: Path, config: Config, step: int | None = None, dataset: Dataset | None = None
+) -> TrainedTarget:
+    """The `TrainedTarget` of a configuration, with a checkpoint of the workdir, the newest by default.
 
     Raises UserError for images of another shape than those of the training, or for other classes.
     """
@@ -65,7 +107,7 @@ def load_target(workdir: Path, config: Config, step: int | None = None, dataset:
     params, meta = restore(workdir, model, step)
     if step is None and meta["step"] < config.train.steps:
         print(f"note: the training stopped at step {meta['step']} of {config.train.steps}")
-    return Target(config, workdir / "certify" / certify.name, dataset, indices, model, params, meta)
+    return TrainedTarget(config, workdir / "certify" / certify.name, dataset, indices, meta, model, params)
 
 
 def _check_images(workdir: Path, trained: dict[str, Any], dataset: Dataset) -> None:
@@ -87,10 +129,10 @@ def _check_images(workdir: Path, trained: dict[str, Any], dataset: Dataset) -> N
         raise UserError(f"in the training of {workdir} {difference} in {dataset.name}: {remedy}")
 
 
-def target_of_certificates(folder: Path, stored: Stored, data_dir: str) -> Target:
-    """The `Target` of the certificates in a folder; raises UserError if network or images are missing or have changed.
+def target_of_certificates(folder: Path, stored: Stored, data_dir: str) -> TrainedTarget:
+    """The `TrainedTarget` of the certificates in a folder.
 
-    The folder may have been renamed since; the data is in `data_dir` now, or if that is empty, where it was.
+    Raises UserError if network or images are missing or have changed. The folder may have been renamed since; the data is in `data_dir` now, or if that is empty, where it was.
     """
     workdir, config, identity = folder.parents[1], stored.settings.copy_and_resolve_references(), stored.identity
     config.data.dir, config.certify.name = data_dir or config.data.dir, folder.name

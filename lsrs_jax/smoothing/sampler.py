@@ -274,11 +274,25 @@ class Sampler:
             self._check.verify(evaluated)
         return counts[:, :-1]
 
+    def without_noise(self, quantized: Num[np.ndarray, "images *latent"]) -> Int[np.ndarray, " images"]:
+        """The classes that the head gives latents from `quantize` without noise."""
+        found, rows = [], math.prod(self.tile)
+        with pinned_flags(), jax.default_device(self._mesh.devices.flat[0]):
+            for start in range(0, len(quantized), rows):
+                part = quantized[start : start + rows]
+                padded = np.pad(part, ((0, rows - len(part)), *[(0, 0)] * len(self.latent_shape)))
+                latents = self.arithmetic.add(jnp.asarray(padded), jnp.zeros_like(padded))
+                with calling("on latents without noise"):
+                    found.append(np.asarray(self._checked.logits(latents), np.float32)[: len(part)].argmax(axis=-1))
+        return np.concatenate(found)
+
     def one_batch(
-        self, latents: Float[np.ndarray, "images *latent"], key: jax.Array, stream: str, n: int, ids: Any = None
+        self, latents: Num[np.ndarray, "images *latent"], key: jax.Array, stream: str, n: int, ids: Any = None
     ) -> Int[np.ndarray, "images classes"]:
-        """Counts of n samples for up to a batch of float64 latents, in one launch."""
-        batch, blocks = self.put(self.quantize(latents), ids), block_count(n, self.tile[1])
+        """Counts of n samples for up to a batch of latents, in float64 or from `quantize`, in one launch."""
+        latents = np.asarray(latents)
+        quantized = latents if latents.dtype == self.arithmetic.dtype else self.quantize(latents)
+        batch, blocks = self.put(quantized, ids), block_count(n, self.tile[1])
         return self.collect(self.launch(batch, self.keys(key)[stream], 0, blocks, n), len(latents))
 
     def predict(

@@ -1,0 +1,88 @@
+"""Lines about a smoothed certification: what is sampled, the accuracy under noise, and the result."""
+
+from pathlib import Path
+
+import numpy as np
+
+from lsrs_jax.certification.target import Target
+from lsrs_jax.runtime import progress
+from lsrs_jax.runtime.processes import devices
+from lsrs_jax.runtime.rng import domain_key
+from lsrs_jax.smoothing.counts import ImageCounts
+from lsrs_jax.smoothing.derivation import Certificates, Derivation
+from lsrs_jax.smoothing.engine import Images
+from lsrs_jax.smoothing.sampler import Sampler
+from lsrs_jax.smoothing.schedule import Schedule, make_schedule
+
+_IMAGES, _SAMPLES = 100, 32  # of the accuracy under noise
+_COLLAPSED = 0.5  # share of the accuracy that is left under noise
+
+
+def headline(target: Target, schedule: Schedule, pending: int) -> str:
+    """What is sampled, and how."""
+    certify, dataset = target.config.certify, target.dataset
+    line = (
+        f"{dataset.name} {dataset.split}: {len(target.indices):,} images, {len(target.indices) - pending:,} of them "
+        f"done; sigma {target.config.sigma}, n0 {certify.n0}, n {certify.n:,}, alpha {certify.alpha}, "
+        f"{certify.bound} bound, {certify.arithmetic} arithmetic; {devices()}"
+    )
+    if not schedule.staged:
+        return line
+    radii = f"radii {', '.join(f'{radius:g}' for radius in certify.radii)} are decided"
+    until = radii if certify.radii else f"the radius is known to {certify.epsilon:g} sigma / L"
+    return f"{line}\nstaged: {len(schedule.looks)} looks from {schedule.looks[0]:,} samples on, until {until}"
+
+
+def accuracy_under_noise(sampler: Sampler, images: Images) -> str:
+    """The accuracy of the base classifier on some images, with and without noise; says what to do if noise ruins it.
+
+    The noise is not that of the certification.
+    """
+    labels, latents, key = np.array(images.labels[:_IMAGES]), images.latents[:_IMAGES], domain_key(0, "probe")
+    hits, size = np.zeros(len(labels)), sampler.tile[0]
+    for first in range(0, len(labels), size):
+        part = slice(first, min(first + size, len(labels)))
+        counts = sampler.one_batch(latents[part], key, "selection", _SAMPLES, images.idx[part])
+        hits[part] = counts[np.arange(len(counts)), labels[part]] / _SAMPLES
+    clean, noisy = float(np.mean(sampler.without_noise(latents) == labels)), float(hits.mean())
+    sigma = sampler.arithmetic.sigma
+    line = f"accuracy on {len(labels)} images: {clean:.2f} without noise, {noisy:.2f} under noise of sigma {sigma:g}"
+    if noisy >= _COLLAPSED * clean:
+        return line
+    remedy = "fine-tune it under this noise (train.start_from), or use a smaller sigma"
+    return f"{line}\nnote: the noise ruins this classifier, so that few images will get a certificate: {remedy}"
+
+
+def summary(
+    folder: Path,
+    schedule: Schedule,
+    derivation: Derivation,
+    images: list[ImageCounts],
+    certificates: Certificates | None,
+    indices: range,
+) -> str:
+    """The results on the images `indices`, the path of the table, and what limits the radii."""
+    if certificates is None:
+        return "no certificates"
+    wanted = np.array([image.idx in indices for image in images])
+    correct = (certificates.predict == [image.label for image in images])[wanted]
+    seconds = np.array([image.seconds for image in images])[wanted]
+    acr, abstained = np.where(correct, certificates.radius[wanted], 0).mean(), certificates.abstain[wanted].mean()
+    cost = f"{certificates.n[wanted].mean():,.0f} samples and {progress.duration(seconds.mean())} per image"
+    lines = [
+        f"{wanted.sum():,} images: certified accuracy {correct.mean():.3f}, average certified radius {acr:.4f}, "
+        f"abstained {abstained:.3f}, {cost}",
+        str(folder / "certificates.tsv"),
+    ]
+    slack = max(image.slack for image in images)
+    largest = derivation.largest_radius(schedule, slack)
+    if largest <= 0:
+        settings = f"n={schedule.n} and alpha={derivation.alpha}"
+        lines.append(f"note: with {settings} nothing is certified even if all samples agree; raise certify.n")
+    elif schedule.staged:
+        fixed = derivation.largest_radius(make_schedule("fixed", schedule.n0, schedule.n, schedule.samples), slack)
+        between = "; a radius says only which of the radii asked for it reaches" if derivation.radii else ""
+        most = f"the largest radius is {largest:.4f} instead of {fixed:.4f} with the fixed schedule"
+        shrink = f"radii near it shrink, radii below {0.85 * fixed:.4f} hardly do{between}"
+        lines.append(f"staged: alpha is split over {len(schedule.looks)} looks, so {most}; {shrink}")
+    return "\n".join(lines)
