@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lsrs_jax.runtime import moved
 
 if TYPE_CHECKING:
-    from lsrs_jax.smoothing.api import SmoothedClassifier
+    from lsrs_jax.api.classifier import SmoothedClassifier
 
 __all__ = ["SmoothedClassifier"]
 __version__ = "0.1.0"
@@ -28,6 +28,6 @@ moved.redirect_imports()
 def __getattr__(name: str) -> Any:
     if name != "SmoothedClassifier":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from lsrs_jax.smoothing.api import SmoothedClassifier
+    from lsrs_jax.api.classifier import SmoothedClassifier
 
     return SmoothedClassifier

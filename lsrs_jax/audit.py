@@ -17,22 +17,21 @@ if __name__ == "__main__":
 
     main("audit")
 
-import math
 import sys
 from pathlib import Path
 
 import numpy as np
 
 from lsrs_jax import cli
-from lsrs_jax.auditing.auditor import Auditor
-from lsrs_jax.auditing.table import Attacked, Journal, Settings, attacked_rows, read_audit
+from lsrs_jax.auditing.auditor import Auditor, attack_batches
+from lsrs_jax.auditing.table import Attacked, Journal, Settings, attacked_rows, check_votes, read_audit
 from lsrs_jax.certification.store import Stored, read_folder
 from lsrs_jax.certification.table import read_table
 from lsrs_jax.certification.target import TrainedTarget, target_of_certificates
 from lsrs_jax.flags import config_of_training, given_data_dir
 from lsrs_jax.runtime import files, processes
 from lsrs_jax.runtime.errors import UserError
-from lsrs_jax.runtime.progress import Progress
+from lsrs_jax.runtime.progress import print_now
 from lsrs_jax.runtime.rng import pinned
 from lsrs_jax.runtime.workdir import opened
 from lsrs_jax.smoothing.confidence import MAX_SAMPLES
@@ -79,9 +78,7 @@ def _run(workdir: Path, settings: Settings, rest: list[str]) -> None:
     if not table.exists() or stored.derivation["certificates"] != files.digest_of(table):
         raise UserError(f"the table in {folder} is not the one its certificates.json names; see certify --verify")
     alpha = stored.settings.certify.alpha
-    least = math.ceil(1 - math.log2(0.99 * alpha))  # the test of `predict` needs this many samples, even if all agree
-    if settings.votes < least:
-        raise UserError(f"--votes={settings.votes} can decide nothing at alpha {alpha}: give at least {least}")
+    check_votes(settings, alpha)
     processes.cache_compilations()
     target = target_of_certificates(folder, stored, given_data_dir(rest, asked))
     with files.locked(folder / ".audit.lock", f"auditing {folder}"):
@@ -105,17 +102,14 @@ def _attack(target: TrainedTarget, settings: Settings, stored: Stored, journal: 
     sampler = target.sampler()
     levels = {"lipschitz": stored.lipschitz.constant, "alpha": config.certify.alpha}
     auditor = Auditor(encoder, head, sampler, settings=settings, seed=stored.identity.seed or 0, **levels)
-    progress, finished = None, 0
-    for number, batch in enumerate(np.array_split(rows, -(-len(rows) // config.certify.tile[0]))):
-        new = len(set(table.idx[batch].tolist()) - journal.done)
-        if not new:
-            continue
-        images = target.dataset.read(table.idx[batch], np.float64)[0]
-        attacked = Attacked(*(getattr(table, name)[batch] for name in Attacked._fields))
-        journal.append(attacked, auditor(images, attacked.predict, attacked.radius, number))
-        finished += new
-        progress = progress or Progress(left, finished)  # the first batch compiles
-        progress.show(finished, lambda done=finished: f"{done:>6,} of {left:,} images")
+    columns = Attacked(*(getattr(table, name) for name in Attacked._fields))
+    batch = config.certify.tile[0]
+
+    def read(idx: np.ndarray) -> np.ndarray:
+        return target.dataset.read(idx, np.float64)[0]
+
+    for attacked, found in attack_batches(auditor, columns, rows, read, batch, journal.done, print_now):
+        journal.append(attacked, found)
 
 
 def _conclude(path: Path) -> None:

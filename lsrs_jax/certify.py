@@ -35,6 +35,7 @@ from lsrs_jax.flags import config_from_flags, config_of_training, given_data_dir
 from lsrs_jax.runtime import profiling
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.processes import Process, cache_compilations, started
+from lsrs_jax.runtime.progress import print_now
 from lsrs_jax.runtime.rng import pinned
 from lsrs_jax.runtime.signals import reading
 from lsrs_jax.runtime.workdir import Workdir, opened
@@ -112,7 +113,7 @@ def _run(workdir: Workdir, process: Process, options: argparse.Namespace, rest: 
     if config.certify.certificate == "smoothed":
         profile = options.profile if process.leads else None
         with profiling.captured(profile, workdir.path / "profile") as tick:
-            smoothed.run(target, process, workdir, lambda line: print(line, flush=True), tick)
+            smoothed.run(target, process, workdir, print_now, tick)
         return
     if process.leads:
         deterministic.run(target)

@@ -31,11 +31,14 @@ class Smoothed(NamedTuple):
         noisy = (latents + noise).reshape(samples * len(latents), *latents.shape[1:])
         return self.head(noisy).astype(jnp.float32).reshape(samples, len(latents), -1)
 
-    def log_probability(self, images: Images, classes: Classes, key: jax.Array, samples: int) -> PerImage:
-        """Log of the mean softmax of a class: the soft classifier of Salman et al. 2019."""
+    def soft_logits(self, images: Images, key: jax.Array, samples: int) -> Float[Array, "images classes"]:
+        """Log of the mean softmax of every class: the soft classifier of Salman et al. 2019."""
         log_soft = jax.nn.log_softmax(self._logits(images, key, samples))
-        own = jnp.take_along_axis(log_soft, classes[None, :, None], axis=2)[..., 0]
-        return jax.nn.logsumexp(own, axis=0) - jnp.log(samples)
+        return jax.nn.logsumexp(log_soft, axis=0) - jnp.log(samples)
+
+    def log_probability(self, images: Images, classes: Classes, key: jax.Array, samples: int) -> PerImage:
+        """The soft logit of one class per image."""
+        return jnp.take_along_axis(self.soft_logits(images, key, samples), classes[:, None], axis=1)[:, 0]
 
     def share(self, images: Images, classes: Classes, key: jax.Array, samples: int, rounds: int = 1) -> PerImage:
         """Share of the samples for a class minus the share of the strongest other class: positive if the class wins."""

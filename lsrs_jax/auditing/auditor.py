@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from lsrs_jax.auditing import attacks
-from lsrs_jax.auditing.table import Found, Settings
+from lsrs_jax.auditing.table import Attacked, Found, Settings
 from lsrs_jax.layers.lipschitz import Float64Encoder, Materialized
+from lsrs_jax.runtime.progress import Progress
 from lsrs_jax.runtime.rng import domain_key, pinned, root_key
 from lsrs_jax.smoothing.head_check import Head
 from lsrs_jax.smoothing.sampler import Sampler
@@ -141,6 +142,31 @@ class Auditor:
             points = self._decide(*device, _starts(padded, wanted), next(keys))
             beyond("decision", np.asarray(points, np.float64)[:count])
         return batch.found
+
+
+def attack_batches(
+    auditor: Auditor,
+    table: Attacked,
+    rows: Int[np.ndarray, " rows"],
+    read: Callable[[Int[np.ndarray, " rows"]], _Images],
+    batch: int,
+    done: Collection[int],
+    say: Callable[[str], object],
+) -> Iterator[tuple[Attacked, Found]]:
+    """Attacks some rows of a table, batch after batch; batches whose images are all in `done` are left out.
+
+    `read` returns the float64 images with some idx; `say` receives lines of progress.
+    """
+    left, progress, finished = len(rows) - len(done), None, 0
+    for number, part in enumerate(np.array_split(rows, -(-len(rows) // batch))):
+        attacked = Attacked(*(column[part] for column in table))
+        new = len(set(attacked.idx.tolist()) - set(done))
+        if not new:
+            continue
+        yield attacked, auditor(read(attacked.idx), attacked.predict, attacked.radius, number)
+        finished += new
+        progress = progress or Progress(left, finished, say)  # the first batch compiles
+        progress.show(finished, lambda done=finished: f"{done:>6,} of {left:,} images")
 
 
 def _starts(images: np.ndarray, classes: np.ndarray) -> jax.Array:

@@ -3,6 +3,7 @@
 audit.json holds the digests of the attacked table and of a finished audit.tsv, and the settings.
 """
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,13 @@ class Settings(NamedTuple):
     steps: int
     samples: int
     votes: int  # samples of a prediction
+
+
+def check_votes(settings: Settings, alpha: float) -> None:
+    """Raises UserError if a prediction of so many samples can decide nothing, even if all agree."""
+    least = math.ceil(1 - math.log2(0.99 * alpha))
+    if settings.votes < least:
+        raise UserError(f"votes={settings.votes} can decide nothing at alpha {alpha}: give at least {least}")
 
 
 class Attacked(NamedTuple):

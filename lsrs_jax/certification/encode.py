@@ -1,6 +1,6 @@
 """From pixels to latents in memory: the encoder in float64, its rounding, and the sampler of a target."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from lsrs_jax.certification.target import Target
 from lsrs_jax.data import Dataset
 from lsrs_jax.layers.lipschitz import Float64Encoder, LipschitzReport
 from lsrs_jax.runtime.errors import UserError
-from lsrs_jax.runtime.progress import Progress
+from lsrs_jax.runtime.progress import Progress, print_now
 from lsrs_jax.smoothing.engine import Images
 
 _LATENT_BYTES = 2**30  # memory for latents
@@ -19,15 +19,19 @@ _LARGEST_RADIUS = 10.0  # in units of σ: no number of samples certifies more
 
 
 def encode_batches(
-    dataset: Dataset, indices: list[int] | np.ndarray, encode: Float64Encoder, batch: int
+    dataset: Dataset,
+    indices: list[int] | np.ndarray,
+    encode: Float64Encoder,
+    batch: int,
+    say: Callable[[str], object] = print_now,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Encodes images batch after batch, with progress; yields latents in float64 and the ℓ2 norms of their images."""
-    progress = Progress(len(indices))
+    progress = Progress(len(indices), 0, say)
     for start in range(0, len(indices), batch):
         images = dataset.read(indices[start : start + batch], np.float64)[0]
         latents, done = encode(images), start + len(images)
         if start == 0:  # the first batch compiles
-            progress = Progress(len(indices), done)
+            progress = Progress(len(indices), done, say)
         progress.show(done, lambda done=done: f"encoding: {done:>6,} of {len(indices):,} images")
         yield latents, np.linalg.norm(images.reshape(len(images), -1), axis=1)
 
@@ -38,13 +42,13 @@ def encoder_slack(report: LipschitzReport, norms: np.ndarray, sigma: float) -> n
 
 
 class Pipeline:
-    """Encoder and sampler of a target, tested on this platform.
+    """Encoder and sampler of a target, tested on this platform; `say` receives lines of progress.
 
     Raises UserError if head and data differ in the number of classes, or if errors exceed the error budget.
     """
 
-    def __init__(self, target: Target) -> None:
-        encoder = target.encoder()
+    def __init__(self, target: Target, say: Callable[[str], object] = print_now) -> None:
+        encoder, self._say = target.encoder(), say
         self.target, self.report, self._batch = target, encoder.report, target.config.certify.tile[0]
         self.sampler = target.sampler()
         if self.sampler.num_classes != (classes := len(target.dataset.class_names)):
@@ -64,7 +68,7 @@ class Pipeline:
         size = max(self._batch, _LATENT_BYTES // (4 * int(np.prod(self.sampler.latent_shape))))
         for first in range(0, len(indices), size):
             chosen, latents, slack = indices[first : first + size], [], []
-            for encoded, norms in encode_batches(dataset, chosen, self._encode, self._batch):
+            for encoded, norms in encode_batches(dataset, chosen, self._encode, self._batch, self._say):
                 latents.append(self.sampler.quantize(encoded))
                 slack += (arithmetic.slack(encoded) + encoder_slack(self.report, norms, sigma)).tolist()
             slack = (self.target.slack(chosen) + slack).tolist()

@@ -64,8 +64,7 @@ class Identity:
         facts |= {"tile": list(config.certify.tile), "stages": list(schedule_of(config).looks)}
         seed = {SEED_OF_TRAINING: config.seed}.get(config.certify.seed, config.certify.seed)
         if seed == SEED_DERIVED:
-            both = f"{self.checkpoint['digest']}{self.data.get('digest')}"
-            seed = int.from_bytes(hashlib.sha256(both.encode(errors="surrogatepass")).digest()[:4], "big")
+            seed = derived_seed(self.checkpoint["digest"], self.data.get("digest"))
         return facts | {"sigma": config.sigma, "seed": seed}
 
     @property
@@ -120,6 +119,12 @@ class Identity:
             names.append(found[0])
             clauses.append(_clause(new, *found))
         return " and ".join(clauses)
+
+
+def derived_seed(parameters: str, data: str | None) -> int:
+    """The seed of the noise that follows from the digests of parameters and images."""
+    both = f"{parameters}{data}".encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.sha256(both).digest()[:4], "big")
 
 
 def _clause(new: Identity, name: str, was: Any, now: Any) -> str:

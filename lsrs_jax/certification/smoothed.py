@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -172,12 +172,19 @@ class Certification:
         return summary.summary(self.folder, self.schedule, self.derivation, images, certificates, indices)
 
 
-def run(target: Target, process: Process, workdir: Workdir, say: Say, tick: Callable[[], None]) -> Found | None:
+def run(
+    target: Target,
+    process: Process,
+    workdir: Workdir,
+    say: Say,
+    tick: Callable[[], None],
+    facts: Mapping[str, Any] | None = None,
+) -> Found | None:
     """Draws the samples that are missing in the ledgers, and derives the certificates; returns them.
 
     Every process of the run calls this with the same target, and takes its share of the undecided images: the noise of
     an image does not depend on the process that draws it. Only the first one derives. `tick` is called with every line
-    of progress, and `say` with the line and all others.
+    of progress, and `say` with the line and all others. The entry of this session in the record gets the `facts`.
     """
     config = target.config
     say("compiling encoder and head ...")
@@ -187,7 +194,7 @@ def run(target: Target, process: Process, workdir: Workdir, say: Say, tick: Call
         identity = target.identity("smoothed").sampled(config, arithmetic, report.output_shape)
         certification = Certification(target.folder, config, identity, report, process, say=say)
         certification.resume()
-        pipeline = Pipeline(target)
+        pipeline = Pipeline(target, say)
     with certification.open_ledger(lost=certification.identity.run is not None) as counts:
         with process.together("the ledgers"):
             check_labels(target.folder, counts, target.dataset)
@@ -196,7 +203,8 @@ def run(target: Target, process: Process, workdir: Workdir, say: Say, tick: Call
         say(str(pipeline.report))
         say(summary.headline(target, certification.schedule, pending))
         if pending:
-            _sample(pipeline, certification, counts, workdir, say, tick)
+            session = store.new_session(pending) | dict(facts or {})
+            _sample(pipeline, certification, counts, session, workdir, say, tick)
         if not process.leads:
             return None
         found = certification.derive(counts, certification.decided_images)
@@ -215,13 +223,14 @@ def _sample(
     pipeline: Pipeline,
     certification: Certification,
     counts: ledger.Ledger,
+    session: dict[str, Any],
     workdir: Workdir,
     say: Say,
     tick: Callable[[], None],
 ) -> None:
     process, start, indices = certification.process, time.monotonic(), pipeline.target.indices
     pending = certification.pending(indices)
-    share, session, derived = pending[process.index :: process.count], store.new_session(len(pending)), start
+    share, derived = pending[process.index :: process.count], start
 
     def begin() -> None:
         """Called with the first samples, not before, so that a head that cannot be certified leaves nothing behind."""

@@ -13,7 +13,7 @@ from lsrs_jax import models
 from lsrs_jax.certification import OTHER_NAME
 from lsrs_jax.certification.identity import Identity
 from lsrs_jax.certification.store import Stored
-from lsrs_jax.config import chosen_images
+from lsrs_jax.config import CALLER, chosen_images
 from lsrs_jax.data import Dataset, load_split
 from lsrs_jax.data.images import other_class
 from lsrs_jax.layers.lipschitz import Materialized
@@ -96,6 +96,7 @@ def load_target(
 
     Raises UserError for images of another shape than those of the training, or for other classes.
     """
+    _refuse_caller(config, workdir)
     certify = config.certify
     step = step or certify.checkpoint or None
     dataset = load_split(config.data, config.data.split) if dataset is None else dataset
@@ -108,6 +109,14 @@ def load_target(
     if step is None and meta["step"] < config.train.steps:
         print(f"note: the training stopped at step {meta['step']} of {config.train.steps}")
     return TrainedTarget(config, workdir / "certify" / certify.name, dataset, indices, meta, model, params)
+
+
+def _refuse_caller(config: Config, folder: Path) -> None:
+    if config.model.head == CALLER:
+        raise UserError(
+            f"{folder} is of a classifier that was given in Python: give it to SmoothedClassifier again, whose "
+            "certify(..., out=...) and audit(..., out=...) continue there"
+        )
 
 
 def _check_images(workdir: Path, trained: dict[str, Any], dataset: Dataset) -> None:
@@ -132,9 +141,11 @@ def _check_images(workdir: Path, trained: dict[str, Any], dataset: Dataset) -> N
 def target_of_certificates(folder: Path, stored: Stored, data_dir: str) -> TrainedTarget:
     """The `TrainedTarget` of the certificates in a folder.
 
-    Raises UserError if network or images are missing or have changed. The folder may have been renamed since; the data is in `data_dir` now, or if that is empty, where it was.
+    The folder may have been renamed since; the data is in `data_dir` now, or if that is empty, where it was. Raises
+    UserError if network or images are missing or have changed.
     """
     workdir, config, identity = folder.parents[1], stored.settings.copy_and_resolve_references(), stored.identity
+    _refuse_caller(config, folder)
     config.data.dir, config.certify.name = data_dir or config.data.dir, folder.name
     step = identity.checkpoint["step"]
     if not (checkpoints(workdir) / str(step)).is_dir():

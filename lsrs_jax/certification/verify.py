@@ -15,7 +15,7 @@ from lsrs_jax.certification.identity import names_its_data
 from lsrs_jax.certification.smoothed import Certification, reopen
 from lsrs_jax.certification.table import read_table
 from lsrs_jax.certification.target import Target, target_of_certificates
-from lsrs_jax.config import SEED_DERIVED, SEED_OF_TRAINING, config_to_dict, load_config, other_training
+from lsrs_jax.config import CALLER, SEED_DERIVED, SEED_OF_TRAINING, config_to_dict, load_config, other_training
 from lsrs_jax.data import Photos
 from lsrs_jax.runtime.errors import NotHere, UserError
 from lsrs_jax.runtime.files import digest_of
@@ -282,6 +282,12 @@ def _check_audit(path: Path, digest: str, verdict: Verdict) -> None:
 def _check_checkpoint(workdir: Path, stored: store.Stored, verdict: Verdict) -> None:
     """Compares digest, shapes and Lipschitz constant of the weights."""
     identity, config, step = stored.identity, stored.settings, stored.identity.checkpoint["step"]
+    if config.model.head == CALLER:
+        verdict.beyond["samples"] = "that the classifier, which was given in Python, gives these samples"
+        if stored.lipschitz.layers:
+            constant = f"the Lipschitz constant {stored.lipschitz.constant:.15g}"
+            verdict.unchecked["weights"] = f"{constant} of the encoder, which was given in Python"
+        return
     if not (checkpoints(workdir) / str(step)).is_dir():
         constant = f"the Lipschitz constant {stored.lipschitz.constant:.15g}"
         verdict.unchecked["weights"] = f"the weights and {constant} (the checkpoint of step {step} is not here)"

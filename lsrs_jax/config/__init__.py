@@ -1,6 +1,7 @@
 """Configurations of trainings and certifications: every field with its default, meaning and limit."""
 
 from lsrs_jax.config.fields import (
+    CALLER,
     CERTIFICATES,
     FIELDS,
     LOSSES,
@@ -28,6 +29,7 @@ from lsrs_jax.config.values import (
 )
 
 __all__ = [
+    "CALLER",
     "CERTIFICATES",
     "FIELDS",
     "LOSSES",

@@ -11,6 +11,7 @@ LOSSES = ("gaussian", "consistency", "macer", "smoothadv", "smoothadv_consistenc
 DTYPES = ("float32", "bfloat16")
 CERTIFICATES = ("smoothed", "deterministic")
 SOURCES = ("folder", "npz", "hf")  # values of data.name for sets that data.dir leads to
+CALLER = "caller"  # value of model.encoder and model.head for functions given to `SmoothedClassifier`
 SEED_DERIVED, SEED_OF_TRAINING = -1, -2  # values of certify.seed
 
 

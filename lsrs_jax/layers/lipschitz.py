@@ -18,6 +18,7 @@ from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.rng import standard_flags
 from lsrs_jax.runtime.validate import array, refuse_masked
 
+CLAIMED = "claimed by the caller"  # the proof of a constant that is not proven here; on-disk format
 _LARGEST = 2**31  # largest number of entries of an image or latent
 
 
@@ -54,6 +55,11 @@ class LipschitzReport:
                 product = math.nextafter(product * layer.sigma_max, math.inf)
         # Rounded up to a multiple of 1e-12, because the last places of an SVD differ between machines.
         return product if product == 1.0 else math.nextafter(math.ceil(product * 1e12) / 1e12, math.inf)
+
+    @property
+    def claimed(self) -> bool:
+        """Whether the constant is not proven here (`layers.claimed`)."""
+        return any(layer.proof == CLAIMED for layer in self.layers)
 
     def rounding(self, norm: ArrayLike) -> Float[np.ndarray, "..."]:
         """ℓ2 bound on the float64 rounding error of the output, for inputs of at most this norm."""

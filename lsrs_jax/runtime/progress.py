@@ -18,11 +18,19 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-class Progress:
-    """Estimates the time left for `total` units of work, `done` of them finished when the object is created."""
+def print_now(line: str) -> None:
+    """Prints a line, also where the output is no terminal, immediately."""
+    print(line, flush=True)
 
-    def __init__(self, total: int, done: int = 0) -> None:
-        self._total, self._first, self._start = total, done, time.monotonic()
+
+class Progress:
+    """Estimates the time left for `total` units of work, `done` of them finished when the object is created.
+
+    `say` receives the lines.
+    """
+
+    def __init__(self, total: int, done: int = 0, say: Callable[[str], object] = print_now) -> None:
+        self._total, self._first, self._start, self._say = total, done, time.monotonic(), say
         self._shown = self._start
 
     def left(self, done: int) -> str:
@@ -31,7 +39,7 @@ class Progress:
         return duration((self._total - done) / rate) if rate > 0 else "unknown"
 
     def show(self, done: int, line: Callable[[], str]) -> None:
-        """Prints a line with the time left, at most every two seconds."""
+        """Says a line with the time left, at most every two seconds."""
         if time.monotonic() - self._shown > SECONDS_PER_REPORT:
             self._shown = time.monotonic()
-            print(f"{line()}  {self.left(done)} left", flush=True)
+            self._say(f"{line()}  {self.left(done)} left")

@@ -1,6 +1,7 @@
 """Randomized smoothing of any JAX function: sampling, statistics, certificates.
 
-`certify`, `predict` and `SmoothedClassifier` are loaded when they are first used: the statistics alone need no JAX.
+`certify` and `predict` are loaded when they are first used: the statistics alone need no JAX. `SmoothedClassifier` is
+`lsrs_jax.SmoothedClassifier`.
 """
 
 import importlib
@@ -11,7 +12,8 @@ from lsrs_jax.smoothing import confidence
 from lsrs_jax.smoothing.derivation import Certificates, certified_radius, from_counts
 
 if TYPE_CHECKING:
-    from lsrs_jax.smoothing.api import SmoothedClassifier, certify, predict
+    from lsrs_jax.api.classifier import SmoothedClassifier
+    from lsrs_jax.smoothing.api import certify, predict
     from lsrs_jax.smoothing.sampler import Sampler
 
 __all__ = [
@@ -19,7 +21,8 @@ __all__ = [
     "predict",
 ]  # fmt: skip
 
-_LAZY = {"certify": "api", "predict": "api", "SmoothedClassifier": "api", "Sampler": "sampler"}
+_LAZY = dict.fromkeys(("certify", "predict"), f"{__name__}.api") | {"Sampler": f"{__name__}.sampler"}
+_LAZY["SmoothedClassifier"] = "lsrs_jax.api.classifier"  # its place in earlier versions was here
 
 
 def __getattr__(name: str) -> Any:
@@ -28,4 +31,4 @@ def __getattr__(name: str) -> Any:
         name = "Sampler"
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    return getattr(importlib.import_module(_LAZY[name]), name)

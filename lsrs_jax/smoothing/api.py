@@ -1,4 +1,4 @@
-"""Certification and prediction of any JAX function: `SmoothedClassifier`, or `certify` and `predict` in one call."""
+"""Certification and prediction of any JAX function: `Smoother`, or `certify` and `predict` in one call."""
 
 import dataclasses
 import hashlib
@@ -23,11 +23,11 @@ from lsrs_jax.smoothing.sampler import Sampler, check_settings
 from lsrs_jax.smoothing.schedule import make_schedule
 
 # The last classifier of `certify` or `predict`; one only, because its programs and its head take memory.
-_LATEST: "list[SmoothedClassifier]" = []
+_LATEST: "list[Smoother]" = []
 _LOCK = threading.Lock()
 
 
-class SmoothedClassifier:
+class Smoother:
     """The classifier argmax_c P[head(z + δ) = c], δ ~ N(0, σ²I), compiled once per shape of its inputs.
 
     Args:
@@ -63,7 +63,7 @@ class SmoothedClassifier:
         self._settings |= {"sigma": sigma, "devices": devices}
         self._samplers: dict[tuple[int, ...], Sampler] = {}
 
-    def take_over(self, other: "SmoothedClassifier") -> None:
+    def take_over(self, other: "Smoother") -> None:
         """Takes over the compiled programs of a classifier of the same head and settings."""
         if self._head is other._head and self._settings == other._settings:
             current = {shape: sampler for shape, sampler in other._samplers.items() if sampler.is_current(self._head)}
@@ -117,10 +117,8 @@ class SmoothedClassifier:
         but failures of different latents are correlated. Counts of another head are refused, if its logits differ at
         some random latents.
         """
-        latents = _check_latents(x)
-        slack = numbers("slack", slack)
-        if not (np.isfinite(slack).all() and (slack >= 0).all() and slack.shape in ((), (len(latents),))):
-            raise UserError("slack must be one number >= 0, or one per latent")
+        latents = check_latents(x)
+        slack = check_slack(slack, len(latents))
         radii = None if radii is None else tuple(np.ravel(numbers("radii", radii)).tolist())
         if progress is not None and not callable(progress):
             raise UserError(f"progress must be a function of a line of text, got {progress!r}")
@@ -165,10 +163,17 @@ class SmoothedClassifier:
         1 − alpha. (The test of the two leading classes is valid at this level although the samples chose them; Hung and
         Fithian 2019.)
         """
-        latents = _check_latents(x)
+        latents = check_latents(x)
+        counts = self.prediction_counts(latents, key, n, alpha)
+        return confidence.leaders(counts, float(alpha), self.sampler(latents.shape[1:]).tau)
+
+    def prediction_counts(
+        self, latents: Float[np.ndarray, "images *latent"], key: jax.Array, n: int, alpha: float
+    ) -> Int[np.ndarray, "images classes"]:
+        """Counts of n samples for predictions at level alpha, for float64 latents."""
         confidence.check_alpha(alpha)
         make_schedule("fixed", 1, n, self._settings["tile"][1])
-        return self.sampler(latents.shape[1:]).predict(latents, check_key(key), n, float(alpha))
+        return self.sampler(latents.shape[1:]).prediction_counts(latents, check_key(key), n)
 
 
 def certify(
@@ -192,7 +197,7 @@ def certify(
     spmd: str = "shard_map",
     progress: Callable[[str], object] | None = None,
 ) -> Certificates:
-    """Makes a `SmoothedClassifier` and calls its `certify`; takes the arguments of both.
+    """Makes a `Smoother` and calls its `certify`; takes the arguments of both.
 
     A call with the same head object, settings and shape of latents as the call before compiles nothing. The head is
     traced anew, and compiled if it has become another function.
@@ -216,14 +221,14 @@ def predict(
     tile: Sequence[int] = (32, 8),
     spmd: str = "shard_map",
 ) -> Int[np.ndarray, " images"]:
-    """Makes a `SmoothedClassifier` and calls its `predict`; compiles as `certify` does."""
+    """Makes a `Smoother` and calls its `predict`; compiles as `certify` does."""
     settings = {"arithmetic": arithmetic, "noise": noise, "tile": tile, "spmd": spmd}
     return _classifier(head, sigma=sigma, **settings).predict(latents, key=key, n=n, alpha=alpha)
 
 
-def _classifier(head: Head, **settings: Any) -> SmoothedClassifier:
+def _classifier(head: Head, **settings: Any) -> Smoother:
     """A classifier with the compiled programs of the one before, if head and settings are still the same."""
-    made = SmoothedClassifier(head, **settings)
+    made = Smoother(head, **settings)
     with _LOCK:
         for before in _LATEST:
             made.take_over(before)
@@ -231,11 +236,21 @@ def _classifier(head: Head, **settings: Any) -> SmoothedClassifier:
     return made
 
 
-def _check_latents(latents: Any) -> Float[np.ndarray, "images *latent"]:
-    latents = array("latents", latents)
+def check_slack(slack: Any, latents: int) -> Float[np.ndarray, "..."]:
+    """A caller's slack; raises UserError unless it is one finite number >= 0, or one per latent."""
+    slack = numbers("slack", slack)
+    if not (np.isfinite(slack).all() and (slack >= 0).all() and slack.shape in ((), (latents,))):
+        raise UserError("slack must be one number >= 0, or one per latent")
+    return slack
+
+
+def check_latents(latents: Any, name: str = "latents") -> Float[np.ndarray, "images *latent"]:
+    """A caller's latents as float64; raises UserError for anything that is no batch of floating-point arrays."""
+    latents = array(name, latents)
     if latents.ndim < 2 or not latents.size:
-        raise UserError(f"latents must have shape (N, ...) with N >= 1, got {latents.shape}")
+        raise UserError(f"{name} must have shape (N, ...) with N >= 1, got {latents.shape}")
     if not jnp.issubdtype(latents.dtype, jnp.floating):
-        raise UserError(f"latents must be floating point, got {latents.dtype}")
+        remedy = "; divide pixels by 255" if latents.dtype == np.uint8 else ""
+        raise UserError(f"{name} must be floating point, got {latents.dtype}{remedy}")
     with np.errstate(over="ignore"):  # `Sampler.quantize` refuses infinities
         return latents.astype(np.float64)

@@ -190,7 +190,7 @@ def _whole_numbers(value: Any) -> Iterator[int]:
         yield value
 
 
-def _facts(program: ClosedJaxpr) -> Iterator[Any]:
+def facts(program: ClosedJaxpr) -> Iterator[Any]:
     """What tells two traces apart: primitives, what they read, parameters, constants, literals and the results."""
     for jaxpr, constants in parts(program):
         yield from constants
@@ -208,10 +208,10 @@ def _facts(program: ClosedJaxpr) -> Iterator[Any]:
 
 def fingerprint(program: ClosedJaxpr) -> str:
     """SHA-256 of a program and its constants; another one each time if the program calls functions of Python."""
-    total = hashlib.sha256(str(program.jaxpr).encode())  # the text names all that `_facts` leaves out
-    if _calls_python(program):
+    total = hashlib.sha256(str(program.jaxpr).encode())  # the text names all that `facts` leaves out
+    if calls_python(program):
         total.update(secrets.token_bytes(32))
-    for fact in _facts(program):
+    for fact in facts(program):
         if isinstance(fact, jax.Array) and jax.dtypes.issubdtype(fact.dtype, jax.dtypes.prng_key):
             fact = jax.random.key_data(fact)
         array = np.asarray(fact)
@@ -219,7 +219,7 @@ def fingerprint(program: ClosedJaxpr) -> str:
     return total.hexdigest()
 
 
-def _calls_python(program: ClosedJaxpr) -> bool:
+def calls_python(program: ClosedJaxpr) -> bool:
     """Whether a program calls functions of Python when it runs; rules for derivatives do not count."""
     equations = [equation for jaxpr, _ in parts(program) for equation in jaxpr.eqns]
     return any(
@@ -243,7 +243,7 @@ def _alike(one: ClosedJaxpr, other: ClosedJaxpr, ratio: int) -> bool:
         a, b = np.asarray(a), np.asarray(b)
         return (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
 
-    first, second = list(_facts(one)), list(_facts(other))
+    first, second = list(facts(one)), list(facts(other))
     return len(first) == len(second) and all(a is b or same(a, b) for a, b in zip(first, second, strict=True))
 
 

@@ -295,14 +295,19 @@ class Sampler:
         batch, blocks = self.put(quantized, ids), block_count(n, self.tile[1])
         return self.collect(self.launch(batch, self.keys(key)[stream], 0, blocks, n), len(latents))
 
+    def prediction_counts(
+        self, latents: Float[np.ndarray, "images *latent"], key: jax.Array, n: int
+    ) -> Int[np.ndarray, "images classes"]:
+        """Counts of n samples of the stream of predictions, for float64 latents."""
+        size = self.tile[0]
+        parts = [range(start, min(start + size, len(latents))) for start in range(0, len(latents), size)]
+        return np.concatenate([self.one_batch(latents[part], key, "prediction", n, part) for part in parts])
+
     def predict(
         self, latents: Float[np.ndarray, "images *latent"], key: jax.Array, n: int, alpha: float
     ) -> Int[np.ndarray, " images"]:
         """`api.SmoothedClassifier.predict` for float64 latents."""
-        size = self.tile[0]
-        parts = [range(start, min(start + size, len(latents))) for start in range(0, len(latents), size)]
-        counts = [self.one_batch(latents[part], key, "prediction", n, part) for part in parts]
-        return leaders(np.concatenate(counts), alpha, self.tau)
+        return leaders(self.prediction_counts(latents, key, n), alpha, self.tau)
 
 
 def _on_the_first(arrays: Any) -> Any:

@@ -1,0 +1,1 @@
+"""The Python interface: certified classifiers as objects, with files, attacks and export."""

@@ -1,0 +1,285 @@
+"""`SmoothedClassifier`: any JAX function as a certified classifier, in memory or with files."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from lsrs_jax.api.arguments import labels_of, reporter, seed_of
+from lsrs_jax.api.encoding import Encoding, all_positive
+from lsrs_jax.api.result import Prediction, Result, prediction
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.rng import root_key
+from lsrs_jax.smoothing.api import Smoother, check_latents, check_slack
+from lsrs_jax.smoothing.confidence import leaders
+from lsrs_jax.smoothing.counts import Counts
+from lsrs_jax.smoothing.derivation import Certificates
+from lsrs_jax.smoothing.head_check import Head
+from lsrs_jax.smoothing.head_identity import head_identity
+from lsrs_jax.smoothing.sampler import Sampler
+
+if TYPE_CHECKING:
+    from lsrs_jax.auditing.table import Audit
+    from lsrs_jax.layers.lipschitz import Materialized
+
+
+class SmoothedClassifier:
+    """The classifier x ↦ argmax_c P[head(encoder(x) + δ) = c], δ ~ N(0, σ²I), with certified radii in ℓ2.
+
+    Args:
+      head: any function latents ``(B, …)`` float32 → logits ``(B, K)`` with independent, deterministic rows: Flax,
+        Equinox, NNX, plain JAX, or a network from `lsrs_jax.from_torch`. Make a new object when parameters change.
+      sigma: standard deviation of the noise, in units of the latents.
+      encoder: function from inputs ``(B, …)`` to latents, in front of the noise; it runs once per input, in float64.
+        None: the noise is on the input (Cohen et al. 2019). With a `layers.lipschitz.Materialized`, the constant is
+        proven; otherwise it is a JAX function whose constant you claim as `lipschitz`.
+      lipschitz: the encoder's Lipschitz constant in ℓ2; radii are divided by it. Without an encoder: the constant of
+        the encoder that made the latents that you give.
+      class_names: one per class; by default "0", "1", …
+      arithmetic: ``"sound"`` (exact grid arithmetic) or ``"float32"`` (the classic).
+      noise: ``"shared"`` by all inputs, or ``"independent"``, which costs more random numbers.
+      tile: ``(inputs, samples)`` evaluated at once; single inputs are padded.
+      spmd: ``"shard_map"`` or ``"pmap"``.
+      devices: the local devices to use; all of them by default.
+
+    The programs are compiled once per shape.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        *,
+        sigma: float,
+        encoder: Any = None,
+        lipschitz: float = 1.0,
+        class_names: Sequence[str] | None = None,
+        arithmetic: str = "sound",
+        noise: str = "shared",
+        tile: Sequence[int] = (32, 8),
+        spmd: str = "shard_map",
+        devices: Sequence[Any] | None = None,
+    ) -> None:
+        self._encoding = Encoding(encoder, lipschitz)
+        settings = {"arithmetic": arithmetic, "noise": noise, "tile": tile, "spmd": spmd, "devices": devices}
+        self._smoother = Smoother(head, sigma=sigma, lipschitz=self._encoding.lipschitz, **settings)
+        self.head, self.sigma, self.lipschitz = head, sigma, self._encoding.lipschitz
+        self.class_names = None if class_names is None else tuple(map(str, class_names))
+        self.settings = {"arithmetic": arithmetic, "noise": noise, "tile": tuple(tile), "spmd": spmd}
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether there is an encoder in front of the noise."""
+        return bool(self._encoding)
+
+    def encoder(self, shape: Sequence[int], low_precision: bool = True) -> "Materialized":
+        """The encoder for inputs of this shape, with its Lipschitz constant; see `Encoding.materialized`."""
+        return self._encoding.materialized(shape, low_precision)
+
+    def sampler(self, latent_shape: Sequence[int]) -> Sampler:
+        """The compiled `Sampler` for latents of this shape, without the batch axis."""
+        return self._smoother.sampler(latent_shape)
+
+    def certify(
+        self,
+        x: Any,
+        labels: Any = None,
+        *,
+        out: str | Path | None = None,
+        key: jax.Array | None = None,
+        n0: int = 100,
+        n: int = 100_000,
+        alpha: float = 0.001,
+        bound: str = "binary",
+        schedule: str = "fixed",
+        radii: Any = None,
+        epsilon: float = 0.05,
+        slack: Any = 0.0,
+        counts: Counts | None = None,
+        name: str = "default",
+        progress: Any = None,
+    ) -> Result:
+        """Certifies inputs ``(N, …)``, floating point, in the units in which radii are wanted.
+
+        Args:
+          x: the inputs. Without an encoder these are the latents, and rounding by an encoder of your own below float64
+            is not covered: give it as `slack`.
+          labels: ``(N,)`` whole numbers, for accuracies; needed for `out`.
+          out: a folder that gets what the command ``certify`` writes: ``<out>/certify/<name>`` with ledger, table and
+            identity. The same call continues what a kill has interrupted; ``lsrs certify --workdir=OUT --verify`` and
+            ``--from-counts`` and ``lsrs report OUT`` read it.
+          key: a typed threefry key, ``jax.random.key(seed, impl="threefry2x32")``. By default the seed is derived from
+            the digests of parameters and inputs.
+          n0: samples that choose the class.
+          n: fresh samples that certify it; with ``schedule="staged"`` the most that an input can get.
+          alpha: failure probability per input.
+          bound: ``"binary"``, or ``"multiclass"`` for larger radii where no class has half of the samples.
+          schedule: ``"fixed"``, or ``"staged"``: samples up to growing looks, until the answer is decided.
+          radii: if staged: the radii to decide (and always 0, any certificate). None: the radius itself.
+          epsilon: if staged without radii: how far the radius may stay below that of n samples, in sigma/lipschitz.
+          slack: ℓ2 error of the latents, in their units, which is subtracted too: one number, or one per input.
+          counts: ``samples`` of earlier certificates of the same head, latents, key and schedule, to be continued; only
+            without `out`.
+          name: the name of the certification in `out`.
+          progress: ``print`` or another function of a line, or a bar such as ``tqdm(total=len(x))``.
+
+        Raises UserError (a ValueError) for every bad input, and for a folder with another head, input, label or setting.
+
+        **Guarantee**: that of `derivation.from_counts`: for each input, with probability 1 − alpha, the smoothed
+        classifier keeps the class within the radius, if the encoder has the constant. The grid, the total variation of
+        the drawn noise and the slack are subtracted. With shared noise, failures of different inputs are correlated.
+        """
+        inputs = check_latents(x, "x")
+        own, say, slack = labels_of(labels, len(inputs)), reporter(progress), check_slack(slack, len(inputs))
+        sampling = {"n0": n0, "n": n, "alpha": alpha, "bound": bound, "schedule": schedule, "epsilon": epsilon}
+        if out is not None:
+            if own is None or counts is not None:
+                raise UserError("out needs labels" if own is None else "counts are for certificates without out")
+            fields = sampling | {"radii": () if radii is None else radii, "name": name}
+            return self._certify_into(Path(out).expanduser(), inputs, own, slack, key, fields, say)
+        latents, total = self._encoding.latents(inputs, slack, self.sigma, self.settings["tile"][0])
+        if own is not None:
+            self._check_classes(own, latents.shape[1:])
+        key = root_key(self._derived_seed(inputs, own, latents.shape[1:])) if key is None else key
+        given = {"radii": radii, "slack": total, "counts": counts, "progress": say}
+        found = self._smoother.certify(latents, key=key, **given, **sampling)
+        return self._result(found, own)
+
+    def _certify_into(
+        self, out: Path, inputs: np.ndarray, labels: np.ndarray, slack: np.ndarray, key: Any, fields: Any, say: Any
+    ) -> Result:
+        from lsrs_jax.api import folder
+        from lsrs_jax.config import SEED_DERIVED
+
+        slack = np.broadcast_to(slack, len(inputs))
+        shape = self.encoder(inputs.shape[1:], all_positive(slack)).report.output_shape
+        names = self._check_classes(labels, shape)
+        identity = head_identity(self.head, self._batch_shape(shape))
+        fields["seed"] = SEED_DERIVED if key is None else seed_of(key)
+        dataset = self._dataset(inputs, labels, names)
+        path, found = folder.certify(self, dataset, slack, out, identity, fields, say)
+        return self._result(found, labels, path)
+
+    def predict(
+        self, x: Any, *, key: jax.Array, n: int = 1000, alpha: float = 0.001, details: bool = False
+    ) -> Int[np.ndarray, " inputs"] | Prediction:
+        """The class of the smoothed classifier at inputs ``(N, …)``, or −1 (Cohen et al. 2019, PREDICT).
+
+        Args:
+          key: as in `certify`, which never draws the noise of a prediction.
+          n: samples per input.
+          alpha: probability of a wrong class, per input.
+          details: return a `Prediction`, with the counts and the reason of every abstention.
+
+        Returns the class with the most samples, or −1 where the two-sided binomial test does not tell it from the
+        second. Raises UserError (a ValueError) for every bad input.
+
+        **Guarantee**: for each input the class returned is that of the smoothed classifier with probability at least
+        1 − alpha. (The test of the two leading classes is valid at this level although the samples chose them; Hung and
+        Fithian 2019.)
+        """
+        latents, _ = self._encoding.latents(check_latents(x, "x"), np.inf, self.sigma, self.settings["tile"][0])
+        counts = self._smoother.prediction_counts(latents, key, n, alpha)
+        classes = leaders(counts, float(alpha), self.sampler(latents.shape[1:]).tau)
+        return prediction(classes, counts) if details else classes
+
+    def soft_logits(self, x: Any, key: jax.Array, samples: int) -> Float[Array, "inputs classes"]:
+        """Log of the mean over noise of softmax(head(encoder(x) + δ)), differentiable in x (Salman et al. 2019).
+
+        For attacks and thresholds: float32, with `samples` noise vectors that all inputs share. It proves nothing.
+        """
+        from lsrs_jax.auditing.attacks import Smoothed
+
+        target = Smoothed(self._encoding.in_float32, self.head, self.sigma)
+        return target.soft_logits(jnp.asarray(x, jnp.float32), key, samples)
+
+    def audit(
+        self,
+        x: Any,
+        labels: Any,
+        *,
+        certificates: Certificates | None = None,
+        out: str | Path | None = None,
+        name: str = "default",
+        fractions: Sequence[float] = (0.25, 0.5, 0.75, 0.9, 1.0),
+        restarts: int = 2,
+        steps: int = 20,
+        samples: int = 16,
+        votes: int = 1000,
+        alpha: float = 0.001,
+        progress: Any = None,
+    ) -> "Audit":
+        """Attacks the smoothed classifier inside and beyond every certified radius, as the command ``audit`` does.
+
+        Args:
+          x, labels: as in `certify`.
+          certificates: the result of `certify` for these inputs; without them, and without `out`, only the nearest
+            flips are looked for.
+          out, name: as in `certify`: attacks the certificates in that folder, at their alpha, and writes the audit
+            beside them, where ``lsrs report`` finds it.
+          fractions, restarts, steps, samples, votes: see ``lsrs audit --help``.
+          alpha: probability of a wrong class of a prediction that judges an attack.
+          progress: as in `certify`.
+
+        Returns an `auditing.table.Audit`: ``flips`` counts points inside certified radii with another prediction (by
+        chance a share alpha of the certificates may have some), ``distance`` is that of the nearest flip, and
+        ``robust_accuracy(radius)`` bounds the robust accuracy from above.
+        """
+        from lsrs_jax.api import attacking
+        from lsrs_jax.auditing.table import Attacked
+
+        inputs, say = check_latents(x, "x"), reporter(progress)
+        own = labels_of(labels, len(inputs))
+        if own is None:
+            raise UserError("audit needs labels")
+        sizes = {"fractions": fractions, "restarts": restarts, "steps": steps, "samples": samples, "votes": votes}
+        if out is not None:
+            folder = Path(out).expanduser() / "certify" / name
+            return attacking.attack_folder(self, inputs, own, folder, sizes, say)
+        count = len(inputs)
+        if certificates is not None and len(certificates) != count:
+            raise UserError(
+                f"there are {len(certificates)} certificates for {count} inputs: give those of these inputs"
+            )
+        predict = np.full(count, -1) if certificates is None else certificates.predict
+        radius = np.zeros(count) if certificates is None else certificates.radius
+        table = Attacked(np.arange(count), own, predict, radius)
+        return attacking.attack(self, inputs, table, sizes, alpha, say)
+
+    def _check_classes(self, labels: np.ndarray, latent_shape: Sequence[int]) -> tuple[str, ...]:
+        """The names of the classes; raises UserError unless they and the labels fit the head."""
+        classes = self.sampler(latent_shape).num_classes
+        names = self.class_names or tuple(map(str, range(classes)))
+        if len(names) != classes:
+            raise UserError(f"the head has {classes} classes, and class_names has {len(names)}")
+        wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+        for row in wrong[:1]:
+            raise UserError(f"input {row} has the label {labels[row]}, but labels go from 0 to {classes - 1}")
+        return names
+
+    def _dataset(self, inputs: np.ndarray, labels: np.ndarray, names: tuple[str, ...]) -> Any:
+        from lsrs_jax.data.images import Arrays
+
+        return Arrays("arrays", "", "given", inputs, labels.astype(np.int32), names, max_value=1)
+
+    def _derived_seed(self, inputs: np.ndarray, labels: np.ndarray | None, latent_shape: Sequence[int]) -> int:
+        from lsrs_jax.certification.identity import derived_seed
+
+        parameters = head_identity(self.head, self._batch_shape(latent_shape)).parameters
+        own = np.zeros(len(inputs), int) if labels is None else labels
+        names = self._check_classes(own, latent_shape)
+        return derived_seed(parameters, self._dataset(inputs, own, names).digest())
+
+    def _batch_shape(self, latent_shape: Sequence[int]) -> tuple[int, ...]:
+        return math.prod(self.settings["tile"]), *latent_shape
+
+    def _result(self, found: Certificates, labels: np.ndarray | None, folder: Path | None = None) -> Result:
+        fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+        classes = found.counts.shape[1]
+        names = self.class_names or tuple(map(str, range(classes)))
+        return Result(**fields, labels=labels, class_names=names, sigma=self.sigma, folder=folder)

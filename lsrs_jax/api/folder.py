@@ -1,0 +1,113 @@
+"""Certification of a caller's classifier into a workdir: the same files as the command ``certify`` writes."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lsrs_jax.api.classifier import SmoothedClassifier
+from lsrs_jax.api.encoding import all_positive
+from lsrs_jax.certification import smoothed, store
+from lsrs_jax.certification.target import Target
+from lsrs_jax.config import CALLER, check_config, config_to_dict, default, load_config, save_config
+from lsrs_jax.data import Arrays
+from lsrs_jax.layers.lipschitz import Materialized
+from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.processes import ALONE
+from lsrs_jax.runtime.rng import pinned
+from lsrs_jax.runtime.types import Config
+from lsrs_jax.runtime.workdir import SCHEMES, Workdir
+from lsrs_jax.smoothing.derivation import Certificates
+from lsrs_jax.smoothing.head_identity import HeadIdentity
+from lsrs_jax.smoothing.sampler import Sampler
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenTarget(Target):
+    """A `Target` with a classifier that a caller has given."""
+
+    classifier: SmoothedClassifier
+    given_slack: np.ndarray  # ℓ2, per input
+
+    def encoder(self) -> Materialized:
+        return self.classifier.encoder(self.dataset.shape, all_positive(self.given_slack))
+
+    def sampler(self) -> Sampler:
+        return self.classifier.sampler(self.encoder().report.output_shape)
+
+    def slack(self, indices: list[int]) -> np.ndarray:
+        return self.given_slack[indices]
+
+
+def certify(
+    classifier: SmoothedClassifier,
+    dataset: Arrays,
+    slack: np.ndarray,
+    out: Path,
+    identity: HeadIdentity,
+    fields: dict[str, Any],
+    say: smoothed.Say,
+) -> tuple[Path, Certificates]:
+    """Certifies all inputs into ``<out>/certify/<name>``, and continues what is there.
+
+    `slack` is the caller's, per input, and `fields` are values of the section ``certify``. Returns the folder, and the
+    certificates in the order of the inputs. Raises UserError for a folder of another classifier, other inputs or other
+    settings.
+    """
+    config = _config(classifier, out, fields)
+    folder = out / "certify" / config.certify.name
+    _check_program(folder, identity)
+    meta = {"step": 0, "digest": identity.parameters}
+    target = GivenTarget(config, folder, dataset, range(len(dataset)), meta, classifier, slack)
+    with pinned():
+        found = smoothed.run(target, ALONE, Workdir(out), say, lambda: None, {"program": identity.program})
+    certificates = found and found[1]
+    assert certificates is not None, "this process derives, and there are inputs"
+    return folder, certificates
+
+
+def _config(classifier: SmoothedClassifier, out: Path, fields: dict[str, Any]) -> Config:
+    """The configuration of the certification; writes the one of the workdir, which no later call changes."""
+    if str(out).startswith(SCHEMES):
+        raise UserError("out must be a folder of this machine")
+    config, path = default(), out / "config.json"
+    config.data.name, config.data.split = "arrays", "given"
+    config.model.head, config.model.encoder = CALLER, CALLER if classifier.has_encoder else "identity"
+    if path.exists():
+        held = config_to_dict(load_config(path))
+        if any(held[name] != config_to_dict(config)[name] for name in ("model", "train")):
+            raise UserError(f"{out} holds a training, or certificates of another kind of classifier: give another out")
+    config.sigma = classifier.sigma
+    settings = {name: classifier.settings[name] for name in ("arithmetic", "noise", "tile", "spmd")}
+    for name, value in (settings | fields).items():
+        try:
+            config.certify[name] = value
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{name} has the wrong type: {value!r}") from error
+    check_config(config)
+    if not path.exists():
+        plain = default()
+        plain.data.name, plain.data.split = config.data.name, config.data.split
+        plain.model.head, plain.model.encoder = config.model.head, config.model.encoder
+        save_config(plain, path)
+    return config
+
+
+def _check_program(folder: Path, identity: HeadIdentity) -> None:
+    """Raises UserError if a folder was made by another function with the same parameters.
+
+    Another version of JAX may write another program for the same function, so that then nothing is compared.
+    """
+    path = folder / "certificates.json"
+    if not path.exists():
+        return
+    stored = store.require_sealed(path)
+    programs = [entry.get("program") for entry in stored.record if entry["versions"].get("jax") == jax.__version__]
+    known = [own for own in programs if own]
+    if stored.identity.checkpoint["digest"] == identity.parameters and known and identity.program not in known:
+        raise UserError(
+            f"{folder} holds certificates of another function of the same parameters: give the head that was used, or "
+            "another name or out"
+        )
