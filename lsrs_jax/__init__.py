@@ -12,22 +12,24 @@ constant), `orthogonal` (pure functions), `config` (fields and their meaning), `
 any JAX function), `runtime` (files, errors, processes).
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from lsrs_jax.runtime import moved
 
 if TYPE_CHECKING:
     from lsrs_jax.api.classifier import SmoothedClassifier
+    from lsrs_jax.api.loading import load
 
-__all__ = ["SmoothedClassifier"]
+__all__ = ["SmoothedClassifier", "load"]
 __version__ = "0.1.0"
+
+_LAZY = {"SmoothedClassifier": "lsrs_jax.api.classifier", "load": "lsrs_jax.api.loading"}
 
 moved.redirect_imports()
 
 
 def __getattr__(name: str) -> Any:
-    if name != "SmoothedClassifier":
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from lsrs_jax.api.classifier import SmoothedClassifier
-
-    return SmoothedClassifier
+    return getattr(importlib.import_module(_LAZY[name]), name)

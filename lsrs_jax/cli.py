@@ -24,6 +24,7 @@ COMMANDS = {  # name -> module, what it does
     "certify": ("certify", "certify images, verify certificates"),
     "audit": ("audit", "attack the certificates of a workdir"),
     "report": ("report", "compare certified classifiers: a table and a curve"),
+    "export": ("export", "write a trained classifier for use without this package"),
     "config": ("show_config", "print every field of a configuration, or the names of the experiments"),
     "data": ("show_data", "print and draw what is in a data set, also in your own folder or file"),
 }

@@ -20,8 +20,10 @@ from lsrs_jax.smoothing.api import Smoother, check_latents, check_slack
 from lsrs_jax.smoothing.confidence import leaders
 from lsrs_jax.smoothing.counts import Counts
 from lsrs_jax.smoothing.derivation import Certificates
+from lsrs_jax.smoothing.engine import Images
 from lsrs_jax.smoothing.head_check import Head
 from lsrs_jax.smoothing.head_identity import head_identity
+from lsrs_jax.smoothing.noise_check import accuracy_under_noise
 from lsrs_jax.smoothing.sampler import Sampler
 
 if TYPE_CHECKING:
@@ -128,7 +130,7 @@ class SmoothedClassifier:
           name: the name of the certification in `out`.
           progress: ``print`` or another function of a line, or a bar such as ``tqdm(total=len(x))``.
 
-        Raises UserError (a ValueError) for every bad input, and for a folder with another head, input, label or setting.
+        Raises UserError (a ValueError) for bad input, and for a folder with another head, input, label or setting.
 
         **Guarantee**: that of `derivation.from_counts`: for each input, with probability 1 − alpha, the smoothed
         classifier keeps the class within the radius, if the encoder has the constant. The grid, the total variation of
@@ -145,6 +147,9 @@ class SmoothedClassifier:
         latents, total = self._encoding.latents(inputs, slack, self.sigma, self.settings["tile"][0])
         if own is not None:
             self._check_classes(own, latents.shape[1:])
+            sampler = self.sampler(latents.shape[1:])
+            some = Images(range(len(own)), own.tolist(), [], sampler.quantize(latents))
+            say(accuracy_under_noise(sampler, some))
         key = root_key(self._derived_seed(inputs, own, latents.shape[1:])) if key is None else key
         given = {"radii": radii, "slack": total, "counts": counts, "progress": say}
         found = self._smoother.certify(latents, key=key, **given, **sampling)
@@ -250,6 +255,30 @@ class SmoothedClassifier:
         radius = np.zeros(count) if certificates is None else certificates.radius
         table = Attacked(np.arange(count), own, predict, radius)
         return attacking.attack(self, inputs, table, sizes, alpha, say)
+
+    def export(
+        self,
+        path: str | Path,
+        input_shape: Sequence[int],
+        *,
+        batch: int = 1,
+        n: int = 1000,
+        alpha: float = 0.001,
+        platforms: Sequence[str] | None = None,
+    ) -> Path:
+        """Writes `predict` as a StableHLO program, which runs without this package; see `export.export_predict`.
+
+        To run it::
+
+            program = jax.export.deserialize(pathlib.Path(path).read_bytes())
+            classes = program.call(x, jax.random.key_data(jax.random.key(seed, impl="threefry2x32")))
+        """
+        from lsrs_jax.api.export import export_predict
+        from lsrs_jax.runtime.files import write_atomic
+
+        program = export_predict(self, input_shape, batch=batch, n=n, alpha=alpha, platforms=platforms)
+        write_atomic(path := Path(path).expanduser(), bytes(program.serialize()))
+        return path
 
     def _check_classes(self, labels: np.ndarray, latent_shape: Sequence[int]) -> tuple[str, ...]:
         """The names of the classes; raises UserError unless they and the labels fit the head."""

@@ -26,6 +26,7 @@ from lsrs_jax.smoothing.arithmetic import make_arithmetic
 from lsrs_jax.smoothing.counts import Counts, ImageCounts
 from lsrs_jax.smoothing.derivation import Certificates, Derivation
 from lsrs_jax.smoothing.engine import Engine, Status
+from lsrs_jax.smoothing.noise_check import accuracy_under_noise
 
 DERIVED = ("alpha", "bound", "radii", "epsilon")  # fields of config.certify on which no sample depends
 _SECONDS_PER_DERIVATION = 60.0
@@ -269,7 +270,7 @@ def _sample(
     engine = Engine(pipeline.sampler, rng.root_key(seed), counts, decided, status, first)
     for number, images in enumerate(pipeline.encoded(share, {i: image.slack for i, image in counts.images.items()})):
         if number == 0:
-            say(summary.accuracy_under_noise(pipeline.sampler, images))
+            say(accuracy_under_noise(pipeline.sampler, images))
         engine.run(images)
     status.show()
     counts.flush()

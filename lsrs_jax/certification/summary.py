@@ -1,4 +1,4 @@
-"""Lines about a smoothed certification: what is sampled, the accuracy under noise, and the result."""
+"""Lines about a smoothed certification: what is sampled, and the result."""
 
 from pathlib import Path
 
@@ -7,15 +7,9 @@ import numpy as np
 from lsrs_jax.certification.target import Target
 from lsrs_jax.runtime import progress
 from lsrs_jax.runtime.processes import devices
-from lsrs_jax.runtime.rng import domain_key
 from lsrs_jax.smoothing.counts import ImageCounts
 from lsrs_jax.smoothing.derivation import Certificates, Derivation
-from lsrs_jax.smoothing.engine import Images
-from lsrs_jax.smoothing.sampler import Sampler
 from lsrs_jax.smoothing.schedule import Schedule, make_schedule
-
-_IMAGES, _SAMPLES = 100, 32  # of the accuracy under noise
-_COLLAPSED = 0.5  # share of the accuracy that is left under noise
 
 
 def headline(target: Target, schedule: Schedule, pending: int) -> str:
@@ -31,26 +25,6 @@ def headline(target: Target, schedule: Schedule, pending: int) -> str:
     radii = f"radii {', '.join(f'{radius:g}' for radius in certify.radii)} are decided"
     until = radii if certify.radii else f"the radius is known to {certify.epsilon:g} sigma / L"
     return f"{line}\nstaged: {len(schedule.looks)} looks from {schedule.looks[0]:,} samples on, until {until}"
-
-
-def accuracy_under_noise(sampler: Sampler, images: Images) -> str:
-    """The accuracy of the base classifier on some images, with and without noise; says what to do if noise ruins it.
-
-    The noise is not that of the certification.
-    """
-    labels, latents, key = np.array(images.labels[:_IMAGES]), images.latents[:_IMAGES], domain_key(0, "probe")
-    hits, size = np.zeros(len(labels)), sampler.tile[0]
-    for first in range(0, len(labels), size):
-        part = slice(first, min(first + size, len(labels)))
-        counts = sampler.one_batch(latents[part], key, "selection", _SAMPLES, images.idx[part])
-        hits[part] = counts[np.arange(len(counts)), labels[part]] / _SAMPLES
-    clean, noisy = float(np.mean(sampler.without_noise(latents) == labels)), float(hits.mean())
-    sigma = sampler.arithmetic.sigma
-    line = f"accuracy on {len(labels)} images: {clean:.2f} without noise, {noisy:.2f} under noise of sigma {sigma:g}"
-    if noisy >= _COLLAPSED * clean:
-        return line
-    remedy = "fine-tune it under this noise (train.start_from), or use a smaller sigma"
-    return f"{line}\nnote: the noise ruins this classifier, so that few images will get a certificate: {remedy}"
 
 
 def summary(

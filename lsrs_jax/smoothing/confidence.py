@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import ArrayLike
 from scipy import special  # scipy.stats gives the same numbers, and takes a second to import
 
@@ -208,12 +208,23 @@ def leaders(counts: Int[np.ndarray, "images classes"], alpha: float, tau: float)
     rows, leader = np.arange(len(counts)), counts.argmax(axis=1)
     first, others = counts[rows, leader], counts.copy()
     others[rows, leader] = -1
-    both, half, level = first + others.max(axis=1), np.float64(0.5), alpha
+    both = first + others.max(axis=1)
+    return np.where(is_ahead(first, both, counts.sum(axis=1), counts.shape[1], alpha, tau), leader, -1)
+
+
+def is_ahead(
+    first: Int[np.ndarray, " images"],
+    both: Int[np.ndarray, " images"],
+    n: Int[np.ndarray, " images"],
+    classes: int,
+    alpha: float,
+    tau: float,
+) -> Bool[np.ndarray, " images"]:
+    """The test of `leaders`: whether `first` of `both` samples of the two leading classes, of n in all, are enough."""
+    half, level = np.float64(0.5), alpha
     if tau:
-        pairs = math.comb(counts.shape[1], 2)
-        together = trusted_lower(both, counts.sum(axis=1), alpha / 100 / pairs)
+        together = trusted_lower(both, n, alpha / 100 / math.comb(classes, 2))
         half = 0.5 + tau / np.maximum(together - tau, 1e-300)
         level = 0.99 * alpha
     # P[at least `first` of `both`]
-    certain = 2 * special.betainc(first, both - first + 1, np.minimum(half, 1.0)) <= level
-    return np.where(certain, leader, -1)
+    return 2 * special.betainc(first, both - first + 1, np.minimum(half, 1.0)) <= level

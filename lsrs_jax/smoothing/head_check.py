@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from lsrs_jax.runtime.errors import UserError
@@ -223,7 +224,7 @@ def calls_python(program: ClosedJaxpr) -> bool:
     """Whether a program calls functions of Python when it runs; rules for derivatives do not count."""
     equations = [equation for jaxpr, _ in parts(program) for equation in jaxpr.eqns]
     return any(
-        callable(value) and not isinstance(value, type)
+        callable(value) and not isinstance(value, type | Mesh)
         for equation in equations
         if equation.primitive.name not in ("custom_jvp_call", "custom_vjp_call")
         for value in equation.params.values()

@@ -10,6 +10,7 @@ import numpy as np
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.smoothing.head_check import Head, calls_python, facts, fingerprint
 from lsrs_jax.smoothing.head_trace import TracedHead, calling
+from lsrs_jax.smoothing.sampler import pinned_flags
 
 
 class HeadIdentity(NamedTuple):
@@ -27,7 +28,7 @@ def head_identity(head: Head, shape: tuple[int, ...]) -> HeadIdentity:
 
     Raises UserError for a head that calls functions of Python and has no such attribute.
     """
-    with calling(f"in its first call, with latents {shape}"):
+    with pinned_flags(), calling(f"in its first call, with latents {shape}"):
         program = TracedHead(head).trace(shape).jaxpr
     if calls_python(program):
         own = getattr(head, "digest", None)
