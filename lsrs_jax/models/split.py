@@ -17,11 +17,13 @@ import numpy as np
 
 from lsrs_jax import layers
 from lsrs_jax.layers.lipschitz import Materialized, materialize, project
+from lsrs_jax.models import custom
+from lsrs_jax.models.custom import REGISTERED, is_code
 from lsrs_jax.models.encoders import BLOCKS, ENCODERS, Chain, Pair, blocks
 from lsrs_jax.models.flops import flops
 from lsrs_jax.models.heads import HEADS, BlocksHead, Head, Images, Latents, Logits
 from lsrs_jax.models.linear_head import project_linear_head
-from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.errors import UserError, reason
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.runtime.validate import choice
 
@@ -36,7 +38,7 @@ class Model:
     The normalisation is part of the encoder and counts in its Lipschitz constant; under ISRS it follows the noise.
     """
 
-    encoder: layers.Encoder  # chain of orthogonal layers; empty for ISRS
+    encoder: nn.Module  # a chain of orthogonal layers (`layers.Encoder`, empty for ISRS), or a caller's network of them
     head: nn.Module  # any Linen module (B, *latent_shape) -> (B, num_classes) with independent rows
     normalize: layers.Normalize | None  # per channel
     noise: str  # "latent" or "input"
@@ -45,7 +47,11 @@ class Model:
 
     @property
     def smooths_input(self) -> bool:
-        return self.noise == "input" or not self.encoder.layers
+        return self.noise == "input" or not self._has_encoder
+
+    @property
+    def _has_encoder(self) -> bool:
+        return not isinstance(self.encoder, layers.Encoder) or bool(self.encoder.layers)
 
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters, float32."""
@@ -81,6 +87,9 @@ class Model:
     def _materialized(self, params: Params) -> Materialized:
         """Normalisation and encoder as one chain of layers."""
         front, values = () if self.normalize is None else (self.normalize,), params["encoder"]
+        if not isinstance(self.encoder, layers.Encoder):
+            network = self.encoder if self.normalize is None else _Normalized(self.normalize, self.encoder)
+            return layers.materialize_network(network, values if not front else {"encoder": values}, self.input_shape)
         named = {f"layers_{i + len(front)}": values.get(f"layers_{i}", {}) for i in range(len(self.encoder.layers))}
         return materialize(layers.Encoder((*front, *self.encoder.layers)), named, self.input_shape)
 
@@ -97,7 +106,7 @@ class Model:
         whole = self._materialized(params)
         identity = materialize(layers.Encoder(), {}, self.input_shape)
         matrix = getattr(self.head, "matrix", None)
-        if matrix and not (self.smooths_input and self.encoder.layers):
+        if matrix and not (self.smooths_input and self._has_encoder):
             weights, bias = matrix(params["head"])
             if self.smooths_input and self.normalize is not None:
                 fields = np.asarray(self.normalize.mean, np.float64), 1 / np.asarray(self.normalize.std, np.float64)
@@ -132,6 +141,16 @@ def _check_shapes(model: Model) -> None:
     jax.eval_shape(model.classify, *model.shapes())
 
 
+class _Normalized(nn.Module):
+    """A normalisation in front of a caller's network."""
+
+    normalize: layers.Normalize
+    encoder: nn.Module
+
+    def __call__(self, x: Images) -> Latents:
+        return self.encoder(self.normalize(x))
+
+
 def _in_dtype(function: Head, dtype: str) -> Head:
     """The same function in `dtype`: it casts the noisy latents to `dtype`, and the logits back to float32."""
     return function if dtype == "float32" else lambda noisy: function(noisy.astype(dtype)).astype(jnp.float32)
@@ -139,31 +158,63 @@ def _in_dtype(function: Head, dtype: str) -> Head:
 
 def build(config: Config, input_shape: tuple[int, ...], num_classes: int) -> Model:
     """Makes the `Model` of the section ``model``; raises UserError for unknown names and shapes that do not fit."""
-    encoders, heads = ENCODERS | BLOCKS, HEADS | {"blocks": BlocksHead}
+    encoders, heads = ENCODERS | BLOCKS, HEADS | {"blocks": BlocksHead} | REGISTERED
     if num_classes < 2:
         raise UserError(f"the data has {num_classes} class: a classifier needs at least two")
     choice("model.activation", config.activation, sorted(ACTIVATIONS))
-    choice("model.encoder", config.encoder, sorted(encoders))
-    choice("model.head", config.head, sorted(heads))
+    for part, known in (("encoder", encoders), ("head", heads)):
+        if not is_code(config[part]):
+            choice(f"model.{part}", config[part], sorted(known))
     _check_blocks(config)
+    choice("model.noise", config.noise, ("latent", "input"))
+    widths, strides, split = tuple(config.widths), tuple(config.strides), config.split
+    mean, std = tuple(map(float, config.mean)), tuple(map(float, config.std))
+    normalize = None if (mean, std) == ((0.0,), (1.0,)) else layers.Normalize(mean, std)
+    if is_code(config.encoder):
+        encoder = custom.make(config, "encoder", input_shape=tuple(input_shape))
+    else:
+        encoder = layers.Encoder(_encoder_layers(config, input_shape[2]))
+    if is_code(config.head):
+        latent_shape = _latent_shape(encoder, input_shape, f"model.encoder={config.encoder}")
+        head = custom.make(config, "head", num_classes=num_classes, latent_shape=latent_shape)
+    else:
+        head = heads[config.head](num_classes, *((widths[split:], strides[split:]) if config.head == "blocks" else ()))
+    model = Model(encoder, head, normalize, config.noise, tuple(input_shape))
+    if not is_code(config.head):
+        _check_shapes(model)
+        return model
+    try:
+        _check_shapes(model)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the user's code raises
+        raise UserError(f"model.head={config.head} failed on latents of shape {latent_shape}: {reason(error)}") from error
+    return model
+
+
+def _encoder_layers(config: Config, channels: int) -> Chain:
+    """The layers of an encoder of this package, for images with so many channels."""
 
     def make(channels: int, kernel_size: Pair, strides: Pair) -> Chain:
         family = {"method": config.method, "initializer": config.initializer, "padding": config.padding}
         return layers.OrthogonalConv(channels, kernel_size, strides, **family), ACTIVATIONS[config.activation]()
 
+    if config.encoder not in BLOCKS:
+        return ENCODERS[config.encoder](make, channels)
     widths, strides, split = tuple(config.widths), tuple(config.strides), config.split
-    if config.encoder in BLOCKS:
-        encoder = blocks(make, widths[:split], strides[:split], BLOCKS[config.encoder])
-    else:
-        encoder = ENCODERS[config.encoder](make, input_shape[2])
-    tail = (widths[split:], strides[split:]) if config.head == "blocks" else ()
-    head = heads[config.head](num_classes, *tail)
-    choice("model.noise", config.noise, ("latent", "input"))
-    mean, std = tuple(map(float, config.mean)), tuple(map(float, config.std))
-    normalize = None if (mean, std) == ((0.0,), (1.0,)) else layers.Normalize(mean, std)
-    model = Model(layers.Encoder(encoder), head, normalize, config.noise, tuple(input_shape))
-    _check_shapes(model)
-    return model
+    return blocks(make, widths[:split], strides[:split], BLOCKS[config.encoder])
+
+
+def _latent_shape(encoder: nn.Module, input_shape: tuple[int, ...], name: str) -> tuple[int, ...]:
+    """Shape of the latents; raises UserError if the encoder fails."""
+    try:
+        images = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+        found = jax.eval_shape(lambda x: encoder.init_with_output(jax.random.key(0), x)[0], images)
+        return tuple(found.shape[1:])
+    except UserError:
+        raise
+    except Exception as error:  # whatever the user's code raises
+        raise UserError(f"{name} failed on images of shape {tuple(input_shape)}: {reason(error)}") from error
 
 
 def _check_blocks(config: Config) -> None:
