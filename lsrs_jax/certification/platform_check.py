@@ -10,6 +10,7 @@ from jax.extend.core import Literal
 from numpy.lib.stride_tricks import sliding_window_view
 
 from lsrs_jax.layers.lipschitz import Materialized
+from lsrs_jax.layers.moves import MOVES
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.format import COLUMN_BITS, THRESHOLD_BITS
 from lsrs_jax.runtime.rng import domain_key, pinned
@@ -97,27 +98,10 @@ def _threefry(key: np.ndarray, counters: np.ndarray) -> tuple[np.ndarray, np.nda
     return first, second
 
 
-def _broadcast(x: Any, *, shape: Any, broadcast_dimensions: Any, **_: Any) -> np.ndarray:
-    new = [axis for axis in range(len(shape)) if axis not in broadcast_dimensions]
-    return np.broadcast_to(np.expand_dims(x, new), shape)
-
-
-def _slice(x: Any, *, start_indices: Any, limit_indices: Any, strides: Any) -> np.ndarray:
-    return x[tuple(map(slice, start_indices, limit_indices, strides or (1,) * x.ndim))]
-
-
 # Frequent operations, for speed alone: XLA would compile each of them.
 _ELEMENTWISE: dict[str, Callable[..., Any]] = {
     **{"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide},
     **{"max": np.maximum, "min": np.minimum, "real": np.real, "imag": np.imag},
-}
-_PLAIN: dict[str, Callable[..., Any]] = {
-    "broadcast_in_dim": _broadcast,
-    "concatenate": lambda *parts, dimension: np.concatenate(parts, dimension),
-    "reshape": lambda x, *, new_sizes, **_: np.reshape(x, new_sizes),
-    "slice": _slice,
-    "squeeze": lambda x, *, dimensions: np.squeeze(x, dimensions),
-    "transpose": lambda x, *, permutation: np.transpose(x, permutation),
 }
 
 
@@ -138,8 +122,8 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> li
             outputs = [_multiply(inputs[0], inputs[1], params["dimension_numbers"])]
         elif name in _ELEMENTWISE:
             outputs = [_ELEMENTWISE[name](*inputs)]
-        elif name in _PLAIN:
-            outputs = [_PLAIN[name](*inputs, **params)]
+        elif name in MOVES:
+            outputs = MOVES[name](*inputs, **params)
         elif len(inner) == 1 and name not in ("scan", "while", "cond"):
             # A closed program carries its constants, an open one has none.
             program, constants = getattr(inner[0], "jaxpr", inner[0]), getattr(inner[0], "consts", ())

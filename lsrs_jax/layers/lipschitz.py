@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree, Shaped
 
-from lsrs_jax import layers
-from lsrs_jax.layers.base import Shape, matrix_plain
+from lsrs_jax.layers.base import Layer, Plain, Shape, matrix_plain
+from lsrs_jax.layers.linear import Encoder
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.rng import standard_flags
 from lsrs_jax.runtime.validate import array, refuse_masked
@@ -106,6 +106,22 @@ class Materialized(NamedTuple):
     report: LipschitzReport
 
 
+def materialize_layer(name: str, layer: Layer, params: PyTree, input_shape: Shape) -> Plain:
+    """``layer.materialize``, with a line that names the layer for everything that can be wrong with its parameters."""
+    refuse_masked(f"parameters of layer {name}", jax.tree.leaves(params))
+    if not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(params)):
+        raise UserError(f"layer {name} of the encoder has non-finite parameters; train again")
+    try:
+        return layer.materialize(params, input_shape)
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"layer {name} of the encoder finds no parameters that fit ({error}); pass the parameters of this "
+            "encoder, and in an Encoder use an instance of its own for every layer"
+        ) from error
+    except np.linalg.LinAlgError as error:
+        raise UserError(f"the singular values of layer {name} cannot be computed ({error}); train again") from error
+
+
 def materialize(encoder: nn.Module, params: PyTree, input_shape: Sequence[int]) -> Materialized:
     """Turns an `Encoder` and its parameters into a `Materialized`.
 
@@ -115,27 +131,15 @@ def materialize(encoder: nn.Module, params: PyTree, input_shape: Sequence[int]) 
     Raises:
       UserError: for a layer whose Lipschitz constant is not proven, or a non-finite parameter.
     """
-    if not isinstance(encoder, layers.Encoder):
+    if not isinstance(encoder, Encoder):
         raise UserError(f"materialize takes an lsrs_jax.layers.Encoder, got {type(encoder).__name__}")
     params = params.get("params", params)
     shape, plains, bounds = tuple(input_shape), [], []
     for index, layer in enumerate(encoder.layers):
         name = f"{index} {type(layer).__name__}"
-        if not isinstance(layer, layers.Layer):
+        if not isinstance(layer, Layer):
             raise UserError(f"layer {name} of the encoder has no proven Lipschitz constant; use lsrs_jax.layers")
-        values = params.get(f"layers_{index}", {})
-        refuse_masked(f"parameters of layer {name}", jax.tree.leaves(values))
-        if not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(values)):
-            raise UserError(f"layer {name} of the encoder has non-finite parameters; train again")
-        try:
-            plain = layer.materialize(values, shape)
-        except (KeyError, TypeError) as error:
-            raise UserError(
-                f"layer {name} of the encoder finds no parameters that fit ({error}); pass the parameters of this "
-                "encoder, and use an instance of its own for every layer"
-            ) from error
-        except np.linalg.LinAlgError as error:
-            raise UserError(f"the singular values of layer {name} cannot be computed ({error}); train again") from error
+        plain = materialize_layer(name, layer, params.get(f"layers_{index}", {}), shape)
         plains.append(plain)
         bounds.append(LayerBound(name, *plain[2:]))
         shape = layer.output_shape(shape)

@@ -127,5 +127,5 @@ class Normalize(Layer):
         scale = 1 / np.asarray(self.std, np.float64)
         largest = 1.0 if scale.max() == 1.0 else spectrum.upper_bound(scale.max())
         mean = np.broadcast_to(np.asarray(self.mean, np.float64) * scale, input_shape[-1:])
-        offset = float(np.sqrt(input_shape[0] * input_shape[1])) * float(np.linalg.norm(mean)) * (1 + 1e-9)
+        offset = math.sqrt(math.prod(input_shape[:-1])) * float(np.linalg.norm(mean)) * (1 + 1e-9)
         return Plain(lambda _, x: self(x), {}, largest, float(scale.min()), "1/min(std)", gamma(4), offset)
