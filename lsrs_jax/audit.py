@@ -29,6 +29,7 @@ from lsrs_jax.certification.store import Stored, read_folder
 from lsrs_jax.certification.table import read_table
 from lsrs_jax.certification.target import TrainedTarget, target_of_certificates
 from lsrs_jax.flags import config_of_training, given_data_dir
+from lsrs_jax.models.custom import allowing
 from lsrs_jax.runtime import files, processes
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.progress import print_now
@@ -58,10 +59,11 @@ def run(arguments: list[str]) -> None:
         words = f"a whole number from {least} to 2**27"
         number = cli.checked(int, lambda value, least=least: least <= value <= MAX_SAMPLES, words)
         parser.add_argument(f"--{name}", type=number, default=default, help=meaning)
+    cli.add_allow_code(parser)
     options, rest = parser.parse_known_args(arguments)
     settings = Settings(**{name: getattr(options, name) for name in Settings._fields})
     processes.check_platform()
-    with pinned(), opened(options.workdir) as workdir:
+    with pinned(), allowing(options.allow_code), opened(options.workdir) as workdir:
         _run(workdir.path, settings, rest)
 
 

@@ -32,6 +32,7 @@ from lsrs_jax.certification import deterministic, smoothed, store, verify
 from lsrs_jax.certification.target import load_target, target_of_certificates
 from lsrs_jax.config import load_config
 from lsrs_jax.flags import config_from_flags, config_of_training, given_data_dir
+from lsrs_jax.models.custom import allowing
 from lsrs_jax.runtime import profiling
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.processes import Process, cache_compilations, started
@@ -53,10 +54,14 @@ def run(arguments: list[str]) -> None:
     number = cli.checked(int, lambda images: images >= 1, "a number of images, at least 1")
     instead.add_argument("--recast", type=number, metavar="N", help="do --verify, then sample N images again")
     cli.add_profile(instead)
+    cli.add_allow_code(parser)
     parser.add_argument("--json", action="store_true", help="print the verdict of --verify or --recast as JSON")
     try:
         options, rest = parser.parse_known_args(arguments)
-        with started() as process, pinned(), opened(options.workdir) as workdir:
+        if options.allow_code and (options.verify or options.from_counts):
+            raise UserError("--verify and --from-counts import no code: leave --allow-code out")
+        allowed = allowing(options.allow_code)
+        with started() as process, pinned(), allowed, opened(options.workdir) as workdir:
             _run(workdir, process, options, rest)
     except (UserError, OSError) as error:
         if "--json" in arguments:

@@ -185,6 +185,12 @@ def add_profile(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_allow_code(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--allow-code``, for `models.custom.allowing`."""
+    help_text = "import this code: package.module:Class or FILE.py:Class of the network, or a module; may be repeated"
+    parser.add_argument("--allow-code", action="append", default=[], metavar="NAME", help=help_text)
+
+
 def folder(text: str) -> Path:
     """Argument type: a folder that exists or can be made."""
     path = Path(text).expanduser()

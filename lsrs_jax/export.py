@@ -18,6 +18,7 @@ from pathlib import Path
 from lsrs_jax import cli
 from lsrs_jax.api import model_file
 from lsrs_jax.api.loading import MODEL_FILE, load, read_workdir
+from lsrs_jax.models.custom import allowing
 from lsrs_jax.runtime import files, processes
 from lsrs_jax.runtime.rng import pinned
 from lsrs_jax.smoothing.confidence import MAX_SAMPLES
@@ -60,9 +61,10 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--n", type=whole, default=1000, help="samples of a prediction")
     share = cli.checked(float, lambda value: 1e-100 <= value < 1, "a number between 0 and 1")
     parser.add_argument("--alpha", type=share, default=0.001, help="probability of a wrong class")
+    cli.add_allow_code(parser)
     options = parser.parse_args(arguments)
     processes.check_platform()
-    with pinned():
+    with pinned(), allowing(options.allow_code):
         _write(options.workdir, options.out, options.step, options.batch, options.n, options.alpha)
 
 

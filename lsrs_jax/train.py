@@ -20,6 +20,7 @@ from lsrs_jax.config import chosen_images
 from lsrs_jax.data import load_split
 from lsrs_jax.data.pairs import check_pair
 from lsrs_jax.flags import config_from_flags
+from lsrs_jax.models import custom
 from lsrs_jax.runtime import processes, profiling
 from lsrs_jax.runtime.rng import pinned
 from lsrs_jax.runtime.workdir import opened
@@ -35,11 +36,14 @@ def run(arguments: list[str]) -> None:
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--plan", action="store_true", help="print how much memory and time it will need, and stop")
     cli.add_profile(instead)
+    cli.add_allow_code(parser)
     options, rest = parser.parse_known_args(arguments)
     if not (options.workdir or options.plan):
         parser.error("the following arguments are required: --workdir (or --plan)")
     config = config_from_flags(rest)
     with processes.started() as process, pinned(), contextlib.ExitStack() as stack:
+        stack.enter_context(custom.allowing(options.allow_code))
+        stack.enter_context(custom.typed_code(config))
         processes.cache_compilations()
         if options.plan:
             model = session.network(config, load_split(config.data, config.data.train_split))

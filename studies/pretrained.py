@@ -34,9 +34,9 @@ def card(name: str, folder: Path, where: str) -> str:
         f"`lsrs_jax.load({name!r})`: encoder {config.model.encoder!r}, head {config.model.head!r}, for images of shape "
         f"{model.input_shape} in {len(names)} classes, trained under noise with sigma {config.sigma}.",
         "\n".join([header, "|---" * (len(RADII) + 1) + "|", row]),
-        f"On {len(table):,} images of {data}, with n {config.certify.n:,} and alpha {config.certify.alpha}; the average "
-        f"certified radius is {table.average_certified_radius:.4f}, in units of pixels in [0, 1]. certify/default holds "
-        "the certificates and every count behind them.",
+        f"On {len(table):,} images of {data}, with n {config.certify.n:,} and alpha {config.certify.alpha}; the "
+        f"average certified radius is {table.average_certified_radius:.4f}, in units of pixels in [0, 1]. "
+        "certify/default holds the certificates and every count behind them.",
         f"Made by `python -m studies.pretrained {name}` (the experiment `{experiment}` of configs/) with {where}.",
         "Meant for demonstrations. The images are small and grey, and nothing is known about other handwriting.",
     ]

@@ -1,5 +1,6 @@
 """`lsrs_jax.load`: a trained network, from a workdir, a file, or this package, as a `SmoothedClassifier`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from lsrs_jax import models
 from lsrs_jax.api import model_file
 from lsrs_jax.api.classifier import SmoothedClassifier
 from lsrs_jax.config import load_config
+from lsrs_jax.models.custom import allowing
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.rng import pinned
 from lsrs_jax.runtime.types import Config
@@ -16,22 +18,24 @@ _PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained"
 MODEL_FILE = "model.safetensors"
 
 
-def load(source: str | Path, *, step: int | None = None) -> SmoothedClassifier:
+def load(source: str | Path, *, step: int | None = None, allow_code: Sequence[str] = ()) -> SmoothedClassifier:
     """A trained network as a `SmoothedClassifier`, with its encoder, Lipschitz constant, sigma and class names.
 
     Args:
       source: a workdir of ``lsrs train``, a file or folder of ``lsrs export``, or the name of a pretrained network that
         comes with this package (`pretrained` lists them).
       step: the checkpoint of a workdir, by default the newest.
+      allow_code: names of code that may be imported, for networks that are not part of this package: the
+        ``package.module:Class`` or ``FILE.py:Class`` of ``model.head`` and ``model.encoder``.
 
-    Nothing in the files is executed. Raises UserError if there is no such network, or if it is damaged.
+    Nothing in the files is executed, and no other code is imported. Raises UserError if there is no such network, or if it is damaged.
     """
     path = Path(source).expanduser()
     if not path.exists() and str(source) in pretrained():
         path = _PRETRAINED / str(source)
     if (path / MODEL_FILE).is_file():
         path = path / MODEL_FILE
-    with pinned():
+    with pinned(), allowing(allow_code):
         if path.is_file():
             return _classifier(*model_file.read(path))
         if not path.is_dir():

@@ -15,7 +15,7 @@ from lsrs_jax.certification.smoothed import Certification, check_labels, reopen
 from lsrs_jax.certification.store import Stored
 from lsrs_jax.certification.table import read_table
 from lsrs_jax.certification.target import TrainedTarget, make_sampler
-from lsrs_jax.certification.verify import Verdict, check_dataset
+from lsrs_jax.certification.verify import Verdict, check_dataset, check_encoder
 from lsrs_jax.runtime import rng
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.format import PRNG
@@ -71,6 +71,8 @@ def run(target: TrainedTarget, stored: Stored, count: int, verdict: Verdict) -> 
         print(f"note: the folder says that it was made on {identity.platform!r}; this is {here!r}")
         target = _with_smallest_batch(target, len(indices))
     pipeline = Pipeline(target)
+    if "weights" in verdict.unchecked:  # of a network whose code --verify does not import
+        check_encoder(pipeline.report, "the encoder", stored, verdict)
     chunks = list(pipeline.encoded(indices, {idx: recorded.images[idx].slack for idx in indices}))
     again = _same_noise(pipeline, certification, recorded, chunks, identity.seed or 0)
     old, new = ([counts.images[idx] for idx in indices] for counts in (recorded, again))

@@ -17,6 +17,8 @@ from lsrs_jax.certification.table import read_table
 from lsrs_jax.certification.target import Target, target_of_certificates
 from lsrs_jax.config import CALLER, SEED_DERIVED, SEED_OF_TRAINING, config_to_dict, load_config, other_training
 from lsrs_jax.data import Photos
+from lsrs_jax.layers.lipschitz import LipschitzReport
+from lsrs_jax.models.custom import code_of
 from lsrs_jax.runtime.errors import NotHere, UserError
 from lsrs_jax.runtime.files import digest_of
 from lsrs_jax.runtime.workdir import checkpoints
@@ -288,6 +290,11 @@ def _check_checkpoint(workdir: Path, stored: store.Stored, verdict: Verdict) -> 
             constant = f"the Lipschitz constant {stored.lipschitz.constant:.15g}"
             verdict.unchecked["weights"] = f"{constant} of the encoder, which was given in Python"
         return
+    if code := code_of(config.model):
+        constant = f"the Lipschitz constant {stored.lipschitz.constant:.15g}"
+        why = f"the network is the code {' and '.join(code)}, which only --recast=N with --allow-code imports"
+        verdict.unchecked["weights"] = f"the weights and {constant} ({why})"
+        return
     if not (checkpoints(workdir) / str(step)).is_dir():
         constant = f"the Lipschitz constant {stored.lipschitz.constant:.15g}"
         verdict.unchecked["weights"] = f"the weights and {constant} (the checkpoint of step {step} is not here)"
@@ -297,11 +304,18 @@ def _check_checkpoint(workdir: Path, stored: store.Stored, verdict: Verdict) -> 
     if meta["digest"] != identity.checkpoint["digest"]:
         raise UserError(f"the checkpoint of step {step} in {workdir} is not the one that was certified: digests differ")
     report = model.for_certification(params, config.certify.head_dtype)[0].report
-    name, claims = f"the encoder of step {step} in {workdir}", stored.lipschitz
+    check_encoder(report, f"the encoder of step {step} in {workdir}", stored, verdict)
+
+
+def check_encoder(report: LipschitzReport, name: str, stored: store.Stored, verdict: Verdict) -> None:
+    """Raises UserError unless an encoder has the Lipschitz constant and the latents that the certificates claim."""
+    claims = stored.lipschitz
     own, claimed = report.constant, claims.constant
     if not math.isclose(own, claimed, rel_tol=_SAME):
         raise UserError(f"{name} has the Lipschitz constant {own!r}, the certificates claim {claimed!r}")
     own, claimed = tuple(report.output_shape), claims.output_shape
-    if identity.certificate == "smoothed" and own != claimed:  # the encoder of a margin ends before the linear head
+    # The encoder of a margin ends before the linear head.
+    if stored.identity.certificate == "smoothed" and own != claimed:
         raise UserError(f"{name} has latents of shape {own}, the certificates claim {claimed}")
+    verdict.unchecked.pop("weights", None)
     verdict.checked.append("the weights and their Lipschitz constant")

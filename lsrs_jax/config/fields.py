@@ -109,12 +109,16 @@ FIELDS: dict[str, Field] = {
     "data.image_column": Field("", "", "The images are in this feature or column; if empty, it is found."),
     "data.label_column": Field("", "", "The labels are in this feature or column; if empty, it is found."),
     "data.workers": Field(0, 0, "This many processes decode photos; with 0, threads do.", _between(0, 1024)),
-    "model.encoder": Field("shallow", REQUIRED, 'models.encoders lists the names, "identity" is none; or code, as for the head.'),
+    "model.encoder": Field(
+        "shallow", REQUIRED, 'models.encoders lists the names, "identity" is none; or code, as for the head.'
+    ),
     "model.method": Field("adaptive", REQUIRED, "Orthogonal convolutions are of this family in orthogonal.FAMILIES."),
     "model.initializer": Field("identity", "identity", 'Orthogonal convolutions start as the "identity" or "random".'),
     "model.padding": Field("circular", "circular", 'Orthogonal convolutions have "circular" or "zero" padding.'),
     "model.activation": Field("maxmin", "maxmin", '"maxmin" or "householder" follows an orthogonal convolution.'),
-    "model.head": Field("convnet", REQUIRED, "The head has this name in models.heads, or is package.module:Class or FILE.py:Class."),
+    "model.head": Field(
+        "convnet", REQUIRED, "The head has this name in models.heads, or is package.module:Class or FILE.py:Class."
+    ),
     "model.head_args": Field("{}", "{}", "Code for the head gets these arguments, a JSON object."),
     "model.encoder_args": Field("{}", "{}", "Code for the encoder gets these arguments, a JSON object."),
     "model.head_digest": Field("", "", "The code of the head has this digest; train fills it in."),

@@ -139,7 +139,9 @@ def _check_used_once(program: Program, size: int) -> None:
         if taken.size:
             node, other = int(program.nodes(taken[0])), readers[owner[taken[0]]][0]
             where = f"the output of {readers[node - 1][0]}" if node else "the input"
-            raise UserError(f"{other} and {name} both read an entry of {where}, which may be used once only: {ACCEPTED}")
+            raise UserError(
+                f"{other} and {name} both read an entry of {where}, which may be used once only: {ACCEPTED}"
+            )
         owner[reads] = index
 
 

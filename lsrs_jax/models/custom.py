@@ -18,7 +18,9 @@ from types import ModuleType
 from typing import Any
 
 import flax.linen as nn
+from flax import nnx
 
+from lsrs_jax.models.nnx_head import NnxModule
 from lsrs_jax.runtime.errors import UserError, reason
 from lsrs_jax.runtime.types import Config
 
@@ -83,22 +85,28 @@ def make(model: Config, part: str, **offered: Any) -> nn.Module:
     name, stored = model[part], model[f"{part}_digest"]
     chosen = _chosen(name, stored)
     made = _resolve(chosen)
-    try:
-        given = arguments(model[f"{part}_args"])
-        accepted = inspect.signature(made).parameters
+    given = arguments(model[f"{part}_args"])
+    with errors_of(f"model.{part}={name}"):
+        is_nnx = isinstance(made, type) and issubclass(made, nnx.Module)
+        accepted = inspect.signature(made.__init__ if is_nnx else made).parameters
         given = {key: value for key, value in offered.items() if key in accepted} | given
-        if isinstance(made, type) and _is_nnx(made):
-            from lsrs_jax.models.nnx_head import NnxModule
-
+        if is_nnx:
             return NnxModule(made, tuple(sorted(given.items())))
         module = made(**given)
-    except UserError:
-        raise
-    except Exception as error:  # whatever the user's code raises
-        raise UserError(f"model.{part}={name} failed: {reason(error)}") from error
     if not isinstance(module, nn.Module):
         raise UserError(f"model.{part}={name} must be a module of Flax (Linen or NNX), got {type(module).__name__}")
     return module
+
+
+@contextlib.contextmanager
+def errors_of(name: str) -> Iterator[None]:
+    """Makes one line of an error of the user's code."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # whatever the user's code raises
+        raise UserError(f"{name} failed: {reason(error)}") from error
 
 
 def arguments(text: str) -> dict[str, Any]:
@@ -106,7 +114,9 @@ def arguments(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except ValueError as error:
-        raise UserError(f"arguments must be a JSON object such as '{{\"width\": 32}}', got {text!r}: {error}") from error
+        raise UserError(
+            f"arguments must be a JSON object such as '{{\"width\": 32}}', got {text!r}: {error}"
+        ) from error
     if not isinstance(found, dict):
         raise UserError(f"arguments must be a JSON object such as '{{\"width\": 32}}', got {text!r}")
     return {key: _hashable(value) for key, value in found.items()}
@@ -151,10 +161,8 @@ def _digest(path: Path) -> str:
 
 
 def _import_module(name: str) -> ModuleType:
-    try:
+    with errors_of(f"the import of {name}"):
         return importlib.import_module(name)
-    except Exception as error:  # whatever the user's code raises
-        raise UserError(f"cannot import {name}: {reason(error)}") from error
 
 
 def _resolve(name: str) -> Any:
@@ -166,20 +174,11 @@ def _resolve(name: str) -> Any:
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules[key] = module
-        try:
+        sys.modules[key] = module  # dataclasses, and so Linen, look their module up
+        with errors_of(f"the import of {where}"):
             spec.loader.exec_module(module)
-        except Exception as error:  # whatever the user's code raises
-            del sys.modules[key]
-            raise UserError(f"cannot import {where}: {reason(error)}") from error
     else:
         module = _import_module(where)
     if not hasattr(module, attribute):
         raise UserError(f"{where} has no {attribute!r}")
     return getattr(module, attribute)
-
-
-def _is_nnx(made: type) -> bool:
-    from flax import nnx
-
-    return issubclass(made, nnx.Module)

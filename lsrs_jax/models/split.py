@@ -4,6 +4,7 @@ With the encoder ``identity`` the noise is on the image: input-space randomized 
 ``noise="input"`` is ISRS of a split model: the same encoder and head, with the noise in front of both.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -23,7 +24,7 @@ from lsrs_jax.models.encoders import BLOCKS, ENCODERS, Chain, Pair, blocks
 from lsrs_jax.models.flops import flops
 from lsrs_jax.models.heads import HEADS, BlocksHead, Head, Images, Latents, Logits
 from lsrs_jax.models.linear_head import project_linear_head
-from lsrs_jax.runtime.errors import UserError, reason
+from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.runtime.validate import choice
 
@@ -180,15 +181,8 @@ def build(config: Config, input_shape: tuple[int, ...], num_classes: int) -> Mod
     else:
         head = heads[config.head](num_classes, *((widths[split:], strides[split:]) if config.head == "blocks" else ()))
     model = Model(encoder, head, normalize, config.noise, tuple(input_shape))
-    if not is_code(config.head):
+    with custom.errors_of(f"model.head={config.head}") if is_code(config.head) else contextlib.nullcontext():
         _check_shapes(model)
-        return model
-    try:
-        _check_shapes(model)
-    except UserError:
-        raise
-    except Exception as error:  # whatever the user's code raises
-        raise UserError(f"model.head={config.head} failed on latents of shape {latent_shape}: {reason(error)}") from error
     return model
 
 
@@ -207,14 +201,10 @@ def _encoder_layers(config: Config, channels: int) -> Chain:
 
 def _latent_shape(encoder: nn.Module, input_shape: tuple[int, ...], name: str) -> tuple[int, ...]:
     """Shape of the latents; raises UserError if the encoder fails."""
-    try:
-        images = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+    with custom.errors_of(name):
         found = jax.eval_shape(lambda x: encoder.init_with_output(jax.random.key(0), x)[0], images)
         return tuple(found.shape[1:])
-    except UserError:
-        raise
-    except Exception as error:  # whatever the user's code raises
-        raise UserError(f"{name} failed on images of shape {tuple(input_shape)}: {reason(error)}") from error
 
 
 def _check_blocks(config: Config) -> None:

@@ -11,6 +11,7 @@ from lsrs_jax import models
 from lsrs_jax.config import check_config, config_from_dict, config_to_dict, load_config, other_training, save_config
 from lsrs_jax.data import Dataset, Photos
 from lsrs_jax.data.pairs import Given, pair_of
+from lsrs_jax.models import custom
 from lsrs_jax.runtime import documents, files, processes
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.rng import pinned
@@ -76,7 +77,7 @@ def fit(
         config.data.name, config.data.dir = train_set.name, ""
     check_config(config)
     home = Workdir(Path(workdir))
-    with processes.started() as process, pinned():
+    with processes.started() as process, pinned(), custom.typed_code(config):
         model = network(config, train_set)
         start = first_parameters(config, model, home)
         with held(home) as check:
