@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -11,6 +12,7 @@ from lsrs_jax import models
 from lsrs_jax.config import default
 from lsrs_jax.models import custom
 from lsrs_jax.runtime.errors import UserError
+from support import threefry
 from support.commands import QUICK, ended, run
 
 CODE = '''
@@ -91,14 +93,8 @@ def test_heads_of_linen_and_nnx_are_built_with_their_arguments(code, head):
     with custom.typed_code(config):
         model = models.build(config.model, (8, 8, 1), 10)
     assert model.shapes()[1].shape == (1, 4, 4, 4)
-    leaves = [leaf.shape for leaf in jax_leaves(model.shapes()[0]["head"])]
+    leaves = [leaf.shape for leaf in jax.tree.leaves(model.shapes()[0]["head"])]
     assert sorted(leaves) == [(5,), (5, 10), (10,), (64, 5)]
-
-
-def jax_leaves(tree):
-    import jax
-
-    return jax.tree.leaves(tree)
 
 
 @pytest.mark.parametrize(
@@ -112,15 +108,13 @@ def jax_leaves(tree):
 )
 def test_code_that_cannot_be_used_gives_one_line(code, head, encoder, message):
     config = section(code, head, encoder)
-    with custom.typed_code(config), pytest.raises(UserError, match=message):
+
+    def use():
         model = models.build(config.model, (8, 8, 1), 10)
-        model.for_certification(model.init(threefry_key()))
+        model.for_certification(model.init(threefry(0)))
 
-
-def threefry_key():
-    from support import threefry
-
-    return threefry(0)
+    with custom.typed_code(config), pytest.raises(UserError, match=message):
+        use()
 
 
 @pytest.mark.parametrize("args", ["[1]", "{", "7"])
@@ -174,7 +168,7 @@ def test_named_code_serves_every_command_and_load(own, code):
         lsrs_jax.load(workdir.parent / "exported")
     again = lsrs_jax.load(workdir.parent / "exported", allow_code=names)
     x = np.random.default_rng(0).random((2, 8, 8, 1))
-    key = threefry_key()
+    key = threefry(0)
     assert np.array_equal(again.soft_logits(x, key, 8), classifier.soft_logits(x, key, 8))
 
 

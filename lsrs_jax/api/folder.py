@@ -1,6 +1,8 @@
 """Certification of a caller's classifier into a workdir: the same files as the command ``certify`` writes."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +60,23 @@ def certify(
     """
     config = _config(classifier, out, fields)
     folder = out / "certify" / config.certify.name
-    _check_program(folder, identity)
+    _check_program(folder, identity, config)
     meta = {"step": 0, "digest": identity.parameters}
     target = GivenTarget(config, folder, dataset, range(len(dataset)), meta, classifier, slack)
-    with pinned():
+    with pinned(), _for_callers():
         found = smoothed.run(target, ALONE, Workdir(out), say, lambda: None, {"program": identity.program})
     certificates = found and found[1]
     assert certificates is not None, "this process derives, and there are inputs"
     return folder, certificates
+
+
+@contextlib.contextmanager
+def _for_callers() -> Iterator[None]:
+    """Errors of the command, in the words of the Python interface."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(str(error).replace("--config.certify.name", "name")) from error
 
 
 def _config(classifier: SmoothedClassifier, out: Path, fields: dict[str, Any]) -> Config:
@@ -95,10 +106,10 @@ def _config(classifier: SmoothedClassifier, out: Path, fields: dict[str, Any]) -
     return config
 
 
-def _check_program(folder: Path, identity: HeadIdentity) -> None:
+def _check_program(folder: Path, identity: HeadIdentity, config: Config) -> None:
     """Raises UserError if a folder was made by another function with the same parameters.
 
-    Another version of JAX may write another program for the same function, so that then nothing is compared.
+    Another version of JAX, or another tile, gives another program of the same function; then nothing is compared.
     """
     path = folder / "certificates.json"
     if not path.exists():
@@ -106,7 +117,11 @@ def _check_program(folder: Path, identity: HeadIdentity) -> None:
     stored = store.require_sealed(path)
     programs = [entry.get("program") for entry in stored.record if entry["versions"].get("jax") == jax.__version__]
     known = [own for own in programs if own]
-    if stored.identity.checkpoint["digest"] == identity.parameters and known and identity.program not in known:
+    same = (identity.parameters, list(config.certify.tile)) == (
+        stored.identity.checkpoint["digest"],
+        stored.identity.tile,
+    )
+    if same and known and identity.program not in known:
         raise UserError(
             f"{folder} holds certificates of another function of the same parameters: give the head that was used, or "
             "another name or out"

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from lsrs_jax.config import (
+    CALLER,
     FIELDS,
     SEED_DERIVED,
     SEED_OF_TRAINING,
@@ -131,6 +132,8 @@ def _clause(new: Identity, name: str, was: Any, now: Any) -> str:
     """Says how a field of another run differs."""
     if name == "checkpoint.step":
         return f"they are of the checkpoint of step {was}, not {now}; --config.certify.checkpoint={was} continues them"
+    if name == "checkpoint.digest" and new.model.get("head") == CALLER:
+        return "the parameters of the head have changed"
     if name == "checkpoint.digest":
         return f"the weights in the checkpoint of step {new.checkpoint['step']} have changed"
     if name == "data.class_names" and (clause := other_class(was or [], now or [])):
