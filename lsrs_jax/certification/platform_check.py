@@ -46,7 +46,7 @@ def check_encoder(materialized: Materialized, encode: Callable[[np.ndarray], np.
         worst = int(np.argmax(error / allowed))
         errors = f"an error of {error[worst]:.1e}, but certificates allow for {allowed[worst]:.1e}"
         raise UserError(f"this platform computes the encoder with {errors}: it does not multiply in float64; {_REMEDY}")
-    return float((error / allowed).max())
+    return float(np.divide(error, allowed, out=np.zeros_like(error), where=allowed > 0).max())
 
 
 def check_noise(arithmetic: Arithmetic) -> None:

@@ -1,7 +1,8 @@
 """Linen modules over `lsrs_jax.orthogonal`, each 1-Lipschitz unless its docstring says otherwise.
 
 Each also has ``output_shape(input_shape)`` and ``materialize(params, input_shape)``, which returns the layer as a
-`Plain`: a pure function, its float64 arrays, and the singular values proven on them. `lipschitz_report` proves the constant of a network of these layers.
+`Plain`: a pure function, its float64 arrays, and the singular values proven on them. `lipschitz_report` proves the
+constant of a network of these layers.
 """
 
 from lsrs_jax.layers.activation import GroupSort, Householder, MaxMin

@@ -40,7 +40,8 @@ class LipschitzReport:
 
     **Guarantee**: the encoder, as the function and float64 parameters of the `Materialized` that holds this report, is
     ``constant``-Lipschitz in ℓ2 on inputs of ``input_shape``. The constant is the product of the layers' σ_max (float64
-    SVD of exactly the arrays that run, each with a margin for the SVD's own error), rounded up.
+    SVD of exactly the arrays that run, each with a margin for the SVD's own error), rounded up. In a network with
+    branches, σ_max and offset of a line are those of the whole network's step (`network.materialize_network`).
     """
 
     layers: tuple[LayerBound, ...]
@@ -101,8 +102,8 @@ class LipschitzReport:
 class Materialized(NamedTuple):
     """An encoder ready for certification."""
 
-    apply: Callable[[PyTree, Array], Array]  # (params, x[B, H, W, C]) -> latents[B, ...], in the dtype of x
-    params: tuple[PyTree[Float[np.ndarray, "..."]], ...]  # float64, one tree per layer
+    apply: Callable[[PyTree, Array], Array]  # (params, x[B, ...]) -> latents[B, ...], in the dtype of x
+    params: tuple[PyTree[Float[np.ndarray, "..."]], ...]  # float64, one tree per line of the report
     report: LipschitzReport
 
 

@@ -19,8 +19,7 @@ def _slice(x: np.ndarray, *, start_indices: Any, limit_indices: Any, strides: An
     return [x[tuple(map(slice, start_indices, limit_indices, strides or (1,) * x.ndim))]]
 
 
-# Primitive of JAX -> its results, from its operands and parameters. All of them have the operands and results of the
-# primitive; `broadcast_in_dim` is the only one that repeats entries.
+# Primitive of JAX -> its results, from its operands and parameters. `broadcast_in_dim` alone repeats entries.
 MOVES: dict[str, Callable[..., Sequence[np.ndarray]]] = {
     "broadcast_in_dim": _broadcast,
     "concatenate": lambda *parts, dimension: [np.concatenate(parts, dimension)],
@@ -29,5 +28,7 @@ MOVES: dict[str, Callable[..., Sequence[np.ndarray]]] = {
     "slice": _slice,
     "split": lambda x, *, sizes, axis: np.split(x, np.cumsum(sizes)[:-1], axis),
     "squeeze": lambda x, *, dimensions: [np.squeeze(x, dimensions)],
+    "stack": lambda *parts, axis: [np.stack(parts, axis)],
     "transpose": lambda x, *, permutation: [np.transpose(x, permutation)],
+    "unstack": lambda x, *, axis: list(np.moveaxis(x, axis, 0)),
 }

@@ -53,13 +53,16 @@ def materialize_network(module: Any, variables: PyTree, input_shape: Sequence[in
         ``concatenate([x, layer(x)])``; for a module that mixes the rows of its batch, returns anything but one array or
         depends on the size of the batch; and for what `lipschitz.materialize` refuses.
 
-    **Guarantee**: ``apply`` computes, row by row, what the module computes on batches of 2 and 3 in exact arithmetic,
-    and has the constant of the report. Every entry, of the input or of a layer's output, is used at most once. So after
-    each call the values still needed are disjoint blocks b, and Σ_b ‖Δ_b‖²/c_b² ≤ ‖Δx‖², with c = 1 for the input:
-    a layer that reads from the blocks B has ‖Δ‖²/(σ·max_B c)² ≤ Σ_B ‖Δ_b‖²/c_b², so c = σ·max_B c keeps the sum. The
-    output has at most the largest c of the blocks that it reads. The bound of the rounding error holds as well: measured
-    in the same norm, a call adds ``rounding`` · (norm + error + offset / c) to the error and offset / c to the norm,
-    which are the terms of `LipschitzReport.rounding` over the largest constant M, as the line has offset · M / c.
+    **Guarantee**: ``apply`` is ``constant``-Lipschitz. Row by row it computes what the module computes in exact
+    arithmetic on batches of 2 and 3.
+
+    *Proof.* Every entry, of the input or of a layer's output, is used at most once. So after each call the values that
+    are still needed are disjoint blocks b. With c_b = 1 for the input, Σ_b ‖Δ_b‖²/c_b² ≤ ‖Δx‖² holds before the first
+    call, and every call keeps it: one that reads from the blocks B replaces what it reads by a block with
+    ‖Δ‖²/(σ·max_B c)² ≤ Σ_B ‖Δ_b‖²/c_b², whose c is σ·max_B c. So M, the largest c of the blocks that are needed, bounds
+    the constant, and the report has the factors by which M grows. Measured in the norm √Σ_b ‖·‖²/c_b², a call adds at
+    most offset/c to the norm of the values and ``rounding`` · (norm + error + offset/c) to their error. Times M, these
+    are the terms of `LipschitzReport.rounding`, because the line has the offset · M/c.
     """
     shape = tuple(input_shape)
     if not shape or not all(is_whole(size) and size >= 1 for size in shape):
@@ -125,7 +128,7 @@ class _Marker:
         if self._asking or method != "__call__":
             return call(*args, **kwargs)
         if not isinstance(module, Layer):
-            self.classes[str(module.name)] = type(module).__name__
+            self.classes[module.name or ""] = type(module).__name__
             return call(*args, **kwargs)
         name = type(module).__name__
         given = [value for value in (*args, *kwargs.values()) if value is not None]
@@ -200,7 +203,7 @@ def _reader(program: Program, shape: Shape, codes: Codes, target: Shape) -> Call
     owners = program.nodes(codes)
     nodes = np.unique(owners)
     starts = np.cumsum([0, *(sizes[node] for node in nodes)])  # of the nodes, one after the other
-    places = codes - np.asarray(firsts)[owners] + starts[np.searchsorted(nodes, owners)]
+    places = (codes - np.asarray(firsts)[owners] + starts[np.searchsorted(nodes, owners)]).astype(np.int32)
     in_order = np.array_equal(places, np.arange(starts[-1]))
 
     def read(values: list[Array]) -> Array:

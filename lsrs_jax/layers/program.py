@@ -25,6 +25,7 @@ _CALLS = {  # primitives that call one function, and the parameter that holds it
     "jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr", "remat2": "jaxpr",
     "checkpoint": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
 }  # fmt: skip
+_JOINING = ("concatenate", "stack")
 _INDEXED = ("gather", "dynamic_slice")  # pick entries by numbers, which must be known
 
 Codes = Int[np.ndarray, "..."]
@@ -227,7 +228,7 @@ class _Walk:
 
     def _move(self, equation: Any, inputs: Sequence[_Value], described: str) -> Sequence[_Value]:
         name, params = equation.primitive.name, equation.params
-        data, others = (inputs, ()) if name == "concatenate" else (inputs[:1], inputs[1:])
+        data, others = (inputs, ()) if name in _JOINING else (inputs[:1], inputs[1:])
         if not all(isinstance(value, _Entries) for value in data):
             return [_Refused(f"{described} has values that do not depend on the input: {ACCEPTED}")]
         if not all(isinstance(value, _Fixed) for value in others):
@@ -239,7 +240,7 @@ class _Walk:
             numbers = [_value(value, f"the indices of {described}") for value in others]
             filled = {"fill_value": -1} if params.get("fill_value", None) is not None else {}
             found = [np.asarray(equation.primitive.bind(*ids, *numbers, **params | filled))]
-        if name not in ("concatenate", "gather", "broadcast_in_dim"):
+        if name not in (*_JOINING, "gather", "broadcast_in_dim"):
             return [_Entries(part) for part in found]
         if found[0].min(initial=0) < 0 or np.unique(found[0]).size < found[0].size:
             return [_Refused(f"{described} reads an entry twice, or one that does not exist: {ACCEPTED}")]
