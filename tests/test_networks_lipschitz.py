@@ -101,6 +101,9 @@ ACCEPTED = {
     "chain inside": lambda x: layers.Encoder((conv(6), layers.MaxMin(), conv(4)))(x),
     "compiled inside": lambda x: nn.jit(layers.OrthogonalConv)(4, (3, 3))(jax.jit(lambda x: jnp.flip(x, 1))(x)),
     "unused": lambda x: (nn.relu(x).sum(), layers.MaxMin()(x * 2), nn.Dense(3)(x), layers.MaxMin()(x))[-1],
+    "named and compiled apart": lambda x: jax.lax.optimization_barrier(jax.lax.stop_gradient(layers.MaxMin()(x))),
+    "by numbers drawn before": lambda x: x[:, jax.random.permutation(jax.random.key(0), 6)],
+    "row by row": lambda x: jax.vmap(lambda row: row[::-1].T)(layers.MaxMin()(x)),
     "taken": lambda x: layers.MaxMin()(jnp.take(x, jnp.arange(3) + 1, axis=-1)),
     "sliced where a number says": lambda x: jax.lax.dynamic_slice(x, (0, 1, 2, 0), (len(x), 3, 3, 4)),
 }
@@ -362,7 +365,10 @@ REFUSED = {
     "batch in one row": (lambda x: x.reshape(1, -1), "mixes or moves the rows of the batch"),
     "row of another": (lambda x: x[:1], "mixes or moves the rows of the batch"),
     "batch size": (by_size, "Net is another function for batches of 2 and of 3"),
-    "bfloat16": (lambda x: layers.MaxMin()(x.astype(jnp.bfloat16)), "casts float32 to bfloat16, which loses digits"),
+    "bfloat16": (
+        lambda x: layers.MaxMin()(x.astype(jnp.bfloat16)),
+        "casts float32 to bfloat16, and only casts to wider floats keep",
+    ),
     "integers": (lambda x: x.astype(jnp.int32), "casts float32 to int32"),
     "tuple": (lambda x: (x, x), "must return one array, whose constant is to be proven, got tuple"),
     "constant": (lambda x: jnp.zeros((len(x), 3)), "does not depend on its input"),

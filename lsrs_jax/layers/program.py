@@ -20,7 +20,10 @@ from lsrs_jax.runtime.errors import UserError, reason
 ACCEPTED = (
     "between lsrs_jax.layers only reshapes, transposes, slices and the concatenation of disjoint parts are accepted"
 )
-_SAME = ("copy", "copy_p", "name", "optimization_barrier", "sharding_constraint", "reshard", "mesh_cast", "device_put")
+_SAME = (  # primitives that return what they get
+    "copy", "copy_p", "name", "optimization_barrier", "stop_gradient", "sharding_constraint", "reshard", "mesh_cast",
+    "device_put",
+)  # fmt: skip
 _CALLS = {  # primitives that call one function, and the parameter that holds it
     "jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr", "remat2": "jaxpr",
     "checkpoint": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
@@ -202,7 +205,8 @@ class _Walk:
         if name == "convert_element_type":
             old, new = equation.invars[0].aval.dtype, params["new_dtype"]
             exact = jnp.issubdtype(new, jnp.floating) and np.can_cast(old, new, "safe")
-            return inputs if exact else [_Refused(f"{described} casts {old} to {new}, which loses digits: {ACCEPTED}")]
+            why = f"{described} casts {old} to {new}, and only casts to wider floats keep all digits: {ACCEPTED}"
+            return inputs if exact else [_Refused(why)]
         if name in MOVES or name in _INDEXED:
             return self._move(equation, inputs, described)
         return [_Refused(f"{described} has no proven Lipschitz constant: {ACCEPTED}")] * count
