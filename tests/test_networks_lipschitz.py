@@ -325,6 +325,11 @@ def looped(x):
     return jax.lax.while_loop(lambda carry: carry[0] < 2, lambda carry: (carry[0] + 1, carry[1][:, ::-1]), (0, x))[1]
 
 
+def rolled_by_row(x):
+    rows = np.arange(len(x))[:, None]
+    return x[rows, (rows + np.arange(6)) % 6]
+
+
 def by_size(x):
     return layers.MaxMin()(x) if len(x) == 2 else layers.GroupSort(4)(x)
 
@@ -362,6 +367,7 @@ REFUSED = {
     "batch rolled": (lambda x: layers.MaxMin()(jnp.roll(x, 1, axis=0)), "input of the layer MaxMin mixes or moves"),
     "batch mixed": (mixed_rows, "Net cannot be traced for inputs \\(3|mixes or moves the rows"),
     "batch as feature": (lambda x: layers.MaxMin()(jnp.moveaxis(x, 0, -1)), "mixes or moves the rows of the batch"),
+    "another order in each row": (rolled_by_row, "mixes or moves the rows of the batch"),
     "batch in one row": (lambda x: x.reshape(1, -1), "mixes or moves the rows of the batch"),
     "row of another": (lambda x: x[:1], "mixes or moves the rows of the batch"),
     "batch size": (by_size, "Net is another function for batches of 2 and of 3"),

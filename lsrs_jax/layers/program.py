@@ -25,8 +25,8 @@ _SAME = (  # primitives that return what they get
     "device_put",
 )  # fmt: skip
 _CALLS = {  # primitives that call one function, and the parameter that holds it
-    "jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr", "remat2": "jaxpr",
-    "checkpoint": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
+    "jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr", "remat": "jaxpr",
+    "remat2": "jaxpr", "checkpoint": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
 }  # fmt: skip
 _JOINING = ("concatenate", "stack")
 _INDEXED = ("gather", "dynamic_slice")  # pick entries by numbers, which must be known
@@ -121,7 +121,7 @@ def follow(
 
 
 def _mixed(reader: str) -> str:
-    return f"{reader} mixes or moves the rows of the batch; the first axis must stay the batch, in its order"
+    return f"{reader} mixes or moves the rows of the batch; the first axis must stay the batch, every row treated alike"
 
 
 def _needed(program: Program) -> Program:
