@@ -13,11 +13,18 @@ from support import ROOT
 
 PAGE = (ROOT / "docs" / "stability.md").read_text(encoding="utf-8")
 _SAMPLING = "n0 n alpha bound schedule radii epsilon"
+_ATTACKS = "fractions restarts steps samples votes"
 _WAYS = "arithmetic noise tile spmd"
 PARAMETERS = {
-    "lsrs_jax.SmoothedClassifier": f"head sigma lipschitz {_WAYS} devices",
-    "lsrs_jax.smoothing.SmoothedClassifier.certify": f"self x key {_SAMPLING} slack counts progress",
-    "lsrs_jax.smoothing.SmoothedClassifier.predict": "self x key n alpha",
+    "lsrs_jax.SmoothedClassifier": f"head sigma encoder lipschitz class_names {_WAYS} devices",
+    "lsrs_jax.smoothing.SmoothedClassifier": f"head sigma encoder lipschitz class_names {_WAYS} devices",
+    "lsrs_jax.SmoothedClassifier.certify": f"self x labels out key {_SAMPLING} slack counts name progress",
+    "lsrs_jax.SmoothedClassifier.predict": "self x key n alpha details",
+    "lsrs_jax.SmoothedClassifier.soft_logits": "self x key samples",
+    "lsrs_jax.SmoothedClassifier.audit": f"self x labels certificates out name {_ATTACKS} alpha progress",
+    "lsrs_jax.SmoothedClassifier.export": "self path input_shape batch n alpha platforms",
+    "lsrs_jax.load": "source step allow_code",
+    "lsrs_jax.models.register_head": "name make",
     "lsrs_jax.smoothing.certify": f"head latents sigma key {_SAMPLING} lipschitz slack {_WAYS} progress",
     "lsrs_jax.smoothing.predict": f"head latents sigma key n alpha {_WAYS}",
     "lsrs_jax.smoothing.certified_radius": "p_a_lower p_b_upper sigma lipschitz slack",

@@ -1,6 +1,6 @@
 """`SmoothedClassifier.predict` as a StableHLO program that runs without this package."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -10,11 +10,11 @@ from jax import export
 from jaxtyping import Array, Float, Int, UInt32
 
 from lsrs_jax.runtime.errors import UserError, reason
-from lsrs_jax.runtime.format import KEY_DOMAINS, NOISE_OFFSETS, STREAMS
+from lsrs_jax.runtime.format import KEY_DOMAINS, NOISE_OFFSETS, PRNG, STREAMS
 from lsrs_jax.runtime.validate import is_whole
 from lsrs_jax.smoothing.confidence import check_alpha, is_ahead
 from lsrs_jax.smoothing.discrete_gaussian import MAX_LATENT
-from lsrs_jax.smoothing.sampler import pinned_flags
+from lsrs_jax.smoothing.sampler import Sampler, pinned_flags
 from lsrs_jax.smoothing.schedule import block_count, make_schedule
 
 if TYPE_CHECKING:
@@ -47,41 +47,14 @@ def export_predict(
     if not is_whole(batch) or not 1 <= batch <= 2**20:
         raise UserError(f"batch must be a whole number from 1 on, got {batch!r}")
     check_alpha(alpha)
-    samples = classifier.settings["tile"][1]
-    make_schedule("fixed", 1, n, samples)
+    make_schedule("fixed", 1, n, classifier.settings["tile"][1])
     encoder = classifier.encoder(input_shape)
     latent_shape = tuple(encoder.report.output_shape)
     sampler = classifier.sampler(latent_shape)
-    arithmetic, classes, head = sampler.arithmetic, sampler.num_classes, classifier.head
-    needed = _needed(n, classes, alpha, sampler.tau)
-    spacing, offset = arithmetic.identity.get("spacing"), NOISE_OFFSETS[classifier.settings["noise"]]
+    needed = _needed(n, sampler.num_classes, alpha, sampler.tau)
+    counts_of = _counter(classifier, sampler, latent_shape, batch, n)
+    spacing = sampler.arithmetic.identity.get("spacing")
     limit = MAX_LATENT * spacing if spacing else 2.0**120
-
-    def block(key: Array, latents: Array, number: Array) -> Int[Array, "batch classes"]:
-        def draw(own: Array) -> Array:
-            return arithmetic.draw(
-                jax.random.fold_in(own, number), (samples, *latent_shape), jnp.asarray(arithmetic.tables)
-            )
-
-        if offset:  # independent noise: every input has a key of its own
-            noise = jax.vmap(draw)(jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch)))
-        else:
-            noise = draw(key)
-        noisy = jax.vmap(arithmetic.add, (0, 0 if offset else None))(latents, noise)
-        logits = head(noisy.reshape(batch * samples, *latent_shape))
-        chosen = jnp.where(jnp.isnan(logits).any(axis=-1), classes, jnp.argmax(logits, axis=-1))
-        valid = number * samples + jnp.arange(samples, dtype=jnp.int32) < n
-        hits = chosen.reshape(batch, samples, 1) == jnp.arange(classes, dtype=chosen.dtype)
-        return jnp.sum(hits & valid[:, None], axis=1, dtype=jnp.int32)
-
-    def all_blocks(key_data: Array, latents: Array) -> Int[Array, "batch classes"]:
-        key = jax.random.wrap_key_data(key_data, impl="threefry2x32")
-        key = jax.random.fold_in(jax.random.fold_in(key, KEY_DOMAINS["certify"]), STREAMS["prediction"] + offset)
-
-        def step(number: Array, total: Array) -> Array:
-            return total + block(key, latents, number)
-
-        return jax.lax.fori_loop(0, block_count(n, samples), step, jnp.zeros((batch, classes), jnp.int32))
 
     def predict(x: Float[Array, "batch *input"], key_data: UInt32[Array, "2"]) -> Int[Array, " batch"]:
         latents = encoder.apply(encoder.params, x.astype(jnp.float64))
@@ -89,7 +62,7 @@ def export_predict(
         safe = jnp.where(inside.reshape(-1, *[1] * len(latent_shape)), latents, 0)
         on_grid = jnp.rint(safe / spacing).astype(jnp.int32) if spacing else safe.astype(jnp.float32)
         with jax.enable_x64(False):  # the head runs as it does in the sampling loop
-            counts = all_blocks(key_data, on_grid)
+            counts = counts_of(key_data, on_grid)
         rows, leader = jnp.arange(batch), jnp.argmax(counts, axis=1)
         first = counts[rows, leader]
         second = counts.at[rows, leader].set(-1).max(axis=1)
@@ -102,6 +75,41 @@ def export_predict(
             return export.export(jax.jit(predict), platforms=platforms)(*arguments)
         except Exception as error:  # whatever the caller's functions, or the exporter, raise
             raise UserError(f"this classifier cannot be exported ({reason(error)})") from error
+
+
+def _counter(
+    classifier: "SmoothedClassifier", sampler: Sampler, latent_shape: tuple[int, ...], batch: int, n: int
+) -> Callable[[Array, Array], Int[Array, "batch classes"]]:
+    """A function of key data and quantized latents: counts as those of `Sampler.prediction_counts`, without NaN rows."""
+    samples, classes, arithmetic = sampler.tile[1], sampler.num_classes, sampler.arithmetic
+    offset = NOISE_OFFSETS[classifier.settings["noise"]]
+
+    def block(key: Array, latents: Array, number: Array) -> Int[Array, "batch classes"]:
+        def draw(own: Array) -> Array:
+            key, size = jax.random.fold_in(own, number), (samples, *latent_shape)
+            return arithmetic.draw(key, size, jnp.asarray(arithmetic.tables))
+
+        if offset:  # independent noise: every input has a key of its own
+            noise = jax.vmap(draw)(jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch)))
+        else:
+            noise = draw(key)
+        noisy = jax.vmap(arithmetic.add, (0, 0 if offset else None))(latents, noise)
+        logits = classifier.head(noisy.reshape(batch * samples, *latent_shape))
+        chosen = jnp.where(jnp.isnan(logits).any(axis=-1), classes, jnp.argmax(logits, axis=-1))
+        valid = number * samples + jnp.arange(samples, dtype=jnp.int32) < n
+        hits = chosen.reshape(batch, samples, 1) == jnp.arange(classes, dtype=chosen.dtype)
+        return jnp.sum(hits & valid[:, None], axis=1, dtype=jnp.int32)
+
+    def all_blocks(key_data: Array, latents: Array) -> Int[Array, "batch classes"]:
+        key = jax.random.wrap_key_data(key_data, impl=PRNG)
+        key = jax.random.fold_in(jax.random.fold_in(key, KEY_DOMAINS["certify"]), STREAMS["prediction"] + offset)
+
+        def step(number: Array, total: Array) -> Array:
+            return total + block(key, latents, number)
+
+        return jax.lax.fori_loop(0, block_count(n, samples), step, jnp.zeros((batch, classes), jnp.int32))
+
+    return all_blocks
 
 
 def _needed(n: int, classes: int, alpha: float, tau: float) -> Int[np.ndarray, " n+1"]:

@@ -28,7 +28,8 @@ def load(source: str | Path, *, step: int | None = None, allow_code: Sequence[st
       allow_code: names of code that may be imported, for networks that are not part of this package: the
         ``package.module:Class`` or ``FILE.py:Class`` of ``model.head`` and ``model.encoder``.
 
-    Nothing in the files is executed, and no other code is imported. Raises UserError if there is no such network, or if it is damaged.
+    Nothing in the files is executed, and no other code is imported. Raises UserError if there is no such network, or if
+    it is damaged.
     """
     path = Path(source).expanduser()
     if not path.exists() and str(source) in pretrained():

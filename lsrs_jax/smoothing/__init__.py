@@ -12,14 +12,13 @@ from lsrs_jax.smoothing import confidence
 from lsrs_jax.smoothing.derivation import Certificates, certified_radius, from_counts
 
 if TYPE_CHECKING:
-    from lsrs_jax.api.classifier import SmoothedClassifier
     from lsrs_jax.smoothing.api import certify, predict
     from lsrs_jax.smoothing.sampler import Sampler
 
 __all__ = [
     "Certificates", "Sampler", "SmoothedClassifier", "certified_radius", "certify", "confidence", "from_counts",
     "predict",
-]  # fmt: skip
+]  # fmt: skip  # pyright: ignore[reportUnsupportedDunderAll]
 
 _LAZY = dict.fromkeys(("certify", "predict"), f"{__name__}.api") | {"Sampler": f"{__name__}.sampler"}
 _LAZY["SmoothedClassifier"] = "lsrs_jax.api.classifier"  # its place in earlier versions was here
