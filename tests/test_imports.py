@@ -16,7 +16,8 @@ HEAVY = ("orbax", "tensorstore", "tensorflow_datasets", "tensorflow", "grain", "
 # Each entry may import only entries after it. `config` and the commands are files, the others are folders.
 ORDER = [
     *("__main__", "train", "audit", "certify", "report", "export", "show_config", "show_data", "flags", "cli"),
-    *("api", "reporting", "certification", "auditing", "training", "data", "models", "layers", "orthogonal"),
+    *("api", "reporting", "certification", "auditing", "training", "data", "models", "pytorch", "layers"),
+    "orthogonal",
     *("config", "smoothing", "runtime"),
 ]
 # The commands are not imported by `cli` at its top: they pass their names, and `cli` imports them to run them.

@@ -1,8 +1,8 @@
 """ATen operations as JAX functions: arithmetic, comparisons, activations, reductions and matrix products.
 
-`OPERATIONS` maps an overload, such as ``aten.add.Tensor``, to a function of the same arguments. Arguments that say where
-or how a tensor is stored (device, layout, memory format) are left out by the importer. Operations with several results
-return a tuple; if a result is missing in it, a network that uses that result is refused.
+`OPERATIONS` maps an overload, such as ``aten.add.Tensor``, to a function of the same arguments. Arguments that say
+where or how a tensor is stored (device, layout, memory format) are left out by the importer. Operations with several
+results return a tuple; if a result is missing in it, a network that uses that result is refused.
 """
 
 from collections.abc import Callable
@@ -137,7 +137,7 @@ def prelu(x: Any, slopes: Any) -> Any:
 
 @register(OPERATIONS, "elu.default")
 def elu(x: Any, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Any:
-    negative = alpha * jnp.expm1(jnp.minimum(x, 0) * input_scale)
+    negative = alpha * jnp.expm1(jnp.where(x > 0, 0, x) * input_scale)
     return scale * jnp.where(x > 0, x, negative)
 
 
@@ -236,7 +236,7 @@ def all_of(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
 
 
 @register(OPERATIONS, "var.correction")
-def variance(x: Any, dim: Any = None, *, correction: float | None = 1, keepdim: bool = False) -> Any:
+def variance(x: Any, dim: Any = None, *, correction: int | None = 1, keepdim: bool = False) -> Any:
     return jnp.var(x, axes(dim), ddof=1 if correction is None else correction, keepdims=keepdim)
 
 
@@ -246,7 +246,7 @@ def variance_of_axes(x: Any, dim: Any, unbiased: bool = True, keepdim: bool = Fa
 
 
 @register(OPERATIONS, "var_mean.correction")
-def variance_and_mean(x: Any, dim: Any = None, *, correction: float | None = 1, keepdim: bool = False) -> Any:
+def variance_and_mean(x: Any, dim: Any = None, *, correction: int | None = 1, keepdim: bool = False) -> Any:
     return variance(x, dim, correction=correction, keepdim=keepdim), jnp.mean(x, axes(dim), keepdims=keepdim)
 
 

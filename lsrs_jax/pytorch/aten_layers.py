@@ -159,9 +159,7 @@ def max_pool_with_indices(
 
 
 @register(OPERATIONS, "max_pool1d.default", "max_pool2d.default")
-def max_pool(
-    x: Any, size: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
-) -> Any:
+def max_pool(x: Any, size: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False) -> Any:
     windows = _Windows(x, size, stride, padding, dilation, ceil_mode)
     return windows.reduce(x, -jnp.inf, jax.lax.max)
 

@@ -146,7 +146,7 @@ def unfold(x: Any, dim: int, size: int, step: int) -> Any:
     return jnp.moveaxis(windows, dim % x.ndim + 1, -1)
 
 
-# --------------------------------------------------------------------------------------------------- joining and padding
+# -------------------------------------------------------------------------------------------------- joining and padding
 
 
 @register(OPERATIONS, "cat.default")
@@ -191,7 +191,7 @@ def roll(x: Any, shifts: Any, dims: Any = None) -> Any:
     return jnp.roll(x, tuple(shifts), tuple(dims)) if dims else jnp.roll(x, shifts[0])
 
 
-# ---------------------------------------------------------------------------------------------- new tensors, conversions
+# --------------------------------------------------------------------------------------------- new tensors, conversions
 
 
 @register(OPERATIONS, "full.default")
@@ -209,14 +209,24 @@ def new_full(x: Any, size: Any, value: Any, *, dtype: Any = None) -> Any:
     return jnp.full(tuple(size), value, dtype or x.dtype)
 
 
-@register(OPERATIONS, "zeros.default", "new_zeros.default")
-def zeros(*arguments: Any, dtype: Any = None) -> Any:
-    return new_full(arguments[0], arguments[1], 0, dtype=dtype) if len(arguments) == 2 else full(*arguments, 0, dtype=dtype)
+@register(OPERATIONS, "zeros.default")
+def zeros(size: Any, *, dtype: Any = None) -> Any:
+    return jnp.zeros(tuple(size), dtype)
 
 
-@register(OPERATIONS, "ones.default", "new_ones.default")
-def ones(*arguments: Any, dtype: Any = None) -> Any:
-    return new_full(arguments[0], arguments[1], 1, dtype=dtype) if len(arguments) == 2 else full(*arguments, 1, dtype=dtype)
+@register(OPERATIONS, "ones.default")
+def ones(size: Any, *, dtype: Any = None) -> Any:
+    return jnp.ones(tuple(size), dtype)
+
+
+@register(OPERATIONS, "new_zeros.default")
+def new_zeros(x: Any, size: Any, *, dtype: Any = None) -> Any:
+    return jnp.zeros(tuple(size), dtype or x.dtype)
+
+
+@register(OPERATIONS, "new_ones.default")
+def new_ones(x: Any, size: Any, *, dtype: Any = None) -> Any:
+    return jnp.ones(tuple(size), dtype or x.dtype)
 
 
 @register(OPERATIONS, "zeros_like.default")

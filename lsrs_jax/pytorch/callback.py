@@ -1,4 +1,4 @@
-"""A PyTorch module as a head through `jax.pure_callback`: slower than an import, for modules that cannot be imported."""
+"""A PyTorch module as a head through `jax.pure_callback`: slower than an import, but for any module."""
 
 import copy
 import hashlib
@@ -57,8 +57,8 @@ def torch_callback(module: Any, num_classes: int, *, layout: str = "NCHW") -> To
     """Makes a head of any PyTorch module in eval mode, which is called on the host for every batch of samples.
 
     Args:
-      module: a `torch.nn.Module` that returns logits ``(B, num_classes)``. It is copied: later changes of its parameters
-        do not change the head.
+      module: a `torch.nn.Module` that returns logits ``(B, num_classes)``. It is copied: later changes of its
+        parameters do not change the head.
       num_classes: K.
       layout: what the caller of the head passes: ``"NCHW"``, as the module takes it, or ``"NHWC"``.
 
@@ -68,8 +68,8 @@ def torch_callback(module: Any, num_classes: int, *, layout: str = "NCHW") -> To
 
     Raises UserError for a module in training mode, or one that cannot be copied.
 
-    **Guarantee**: that of any head: the sampler checks that rows are independent and deterministic. Prefer `from_torch`:
-    it is faster, and what it returns is one fixed function.
+    **Guarantee**: that of any head: the sampler checks that rows are independent and deterministic. Prefer
+    `from_torch`: it is faster, and what it returns is one fixed function.
     """
     torch = load_torch("torch_callback")
     check_module(torch, module, layout)

@@ -91,9 +91,9 @@ def _load(torch: Any, path: Any) -> tuple[dict[str, Any], str | None]:
 
 
 def _refusal(path: Any, error: Exception) -> str:
-    found = re.search(r"(?:GLOBAL|Unsupported (?:global|class|operand)|global) ([\w.]+ ?[\w.]*)", str(error))
+    found = re.search(r"(?:GLOBAL|global:? GLOBAL|function) (\w+\.[\w.]+)", str(error))
     if "weights_only" in str(error).lower() or "Unsupported" in str(error):
-        what = f" ({found.group(1).strip()})" if found else ""
+        what = f" ({found.group(1)})" if found else ""
         remedy = "save it again with torch.save({'arch': ..., 'state_dict': model.state_dict()}, file)"
         return f"{path} is no checkpoint, or holds more than weights{what}, which is never loaded: {remedy}"
     return f"{path} is no checkpoint of PyTorch, or not whole: {first_line(error)}"
@@ -114,13 +114,13 @@ def _matching(path: Any, stored: dict[str, Any], expected: Mapping[str, Any]) ->
     behind = {_PARALLEL.sub("", name[2:]): tensor for name, tensor in plain.items() if name.startswith("1.")}
     front = {name[2:]: tensor for name, tensor in plain.items() if name.startswith("0.")}
     for weights, statistics in ((stored, None), (plain, None), (behind, front)):
-        whole = statistics is None or len(weights) + len(statistics) == len(plain) == len(stored)
-        if whole and _names(weights) == _names(expected):
+        one_each = len(weights) + len(statistics or ()) == len(stored)  # no two names became one
+        if one_each and _names(weights) == _names(expected):
             return weights, statistics
     found = max((stored, plain, behind), key=lambda weights: len(_names(weights) & _names(expected)))
     missing, unexpected = _names(expected) - _names(found), _names(found) - _names(expected)
     parts = [f"{what} {_some(names)}" for what, names in (("missing", missing), ("unexpected", unexpected)) if names]
-    raise UserError(f"{path} does not have the names of this network: {'; '.join(parts) or 'two layers in one'}")
+    raise UserError(f"{path} does not have the names of this network: {'; '.join(parts) or 'it holds some twice'}")
 
 
 def _names(tensors: Iterable[str]) -> set[str]:
@@ -145,9 +145,10 @@ def _fill(path: Any, network: Any, weights: dict[str, Any]) -> None:
 def _read_statistics(path: Any, statistics: dict[str, Any]) -> tuple[Any, Any]:
     means = [tensor for name, tensor in statistics.items() if "mean" in name]
     deviations = [tensor for name, tensor in statistics.items() if name.startswith(("std", "sd"))]
-    if len(statistics) != 2 or len(means) != 1 or len(deviations) != 1 or not means[0].numel() == deviations[0].numel():
+    known = len(statistics) == 2 and len(means) == len(deviations) == 1
+    if not known or means[0].numel() != deviations[0].numel():
         found = ", ".join(f"0.{name}" for name in sorted(statistics))
-        raise UserError(f"{path} has a normalisation layer of an unknown kind ({found}): one mean and one std are known")
+        raise UserError(f"{path} has a normalisation layer other than one mean and one std per channel: {found}")
     return means[0], deviations[0]
 
 

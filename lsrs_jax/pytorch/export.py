@@ -1,6 +1,7 @@
 """Exports a PyTorch module to a graph of ATen operations, and translates the graph for `importer`."""
 
 import contextlib
+import io
 import logging
 import operator
 import re
@@ -127,7 +128,8 @@ def _quiet(torch: Any) -> Iterator[None]:
     for each in found:
         each.disabled = True
     try:
-        with warnings.catch_warnings(action="ignore"):
+        # torch prints the graph to stderr where control flow depends on values.
+        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         for each in found:

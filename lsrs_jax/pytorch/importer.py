@@ -168,7 +168,7 @@ def _check_logits(torch: Any, imported: Imported, module: Any, x: Any) -> None:
     images = x.cpu().numpy()
     images = images.transpose(0, 2, 3, 1) if imported.layout == "NHWC" else images
     with jax.default_matmul_precision("highest"):
-        found = np.asarray(jax.jit(imported)(images))
+        found = np.asarray(jax.jit(imported.apply)(imported.params, images))
     difference, largest = np.abs(found - expected).max(), np.abs(expected).max()
     if not difference <= _AGREE * largest and not np.array_equal(found, expected, equal_nan=True):
         raise UserError(
