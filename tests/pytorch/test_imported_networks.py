@@ -114,8 +114,8 @@ def test_gradients_reach_parameters_and_no_buffers():
 
 def test_layouts_transformations_and_pickle():
     torch.manual_seed(0)
-    network = calibrated(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(2), nn.Flatten()), 8)
-    network = nn.Sequential(network, nn.Linear(4 * 4 * 6, 3)).eval()
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d((2, 3)), nn.Flatten())
+    network = calibrated(nn.Sequential(network, nn.Linear(24, 3)), 8)
     x = np.random.default_rng(0).random((5, 3, 6, 8), dtype=np.float32)
     first, last = (from_torch(network, x, layout=layout) for layout in ("NCHW", "NHWC"))
     assert (first.input_shape, last.input_shape) == ((3, 6, 8), (6, 8, 3))

@@ -46,7 +46,7 @@ def test_counts_are_those_of_the_import(network):
 def test_a_module_that_cannot_be_imported_is_certified():
     torch.manual_seed(0)
     module = Branching().eval()
-    with pytest.raises(UserError, match="depend on the values of its input.*use torch_callback"):
+    with pytest.raises(UserError, match=r"depend on the values of its input.*use torch_callback"):
         from_torch(module, X)
     found = certify(torch_callback(module, 4), X, n0=50, n=500, **SETTINGS)
     weights, bias = (tensor.detach().numpy() for tensor in module.parameters())

@@ -1,0 +1,84 @@
+"""Compares the sampling loop with PyTorch's own loop, on the same network of PyTorch and its import.
+
+  python -m benchmarks.pytorch [--networks=cifar_resnet20,cifar_resnet110 --batches=128,1000 --seconds=20]
+
+PyTorch's loop takes one image at a time: a batch of copies, ``randn_like``, argmax, bincount (Cohen et al. 2019,
+locuslab/smoothing), in `inference_mode`, channels last, with and without `torch.compile`, and with four batch sizes, of
+which the best counts. Ours is `lsrs_jax.smoothing.Sampler` on the network that `lsrs_jax.pytorch.from_torch` returns,
+with batches of the same numbers of rows, and on NHWC images too. All loops take turns. PyTorch needs idle cores: its
+threads wait for each other, and one busy core slows it many times.
+"""
+
+import argparse
+import math
+
+from benchmarks import measuring
+from benchmarks.classic_loop import sampling
+from lsrs_jax import cli
+from lsrs_jax.pytorch import from_torch
+from studies.accelerator import table
+
+CLASSES, OTHERS = 10, (64, 256)  # batch sizes of PyTorch besides those that are compared
+SIZES = {"resnet50": 64}  # of the images; else 32
+
+
+def network(torch, name):
+    """A network of the field with random parameters and with the batch statistics of noisy images."""
+    from lsrs_jax.pytorch.architectures import ARCHITECTURES
+
+    made, size = ARCHITECTURES[name](CLASSES), SIZES.get(name, 32)
+    with torch.no_grad():
+        for _ in range(3):
+            made.train()(torch.rand(16, 3, size, size) + 0.25 * torch.randn(16, 3, size, size))
+    return made.eval(), size
+
+
+def compiled(torch, net):
+    """The network under `torch.compile`, or None with a line about why it does not work here."""
+    try:
+        found = torch.compile(net)
+        with torch.inference_mode():
+            found(torch.rand(2, 3, 32, 32).contiguous(memory_format=torch.channels_last))
+    except Exception as error:  # a compiler is missing, or too old
+        measuring.say(f"torch.compile does not work here: {str(error).splitlines()[0]}")
+        return None
+    return found
+
+
+def measure(name, batches, seconds):
+    """Samples/s by name of the loop, all in turns."""
+    torch, device = measuring.load_torch()
+    net, size = network(torch, name)
+    loops = {}
+    for layout in ("NCHW", "NHWC"):
+        imported = from_torch(net, torch.rand(2, 3, size, size), layout=layout)
+        for batch in batches:
+            sampler = measuring.make_sampler(imported, imported.input_shape, (1, batch))
+            loops[f"lsrs_jax, {layout}, batch {batch}"] = measuring.sampling(sampler), math.prod(sampler.tile)
+    net = net.to(device, memory_format=torch.channels_last)
+    modules = {"": net, ", torch.compile": compiled(torch, net)}
+    for kind, module in modules.items():
+        for batch in sorted({*batches, *OTHERS}) if module is not None else ():
+            work = sampling(torch, device, module, (size, size, 3), CLASSES, batch, channels_last=True)
+            loops[f"PyTorch {torch.__version__}{kind}, batch {batch}"] = work, batch
+    rates = measuring.rates({loop: work for loop, (work, _) in loops.items()}, seconds, name)
+    return {loop: rates[loop] * rows for loop, (_, rows) in loops.items()}
+
+
+def main(arguments):
+    """The command; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--networks", default="cifar_resnet20,cifar_resnet110", help="also resnet50, on 64x64")
+    parser.add_argument("--batches", default="128,1000", help="rows of a batch")
+    parser.add_argument("--seconds", type=float, default=20.0, help="per loop")
+    options = parser.parse_args(arguments)
+    batches = [int(batch) for batch in options.batches.split(",")]
+    for name in options.networks.split(","):
+        rates = measure(name, batches, options.seconds)
+        theirs = max((loop for loop in rates if loop.startswith("PyTorch")), key=rates.__getitem__)
+        rows = [[loop, f"{rate:,.1f}", f"{rate / rates[theirs]:.2f}x"] for loop, rate in rates.items()]
+        print(f"{name}\n\n" + table(f"loop|samples/s|over {theirs}", rows) + "\n")
+
+
+if __name__ == "__main__":
+    cli.execute(main)
