@@ -12,7 +12,7 @@ from lsrs_jax.pytorch import export
 from lsrs_jax.pytorch.library import check_module, load_torch
 from lsrs_jax.runtime.errors import UserError, first_line
 
-_AGREE = 1e-3  # how far logits may differ on the example, as a share of the largest: a bug moves them by more
+_AGREE = 1e-3  # how far logits may differ when they are compared, as a share of the largest: a fault moves them more
 Params = Mapping[str, Mapping[str, Any]]
 
 
@@ -88,8 +88,9 @@ def from_torch(module: Any, example_input: Any, *, layout: str = "NCHW") -> Impo
 
     Args:
       module: a `torch.nn.Module` in eval mode and float32, that returns one tensor of logits ``(B, K)``.
-      example_input: a batch as the module takes it, so images as ``(B, C, H, W)``: a tensor or an array. Its values do
-        not matter. The shape without the batch is fixed afterwards; the batch is free.
+      example_input: a batch as the module takes it, so images as ``(B, C, H, W)``: a tensor or an array. The shape
+        without the batch is fixed afterwards; the batch is free. Of the values, only the size matters: logits are
+        compared on them, with noise.
       layout: what the caller of the result passes: ``"NCHW"``, as the module takes it, or ``"NHWC"``, which is
         transposed once at the start.
 
@@ -100,8 +101,8 @@ def from_torch(module: Any, example_input: Any, *, layout: str = "NCHW") -> Impo
     with operations that the importer does not know, which are all named. `torch_callback` takes these modules.
 
     **Guarantee**: every tensor of the graph has the shape and type that PyTorch derives, for a batch of another size
-    than the example, and the logits of the example agree with PyTorch's to 0.1 % of the largest; otherwise the module
-    is refused. Rounding differs, so the classifier certified is the JAX function, not the module.
+    than the example, and the logits of the example with noise agree with PyTorch's to 0.1 % of the largest; otherwise
+    the module is refused. Rounding differs, so the classifier certified is the JAX function, not the module.
     """
     torch = load_torch("from_torch")
     check_module(torch, module, layout)
@@ -163,8 +164,14 @@ def _check_shapes(imported: Imported, graph: Any, batch: int) -> None:
 
 
 def _check_logits(torch: Any, imported: Imported, module: Any, x: Any) -> None:
-    with torch.inference_mode():
-        expected = module(x).cpu().numpy()
+    """Compares the logits of the example with noise, as the sampler will add it."""
+    noise = np.random.default_rng(0).standard_normal(tuple(x.shape)).astype(np.float32)
+    x = x + torch.from_numpy(noise).to(x.device)
+    try:
+        with torch.inference_mode():
+            expected = module(x).cpu().numpy()
+    except Exception as error:  # whatever the module raises
+        raise UserError(f"the module fails on its example with noise: {first_line(error)}") from error
     images = x.cpu().numpy()
     images = images.transpose(0, 2, 3, 1) if imported.layout == "NHWC" else images
     with jax.default_matmul_precision("highest"):
@@ -172,6 +179,6 @@ def _check_logits(torch: Any, imported: Imported, module: Any, x: Any) -> None:
     difference, largest = np.abs(found - expected).max(), np.abs(expected).max()
     if not difference <= _AGREE * largest and not np.array_equal(found, expected, equal_nan=True):
         raise UserError(
-            f"the imported function differs from the module by {difference:.2g} on the example, whose largest logit is "
-            f"{largest:.2g}; use torch_callback"
+            f"the imported function differs from the module by {difference:.2g} on noisy inputs, whose largest logit "
+            f"is {largest:.2g}; use torch_callback"
         )
