@@ -80,7 +80,7 @@ def export_predict(
 def _counter(
     classifier: "SmoothedClassifier", sampler: Sampler, latent_shape: tuple[int, ...], batch: int, n: int
 ) -> Callable[[Array, Array], Int[Array, "batch classes"]]:
-    """A function of key data and quantized latents: counts as those of `Sampler.prediction_counts`, without NaN rows."""
+    """A function of key data and quantized latents: the counts of predictions; rows with NaN count nowhere."""
     samples, classes, arithmetic = sampler.tile[1], sampler.num_classes, sampler.arithmetic
     offset = NOISE_OFFSETS[classifier.settings["noise"]]
 
