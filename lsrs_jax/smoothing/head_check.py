@@ -16,7 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.rng import domain_key
-from lsrs_jax.smoothing.head_trace import TracedHead, calling, parts
+from lsrs_jax.smoothing.head_trace import TracedHead, calling
+from lsrs_jax.smoothing.replay import parts
 
 _SCALES = (0.01, 1.0, 100.0, 0.0, 1.0, 1.0)  # of the random rows that surround the row under test
 _EXPECTED = "a function latents -> logits (for a Flax module: lambda z: net.apply(variables, z))"

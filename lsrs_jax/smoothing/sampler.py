@@ -43,7 +43,7 @@ def pinned_flags() -> Iterator[None]:
         yield
 
 
-def check_settings(sigma: Any, arithmetic: Any, noise: Any, tile: Any, spmd: Any) -> None:
+def check_settings(sigma: Any, arithmetic: Any, noise: Any, tile: Any, spmd: Any, channels_last: Any) -> None:
     """Raises UserError for settings of a `Sampler` that are wrong for latents of any shape."""
     check_sigma(sigma)
     choice("arithmetic", arithmetic, ARITHMETICS)
@@ -52,6 +52,8 @@ def check_settings(sigma: Any, arithmetic: Any, noise: Any, tile: Any, spmd: Any
         raise UserError(f"tile must be two whole numbers (images, samples) with a product of 2 or more, got {tile!r}")
     choice("spmd", spmd, SPMD)
     choice("noise", noise, NOISE_OFFSETS)
+    if not isinstance(channels_last, bool):
+        raise UserError(f"channels_last must be True or False, got {channels_last!r}")
 
 
 class Sampler:
@@ -65,6 +67,9 @@ class Sampler:
 
     `latent_shape` has no batch axis; the other arguments are those of `api.SmoothedClassifier`. `head_digest` is a
     digest of the logits at some random latents, which tells heads apart; `traces` is the number of traces of the loop.
+    `program` says which program of the head runs: ``"channels_last"`` if `channels_last.channels_last` replaced it,
+    else ``"plain"``, also where `channels_last` is True but the device is no CPU or no convolution gains. The two
+    round differently, so that counts may differ where logits nearly tie.
     Raises UserError for a bad argument, or a head that `head_check.check_head` refuses. `collect` raises one for a head
     that `coupling_check.CouplingCheck` refuses on noisy latents of its own launch; later launches are refused as well.
 
@@ -84,8 +89,9 @@ class Sampler:
         tile: Sequence[int] = (32, 8),
         spmd: str = "shard_map",
         devices: Sequence[Any] | None = None,
+        channels_last: bool = True,
     ) -> None:
-        check_settings(sigma, arithmetic, noise, tile, spmd)
+        check_settings(sigma, arithmetic, noise, tile, spmd, channels_last)
         self.tile, self.latent_shape = (int(tile[0]), int(tile[1])), tuple(latent_shape)
         if np.prod(latent_shape) < 1:
             raise UserError(f"latents of shape {self.latent_shape} are empty")
@@ -94,7 +100,9 @@ class Sampler:
             gigabytes = f"{entries // 2**28:,} GiB"
             raise UserError(f"the tile {self.tile} needs {gigabytes} for its noisy latents alone; make it smaller")
         self.arithmetic, self.traces = make_arithmetic(arithmetic, sigma), 0
-        self._noise, self._mesh, traced = noise, mesh.local_mesh(devices), TracedHead(head)
+        self._noise, self._mesh = noise, mesh.local_mesh(devices)
+        self._channels_last = channels_last and self._mesh.devices.flat[0].platform == "cpu"
+        traced = TracedHead(head, self._channels_last)
         self._launcher, self._devices = ThreadPoolExecutor(1, "launch"), devices
         with pinned_flags():
             with jax.default_device(self._mesh.devices.flat[0]):
@@ -111,11 +119,12 @@ class Sampler:
                     # the axes that they name. Without a mesh, the head can be traced.
                     traced.depends_on_mesh = True
                     self._call, self._rows = self._compile(traced, spmd)
+        self.program = traced.program
         self._check = CouplingCheck(self.tile, self.num_classes, self._checked.tolerance, self._mesh.size)
 
     def is_current(self, head: Head) -> bool:
         """Whether `head` still is the function that was compiled, and the devices are the same."""
-        traced = TracedHead(head)
+        traced = TracedHead(head, self._channels_last)
         try:
             with pinned_flags():
                 program = traced.trace((math.prod(self.tile), *self.latent_shape)).jaxpr
@@ -188,7 +197,7 @@ class Sampler:
             call: Any = jax.pmap(self._device_counts, AXIS, in_axes=axes, out_axes=0, devices=list(devices))
         else:
             # A trace of a head that is run again does not know which numbers vary over the devices.
-            specs = {"in_specs": (P(AXIS), *[P()] * 7), "out_specs": P(AXIS), "check_vma": not traced.depends_on_mesh}
+            specs = {"in_specs": (P(AXIS), *[P()] * 7), "out_specs": P(AXIS), "check_vma": not traced.is_replayed}
             call = jax.jit(jax.shard_map(self._device_counts, mesh=self._mesh, **specs))
         index = jax.device_put(np.arange(len(devices), dtype=np.int32), mesh.split(self._mesh))
         batch = self.put(self.quantize(np.zeros((1, *self.latent_shape))))
