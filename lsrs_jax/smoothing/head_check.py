@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.rng import domain_key
+from lsrs_jax.smoothing.head_hints import EVAL_MODE
 from lsrs_jax.smoothing.head_trace import TracedHead, calling
 from lsrs_jax.smoothing.replay import parts
 
@@ -72,6 +73,7 @@ def check_head(head: TracedHead, shape: tuple[int, ...]) -> CheckedHead:
     real = hasattr(out, "dtype") and not jnp.issubdtype(out.dtype, jnp.complexfloating)
     if not real or len(out.shape) != 2 or out.shape[0] != shape[0] or out.shape[1] < 2:
         one = "; with one class nothing can change: give a second one, such as a logit of 0" * _one_class(out, shape[0])
+        one += "; give the logits alone, without the new state" * isinstance(out, tuple)
         raise UserError(f"the head must return logits (B, K >= 2) for latents {shape}, got {_shapes(out)}{one}")
     # Compiled here, in the caller's thread and context, so that it can be called in any other.
     with calling("when its first call was compiled"):
@@ -97,7 +99,7 @@ def check_head(head: TracedHead, shape: tuple[int, ...]) -> CheckedHead:
         before, after = np.where(masked, 0, before), np.where(masked, 0, after)
         if not (np.abs(after - before) <= tolerance * (1 + np.abs(before))).all():
             remedy = "a row may depend on its own latent alone, not on chance; normalise with stored statistics"
-            raise UserError(f"the head's rows depend on each other (batch statistics?): {remedy}")
+            raise UserError(f"the head's rows depend on each other (batch statistics?): {remedy} ({EVAL_MODE})")
     digest, program = hashlib.sha256(found.tobytes()).hexdigest(), fingerprint(traced.jaxpr)
     checked = CheckedHead(out.shape[1], digest, compiled, program, _rounding(traced.jaxpr, out.dtype))
     _check_traces(head, traced.jaxpr, checked, shape, moving, chosen, found)

@@ -12,14 +12,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from lsrs_jax.runtime.errors import UserError, out_of_memory, reason
 from lsrs_jax.runtime.mesh import callers_mesh
 from lsrs_jax.smoothing.channels_last import channels_last, other_layouts
+from lsrs_jax.smoothing.head_hints import remedy
 from lsrs_jax.smoothing.replay import bind, map_programs, parts, replay, retrace
 
 _PLACING = ("sharding_constraint", "reshard", "mesh_cast", "device_put")  # primitives that move data, not change it
-_TRAIN_MODE = {  # class of an error of Flax -> what to do
-    "TraceContextError": "a module of NNX in train mode changes its state: call its method eval() first",
-    "ModifyScopeVariableError": "a module of Linen in train mode changes its state: give use_running_average=True",
-    "InvalidRngError": "a module of Linen in train mode draws random numbers: give deterministic=True",
-}
 
 
 @contextlib.contextmanager
@@ -32,8 +28,8 @@ def calling(what: str) -> Iterator[None]:
     except Exception as error:  # whatever the caller's function raises
         if out_of_memory(error):
             raise
-        remedy = _TRAIN_MODE.get(type(error).__name__)
-        raise UserError(f"the head failed {what}: {reason(error)}{f'; {remedy}' if remedy else ''}") from error
+        hint = remedy(error)
+        raise UserError(f"the head failed {what}: {reason(error)}{f'; {hint}' if hint else ''}") from error
 
 
 class TracedHead:
