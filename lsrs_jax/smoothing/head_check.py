@@ -224,7 +224,7 @@ def fingerprint(program: ClosedJaxpr) -> str:
 
 
 def calls_python(program: ClosedJaxpr) -> bool:
-    """Whether a program calls functions of Python when it runs; rules for derivatives do not count."""
+    """Whether a program calls functions of Python when it runs; rules for derivatives and meshes do not count."""
     equations = [equation for jaxpr, _ in parts(program) for equation in jaxpr.eqns]
     return any(
         callable(value) and not isinstance(value, type | Mesh)

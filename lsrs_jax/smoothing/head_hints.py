@@ -26,9 +26,11 @@ EVAL_MODE = (
 
 def remedy(error: BaseException) -> str:
     """What to do about an error that a head raised, or an empty text."""
-    if (name := type(error).__name__) in _FLAX:
+    modules, text, name = list(_modules(error)), str(error), type(error).__name__
+    if name in _FLAX and "flax.nnx.bridge.wrappers" in modules and "RngCount" in text:
+        return "nnx.bridge.ToNNX draws a random key in each call: give each wrapped layer .to_nnx__rngs = None first"
+    if name in _FLAX:
         return _FLAX[name]
-    modules, text = list(_modules(error)), str(error)
     if any(module.startswith("torch.nn.modules") for module in modules):
         return "JAX cannot trace a module of PyTorch: convert it with lsrs_jax.from_torch(module, example_input)"
     stateful = _STATE in text and "equinox" in sys.modules

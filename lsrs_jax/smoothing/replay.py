@@ -47,7 +47,7 @@ def replay(program: ClosedJaxpr, inputs: Any, rule: Rule) -> list[Any]:
     values |= dict(zip(jaxpr.invars, inputs, strict=True))
 
     def read(atoms: Any) -> list[Any]:
-        return [atom.val if isinstance(atom, Literal) else values[atom] for atom in atoms]
+        return [_local(atom.val) if isinstance(atom, Literal) else values[atom] for atom in atoms]
 
     for equation in jaxpr.eqns:
         name, inputs = equation.primitive.name, read(equation.invars)
@@ -74,6 +74,6 @@ def map_programs(value: Any, function: Callable[[ClosedJaxpr], ClosedJaxpr]) -> 
 
 
 def _local(constant: Any) -> Any:
-    """A constant that no device owns; random keys cannot leave theirs."""
-    placed = isinstance(constant, jax.Array) and not jnp.issubdtype(constant.dtype, jax.dtypes.extended)
-    return np.asarray(constant) if placed else constant
+    """A constant or literal whose type names no device and no mesh; random keys cannot leave theirs."""
+    is_key = isinstance(constant, jax.Array) and jnp.issubdtype(constant.dtype, jax.dtypes.extended)
+    return np.asarray(constant) if hasattr(constant, "__array__") and not is_key else constant
