@@ -126,7 +126,9 @@ def test_every_block_of_the_readme_and_every_program_of_the_guide_runs(installed
     scripts = [text for language, text in blocks if language in ("", "bash")]
     assert len(programs) >= 2
     assert len(scripts) >= 2
-    programs += [text for language, text in BLOCK.findall(GUIDE.read_text(encoding="utf-8")) if language == "python"]
+    guide = BLOCK.findall(GUIDE.read_text(encoding="utf-8"))
+    # Equinox is not installed with the package: tests/smoothing/test_doors.py runs its programs.
+    programs += [text for language, text in guide if language == "python" and "import equinox" not in text]
     for text in programs:
         installed.run("python", "-c", text)
     shades(installed.folder / "PATH")

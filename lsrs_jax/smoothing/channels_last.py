@@ -21,12 +21,13 @@ from lsrs_jax.smoothing.replay import CALLS, bind, map_programs, replay, retrace
 # kernels OIHW is faster.
 _CHANNELS_PER_GROUP = 8
 _NHWC, _HWIO, _OIHW = (0, 3, 1, 2), (3, 2, 0, 1), (0, 1, 2, 3)  # as in `ConvDimensionNumbers`
-_ELEMENTWISE = (
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy cos cosh div "
-    "eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg "
-    "nextafter not or pow reduce_precision rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan "
-    "tanh xor"
-)
+_ELEMENTWISE = {
+    "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "ceil", "clamp",
+    "convert_element_type", "copy", "cos", "cosh", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1",
+    "floor", "ge", "gt", "integer_pow", "is_finite", "le", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne",
+    "neg", "nextafter", "not", "or", "pow", "reduce_precision", "rem", "round", "rsqrt", "select_n", "sign", "sin",
+    "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor",
+}  # fmt: skip
 
 
 class _Stored(NamedTuple):
@@ -110,7 +111,7 @@ def _rule(equation: JaxprEqn, inputs: list[Any]) -> list[Any]:
     name, values = equation.primitive.name, [_stored(value) for value in inputs]
     if _reordered(equation):
         return _convolve(equation, values)
-    if name in _ELEMENTWISE.split():
+    if name in _ELEMENTWISE:
         return _elementwise(equation, values)
     if name in _RULES and values[0].order != ():
         return _RULES[name](equation, values)

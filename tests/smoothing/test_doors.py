@@ -176,6 +176,14 @@ def test_other_platforms_and_the_flag_keep_the_program_of_the_head(network):
         sample(pure, channels_last="yes")
 
 
+def test_transformations_of_equinox_are_replayed_too(expected):
+    eqx = pytest.importorskip("equinox")
+    head = eqx.filter_jit(eqx.filter_vmap(equinox(batched=False)))
+    sampler = Sampler(head, SHAPE, sigma=0.5, tile=TILE)
+    assert sampler.program == "channels_last"
+    np.testing.assert_array_equal(sample(head).predict, expected.predict)
+
+
 def test_calls_in_a_row_compile_once_for_each_program(network, monkeypatch):
     made, own = [], Sampler.__init__
     monkeypatch.setattr(Sampler, "__init__", lambda self, *args, **kw: made.append(self) or own(self, *args, **kw))
