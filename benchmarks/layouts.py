@@ -1,13 +1,15 @@
 """Speed of an Equinox CNN (NCHW) in the sampling loop on a CPU, beside its Linen twin (NHWC) with the same weights.
 
-  python -m benchmarks.layouts [--widths=32,64,64 --tile=32,8 --seconds=6]
+  python -m benchmarks.layouts [--widths=32,64,64 --tile=32,8 --rounds=9]
 
 The Equinox network runs twice: its own program (`channels_last=False`), and replayed with NHWC convolutions. All loops
-take turns. The images are 32x32x3; the second convolution and each after it has stride 2.
+take turns in every round; rates are medians, ratios are medians of the ratios within a round, so that other jobs of the
+machine affect all alike. The images are 32x32x3; the second convolution and each after it has stride 2.
 """
 
 import argparse
 import math
+import time
 
 import flax.linen as nn
 import jax
@@ -55,8 +57,11 @@ def equinox_network(widths, params):
     return jax.vmap(eqx.nn.Sequential([*chain, eqx.nn.Lambda(lambda x: x.mean(axis=(1, 2))), dense]))
 
 
-def measure(widths, tile, seconds):
-    """Samples/s by name of the loop, and the largest difference of the logits relative to the largest logit."""
+def measure(widths, tile, rounds):
+    """Samples/s by name of the loop in each round, the loops, and the difference of the two networks' logits.
+
+    The difference is relative to the largest logit.
+    """
     twin, images = Twin(widths), np.random.default_rng(0).standard_normal((math.prod(tile), *IMAGE), np.float32)
     variables = twin.init(domain_key(0, "init"), images[:1])
     network = equinox_network(widths, variables["params"])
@@ -66,10 +71,16 @@ def measure(widths, tile, seconds):
         REPLAYED: measuring.make_sampler(network, channels_first, tile),
         TWIN: measuring.make_sampler(lambda z: twin.apply(variables, z), IMAGE, tile),
     }
-    rates = measuring.rates({name: measuring.sampling(loop) for name, loop in loops.items()}, seconds, "loops")
+    works, rates = {name: measuring.sampling(loop) for name, loop in loops.items()}, {name: [] for name in loops}
+    for index in range(rounds + 1):  # the first one warms up
+        measuring.say(f"round {index} of {rounds}")
+        for name, work in works.items():
+            blocks, start = 1 if name == TODAY else 8, time.perf_counter()
+            work(blocks)
+            rates[name].append(blocks * math.prod(tile) / (time.perf_counter() - start))
     one, other = twin.apply(variables, images), network(images.transpose(0, 3, 1, 2))
     difference = float(jnp.max(jnp.abs(one - other)) / jnp.max(jnp.abs(one)))
-    return {name: rate * math.prod(tile) for name, rate in rates.items()}, loops, difference
+    return {name: np.array(each[1:]) for name, each in rates.items()}, loops, difference
 
 
 def main(arguments):
@@ -77,14 +88,14 @@ def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--widths", default="32,64,64", help="channels of the convolutions")
     parser.add_argument("--tile", default="32,8", help="images,samples of a batch")
-    parser.add_argument("--seconds", type=float, default=6.0, help="per loop")
+    parser.add_argument("--rounds", type=int, default=9, help="in which the loops take turns")
     options = parser.parse_args(arguments)
     widths, tile = (tuple(map(int, text.split(","))) for text in (options.widths, options.tile))
-    rates, loops, difference = measure(widths, tile, options.seconds)
-    rows = [
-        [name, loops[name].program, f"{rate:,.0f}", f"{rate / rates[TODAY]:.1f}x", f"{rate / rates[TWIN]:.2f}x"]
-        for name, rate in rates.items()
-    ]
+    rates, loops, difference = measure(widths, tile, options.rounds)
+    rows = []
+    for name, each in rates.items():
+        over = [np.median(each / rates[other]) for other in (TODAY, TWIN)]
+        rows.append([name, loops[name].program, f"{np.median(each):,.0f}", f"{over[0]:.1f}x", f"{over[1]:.2f}x"])
     print(table("head|program|samples/s|over channels_last=False|over the Linen twin", rows))
     print(f"\nThe two networks' logits differ by {difference:.1e} of the largest logit.")
 

@@ -81,6 +81,7 @@ def swap(draw, rng, x):
 
 
 def most(draw, rng, x):
+    x = x + x.max(axis=2)[:, :, None] * x.mean(axis=3)[..., None]
     return x + (x.argmax(axis=1) == 0)[:, None].astype(x.dtype) + lax.cummax(x, axis=2) + jnp.sort(x, axis=1)
 
 
