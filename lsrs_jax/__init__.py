@@ -20,11 +20,16 @@ from lsrs_jax.runtime import moved
 if TYPE_CHECKING:
     from lsrs_jax.api.classifier import SmoothedClassifier
     from lsrs_jax.api.loading import load
+    from lsrs_jax.pytorch.importer import from_torch
 
-__all__ = ["SmoothedClassifier", "load"]
+__all__ = ["SmoothedClassifier", "from_torch", "load"]
 __version__ = "0.1.0"
 
-_LAZY = {"SmoothedClassifier": "lsrs_jax.api.classifier", "load": "lsrs_jax.api.loading"}
+_LAZY = {
+    "SmoothedClassifier": "lsrs_jax.api.classifier",
+    "from_torch": "lsrs_jax.pytorch.importer",
+    "load": "lsrs_jax.api.loading",
+}
 
 moved.redirect_imports()
 

@@ -101,7 +101,7 @@ def _attack(target: TrainedTarget, settings: Settings, stored: Stored, journal: 
         flush=True,
     )
     encoder, head = target.model.for_certification(target.params, config.certify.head_dtype)
-    sampler = target.sampler()
+    sampler = target.sampler(stored.identity.channels_last)
     levels = {"lipschitz": stored.lipschitz.constant, "alpha": config.certify.alpha}
     auditor = Auditor(encoder, head, sampler, settings=settings, seed=stored.identity.seed or 0, **levels)
     columns = Attacked(*(getattr(table, name) for name in Attacked._fields))

@@ -22,7 +22,9 @@ def attack(
 ) -> Audit:
     """The `Audit` of float64 inputs with the rows of a table; `sizes` are fields of `Settings`."""
     settings = _settings(sizes, alpha)
-    parts = list(_attack_all(classifier, inputs, table, settings, alpha, 0, (), say))
+    parts = list(
+        _attack_all(classifier, inputs, table, settings, alpha, 0, classifier.settings["channels_last"], (), say)
+    )
     found = Found(*(np.concatenate(columns) for columns in zip(*(found for _, found in parts), strict=True)))
     own = np.where(table.predict >= 0, table.predict, found.unperturbed)
     return Audit(*table, own == table.label, found.pairs, found.flips, found.undecided, found.distance)
@@ -46,8 +48,9 @@ def attack_folder(
     settings, columns = _settings(sizes, alpha), Attacked(*(getattr(table, name) for name in Attacked._fields))
     with files.locked(folder / ".audit.lock", f"auditing {folder}"):
         journal = Journal(folder, settings, stored.derivation["certificates"])
-        seed, done = stored.identity.seed or 0, journal.done
-        for attacked, found in _attack_all(classifier, inputs, columns, settings, alpha, seed, done, say):
+        identity = stored.identity
+        drawn = identity.seed or 0, identity.channels_last, journal.done
+        for attacked, found in _attack_all(classifier, inputs, columns, settings, alpha, *drawn, say):
             journal.append(attacked, found)
         journal.finish()
     return read_audit(journal.path)
@@ -60,11 +63,12 @@ def _attack_all(
     settings: Settings,
     alpha: float,
     seed: int,
+    channels_last: bool,
     done: Any,
     say: Say,
 ) -> Any:
     encoder, batch = classifier.encoder(inputs.shape[1:]), classifier.settings["tile"][0]
-    sampler = classifier.sampler(encoder.report.output_shape)
+    sampler = classifier.sampler(encoder.report.output_shape, channels_last)
     levels = {"lipschitz": encoder.report.constant, "alpha": alpha}
     auditor = Auditor(encoder, classifier.head, sampler, settings=settings, seed=seed, **levels)
     return attack_batches(auditor, table, np.arange(len(inputs)), lambda idx: inputs[idx], batch, done, say)

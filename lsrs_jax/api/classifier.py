@@ -49,6 +49,7 @@ class SmoothedClassifier:
       tile: ``(inputs, samples)`` evaluated at once; single inputs are padded.
       spmd: ``"shard_map"`` or ``"pmap"``.
       devices: the local devices to use; all of them by default.
+      channels_last: on a CPU, run NCHW convolutions of the head as NHWC ones, which is faster and rounds differently.
 
     The programs are compiled once per shape.
     """
@@ -66,13 +67,16 @@ class SmoothedClassifier:
         tile: Sequence[int] = (32, 8),
         spmd: str = "shard_map",
         devices: Sequence[Any] | None = None,
+        channels_last: bool = True,
     ) -> None:
         self._encoding = Encoding(encoder, lipschitz)
-        settings = {"arithmetic": arithmetic, "noise": noise, "tile": tile, "spmd": spmd, "devices": devices}
+        settings = {"arithmetic": arithmetic, "noise": noise, "tile": tile, "spmd": spmd}
+        settings |= {"devices": devices, "channels_last": channels_last}
         self._smoother = Smoother(head, sigma=sigma, lipschitz=self._encoding.lipschitz, **settings)
         self.head, self.sigma, self.lipschitz = head, sigma, self._encoding.lipschitz
         self.class_names = None if class_names is None else tuple(map(str, class_names))
-        self.settings = {"arithmetic": arithmetic, "noise": noise, "tile": tuple(tile), "spmd": spmd}
+        self.settings: dict[str, Any] = {name: value for name, value in settings.items() if name != "devices"}
+        self.settings["tile"] = tuple(tile)
 
     @property
     def has_encoder(self) -> bool:
@@ -83,9 +87,9 @@ class SmoothedClassifier:
         """The encoder for inputs of this shape, with its Lipschitz constant; see `Encoding.materialized`."""
         return self._encoding.materialized(shape, low_precision)
 
-    def sampler(self, latent_shape: Sequence[int]) -> Sampler:
-        """The compiled `Sampler` for latents of this shape, without the batch axis."""
-        return self._smoother.sampler(latent_shape)
+    def sampler(self, latent_shape: Sequence[int], channels_last: bool | None = None) -> Sampler:
+        """The compiled `Sampler` for latents of this shape, without the batch axis; see `Smoother.sampler`."""
+        return self._smoother.sampler(latent_shape, channels_last)
 
     def certify(
         self,

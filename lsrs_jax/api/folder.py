@@ -36,8 +36,8 @@ class GivenTarget(Target):
     def encoder(self) -> Materialized:
         return self.classifier.encoder(self.dataset.shape, all_positive(self.given_slack))
 
-    def sampler(self) -> Sampler:
-        return self.classifier.sampler(self.encoder().report.output_shape)
+    def sampler(self, channels_last: bool) -> Sampler:
+        return self.classifier.sampler(self.encoder().report.output_shape, channels_last)
 
     def slack(self, indices: list[int]) -> np.ndarray:
         return self.given_slack[indices]
@@ -91,7 +91,7 @@ def _config(classifier: SmoothedClassifier, out: Path, fields: dict[str, Any]) -
         if any(held[name] != config_to_dict(config)[name] for name in ("model", "train")):
             raise UserError(f"{out} holds a training, or certificates of another kind of classifier: give another out")
     config.sigma = classifier.sigma
-    settings = {name: classifier.settings[name] for name in ("arithmetic", "noise", "tile", "spmd")}
+    settings = {name: classifier.settings[name] for name in ("arithmetic", "noise", "tile", "spmd", "channels_last")}
     for name, value in (settings | fields).items():
         try:
             config.certify[name] = value

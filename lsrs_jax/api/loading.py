@@ -66,7 +66,7 @@ def read_workdir(workdir: Path, step: int | None = None) -> tuple[Config, models
 def _classifier(config: Config, model: models.Model, params: Any, class_names: tuple[str, ...]) -> SmoothedClassifier:
     certify = config.certify
     encoder, head = model.for_certification(params, certify.head_dtype)
-    settings: dict[str, Any] = {name: certify[name] for name in ("arithmetic", "noise", "spmd")}
+    settings: dict[str, Any] = {name: certify[name] for name in ("arithmetic", "noise", "spmd", "channels_last")}
     settings["tile"] = tuple(certify.tile)
     given = encoder if encoder.report.layers else None
     return SmoothedClassifier(head, sigma=config.sigma, encoder=given, class_names=class_names, **settings)

@@ -21,6 +21,7 @@ from lsrs_jax.runtime.documents import digest, first_difference, plain, refuse_u
 from lsrs_jax.runtime.format import PRNG
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.smoothing.arithmetic import Arithmetic
+from lsrs_jax.smoothing.head_trace import CHANNELS_LAST
 from lsrs_jax.smoothing.schedule import Schedule, make_schedule
 
 # Fields that follow from other fields. A message names one of the other fields if that differs too.
@@ -53,6 +54,7 @@ class Identity:
     head_dtype: str | None = None
     prng: str | None = None
     arithmetic: dict[str, Any] | None = None  # its name, sigma, tau and, on a grid, spacing
+    program: str | None = None  # of the head, as in `Sampler`; None for "plain"
 
     def sampled(self, config: Config, arithmetic: Arithmetic, latent_shape: tuple[int, ...]) -> "Identity":
         """This identity with the facts of the sampling."""
@@ -73,11 +75,16 @@ class Identity:
         """The name that every row of a ledger carries: 16 digits of a digest of this identity; None in format 1."""
         return digest(self.to_dict())[:16] if self.format > 1 else None
 
+    @property
+    def channels_last(self) -> bool:
+        """Whether the samples were drawn with NHWC convolutions in place of NCHW ones."""
+        return self.program == CHANNELS_LAST
+
     def begun_as(self, stored: "Identity") -> "Identity":
         """This identity with what a new session takes over from the session that began the folder."""
         images = self.images if stored.format > 1 else stored.images
         data = {name: value for name, value in self.data.items() if name in stored.data or name != "class_names"}
-        return dataclasses.replace(self, format=stored.format, images=images, data=data)
+        return dataclasses.replace(self, format=stored.format, images=images, data=data, program=stored.program)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types for JSON; fields without a value, or with the value that their absence means, are left out."""

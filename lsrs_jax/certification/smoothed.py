@@ -26,6 +26,7 @@ from lsrs_jax.smoothing.arithmetic import make_arithmetic
 from lsrs_jax.smoothing.counts import Counts, ImageCounts
 from lsrs_jax.smoothing.derivation import Certificates, Derivation
 from lsrs_jax.smoothing.engine import Engine, Status
+from lsrs_jax.smoothing.head_trace import CHANNELS_LAST
 from lsrs_jax.smoothing.noise_check import accuracy_under_noise
 
 DERIVED = ("alpha", "bound", "radii", "epsilon")  # fields of config.certify on which no sample depends
@@ -145,6 +146,14 @@ class Certification:
         self.stored = stored
         self.note_format()
 
+    def take_program(self, program: str) -> None:
+        """Makes the program of the head a part of the identity; raises UserError for another one than before."""
+        own = program if program == CHANNELS_LAST else None
+        if self.stored and own != self.identity.program:
+            was = self.identity.program or "plain"
+            raise UserError(f"{self.folder} was sampled with the program {was!r} of the head, and this is {program!r}")
+        self.identity = dataclasses.replace(self.identity, program=own)
+
     def note_format(self) -> None:
         """Says that nobody can tell which run the samples of an old folder belong to."""
         if self.identity.run is None and self.process.leads:
@@ -195,7 +204,9 @@ def run(
         identity = target.identity("smoothed").sampled(config, arithmetic, report.output_shape)
         certification = Certification(target.folder, config, identity, report, process, say=say)
         certification.resume()
-        pipeline = Pipeline(target, say)
+        stored = certification.stored
+        pipeline = Pipeline(target, stored.identity.channels_last if stored else config.certify.channels_last, say)
+        certification.take_program(pipeline.sampler.program)
     with certification.open_ledger(lost=certification.identity.run is not None) as counts:
         with process.together("the ledgers"):
             check_labels(target.folder, counts, target.dataset)

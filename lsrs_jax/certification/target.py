@@ -27,10 +27,10 @@ from lsrs_jax.smoothing.sampler import Sampler
 from lsrs_jax.training.checkpoint import restore, trained_on
 
 
-def make_sampler(config: Config, head: Head, latent_shape: Sequence[int]) -> Sampler:
+def make_sampler(config: Config, head: Head, latent_shape: Sequence[int], channels_last: bool) -> Sampler:
     """The `Sampler` of a configuration."""
     settings = {name: config.certify[name] for name in ("arithmetic", "noise", "tile", "spmd")}
-    return Sampler(head, latent_shape, sigma=config.sigma, **settings)
+    return Sampler(head, latent_shape, sigma=config.sigma, channels_last=channels_last, **settings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Target:
         """The encoder, with its Lipschitz constant."""
         raise NotImplementedError
 
-    def sampler(self) -> Sampler:
-        """The compiled sampler of the head."""
+    def sampler(self, channels_last: bool) -> Sampler:
+        """The compiled sampler of the head; `channels_last` as in `Sampler`."""
         raise NotImplementedError
 
     def slack(self, indices: list[int]) -> np.ndarray:
@@ -85,8 +85,8 @@ class TrainedTarget(Target):
     def encoder(self) -> Materialized:
         return self._parts[0]
 
-    def sampler(self) -> Sampler:
-        return make_sampler(self.config, self._parts[1], self._parts[0].report.output_shape)
+    def sampler(self, channels_last: bool) -> Sampler:
+        return make_sampler(self.config, self._parts[1], self._parts[0].report.output_shape, channels_last)
 
 
 def load_target(

@@ -192,6 +192,9 @@ FIELDS: dict[str, Field] = {
     ),
     "certify.noise": Field("shared", "shared", 'If "shared", all images get the same noise.', _NOISE),
     "certify.head_dtype": Field("float32", "float32", "The head is sampled in this dtype.", _one_of(*DTYPES)),
+    "certify.channels_last": Field(
+        True, False, "On a CPU, a head with NCHW convolutions runs with NHWC ones, which is faster."
+    ),
     "certify.tile": Field((32, 8), REQUIRED, "A compiled batch has these numbers of images and samples.", _TILE),
     "certify.spmd": Field("shard_map", REQUIRED, "This function of JAX divides the work over devices.", _SPMD),
 }

@@ -65,7 +65,7 @@ class Smoother:
         self.sigma, self.lipschitz, self._head, self._lock = sigma, lipschitz, head, threading.Lock()
         self._settings: dict[str, Any] = {"arithmetic": arithmetic, "noise": noise, "tile": tuple(tile), "spmd": spmd}
         self._settings |= {"sigma": sigma, "devices": devices, "channels_last": channels_last}
-        self._samplers: dict[tuple[int, ...], Sampler] = {}
+        self._samplers: dict[tuple[tuple[int, ...], bool], Sampler] = {}
 
     def take_over(self, other: "Smoother") -> None:
         """Takes over the compiled programs of a classifier of the same head and settings."""
@@ -73,13 +73,17 @@ class Smoother:
             current = {shape: sampler for shape, sampler in other._samplers.items() if sampler.is_current(self._head)}
             self._samplers = current
 
-    def sampler(self, latent_shape: Sequence[int]) -> Sampler:
-        """The compiled `Sampler` for latents of this shape, without the batch axis."""
-        shape = tuple(latent_shape)
+    def sampler(self, latent_shape: Sequence[int], channels_last: bool | None = None) -> Sampler:
+        """The compiled `Sampler` for latents of this shape, without the batch axis.
+
+        `channels_last` is that of this object if it is None.
+        """
+        chosen = self._settings["channels_last"] if channels_last is None else channels_last
+        made = tuple(latent_shape), chosen
         with self._lock:
-            if shape not in self._samplers:
-                self._samplers[shape] = Sampler(self._head, shape, **self._settings)
-            return self._samplers[shape]
+            if made not in self._samplers:
+                self._samplers[made] = Sampler(self._head, made[0], **{**self._settings, "channels_last": chosen})
+            return self._samplers[made]
 
     def certify(
         self,
@@ -130,7 +134,7 @@ class Smoother:
         looks = make_schedule(schedule, n0, n, self._settings["tile"][1])
         check_key(key)
         say = progress or (lambda line: None)
-        if latents.shape[1:] not in self._samplers:
+        if (latents.shape[1:], self._settings["channels_last"]) not in self._samplers:
             say("compiling the head ...")
         sampler = self.sampler(latents.shape[1:])
         quantized, indices = sampler.quantize(latents), range(len(latents))

@@ -17,6 +17,8 @@ from lsrs_jax.smoothing.replay import bind, map_programs, parts, replay, retrace
 
 _PLACING = ("sharding_constraint", "reshard", "mesh_cast", "device_put")  # primitives that move data, not change it
 
+CHANNELS_LAST = "channels_last"  # the name of the program; on-disk format
+
 
 @contextlib.contextmanager
 def calling(what: str) -> Iterator[None]:
@@ -74,7 +76,7 @@ class TracedHead:
     @property
     def program(self) -> str:
         """``"channels_last"`` if the traces are those of `channels_last.channels_last`, else ``"plain"``."""
-        return "channels_last" if self._reordered else "plain"
+        return CHANNELS_LAST if self._reordered else "plain"
 
     @property
     def is_replayed(self) -> bool:
