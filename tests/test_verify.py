@@ -4,9 +4,11 @@ import json
 import random
 import shutil
 
+import numpy as np
 import pytest
 
 from lsrs_jax.certification import smoothed, verify
+from lsrs_jax.certification.table import read_table
 from lsrs_jax.config import config_from_dict
 from lsrs_jax.layers.lipschitz import LayerBound, LipschitzReport
 from lsrs_jax.runtime.errors import UserError
@@ -68,6 +70,21 @@ def test_samples_drawn_after_the_table_do_not_disturb_it(copy):
     for name, content in early.items():
         (folder / name).write_bytes(content)
     check(copy)
+
+
+@pytest.mark.parametrize(("factor", "accepted"), [(1 + 3e-16, True), (1 - 3e-16, True), (1 + 1e-9, False)])
+def test_the_last_digits_of_another_scipy_are_no_difference(copy, factor, accepted):
+    table = read_table(path := copy / "certify" / "default" / "certificates.tsv")
+    row = int(np.argmax(table.radius))
+    changed = float(table.radius[row] * factor)
+    assert changed != table.radius[row]
+    edit(path, row + 2, "radius", repr(changed))
+    reseal(path.parent)
+    if accepted:
+        assert check(copy).complete
+    else:
+        with pytest.raises(UserError, match=f"line {row + 2} .*radius is"):
+            check(copy)
 
 
 FILES = ["certificates.tsv", "certificates.json", "votes.0.tsv", "config.json"]

@@ -15,6 +15,8 @@ _WHOLE = re.compile(r"(-?[0-9]{1,18})\.0*")  # pandas writes whole numbers like 
 _TRUE, _FALSE = ("true", "1.0"), ("false", "0.0")
 _DAYS = re.compile(r"([0-9]+) days? \+?(?=[0-9])")  # pandas writes times like this
 _SUMMARY = re.compile(r"[#A-Za-z][^:=]*[:=]")  # as in "ACR: 0.5"
+_KNOWN = (*FIELD_COLUMNS, "n")  # the columns that are read
+_SPACES = "spaces around fields are left out"
 
 
 def read_log(path: Path | str) -> tuple[Table, list[str]]:
@@ -32,7 +34,8 @@ def read_log(path: Path | str) -> tuple[Table, list[str]]:
     delimiter = next((mark for mark in "\t,;" if mark in lines[0][1]), "\t")
     if delimiter != "\t":
         found[f"the fields are separated by {delimiter!r}"] = 1
-    header = _cells(lines[0][1], delimiter, found)
+    names, header = _cells(lines[0][1], delimiter)
+    found[_SPACES] += bool(set(_KNOWN) & set(header) - set(names))
     if len(set(header)) < len(header):
         raise UserError(f"{path}: its first line names a column twice")
     for name in FIELD_COLUMNS:
@@ -44,7 +47,7 @@ def read_log(path: Path | str) -> tuple[Table, list[str]]:
     rows, truncated = list[Row](), False
     for number, line in lines[1:]:
         try:
-            cells = _cells(line, delimiter, found)
+            spaced, cells = _cells(line, delimiter)
             if cells == header:
                 found["a repeated header is left out"] += 1
                 continue
@@ -53,6 +56,8 @@ def read_log(path: Path | str) -> tuple[Table, list[str]]:
                 del cells[len(header) :]
             if len(cells) != len(header):
                 raise ValueError(f"{len(cells)} columns instead of {len(header)}")
+            read = (name in _KNOWN for name in header)
+            found[_SPACES] += any(a != b for known, a, b in zip(read, spaced, cells, strict=False) if known)
             rows.append(parse_row(_plain(dict(zip(header, cells, strict=True)), found)))
         except (ValueError, csv.Error) as error:
             truncated = (number, line) == lines[-1] and not text.endswith("\n")
@@ -76,11 +81,10 @@ def _text(path: Path, found: collections.Counter[str]) -> str:
         raise UserError(f"{path} is not a text file") from error
 
 
-def _cells(line: str, delimiter: str, found: collections.Counter[str]) -> list[str]:
+def _cells(line: str, delimiter: str) -> tuple[list[str], list[str]]:
+    """The fields of a line, with and without spaces around them."""
     cells = next(csv.reader([line], delimiter=delimiter))
-    stripped = [cell.strip(" ") for cell in cells]
-    found["spaces around fields are left out"] += stripped != cells
-    return stripped
+    return cells, [cell.strip(" ") for cell in cells]
 
 
 def _plain(row: dict[str, str], found: collections.Counter[str]) -> dict[str, str]:
