@@ -7,7 +7,8 @@
 Each RUN is a workdir, a folder with certificates.tsv, or any table in the field's format (idx label predict radius
 correct time), also a published log; LABEL=RUN names its row and curve. Logs of other programs may deviate from the
 format where their meaning is clear; a note says how. If certificates have been audited, a dashed curve shows the
-accuracy that the attacks left. The command writes report.md, curve.png and curve.svg.
+accuracy that the attacks left. The command writes report.md, curve.png and curve.svg, and with --board=DATA:TITLE
+(CIFAR-10:My paper) board.yml, entries for the leaderboard of certified robustness.
 """
 
 if __name__ == "__main__":
@@ -15,6 +16,7 @@ if __name__ == "__main__":
 
     main("report")
 
+import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +25,7 @@ import numpy as np
 
 from lsrs_jax import cli
 from lsrs_jax.reporting import curve
+from lsrs_jax.reporting.board import board
 from lsrs_jax.reporting.runs import Run, load_runs, radius_grid
 from lsrs_jax.runtime import files
 from lsrs_jax.runtime.errors import first_line
@@ -68,6 +71,14 @@ def _write(folder: Path, parts: Sequence[str]) -> None:
     files.write_atomic(folder / "report.md", "\n\n".join(filter(None, parts)) + "\n")
 
 
+def _board(text: str) -> tuple[str, str]:
+    """Argument type: the name of the data and the title of the work."""
+    data, colon, title = text.partition(":")
+    if not (colon and data.strip() and title.strip()):
+        raise argparse.ArgumentTypeError(f"{text!r} must be DATA:TITLE, as in 'CIFAR-10:My paper'")
+    return data.strip(), title.strip()
+
+
 def _draw(runs: Sequence[Run], paths: Sequence[Path]) -> str:
     """Draws the curves to these paths; returns what kept Matplotlib from it, or ""."""
     try:
@@ -85,16 +96,20 @@ def _draw(runs: Sequence[Run], paths: Sequence[Path]) -> str:
 
 def run(arguments: list[str]) -> None:
     """The command; see the module's docstring."""
-    parser = cli.parser("report", __doc__, (), "[LABEL=]RUN ... --out=DIR [--radii=R,R,...]")
+    parser = cli.parser("report", __doc__, (), "[LABEL=]RUN ... --out=DIR [--radii=R,R,...] [--board=DATA:TITLE]")
     parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN")
     parser.add_argument("--out", required=True, type=cli.folder, help="folder for report.md and the curve")
     radii = cli.checked(cli.numbers, lambda found: all(0 <= radius < math.inf for radius in found), "numbers >= 0")
     parser.add_argument("--radii", type=radii, help="radii of the table, e.g. 0,0.25,0.5")
+    parser.add_argument("--board", type=_board, metavar="DATA:TITLE", help="write board.yml, for the leaderboard")
     options = parser.parse_args(arguments)
     runs = load_runs(options.runs)
-    table, below = markdown(runs, options.radii or radius_grid(runs)), [f"- {note}" for note in notes(runs)]
+    grid = options.radii or radius_grid(runs)
+    table, below = markdown(runs, grid), [f"- {note}" for note in notes(runs)]
     before, paths = ["# Certified accuracy", table, "\n".join(below)], [options.out / f"curve.{k}" for k in _FORMATS]
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.board:
+        files.write_atomic(options.out / "board.yml", board(runs, grid, *options.board))
     # The table is written and shown first, because drawing the curve may fail or be interrupted.
     _write(options.out, [*before, _LEGEND])
     print("\n".join([table, *below, f"table: {options.out / 'report.md'}"]), flush=True)

@@ -9,6 +9,7 @@ from unittest.mock import ANY
 
 import numpy as np
 import pytest
+import yaml
 from matplotlib.figure import Figure
 
 from lsrs_jax import report
@@ -17,7 +18,8 @@ from lsrs_jax.config import config_to_dict, default
 from lsrs_jax.reporting import curve
 from lsrs_jax.runtime import documents, files, signals
 from lsrs_jax.runtime.errors import UserError
-from support.commands import run
+from support import ROOT
+from support.commands import refused, run
 
 HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime"
 
@@ -83,6 +85,26 @@ def test_a_damaged_certificates_json_is_refused_and_a_missing_one_noted(tmp_path
         assert "- a: no certificates.json beside it names this table" in capsys.readouterr().out
     # A published log does not belong to a workdir, so there is no note.
     assert report.notes(report.load_runs([str(write_log(tmp_path / "log" / "certificates.tsv", [0.5]))])) == []
+
+
+def test_entries_for_the_leaderboard(tmp_path):
+    path = ROOT / "lsrs_jax" / "pretrained" / "digits"
+    out = ["--out=" + str(tmp_path), "--radii=0,0.25,0.5"]
+    run("report", str(path), *out, '--board=Digits:"A" & b')
+    (quarter, half), table = (
+        yaml.safe_load((tmp_path / "board.yml").read_text()),
+        read_table(path / "certify" / "default" / "certificates.tsv"),
+    )
+    assert half["setting"] == r"Digits,&nbsp; \(\ell_2\), &nbsp; \(\epsilon=0.5\)"
+    (entry,) = quarter["records"]
+    assert set(entry) == {"score", "title", "link", "venue", "prob", "comment"}
+    assert (entry["title"], entry["prob"]) == ('"A" & b', True)
+    share = 100 * table.certified_accuracy(0.25)
+    assert share - 0.01 < float(entry["score"].removesuffix("%")) <= share
+    run("report", str(path), f"other={path}", *out, "--board=Digits:T")
+    titles = [entry["title"] for entry in yaml.safe_load((tmp_path / "board.yml").read_text())[0]["records"]]
+    assert titles == ["T (digits)", "T (other)"]
+    assert "DATA:TITLE" in refused("report", str(path), *out, "--board=nothing")
 
 
 def test_a_run_with_several_certifications_gives_several_rows(tmp_path):

@@ -15,10 +15,7 @@ if TYPE_CHECKING:
     from lsrs_jax.smoothing.api import certify, predict
     from lsrs_jax.smoothing.sampler import Sampler
 
-__all__ = [
-    "Certificates", "Sampler", "SmoothedClassifier", "certified_radius", "certify", "confidence", "from_counts",
-    "predict",
-]  # fmt: skip  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["Certificates", "Sampler", "certified_radius", "certify", "confidence", "from_counts", "predict"]
 
 _LAZY = dict.fromkeys(("certify", "predict"), f"{__name__}.api") | {"Sampler": f"{__name__}.sampler"}
 _LAZY["SmoothedClassifier"] = "lsrs_jax.api.classifier"  # its place in earlier versions was here
