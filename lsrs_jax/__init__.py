@@ -5,9 +5,9 @@ the latent between them, so that one pass of the encoder serves every noisy samp
 is carried back to the image by the encoder's Lipschitz constant (Zeng, Su and Huang 2021; the bound is Cohen,
 Rosenfeld and Kolter 2019).
 
-Folders, each importing only those after it: the commands (`train`, `certify`, `audit`, `report`, `show_config`,
-`show_data`; `cli` runs them), `reporting` (tables and curves), `certification` (folders of certificates), `auditing`
-(attacks), `training`, `data`, `models` (encoder, head and both), `pytorch` (PyTorch networks as heads), `layers` (Flax
+Folders, each importing only those after it: the commands (`train`, `certify`, `audit`, `report`, `export`,
+`show_config`, `show_data`; `cli` runs them), `api` (`SmoothedClassifier` and `load`), `reporting` (tables and curves),
+`certification` (folders of certificates), `auditing` (attacks), `training`, `data`, `models` (encoder, head and both), `pytorch` (PyTorch networks as heads), `layers` (Flax
 layers; `layers.lipschitz` proves their constant), `orthogonal` (pure functions), `config` (fields and their meaning),
 `smoothing` (sampling and statistics for any JAX function), `runtime` (files, errors, processes).
 """

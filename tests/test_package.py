@@ -17,7 +17,7 @@ from support import ROOT
 
 pytestmark = pytest.mark.package
 LITTLE = "--config.certify.n=256 --config.certify.n0=64 --config.certify.step=5"
-GUIDE = ROOT / "docs" / "guide.md"
+PAGES = [ROOT / "docs" / name for name in ("guide.md", "classifiers.md")]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 
 
@@ -126,9 +126,10 @@ def test_every_block_of_the_readme_and_every_program_of_the_guide_runs(installed
     scripts = [text for language, text in blocks if language in ("", "bash")]
     assert len(programs) >= 2
     assert len(scripts) >= 2
-    guide = BLOCK.findall(GUIDE.read_text(encoding="utf-8"))
-    # Equinox is not installed with the package: tests/smoothing/test_doors.py runs its programs.
-    programs += [text for language, text in guide if language == "python" and "import equinox" not in text]
+    guide = [block for page in PAGES for block in BLOCK.findall(page.read_text(encoding="utf-8"))]
+    # These are not installed with the package: tests/smoothing/test_doors.py and tests/api run their programs.
+    absent = ("import equinox", "import torch")
+    programs += [text for language, text in guide if language == "python" and not any(a in text for a in absent)]
     for text in programs:
         installed.run("python", "-c", text)
     shades(installed.folder / "PATH")

@@ -294,9 +294,8 @@ def test_inference_mode_is_all_that_they_miss(expected):
 
 # ------------------------------------------------------------------------------------------------- recipes of the guide
 
-SECTION = (
-    (ROOT / "docs" / "guide.md").read_text(encoding="utf-8").partition("## Heads from Flax Linen, NNX and Equinox")[2]
-)
+PAGE = (ROOT / "docs" / "classifiers.md").read_text(encoding="utf-8")
+SECTION = PAGE.partition("## Heads from Flax Linen, NNX and Equinox")[2]
 RECIPES = re.findall(r"^```python\n(.*?)^```", SECTION.partition("\n## ")[0], re.M | re.S)
 
 
