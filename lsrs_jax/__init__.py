@@ -7,9 +7,10 @@ Rosenfeld and Kolter 2019).
 
 Folders, each importing only those after it: the commands (`train`, `certify`, `audit`, `report`, `export`,
 `show_config`, `show_data`; `cli` runs them), `api` (`SmoothedClassifier` and `load`), `reporting` (tables and curves),
-`certification` (folders of certificates), `auditing` (attacks), `training`, `data`, `models` (encoder, head and both), `pytorch` (PyTorch networks as heads), `layers` (Flax
-layers; `layers.lipschitz` proves their constant), `orthogonal` (pure functions), `config` (fields and their meaning),
-`smoothing` (sampling and statistics for any JAX function), `runtime` (files, errors, processes).
+`certification` (folders of certificates), `auditing` (attacks), `training`, `data`, `models` (encoder, head and both),
+`pytorch` (PyTorch networks as heads), `layers` (Flax layers; `layers.lipschitz` proves their constant), `orthogonal`
+(pure functions), `config` (fields and their meaning), `smoothing` (sampling and statistics for any JAX function),
+`runtime` (files, errors, processes).
 """
 
 import importlib

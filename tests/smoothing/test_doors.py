@@ -11,10 +11,13 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from lsrs_jax import from_torch
+from lsrs_jax.certification import store, verify
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.smoothing import Sampler, SmoothedClassifier, certify, predict
 from lsrs_jax.smoothing.head_trace import TracedHead
 from support import ROOT, threefry
+from support.commands import run
 
 SHAPE, TILE, CLASSES = (8, 8, 3), (2, 16), 4
 IMAGES = np.random.default_rng(0).random((3, *SHAPE))
@@ -80,6 +83,25 @@ def equinox(batched=True):
     return jax.vmap(module) if batched else module
 
 
+def pytorch():
+    """A PyTorch module of images NCHW; its dense layer reads the pixels in the order CHW."""
+    torch = pytest.importorskip("torch")
+    conv, dense = torch.nn.Conv2d(3, 16, 3, padding=1), torch.nn.Linear(256, CLASSES, bias=False)
+    weight = DENSE.reshape(4, 4, 16, CLASSES).transpose(3, 2, 0, 1).reshape(CLASSES, -1)
+    with torch.no_grad():
+        for parameter, value in (
+            (conv.weight, KERNEL.transpose(3, 2, 0, 1)),
+            (conv.bias, BIAS),
+            (dense.weight, weight),
+        ):
+            parameter.copy_(torch.tensor(np.ascontiguousarray(value)))
+    layers = (conv, torch.nn.ReLU(), torch.nn.MaxPool2d(2), torch.nn.Flatten(), dense)
+    return from_torch(torch.nn.Sequential(*layers).eval(), torch.zeros(1, 3, 8, 8), layout="NHWC")
+
+
+DOORS = {"pure": lambda: pure, "linen": linen, "nnx": stateful, "equinox": equinox, "pytorch": pytorch}
+
+
 @pytest.fixture(scope="module")
 def expected():
     return sample(pure)
@@ -107,6 +129,25 @@ def test_equinox_gives_the_same_counts_but_where_logits_nearly_tie(channels_last
     settings = {"sigma": 0.5, "key": threefry(0), "n": 200, "tile": TILE}
     one = predict(network, IMAGES, channels_last=channels_last, **settings)
     assert one.tolist() == predict(pure, IMAGES, **settings).tolist()
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_every_door_leads_to_a_folder_that_readers_read(name, expected, tmp_path):
+    classifier, labels = SmoothedClassifier(DOORS[name](), sigma=0.5, tile=TILE), expected.predict % CLASSES
+    settings = {"key": threefry(0), "n0": 20, "n": 1000}
+    found = classifier.certify(IMAGES, labels, out=tmp_path, **settings)
+    np.testing.assert_array_equal(found.counts, classifier.certify(IMAGES, **settings).counts)
+    assert np.abs(found.counts - expected.counts).sum() <= 2
+    stored, verdict = verify.run(found.folder)
+    assert verdict.complete
+    reordered = name in ("equinox", "pytorch")
+    assert stored.identity.program == ("channels_last" if reordered else None)
+    run("certify", f"--workdir={tmp_path}", "--from-counts", "--config.certify.alpha=0.05")
+    assert "| 3 |" in run("report", f"x={tmp_path}", f"--out={tmp_path / 'report'}")
+    # What was begun with one program goes on with it, also in attacks.
+    other = SmoothedClassifier(DOORS[name](), sigma=0.5, tile=TILE, channels_last=not reordered)
+    np.testing.assert_array_equal(other.certify(IMAGES, labels, out=tmp_path, **settings).counts, found.counts)
+    assert store.read(found.folder / "certificates.json").identity == stored.identity
 
 
 def test_counts_depend_on_neither_spmd_nor_the_number_of_devices(network):
