@@ -167,12 +167,9 @@ class SmoothedClassifier:
 
         slack = np.broadcast_to(slack, len(inputs))
         shape = self.encoder(inputs.shape[1:], all_positive(slack)).report.output_shape
-        names = self._check_classes(labels, shape)
-        identity = head_identity(self.head, self._batch_shape(shape))
+        dataset = self._dataset(inputs, labels, self._check_classes(labels, shape))
         fields["seed"] = SEED_DERIVED if key is None else seed_of(key)
-        dataset = self._dataset(inputs, labels, names)
-        path, found = folder.certify(self, dataset, slack, out, identity, fields, say)
-        return self._result(found, labels, path)
+        return folder.certify(self, dataset, slack, out, fields, say)
 
     def predict(
         self, x: Any, *, key: jax.Array, n: int = 1000, alpha: float = 0.001, details: bool = False
@@ -311,8 +308,8 @@ class SmoothedClassifier:
     def _batch_shape(self, latent_shape: Sequence[int]) -> tuple[int, ...]:
         return math.prod(self.settings["tile"]), *latent_shape
 
-    def _result(self, found: Certificates, labels: np.ndarray | None, folder: Path | None = None) -> Result:
+    def _result(self, found: Certificates, labels: np.ndarray | None) -> Result:
         fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
         classes = found.counts.shape[1]
         names = self.class_names or tuple(map(str, range(classes)))
-        return Result(**fields, labels=labels, class_names=names, sigma=self.sigma, folder=folder)
+        return Result(**fields, labels=labels, class_names=names, sigma=self.sigma)

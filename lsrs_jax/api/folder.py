@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import numpy as np
 
 from lsrs_jax.api.classifier import SmoothedClassifier
 from lsrs_jax.api.encoding import all_positive
+from lsrs_jax.api.result import Result
 from lsrs_jax.certification import smoothed, store
 from lsrs_jax.certification.target import Target
-from lsrs_jax.config import CALLER, check_config, config_to_dict, default, load_config, save_config
-from lsrs_jax.data import Arrays
+from lsrs_jax.config import CALLER, check_config, chosen_images, config_to_dict, default, load_config, save_config
+from lsrs_jax.data import Dataset
 from lsrs_jax.layers.lipschitz import Materialized
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.processes import ALONE
@@ -22,7 +24,7 @@ from lsrs_jax.runtime.rng import pinned
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.runtime.workdir import SCHEMES, Workdir
 from lsrs_jax.smoothing.derivation import Certificates
-from lsrs_jax.smoothing.head_identity import HeadIdentity
+from lsrs_jax.smoothing.head_identity import HeadIdentity, head_identity
 from lsrs_jax.smoothing.sampler import Sampler
 
 
@@ -45,29 +47,44 @@ class GivenTarget(Target):
 
 def certify(
     classifier: SmoothedClassifier,
-    dataset: Arrays,
+    dataset: Dataset,
     slack: np.ndarray,
     out: Path,
-    identity: HeadIdentity,
     fields: dict[str, Any],
     say: smoothed.Say,
-) -> tuple[Path, Certificates]:
-    """Certifies all inputs into ``<out>/certify/<name>``, and continues what is there.
+    data: Config | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> Result:
+    """Certifies images of a split into ``<out>/certify/<name>``, and continues what is there.
 
-    `slack` is the caller's, per input, and `fields` are values of the section ``certify``. Returns the folder, and the
-    certificates in the order of the inputs. Raises UserError for a folder of another classifier, other inputs or other
-    settings.
+    Args:
+      dataset: the whole split; its images are read when they are needed.
+      slack: the caller's, per image of the split.
+      fields: values of the section ``certify``; start, stop and step choose the images.
+      data: the section ``data`` that names the split; None for a caller's arrays.
+      facts: for the entry of this session in the record, besides the program of the head.
+
+    Returns the certificates of the chosen images, in the order of the split. Raises UserError for a folder of another
+    classifier, other images or other settings.
     """
-    config = _config(classifier, out, fields)
-    folder = out / "certify" / config.certify.name
+    config = _config(classifier, out, fields, data)
+    indices = chosen_images(config, len(dataset)) or range(0)
+    if not indices:
+        raise UserError(f"no image to certify: start={config.certify.start} in a split of {len(dataset)}")
+    folder, shape = out / "certify" / config.certify.name, classifier.encoder(dataset.shape, all_positive(slack)).report
+    identity = head_identity(classifier.head, (math.prod(classifier.settings["tile"]), *shape.output_shape))
     _check_program(folder, identity, config)
     meta = {"step": 0, "digest": identity.parameters}
-    target = GivenTarget(config, folder, dataset, range(len(dataset)), meta, classifier, slack)
-    with pinned(), _for_callers():
-        found = smoothed.run(target, ALONE, Workdir(out), say, lambda: None, {"program": identity.program})
-    certificates = found and found[1]
-    assert certificates is not None, "this process derives, and there are inputs"
-    return folder, certificates
+    target = GivenTarget(config, folder, dataset, indices, meta, classifier, slack)
+    facts = {"program": identity.program} | dict(facts or {})
+    with pinned(), contextlib.nullcontext() if data else _for_callers():
+        images, certificates = smoothed.run(target, ALONE, Workdir(out), say, lambda: None, facts) or ([], None)
+    assert certificates is not None, "this process derives, and there are images"
+    rows = [row for row, image in enumerate(images) if image.idx in indices]
+    names = [field.name for field in dataclasses.fields(Certificates) if field.name != "samples"]
+    chosen: dict[str, Any] = {name: getattr(certificates, name)[rows] for name in names}
+    chosen |= {"labels": np.array([images[row].label for row in rows]), "class_names": dataset.class_names}
+    return Result(**chosen, sigma=classifier.sigma, folder=folder)
 
 
 @contextlib.contextmanager
@@ -79,12 +96,12 @@ def _for_callers() -> Iterator[None]:
         raise type(error)(str(error).replace("--config.certify.name", "name")) from error
 
 
-def _config(classifier: SmoothedClassifier, out: Path, fields: dict[str, Any]) -> Config:
+def _config(classifier: SmoothedClassifier, out: Path, fields: dict[str, Any], data: Config | None) -> Config:
     """The configuration of the certification; writes the one of the workdir, which no later call changes."""
     if str(out).startswith(SCHEMES):
         raise UserError("out must be a folder of this machine")
     config, path = default(), out / "config.json"
-    config.data.name, config.data.split = "arrays", "given"
+    config.data.update(data or {"name": "arrays", "split": "given"})
     config.model.head, config.model.encoder = CALLER, CALLER if classifier.has_encoder else "identity"
     if path.exists():
         held = config_to_dict(load_config(path))
@@ -100,7 +117,7 @@ def _config(classifier: SmoothedClassifier, out: Path, fields: dict[str, Any]) -
     check_config(config)
     if not path.exists():
         plain = default()
-        plain.data.name, plain.data.split = config.data.name, config.data.split
+        plain.data.update(config.data)
         plain.model.head, plain.model.encoder = config.model.head, config.model.encoder
         save_config(plain, path)
     return config
