@@ -22,6 +22,7 @@ from lsrs_jax.runtime.errors import UserError, first_line, out_of_memory
 COMMANDS = {  # name -> module, what it does
     "train": ("train", "train a split classifier"),
     "certify": ("certify", "certify images, verify certificates"),
+    "certify-torch": ("certify_torch", "certify a published PyTorch checkpoint"),
     "audit": ("audit", "attack the certificates of a workdir"),
     "report": ("report", "compare certified classifiers: a table and a curve"),
     "export": ("export", "write a trained classifier for use without this package"),
@@ -79,7 +80,7 @@ def _choose_and_run(module: str | None) -> NoReturn:
         name = next(iter(sys.argv[1:]), "--help")
         del sys.argv[1:2]
         if name in ("-h", "--help", "help"):
-            lines = "\n".join(f"  {name:<9}{what}" for name, (_, what) in COMMANDS.items())
+            lines = "\n".join(f"  {name:<15}{what}" for name, (_, what) in COMMANDS.items())
             execute(lambda _: print(_USAGE.format(commands=lines)))
             sys.exit(0)
         if name not in COMMANDS:

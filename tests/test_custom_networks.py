@@ -141,7 +141,7 @@ def own(code, tmp_path_factory):
 def test_code_is_imported_only_if_the_user_names_it(own, code, monkeypatch):
     workdir, allowed = own
     marker = code.with_name("imported")
-    monkeypatch.setattr(custom, "_resolve", lambda name: marker.write_text(name))
+    monkeypatch.setattr(custom, "resolve", lambda name: marker.write_text(name))
     for command in (["certify"], ["certify", "--recast=2"], ["audit"], ["export", f"--out={workdir.parent / 'out'}"]):
         code_, _, err = ended(command[0], f"--workdir={workdir}", *command[1:])
         assert code_ == 2

@@ -112,11 +112,14 @@ def load_target(
 
 
 def _refuse_caller(config: Config, folder: Path) -> None:
-    if config.model.head == CALLER:
-        raise UserError(
-            f"{folder} is of a classifier that was given in Python: give it to SmoothedClassifier again, whose "
-            "certify(..., out=...) and audit(..., out=...) continue there"
-        )
+    if config.model.head != CALLER:
+        return
+    if config.data.name != "arrays":
+        raise UserError(f"{folder} is of a PyTorch checkpoint, which is not in it: certify-torch continues it")
+    raise UserError(
+        f"{folder} is of a classifier that was given in Python: give it to SmoothedClassifier again, whose "
+        "certify(..., out=...) and audit(..., out=...) continue there"
+    )
 
 
 def _check_images(workdir: Path, trained: dict[str, Any], dataset: Dataset) -> None:

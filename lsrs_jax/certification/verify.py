@@ -147,7 +147,7 @@ def _report(folder: Path, stored: store.Stored, counts: Counts | None, verdict: 
     print(f"Lipschitz constant {stored.lipschitz.constant:.15g}")
     trained = folder.parents[1] / "config.json"
     names = ("sigma", "seed") if certify.seed == SEED_OF_TRAINING else ("sigma",)
-    for name in names if trained.exists() else ():
+    for name in names if trained.exists() and config.model.head != CALLER else ():
         used, kept = config[name], load_config(trained)[name]
         if used != kept:
             print(f"note: certified with {name} {used}, trained with {kept}", flush=True)
@@ -300,7 +300,8 @@ def _check_checkpoint(workdir: Path, stored: store.Stored, verdict: Verdict) -> 
     """Compares digest, shapes and Lipschitz constant of the weights."""
     identity, config, step = stored.identity, stored.settings, stored.identity.checkpoint["step"]
     if config.model.head == CALLER:
-        verdict.beyond["samples"] = "that the classifier, which was given in Python, gives these samples"
+        given = "classifier, which was given in Python," if config.data.name == "arrays" else "PyTorch checkpoint"
+        verdict.beyond["samples"] = f"that the {given} gives these samples"
         if stored.lipschitz.layers:
             constant = f"the Lipschitz constant {stored.lipschitz.constant:.15g}"
             verdict.unchecked["weights"] = f"{constant} of the encoder, which was given in Python"

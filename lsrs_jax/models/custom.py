@@ -84,7 +84,7 @@ def make(model: Config, part: str, **offered: Any) -> nn.Module:
     """
     name, stored = model[part], model[f"{part}_digest"]
     chosen = _chosen(name, stored)
-    made = _resolve(chosen)
+    made = resolve(chosen)
     given = arguments(model[f"{part}_args"])
     with errors_of(f"model.{part}={name}"):
         is_nnx = isinstance(made, type) and issubclass(made, nnx.Module)
@@ -165,7 +165,8 @@ def _import_module(name: str) -> ModuleType:
         return importlib.import_module(name)
 
 
-def _resolve(name: str) -> Any:
+def resolve(name: str) -> Any:
+    """Imports what a name of code stands for; the user must have typed the name on this command line."""
     where, _, attribute = name.rpartition(":")
     if where.endswith(".py"):
         path = _source(name).resolve()
