@@ -132,8 +132,9 @@ def _named_as_options() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        words = str(error).removeprefix("bad configuration: ")
-        raise type(error)(re.sub(r"(config field |--config\.)(certify\.)?", "--", words)) from error
+        words = re.sub(r"(config field |(flag )?--config\.)(certify\.)?", "--", str(error))
+        words = re.sub(rf"\bcertify\.(?=({'|'.join((*_IMAGES, *_SAMPLES))})\b)", "--", words)
+        raise type(error)(words.removeprefix("bad configuration: ")) from error
 
 
 def _networks(options: argparse.Namespace) -> list[tuple[Path, Any]]:

@@ -39,6 +39,7 @@ class Result(Certificates):
     class_names: tuple[str, ...] = ()
     sigma: float = 0.0
     folder: Path | None = None  # with the ledger and certificates.tsv, if there is one
+    radii: tuple[float, ...] = ()  # that were to be decided; other radii say less
 
     def accuracy(self, radius: float = 0.0) -> float:
         """Certified accuracy: share of inputs classified correctly with at least this ℓ2 radius.
@@ -71,7 +72,7 @@ class Result(Certificates):
 
     def __str__(self) -> str:
         """A few lines: certified accuracy (or, without labels, the share of certificates) over the radius."""
-        radii = _grid(float(self.radius.max(initial=0.0)))
+        radii = sorted({0.0, *self.radii}) if self.radii else _grid(float(self.radius.max(initial=0.0)))
         if self.labels is None:
             name, shares = "certified", [float(np.mean(~self.abstain & (self.radius >= r))) for r in radii]
             mean = f"mean radius {self.radius.mean():.4f}"
