@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         "--denoiser-arch", metavar="ARCH", help="cifar_dncnn, cifar_dncnn_wide, imagenet_dncnn, or code"
     )
     results = parser.add_argument_group("results")
-    results.add_argument("--out", required=True, type=cli.folder, metavar="DIR", help="folder for certify/<name>")
+    results.add_argument("--out", required=True, type=_out, metavar="DIR", help="folder for certify/<name>")
     data, sampling = parser.add_argument_group("the images"), parser.add_argument_group("noise and samples")
     for option, name in _OPTIONS.items():
         required, value = option in ("sigma", "data.name"), _DEFAULTS.get(name, FIELDS[name].default)
@@ -116,6 +116,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _file(text: str) -> Path:
     return Path(text).expanduser()
+
+
+def _out(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"must be a folder of this machine, got {text!r}")
+    return cli.folder(text)
 
 
 def _config(options: argparse.Namespace) -> Config:

@@ -331,6 +331,7 @@ REFUSALS = {
     "data": ({"name": "../x"}, [], "--data.name must be the name of a data set"),
     "path": ({"name": "npz:x"}, ["--data.dir=y"], "leave --data.dir out"),
     "field": ({}, ["--config.certify.n=5"], "unrecognized arguments: --config.certify.n=5"),
+    "bucket": ({}, ["--out=gs://bucket/x"], "must be a folder of this machine"),
     "normalize": ({}, ["--normalize=mnist"], "argument --normalize: invalid choice: 'mnist'"),
     "denoiser": ({}, ["--denoiser-arch=cifar_dncnn"], "--denoiser=FILE, which is missing"),
 }

@@ -157,7 +157,8 @@ class SmoothedClassifier:
         key = root_key(self._derived_seed(inputs, own, latents.shape[1:])) if key is None else key
         given = {"radii": radii, "slack": total, "counts": counts, "progress": say}
         found = self._smoother.certify(latents, key=key, **given, **sampling)
-        return self._result(found, own)
+        decided = () if radii is None or schedule == "fixed" else tuple(map(float, radii))
+        return self._result(found, own, decided)
 
     def _certify_into(
         self, out: Path, inputs: np.ndarray, labels: np.ndarray, slack: np.ndarray, key: Any, fields: Any, say: Any
@@ -308,8 +309,8 @@ class SmoothedClassifier:
     def _batch_shape(self, latent_shape: Sequence[int]) -> tuple[int, ...]:
         return math.prod(self.settings["tile"]), *latent_shape
 
-    def _result(self, found: Certificates, labels: np.ndarray | None) -> Result:
+    def _result(self, found: Certificates, labels: np.ndarray | None, radii: tuple[float, ...]) -> Result:
         fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
         classes = found.counts.shape[1]
         names = self.class_names or tuple(map(str, range(classes)))
-        return Result(**fields, labels=labels, class_names=names, sigma=self.sigma)
+        return Result(**fields, labels=labels, class_names=names, sigma=self.sigma, radii=radii)

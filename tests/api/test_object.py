@@ -226,3 +226,14 @@ def test_attacks_stay_outside_honest_radii_and_find_flips_inside_false_ones():
     ):
         with pytest.raises(UserError):
             classifier.audit(X, LABELS, **wrong)
+
+
+def test_the_summary_has_the_radii_that_were_to_be_decided(tmp_path):
+    weights = np.random.default_rng(0).normal(size=(9, 3)).astype(np.float32)
+    x = np.random.default_rng(1).random((6, 9))
+    labels = (x @ weights).argmax(axis=1)
+    classifier = SmoothedClassifier(lambda z: z @ weights, sigma=0.25, tile=(4, 16))
+    for out in (None, tmp_path):
+        options = {"key": threefry(0), "n": 1000, "schedule": "staged", "radii": (0.125, 0.25)}
+        found = classifier.certify(x, labels, out=out, **options)
+        assert str(found).splitlines()[1].split() == ["radius", "0", "0.125", "0.25"]
