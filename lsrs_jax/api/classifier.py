@@ -22,7 +22,7 @@ from lsrs_jax.smoothing.counts import Counts
 from lsrs_jax.smoothing.derivation import Certificates
 from lsrs_jax.smoothing.engine import Images
 from lsrs_jax.smoothing.head_check import Head
-from lsrs_jax.smoothing.head_identity import head_identity
+from lsrs_jax.smoothing.head_identity import ProgramIdentity, head_identity
 from lsrs_jax.smoothing.noise_check import accuracy_under_noise
 from lsrs_jax.smoothing.sampler import Sampler
 
@@ -77,6 +77,7 @@ class SmoothedClassifier:
         self.class_names = None if class_names is None else tuple(map(str, class_names))
         self.settings: dict[str, Any] = {name: value for name, value in settings.items() if name != "devices"}
         self.settings["tile"] = tuple(tile)
+        self._identities: dict[tuple[tuple[int, ...], bool], ProgramIdentity] = {}
 
     @property
     def has_encoder(self) -> bool:
@@ -298,16 +299,22 @@ class SmoothedClassifier:
 
         return Arrays("arrays", "", "given", inputs, labels.astype(np.int32), names, max_value=1)
 
+    def identity(self, shape: Sequence[int], low_precision: bool = True) -> ProgramIdentity:
+        """What identifies encoder and head, for inputs of this shape, between sessions."""
+        key = tuple(shape), low_precision
+        if key not in self._identities:
+            latent_shape = self.encoder(shape, low_precision).report.output_shape if self.has_encoder else key[0]
+            head = head_identity(self.head, (math.prod(self.settings["tile"]), *latent_shape))
+            encoder = self._encoding.identity(shape, low_precision)
+            self._identities[key] = head.with_encoder(encoder) if encoder else head
+        return self._identities[key]
+
     def _derived_seed(self, inputs: np.ndarray, labels: np.ndarray | None, latent_shape: Sequence[int]) -> int:
         from lsrs_jax.certification.identity import derived_seed
 
-        parameters = head_identity(self.head, self._batch_shape(latent_shape)).parameters
         own = np.zeros(len(inputs), int) if labels is None else labels
         names = self._check_classes(own, latent_shape)
-        return derived_seed(parameters, self._dataset(inputs, own, names).digest())
-
-    def _batch_shape(self, latent_shape: Sequence[int]) -> tuple[int, ...]:
-        return math.prod(self.settings["tile"]), *latent_shape
+        return derived_seed(self.identity(inputs.shape[1:]).parameters, self._dataset(inputs, own, names).digest())
 
     def _result(self, found: Certificates, labels: np.ndarray | None, radii: tuple[float, ...]) -> Result:
         fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}

@@ -1,6 +1,6 @@
 """The encoder of a `SmoothedClassifier`: from inputs to float64 latents, with a Lipschitz constant."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -12,6 +12,7 @@ from lsrs_jax.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from lsrs_jax.layers.lipschitz import Materialized
+    from lsrs_jax.smoothing.head_identity import ProgramIdentity
 
 
 class Encoding:
@@ -26,6 +27,7 @@ class Encoding:
             raise UserError("the encoder has a proven Lipschitz constant: leave lipschitz out")
         self.lipschitz = self._proven.report.constant if self._proven else lipschitz
         self._made: dict[tuple[tuple[int, ...], bool], Materialized] = {}
+        self._compiled: dict[tuple[tuple[int, ...], bool, int], Callable[[np.ndarray], np.ndarray]] = {}
 
     def __bool__(self) -> bool:
         return self._proven is not None or self._function is not None
@@ -51,12 +53,30 @@ class Encoding:
         if not self:
             return inputs, slack
         from lsrs_jax.certification.encode import encoder_slack
+        from lsrs_jax.certification.platform_check import check_encoder
         from lsrs_jax.layers.lipschitz import Float64Encoder
 
-        encoder = self.materialized(inputs.shape[1:], all_positive(slack))
-        found = Float64Encoder(encoder, batch)(inputs)
+        low = all_positive(slack)
+        encoder, key = self.materialized(inputs.shape[1:], low), (inputs.shape[1:], low, batch)
+        if key not in self._compiled:
+            compiled = Float64Encoder(encoder, batch)
+            check_encoder(encoder, compiled)
+            self._compiled[key] = compiled
+        found = self._compiled[key](inputs)
         norms = np.linalg.norm(inputs.reshape(len(inputs), -1), axis=1)
         return np.asarray(found, np.float64), slack + encoder_slack(encoder.report, norms, sigma)
+
+    def identity(self, shape: Sequence[int], low_precision: bool) -> "ProgramIdentity | None":
+        """What identifies the encoder for inputs of this shape; None without one."""
+        if not self:
+            return None
+        from lsrs_jax.smoothing.head_identity import program_identity
+
+        encoder = self.materialized(shape, low_precision)
+        with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+            example = jax.ShapeDtypeStruct((2, *shape), jnp.float64)
+            program = jax.make_jaxpr(lambda x: encoder.apply(encoder.params, x))(example)
+        return program_identity(program, self._function, "encoder")
 
     def in_float32(self, x: Float[Array, "inputs *input"]) -> Float[Array, "inputs *latent"]:
         """The latents in float32, differentiable."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from lsrs_jax.runtime.rng import pinned
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.runtime.workdir import SCHEMES, Workdir
 from lsrs_jax.smoothing.derivation import Certificates
-from lsrs_jax.smoothing.head_identity import HeadIdentity, head_identity
+from lsrs_jax.smoothing.head_identity import ProgramIdentity
 from lsrs_jax.smoothing.sampler import Sampler
 
 
@@ -71,8 +70,8 @@ def certify(
     indices = chosen_images(config, len(dataset)) or range(0)
     if not indices:
         raise UserError(f"no image to certify: start={config.certify.start} in a split of {len(dataset)}")
-    folder, shape = out / "certify" / config.certify.name, classifier.encoder(dataset.shape, all_positive(slack)).report
-    identity = head_identity(classifier.head, (math.prod(classifier.settings["tile"]), *shape.output_shape))
+    folder = out / "certify" / config.certify.name
+    identity = classifier.identity(dataset.shape, all_positive(slack))
     _check_program(folder, identity, config)
     meta = {"step": 0, "digest": identity.parameters}
     target = GivenTarget(config, folder, dataset, indices, meta, classifier, slack)
@@ -124,23 +123,27 @@ def _config(classifier: SmoothedClassifier, out: Path, fields: dict[str, Any], d
     return config
 
 
-def _check_program(folder: Path, identity: HeadIdentity, config: Config) -> None:
+def _check_program(folder: Path, identity: ProgramIdentity, config: Config) -> None:
     """Raises UserError if a folder was made by another function with the same parameters.
 
-    Another version of JAX, or another tile, gives another program of the same function; then nothing is compared.
+    Another tile gives another program of the same function; it is refused elsewhere. Another version of JAX may do so
+    too: then nobody can tell whether the function is the same.
     """
     path = folder / "certificates.json"
     if not path.exists():
         return
     stored = store.require_sealed(path)
-    programs = [entry.get("program") for entry in stored.record if entry["versions"].get("jax") == jax.__version__]
-    known = [own for own in programs if own]
+    known = [entry["program"] for entry in stored.record if entry.get("program")]
     same = (identity.parameters, list(config.certify.tile)) == (
         stored.identity.checkpoint["digest"],
         stored.identity.tile,
     )
     if same and known and identity.program not in known:
+        versions = {entry["versions"]["jax"] for entry in stored.record} - {jax.__version__}
+        upgraded = (
+            f" (or JAX {jax.__version__} writes it otherwise than {', '.join(sorted(versions))})" if versions else ""
+        )
         raise UserError(
-            f"{folder} holds certificates of another function of the same parameters: give the head that was used, or "
-            "another name or out"
+            f"{folder} holds certificates of another function of the same parameters{upgraded}: give the function that "
+            "was used, or another name or out"
         )

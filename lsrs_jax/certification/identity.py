@@ -140,7 +140,7 @@ def _clause(new: Identity, name: str, was: Any, now: Any) -> str:
     if name == "checkpoint.step":
         return f"they are of the checkpoint of step {was}, not {now}; --config.certify.checkpoint={was} continues them"
     if name == "checkpoint.digest" and new.model.get("head") == CALLER:
-        return "the parameters of the head have changed"
+        return "the parameters of the classifier have changed"
     if name == "checkpoint.digest":
         return f"the weights in the checkpoint of step {new.checkpoint['step']} have changed"
     if name == "data.class_names" and (clause := other_class(was or [], now or [])):

@@ -128,7 +128,10 @@ def other_function(z):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda out: made(W + 1e-6).certify(X, LABELS, out=out, n=2000), "the parameters of the head have changed"),
+        (
+            lambda out: made(W + 1e-6).certify(X, LABELS, out=out, n=2000),
+            "the parameters of the classifier have changed",
+        ),
         (lambda out: made().certify(X, (LABELS + 1) % 3, out=out, n=2000), "images or labels"),
         (lambda out: made().certify(X + 1e-9, LABELS, out=out, n=2000), "images or labels"),
         (lambda out: made(sigma=0.3).certify(X, LABELS, out=out, n=2000), "sigma was 0.25"),
@@ -159,6 +162,31 @@ def test_a_folder_of_something_else_is_refused_with_the_reason(tmp_path_factory,
     with pytest.raises(UserError, match=message):
         change(out)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_another_encoder_is_another_classifier(tmp_path):
+    """Also if it has the same constant: its latents are others."""
+    scale = np.linspace(0.5, 1, 9).reshape(DIM)
+
+    def with_encoder(factors):
+        made(encoder=lambda x: x * factors, lipschitz=1.0).certify(X, LABELS, out=tmp_path, n=500)
+
+    with_encoder(scale)
+    with_encoder(scale.copy())
+    with pytest.raises(UserError, match="the parameters of the classifier have changed"):
+        with_encoder(scale[::-1].copy())
+    for other in (lambda x: jnp.sin(x * scale), lambda x: x * scale * 0.5):
+        with pytest.raises(UserError, match="another function of the same parameters"):
+            made(encoder=other, lipschitz=1.0).certify(X, LABELS, out=tmp_path, n=500)
+
+
+def test_a_resumption_after_an_upgrade_of_jax_names_it(tmp_path, monkeypatch):
+    made().certify(X, LABELS, out=tmp_path, n=500)
+    made().certify(X, LABELS, out=tmp_path, n=500)
+    monkeypatch.setattr(jax, "__version__", "0.99")
+    made().certify(X, LABELS, out=tmp_path, n=500)  # the same program
+    with pytest.raises(UserError, match=r"or JAX 0.99 writes it otherwise than 0"):
+        SmoothedClassifier(other_function, **SETTINGS).certify(X, LABELS, out=tmp_path, n=500)
 
 
 def test_the_workdir_of_a_training_is_refused(copy):
@@ -207,5 +235,5 @@ def test_a_head_that_calls_python_needs_a_digest_of_its_own(tmp_path):
     first = SmoothedClassifier(Callback(W, "one"), **SETTINGS).certify(X, LABELS, out=tmp_path, n=200)
     again = SmoothedClassifier(Callback(W, "one"), **SETTINGS).certify(X, LABELS, out=tmp_path, n=200)
     np.testing.assert_array_equal(first.counts, again.counts)
-    with pytest.raises(UserError, match="the parameters of the head have changed"):
+    with pytest.raises(UserError, match="the parameters of the classifier have changed"):
         SmoothedClassifier(Callback(W, "two"), **SETTINGS).certify(X, LABELS, out=tmp_path, n=200)
