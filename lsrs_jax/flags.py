@@ -15,6 +15,7 @@ from lsrs_jax.config import (
     FIELDS,
     SEED_OF_TRAINING,
     SOURCES,
+    TORCH,
     check_config,
     check_field,
     config_from_dict,
@@ -88,7 +89,7 @@ def config_from_flags(rest: list[str], stored: Config | None = None) -> Config:
         raise UserError(f"unknown argument {left[0]!r}; see --help")
     # Convert to plain values and back, because this refuses a field that the project does not know.
     config = check_config(config_from_dict(plain))
-    config.data.dir, config.train.start_from = _absolute_data(config.data), _absolute(config.train.start_from)
+    config.data.dir, config.train.start_from = _absolute_data(config.data), _absolute_start(config.train.start_from)
     return config
 
 
@@ -149,6 +150,11 @@ def _spelling(name: str, value: str) -> str:
 def _absolute(path: str) -> str:
     """A local path as it is reached from any other folder."""
     return str(Path(path).expanduser().absolute()) if path and "://" not in path else path
+
+
+def _absolute_start(start: str) -> str:
+    """``train.start_from``, a workdir or ``torch:FILE``, as it is reached from any other folder."""
+    return f"{TORCH}{_absolute(start.removeprefix(TORCH))}" if start.startswith(TORCH) else _absolute(start)
 
 
 def _absolute_data(data: Mapping[str, Any]) -> str:

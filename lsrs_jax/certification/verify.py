@@ -299,23 +299,25 @@ def _check_audit(path: Path, digest: str, verdict: Verdict) -> None:
 def _check_checkpoint(workdir: Path, stored: store.Stored, verdict: Verdict) -> None:
     """Compares digest, shapes and Lipschitz constant of the weights."""
     identity, config, step = stored.identity, stored.settings, stored.identity.checkpoint["step"]
+    constant = f"the Lipschitz constant {stored.lipschitz.constant:.15g}"
     if config.model.head == CALLER:
         given = "classifier, which was given in Python," if config.data.name == "arrays" else "PyTorch checkpoint"
         verdict.beyond["samples"] = f"that the {given} gives these samples"
         if stored.lipschitz.layers:
-            constant = f"the Lipschitz constant {stored.lipschitz.constant:.15g}"
             verdict.unchecked["weights"] = f"{constant} of the encoder, which was given in Python"
         return
     if code := code_of(config.model):
-        constant = f"the Lipschitz constant {stored.lipschitz.constant:.15g}"
         why = f"the network is the code {' and '.join(code)}, which only --recast=N with --allow-code imports"
         verdict.unchecked["weights"] = f"the weights and {constant} ({why})"
         return
     if not (checkpoints(workdir) / str(step)).is_dir():
-        constant = f"the Lipschitz constant {stored.lipschitz.constant:.15g}"
         verdict.unchecked["weights"] = f"the weights and {constant} (the checkpoint of step {step} is not here)"
         return
-    model = models.build(config.model, tuple(identity.model["input_shape"]), identity.classes or 0)
+    try:
+        model = models.build(config.model, tuple(identity.model["input_shape"]), identity.classes or 0)
+    except NotHere as error:  # PyTorch, of which the head is
+        verdict.unchecked["weights"] = f"the weights and {constant} ({error})"
+        return
     params, meta = restore(workdir, model, step)
     if meta["digest"] != identity.checkpoint["digest"]:
         raise UserError(f"the checkpoint of step {step} in {workdir} is not the one that was certified: digests differ")

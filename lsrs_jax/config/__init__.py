@@ -9,6 +9,7 @@ from lsrs_jax.config.fields import (
     SEED_DERIVED,
     SEED_OF_TRAINING,
     SOURCES,
+    TORCH,
     Field,
 )
 from lsrs_jax.config.values import (
@@ -37,6 +38,7 @@ __all__ = [
     "SEED_DERIVED",
     "SEED_OF_TRAINING",
     "SOURCES",
+    "TORCH",
     "Field",
     "check_config",
     "check_field",

@@ -12,6 +12,7 @@ DTYPES = ("float32", "bfloat16")
 CERTIFICATES = ("smoothed", "deterministic")
 SOURCES = ("folder", "npz", "hf")  # values of data.name for sets that data.dir leads to
 CALLER = "caller"  # value of model.encoder and model.head for functions given to `SmoothedClassifier`
+TORCH = "torch:"  # with it begin values of model.head and train.start_from that are of PyTorch
 SEED_DERIVED, SEED_OF_TRAINING = -1, -2  # values of certify.seed
 
 
@@ -56,7 +57,7 @@ _NOISE_SEED = _between(SEED_OF_TRAINING, 2**32 - 1, "between 0 and 2**32 - 1, or
 _SIGMA = _between(2.0**-60, 2.0**60, "a positive number (between 1e-18 and 1e18)")
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:\w[\w.-]*)?")
 _DATA = Limit("the name of a data set, as in 'cifar10' or 'folder:PATH'", lambda name, _: bool(_NAME.fullmatch(name)))
-_LOCAL = Limit("a folder of this machine", lambda path, _: "://" not in path)
+_LOCAL = Limit("a folder of this machine, or torch:FILE", lambda path, _: "://" not in path)
 _SHARE = Limit("strictly between 0 and 1", lambda share, _: 0 < share < 1)
 _CROP = Limit(
     "at least 0, and 0 if data.size is given, because data.area then says how training images are cut",
@@ -117,7 +118,9 @@ FIELDS: dict[str, Field] = {
     "model.padding": Field("circular", "circular", 'Orthogonal convolutions have "circular" or "zero" padding.'),
     "model.activation": Field("maxmin", "maxmin", '"maxmin" or "householder" follows an orthogonal convolution.'),
     "model.head": Field(
-        "convnet", REQUIRED, "The head has this name in models.heads, or is package.module:Class or FILE.py:Class."
+        "convnet",
+        REQUIRED,
+        "The head has this name in models.heads, or is package.module:Class, FILE.py:Class, or torch:NAME of PyTorch.",
     ),
     "model.head_args": Field("{}", "{}", "Code for the head gets these arguments, a JSON object."),
     "model.encoder_args": Field("{}", "{}", "Code for the encoder gets these arguments, a JSON object."),
@@ -131,7 +134,7 @@ FIELDS: dict[str, Field] = {
     "model.std": Field((1.0,), REQUIRED, "These numbers divide the input; the Lipschitz constant contains 1/min(std)."),
     "train.steps": Field(1000, REQUIRED, "The optimizer takes this many steps.", _between(1, 10**9)),
     "train.start_from": Field(
-        "", "", "The parameters start as those of the newest checkpoint of this workdir.", _LOCAL
+        "", "", "The parameters start as those of this workdir's newest checkpoint, or of the file in torch:FILE.", _LOCAL
     ),
     "train.loss": Field("gaussian", "gaussian", "This is the loss; training.losses explains each.", _LOSS),
     "train.noises": Field(1, 1, "Each image gets this many noise samples in a step.", _NOISES),

@@ -6,6 +6,7 @@ that the user has typed; its digest tells whether it is still the code of the tr
 
 import contextlib
 import contextvars
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -20,6 +21,8 @@ from typing import Any
 import flax.linen as nn
 from flax import nnx
 
+from lsrs_jax.config import TORCH
+from lsrs_jax.models import torch_head
 from lsrs_jax.models.nnx_head import NnxModule
 from lsrs_jax.runtime.errors import UserError, reason
 from lsrs_jax.runtime.types import Config
@@ -44,12 +47,13 @@ def register_head(name: str, make: Callable[[int], nn.Module]) -> None:
 def allowing(names: Sequence[str]) -> Iterator[None]:
     """Allows the import of code that the user has named: ``package.module:Class`` or ``path/to/file.py:Class``.
 
-    A name without a class is a module, imported here, such as a library that registers heads.
+    A name without a class is a module, imported here, such as a library that registers heads. The name of a PyTorch
+    network may begin with ``torch:``, as in the configuration.
     """
     for name in names:
         if ":" not in name:
             _import_module(name)
-    token = _allowed.set((*_allowed.get(), *(name for name in names if ":" in name)))
+    token = _allowed.set((*_allowed.get(), *filter(None, map(_code_in, names))))
     try:
         yield
     finally:
@@ -57,13 +61,19 @@ def allowing(names: Sequence[str]) -> Iterator[None]:
 
 
 def is_code(name: str) -> bool:
-    """Whether a name in a configuration is that of a class in a module or file."""
-    return ":" in name
+    """Whether a name in a configuration is that of a class or function in a module or file."""
+    return bool(_code_in(name))
+
+
+def _code_in(name: str) -> str:
+    """The code that a name in a configuration stands for, without ``torch:``; "" if it is a name of this package."""
+    code = name.removeprefix(TORCH)
+    return code if ":" in code else ""
 
 
 def code_of(model: Config) -> list[str]:
     """The names of code in a section ``model``."""
-    return [model[part] for part in ("encoder", "head") if is_code(model[part])]
+    return list(filter(None, (_code_in(model[part]) for part in ("encoder", "head"))))
 
 
 def typed_code(config: Config) -> contextlib.AbstractContextManager[None]:
@@ -71,20 +81,22 @@ def typed_code(config: Config) -> contextlib.AbstractContextManager[None]:
     names = code_of(config.model)
     with config.unlocked():
         for part in ("encoder", "head"):
-            name = config.model[part]
-            config.model[f"{part}_digest"] = _digest(_source(name)) if is_code(name) else ""
+            name = _code_in(config.model[part])
+            config.model[f"{part}_digest"] = _digest(_source(name)) if name else ""
     return allowing(names)
 
 
 def make(model: Config, part: str, **offered: Any) -> nn.Module:
     """The module that ``model.<part>`` names, called with ``model.<part>_args``.
 
-    It also gets those of the `offered` arguments that it accepts, and that are not given. A class of NNX is wrapped
-    into a module of Linen. Raises UserError for code that is not allowed, missing, changed, or that fails.
+    It also gets those of the `offered` arguments that it accepts, and that are not given. A class of NNX, and a PyTorch
+    network, is wrapped into a module of Linen. Raises UserError for code that is not allowed, missing, changed, or that
+    fails.
     """
     name, stored = model[part], model[f"{part}_digest"]
-    chosen = _chosen(name, stored)
-    made = resolve(chosen)
+    if (is_torch := name.startswith(TORCH)) and part != "head":
+        raise UserError(f"model.{part}={name}: a PyTorch network can be a head only, it has no proven constant")
+    made = resolve(_chosen(_code_in(name), stored))
     given = arguments(model[f"{part}_args"])
     with errors_of(f"model.{part}={name}"):
         is_nnx = isinstance(made, type) and issubclass(made, nnx.Module)
@@ -92,9 +104,13 @@ def make(model: Config, part: str, **offered: Any) -> nn.Module:
         given = {key: value for key, value in offered.items() if key in accepted} | given
         if is_nnx:
             return NnxModule(made, tuple(sorted(given.items())))
+        if is_torch:
+            built = functools.partial(made, **given)
+            return torch_head.make_head(name, built, offered["num_classes"], offered["latent_shape"])
         module = made(**given)
     if not isinstance(module, nn.Module):
-        raise UserError(f"model.{part}={name} must be a module of Flax (Linen or NNX), got {type(module).__name__}")
+        what = f"must be a module of Flax (Linen or NNX), got {type(module).__name__}"
+        raise UserError(f"model.{part}={name} {what}; a head of PyTorch is {TORCH}{name}")
     return module
 
 

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsrs_jax import layers
+from lsrs_jax.config import TORCH
 from lsrs_jax.layers.lipschitz import Materialized, materialize, project
-from lsrs_jax.models import custom
+from lsrs_jax.models import custom, torch_head
 from lsrs_jax.models.custom import REGISTERED, is_code
 from lsrs_jax.models.encoders import BLOCKS, ENCODERS, Chain, Pair, blocks
 from lsrs_jax.models.flops import flops
@@ -164,7 +165,8 @@ def build(config: Config, input_shape: tuple[int, ...], num_classes: int) -> Mod
         raise UserError(f"the data has {num_classes} class: a classifier needs at least two")
     choice("model.activation", config.activation, sorted(ACTIVATIONS))
     for part, known in (("encoder", encoders), ("head", heads)):
-        if not is_code(config[part]):
+        of_torch = part == "head" and config[part].startswith(TORCH)
+        if not is_code(config[part]) and not of_torch:
             choice(f"model.{part}", config[part], sorted(known))
     _check_blocks(config)
     choice("model.noise", config.noise, ("latent", "input"))
@@ -175,13 +177,16 @@ def build(config: Config, input_shape: tuple[int, ...], num_classes: int) -> Mod
         encoder = custom.make(config, "encoder", input_shape=tuple(input_shape))
     else:
         encoder = layers.Encoder(_encoder_layers(config, input_shape[2]))
-    if is_code(config.head):
-        latent_shape = _latent_shape(encoder, input_shape, f"model.encoder={config.encoder}")
-        head = custom.make(config, "head", num_classes=num_classes, latent_shape=latent_shape)
-    else:
+    if config.head in heads:
         head = heads[config.head](num_classes, *((widths[split:], strides[split:]) if config.head == "blocks" else ()))
+    else:
+        latent_shape = _latent_shape(encoder, input_shape, f"model.encoder={config.encoder}")
+        if is_code(config.head):
+            head = custom.make(config, "head", num_classes=num_classes, latent_shape=latent_shape)
+        else:
+            head = torch_head.of_architecture(config.head, num_classes, latent_shape)
     model = Model(encoder, head, normalize, config.noise, tuple(input_shape))
-    with custom.errors_of(f"model.head={config.head}") if is_code(config.head) else contextlib.nullcontext():
+    with custom.errors_of(f"model.head={config.head}") if config.head not in heads else contextlib.nullcontext():
         _check_shapes(model)
     return model
 

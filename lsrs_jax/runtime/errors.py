@@ -28,7 +28,7 @@ class OthersLost(UserError):
 
 
 class NotHere(UserError):
-    """A checkpoint or a data set that other files name is not on this machine."""
+    """A checkpoint, a data set or a library that other files need is not on this machine."""
 
 
 def reason(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from lsrs_jax.data import Dataset, batch_indices, training_batches
 from lsrs_jax.models.heads import Images
 from lsrs_jax.models.split import Model, Params
+from lsrs_jax.models.torch_head import is_buffer, is_kernel
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.mesh import from_own_rows, global_mesh, own_rows, replicated, reshard, sharded
 from lsrs_jax.runtime.progress import Progress
@@ -63,7 +64,11 @@ def schedule(config: Config) -> optax.Schedule:
 
 def _decays(params: Params) -> Any:
     """Marks the kernels of the head. Decay of the encoder's raw parameters would pull its kernels to the identity."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key == "head" and path[-1].key == "kernel", params)
+
+    def decays(path: Any, leaf: Any) -> bool:
+        return (path[0].key == "head" and path[-1].key == "kernel") or is_kernel(path, leaf)
+
+    return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
@@ -111,7 +116,11 @@ def step_function(
             return State(params, optimizer_state, None), metrics
         # A lower decay in the first steps removes the random initial parameters from the average.
         kept = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
-        average = jax.tree.map(lambda old, new: kept * old + (1 - kept) * new, state.average, params)
+
+        def mean(path: Any, old: jax.Array, new: jax.Array) -> jax.Array:  # that of two equal numbers may be rounded
+            return new if is_buffer(path) else kept * old + (1 - kept) * new
+
+        average = jax.tree_util.tree_map_with_path(mean, state.average, params)
         return State(params, optimizer_state, average), metrics
 
     return train_step

@@ -8,13 +8,22 @@ from typing import Any
 import jax
 
 from lsrs_jax import models
-from lsrs_jax.config import check_config, config_from_dict, config_to_dict, load_config, other_training, save_config
+from lsrs_jax.config import (
+    TORCH,
+    check_config,
+    config_from_dict,
+    config_to_dict,
+    load_config,
+    other_training,
+    save_config,
+)
 from lsrs_jax.data import Dataset, Photos
 from lsrs_jax.data.pairs import Given, pair_of
 from lsrs_jax.models import custom
+from lsrs_jax.models.torch_head import TorchHead, read_parameters
 from lsrs_jax.runtime import documents, files, processes
 from lsrs_jax.runtime.errors import UserError
-from lsrs_jax.runtime.rng import pinned
+from lsrs_jax.runtime.rng import domain_key, pinned
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.runtime.workdir import Workdir, checkpoints
 from lsrs_jax.training import loop
@@ -42,7 +51,19 @@ def first_parameters(config: Config, model: models.Model, workdir: Workdir) -> A
     saved = checkpoints(workdir.path)
     if not config.train.start_from or (saved.is_dir() and any(path.name.isdigit() for path in saved.iterdir())):
         return None
-    return jax.device_get(restore(Path(config.train.start_from), model)[0])
+    return _start(config, model)
+
+
+def _start(config: Config, model: models.Model) -> Any:
+    """The parameters of ``train.start_from``; those of a PyTorch file are of the head, and the encoder's are drawn."""
+    source = config.train.start_from
+    if not source.startswith(TORCH):
+        return jax.device_get(restore(Path(source), model)[0])
+    if not isinstance(model.head, TorchHead):
+        what = f"train.start_from={source} starts a head of PyTorch, model.head={config.model.head} is none"
+        raise UserError(f"{what}: give --config.model.head={TORCH}NAME")
+    head = read_parameters(model.head, Path(source.removeprefix(TORCH)))
+    return jax.device_get(model.init(domain_key(config.seed, "init"))) | {"head": head}
 
 
 def fit(
@@ -110,7 +131,7 @@ def train(
             if first >= config.train.steps:
                 return
             if not first and start is None and config.train.start_from:  # a folder without any complete checkpoint
-                start = jax.device_get(restore(Path(config.train.start_from), model)[0])
+                start = _start(config, model)
             if process.leads:
                 save_config(config, workdir.path / "config.json")
                 workdir.push()
