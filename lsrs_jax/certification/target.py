@@ -17,6 +17,7 @@ from lsrs_jax.config import CALLER, chosen_images
 from lsrs_jax.data import Dataset, load_split
 from lsrs_jax.data.images import other_class
 from lsrs_jax.layers.lipschitz import Materialized
+from lsrs_jax.models.torch_head import check_dtype
 from lsrs_jax.runtime import documents
 from lsrs_jax.runtime.errors import NotHere, UserError
 from lsrs_jax.runtime.format import FORMAT
@@ -105,6 +106,7 @@ def load_target(
         raise UserError(f"no image to certify: certify.start={certify.start} in a split of {len(dataset)}")
     _check_images(workdir, trained_on(workdir), dataset)
     model = models.build(config.model, dataset.shape, len(dataset.class_names))
+    check_dtype(model.head, "certify.head_dtype", certify.head_dtype)
     params, meta = restore(workdir, model, step)
     if step is None and meta["step"] < config.train.steps:
         print(f"note: the training stopped at step {meta['step']} of {config.train.steps}")

@@ -134,7 +134,7 @@ FIELDS: dict[str, Field] = {
     "model.std": Field((1.0,), REQUIRED, "These numbers divide the input; the Lipschitz constant contains 1/min(std)."),
     "train.steps": Field(1000, REQUIRED, "The optimizer takes this many steps.", _between(1, 10**9)),
     "train.start_from": Field(
-        "", "", "The parameters start as those of this workdir's newest checkpoint, or of the file in torch:FILE.", _LOCAL
+        "", "", "The parameters start as in this workdir's newest checkpoint, or in the file of torch:FILE.", _LOCAL
     ),
     "train.loss": Field("gaussian", "gaussian", "This is the loss; training.losses explains each.", _LOSS),
     "train.noises": Field(1, 1, "Each image gets this many noise samples in a step.", _NOISES),

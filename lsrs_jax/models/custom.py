@@ -96,7 +96,10 @@ def make(model: Config, part: str, **offered: Any) -> nn.Module:
     name, stored = model[part], model[f"{part}_digest"]
     if (is_torch := name.startswith(TORCH)) and part != "head":
         raise UserError(f"model.{part}={name}: a PyTorch network can be a head only, it has no proven constant")
-    made = resolve(_chosen(_code_in(name), stored))
+    chosen = _chosen(_code_in(name), stored)
+    if is_torch:  # before the code, which imports it
+        torch_head.require_torch(name)
+    made = resolve(chosen)
     given = arguments(model[f"{part}_args"])
     with errors_of(f"model.{part}={name}"):
         is_nnx = isinstance(made, type) and issubclass(made, nnx.Module)

@@ -18,7 +18,7 @@ from lsrs_jax.runtime.errors import NotHere, UserError, reason
 
 _SIDES = {"cifar_resnet20": 32, "cifar_resnet110": 32}  # of images; the other architectures take any size
 _CHANNELS = 3  # of the images of every architecture
-_WHOLE = 2**24  # float32 holds whole numbers up to this one
+_SHIFTS = 0, 8, 16, 24
 _PLACE = "head", "torch"  # of the arrays among the parameters of a model
 Tree = dict[str, dict[str, Any]]  # {"parameters": …, "buffers": …}, as in `Imported.params`
 
@@ -26,10 +26,13 @@ Tree = dict[str, dict[str, Any]]  # {"parameters": …, "buffers": …}, as in `
 class TorchHead(nn.Module):
     """A PyTorch classifier in eval mode behind a normalisation ``(x - mean) / std``, on latents ``(B, H, W, C)``.
 
-    Its parameters are ``{"torch": {"parameters": {name: array}, "buffers": {name: array}}}``, all float32. The names
-    are those of a Sequential: ``0.mean`` and ``0.std`` of the normalisation, and ``1.`` in front of those of the
-    network. New parameters are those that PyTorch draws, with a seed from the key; the normalisation is the identity.
-    Buffers, such as the statistics of batch normalization, have no gradient.
+    Its parameters are ``{"torch": {"parameters": {name: array}, "buffers": {name: array}}}``, all float32; a buffer of
+    whole numbers has one more axis, of their four bytes. The names are those of a Sequential: ``0.mean`` and ``0.std``
+    of the normalisation, and ``1.`` in front of those of the network. New parameters are those that PyTorch draws, with
+    a seed from the key; the normalisation is the identity. Buffers, such as the statistics of batch normalization, have
+    no gradient.
+
+    The network computes in float32. On latents and parameters of another dtype it computes with their values.
     """
 
     label: str  # the value of model.head
@@ -39,12 +42,9 @@ class TorchHead(nn.Module):
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
-        if z.dtype != jnp.float32:
-            remedy = "set train.head_dtype and certify.head_dtype to float32"
-            raise UserError(f"model.head={self.label} computes in float32, not in {z.dtype}: {remedy}")
         stored = self.imported.params
         values = self.param("torch", functools.partial(_draw, self.make, stored))
-        return self.imported.apply(jax.tree.map(lambda leaf, own: leaf.astype(own.dtype), values, stored), z)
+        return self.imported.apply(jax.tree.map(_decoded, values, stored), z)
 
 
 def is_buffer(path: Sequence[Any]) -> bool:
@@ -63,7 +63,7 @@ def is_kernel(path: Sequence[Any], leaf: Any) -> bool:
 
 def of_architecture(label: str, num_classes: int, latent_shape: tuple[int, ...]) -> TorchHead:
     """The head ``torch:NAME``; raises UserError for an unknown name, or a latent that the architecture cannot take."""
-    _torch(label)
+    require_torch(label)
     from lsrs_jax.pytorch.architectures import ARCHITECTURES, NORMALIZATION
 
     name = label.removeprefix(TORCH)
@@ -89,7 +89,7 @@ def make_head(
 
     Raises UserError for a network that fails or cannot be imported, and NotHere without PyTorch.
     """
-    torch = _torch(label)
+    torch = require_torch(label)
     if len(latent_shape) != 3:
         raise UserError(f"model.head={label} takes a latent (H, W, C), not {latent_shape}: use another encoder")
     network = _seeded(torch, make, 0)
@@ -99,9 +99,6 @@ def make_head(
     if imported.num_classes != num_classes:
         found = f"{imported.num_classes} logits, the data has {num_classes} classes"
         raise UserError(f"model.head={label} returns {found}: take num_classes as an argument")
-    for name, array in imported.params["buffers"].items():
-        if array.dtype != np.float32 and np.abs(array.astype(np.int64)).max(initial=0) > _WHOLE:
-            raise UserError(f"model.head={label} has a buffer {name} with whole numbers beyond 2**24")
     return TorchHead(label, architecture, make, imported)
 
 
@@ -114,7 +111,7 @@ def read_parameters(head: TorchHead, path: Path) -> dict[str, Tree]:
     **Guarantee**: of the file, only weights are loaded, and nothing is executed. The head then computes what PyTorch
     computes with these weights, as far as `from_torch` checks it.
     """
-    torch = _torch(head.label)
+    torch = require_torch(head.label)
     from lsrs_jax.pytorch import read_checkpoint
 
     made: list[Any] = []
@@ -138,10 +135,17 @@ def read_parameters(head: TorchHead, path: Path) -> dict[str, Tree]:
     loaded = _imported(torch, str(path), network, front, shape)
     if loaded.steps != head.imported.steps or loaded.tensors != head.imported.tensors:
         raise UserError(f"{path} does not fit model.head={head.label}: with its weights the network does other steps")
-    return {"torch": jax.tree.map(lambda leaf: leaf.astype(np.float32), dict(loaded.params))}
+    return {"torch": jax.tree.map(_encoded, dict(loaded.params))}
 
 
-def _torch(label: str) -> Any:
+def check_dtype(head: Any, field: str, dtype: str) -> None:
+    """Raises UserError if the field of the configuration asks for a dtype that a `TorchHead` does not compute in."""
+    if isinstance(head, TorchHead) and dtype != "float32":
+        raise UserError(f"model.head={head.label} computes in float32: {field} must be float32, got {dtype}")
+
+
+def require_torch(label: str) -> Any:
+    """The module torch; raises NotHere if it is not installed."""
     from lsrs_jax.pytorch.library import load_torch
 
     try:
@@ -178,6 +182,22 @@ def _imported(torch: Any, name: str, network: Any, front: Any, latent_shape: tup
         raise UserError(f"{name}: {error}") from error
 
 
+def _encoded(array: np.ndarray) -> np.ndarray:
+    """An array as float32; of whole numbers the four bytes, which no dtype rounds."""
+    if array.dtype == np.float32:
+        return array
+    words = array.astype(np.int64) % 2**32
+    return np.stack([words >> shift & 255 for shift in _SHIFTS], axis=-1).astype(np.float32)
+
+
+def _decoded(leaf: jax.Array, own: np.ndarray) -> jax.Array:
+    """The array of `_encoded`, with the dtype of `own`."""
+    if own.dtype == np.float32:
+        return leaf.astype(jnp.float32)
+    words = sum(leaf[..., byte].astype(jnp.uint32) << shift for byte, shift in enumerate(_SHIFTS))
+    return jax.lax.bitcast_convert_type(words, jnp.int32).astype(own.dtype)
+
+
 def _draw(make: Callable[[], Any], stored: Mapping[str, Mapping[str, Any]], key: jax.Array) -> Tree:
     """The parameters that PyTorch draws for a new network, also where JAX traces the call.
 
@@ -192,9 +212,9 @@ def _draw(make: Callable[[], Any], stored: Mapping[str, Mapping[str, Any]], key:
         tensors = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
 
         def drawn(name: str, own: Any) -> np.ndarray:
-            return np.asarray(tensors[name].detach() if name in tensors else own, np.float32)
+            return _encoded(tensors[name].detach().numpy().astype(own.dtype) if name in tensors else own)
 
         return {kind: {name: drawn(name, own) for name, own in leaves.items()} for kind, leaves in stored.items()}
 
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), dict(stored))
+    shapes = jax.tree.map(lambda own: jax.ShapeDtypeStruct(_encoded(own).shape, jnp.float32), dict(stored))
     return jax.pure_callback(on_host, shapes, jax.random.key_data(key))

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from lsrs_jax.data import Dataset, batch_indices, training_batches
 from lsrs_jax.models.heads import Images
 from lsrs_jax.models.split import Model, Params
-from lsrs_jax.models.torch_head import is_buffer, is_kernel
+from lsrs_jax.models.torch_head import TorchHead, is_buffer, is_kernel
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.mesh import from_own_rows, global_mesh, own_rows, replicated, reshard, sharded
 from lsrs_jax.runtime.progress import Progress
@@ -199,7 +199,10 @@ class _Training:
         self._whole, self._flags = replicated(self._mesh), collections.deque()
         self._any = jax.jit(jnp.max, out_shardings=self._whole)
         fresh, shardings, self._train_step = parts(model, config, self._mesh)
-        self._state = jax.jit(fresh, out_shardings=shardings)(domain_key(config.seed, "init"), job.start)
+        key, start = domain_key(config.seed, "init"), job.start
+        if start is None and isinstance(model.head, TorchHead):  # in a divided program, XLA warns of calls to the host
+            start = jax.device_get(model.init(key))
+        self._state = jax.jit(fresh, out_shardings=shardings)(key, start)
         self._first = checkpoints.latest() or 0
         if self._first:
             # A checkpoint holds the result replicated, for certification.

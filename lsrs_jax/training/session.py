@@ -20,7 +20,7 @@ from lsrs_jax.config import (
 from lsrs_jax.data import Dataset, Photos
 from lsrs_jax.data.pairs import Given, pair_of
 from lsrs_jax.models import custom
-from lsrs_jax.models.torch_head import TorchHead, read_parameters
+from lsrs_jax.models.torch_head import TorchHead, check_dtype, read_parameters
 from lsrs_jax.runtime import documents, files, processes
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.rng import domain_key, pinned
@@ -36,7 +36,10 @@ _Call = Callable[[], None]
 def network(config: Config, train_set: Dataset) -> models.Model:
     """The network of a configuration for these images; raises UserError if they do not fit the configuration."""
     loop.check_batch(config, train_set)
-    return models.build(config.model, train_set.shape, len(train_set.class_names))
+    model = models.build(config.model, train_set.shape, len(train_set.class_names))
+    for section in ("train", "certify"):
+        check_dtype(model.head, f"{section}.head_dtype", config[section].head_dtype)
+    return model
 
 
 @contextlib.contextmanager
