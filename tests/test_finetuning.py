@@ -359,7 +359,7 @@ def test_files_that_do_not_fit_are_refused(code, clean, tmp_path):
 
 def test_code_of_a_folder_is_not_imported(tuned, code, tmp_path, monkeypatch):
     tuned, _ = tuned
-    monkeypatch.setattr(custom, "_resolve", lambda name: pytest.fail(name))
+    monkeypatch.setattr(custom, "resolve", lambda name: pytest.fail(name))
     for command in (["certify"], ["certify", "--recast=2"], ["audit"], ["export", f"--out={tmp_path / 'out'}"]):
         exit_code, _, err = ended(command[0], f"--workdir={tuned}", *command[1:])
         assert exit_code == 2

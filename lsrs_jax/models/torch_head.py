@@ -117,7 +117,7 @@ def read_parameters(head: TorchHead, path: Path) -> dict[str, Tree]:
     made: list[Any] = []
 
     def make() -> Any:
-        made.append(head.make())
+        made.append(_seeded(torch, head.make, 0))  # also for buffers that no file holds
         return made[-1]
 
     found = read_checkpoint(path, head.architecture or make)
