@@ -528,3 +528,24 @@ def test_the_examples_of_the_documentation_run(capsys):
         exec(example, {"__name__": "example"})
         assert "(10,): Lipschitz constant 1.0000000000" in capsys.readouterr().out
     assert len(examples) == 2
+
+
+class Louder(layers.MaxMin):
+    def __call__(self, x):
+        return 7 * x
+
+
+class Twice(layers.OrthogonalConv):
+    @nn.compact
+    def __call__(self, x):
+        return 2 * layers.OrthogonalConv.__call__(self, x)
+
+
+@pytest.mark.parametrize("layer", [Louder(), Twice(4, (3, 3))])
+def test_a_subclass_that_only_computes_something_else_is_refused(layer):
+    encoder = layers.Encoder((layer,))
+    variables = encoder.init(threefry(0), jnp.zeros((1, 4, 4, 4)))
+    with pytest.raises(UserError, match="a __call__ of its own"):
+        materialize(encoder, variables, (4, 4, 4))
+    with pytest.raises(UserError, match="a __call__ of its own"):
+        materialize_network(encoder, variables, (4, 4, 4))

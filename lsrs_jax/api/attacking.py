@@ -42,13 +42,23 @@ def attack_folder(
     stored, path = read_folder(folder, "to attack"), folder / "certificates.tsv"
     if not stored.derivation or not path.exists() or stored.derivation["certificates"] != files.digest_of(path):
         raise UserError(f"{folder} has no finished table of its own: call certify with the same out first")
-    table, alpha = read_table(path), stored.settings.certify.alpha
+    table, alpha, identity = read_table(path), stored.settings.certify.alpha, stored.identity
     if len(table) != len(inputs) or (table.label != labels[table.idx]).any():
         raise UserError(f"{folder} holds certificates of other inputs or labels")
+    own = {
+        "parameters": (classifier.identity(inputs.shape[1:]).parameters, identity.checkpoint["digest"]),
+        "inputs": (classifier.dataset(inputs, labels).digest(), identity.data["digest"]),
+        "sigma": (classifier.sigma, identity.sigma),
+        "settings": (list(classifier.settings["tile"]), identity.tile),
+    }
+    for name, (given, certified) in own.items():
+        if given != certified:
+            raise UserError(
+                f"{folder} holds certificates of other {name}: give the classifier and the inputs of certify"
+            )
     settings, columns = _settings(sizes, alpha), Attacked(*(getattr(table, name) for name in Attacked._fields))
     with files.locked(folder / ".audit.lock", f"auditing {folder}"):
         journal = Journal(folder, settings, stored.derivation["certificates"])
-        identity = stored.identity
         drawn = identity.seed or 0, identity.channels_last, journal.done
         for attacked, found in _attack_all(classifier, inputs, columns, settings, alpha, *drawn, say):
             journal.append(attacked, found)

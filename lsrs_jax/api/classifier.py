@@ -28,6 +28,7 @@ from lsrs_jax.smoothing.sampler import Sampler
 
 if TYPE_CHECKING:
     from lsrs_jax.auditing.table import Audit
+    from lsrs_jax.data.images import Arrays
     from lsrs_jax.layers.lipschitz import Materialized
 
 
@@ -155,7 +156,7 @@ class SmoothedClassifier:
             sampler = self.sampler(latents.shape[1:])
             some = Images(range(len(own)), own.tolist(), [], sampler.quantize(latents))
             say(accuracy_under_noise(sampler, some))
-        key = root_key(self._derived_seed(inputs, own, latents.shape[1:])) if key is None else key
+        key = root_key(self._derived_seed(inputs, own)) if key is None else key
         given = {"radii": radii, "slack": total, "counts": counts, "progress": say}
         found = self._smoother.certify(latents, key=key, **given, **sampling)
         decided = () if radii is None or schedule == "fixed" else tuple(map(float, radii))
@@ -168,8 +169,8 @@ class SmoothedClassifier:
         from lsrs_jax.config import SEED_DERIVED
 
         slack = np.broadcast_to(slack, len(inputs))
-        shape = self.encoder(inputs.shape[1:], all_positive(slack)).report.output_shape
-        dataset = self._dataset(inputs, labels, self._check_classes(labels, shape))
+        self.encoder(inputs.shape[1:], all_positive(slack))  # refuses one whose rounding is not covered
+        dataset = self.dataset(inputs, labels)
         fields["seed"] = SEED_DERIVED if key is None else seed_of(key)
         return folder.certify(self, dataset, slack, out, fields, say)
 
@@ -294,27 +295,30 @@ class SmoothedClassifier:
             raise UserError(f"input {row} has the label {labels[row]}, but labels go from 0 to {classes - 1}")
         return names
 
-    def _dataset(self, inputs: np.ndarray, labels: np.ndarray, names: tuple[str, ...]) -> Any:
+    def dataset(self, inputs: np.ndarray, labels: np.ndarray) -> "Arrays":
+        """Inputs and labels as a data set; raises UserError unless the labels fit the head."""
         from lsrs_jax.data.images import Arrays
 
+        names = self._check_classes(labels, self._latent_shape(inputs.shape[1:]))
         return Arrays("arrays", "", "given", inputs, labels.astype(np.int32), names, max_value=1)
+
+    def _latent_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return tuple(self.encoder(shape).report.output_shape) if self.has_encoder else tuple(shape)
 
     def identity(self, shape: Sequence[int], low_precision: bool = True) -> ProgramIdentity:
         """What identifies encoder and head, for inputs of this shape, between sessions."""
         key = tuple(shape), low_precision
         if key not in self._identities:
-            latent_shape = self.encoder(shape, low_precision).report.output_shape if self.has_encoder else key[0]
-            head = head_identity(self.head, (math.prod(self.settings["tile"]), *latent_shape))
+            head = head_identity(self.head, (math.prod(self.settings["tile"]), *self._latent_shape(shape)))
             encoder = self._encoding.identity(shape, low_precision)
             self._identities[key] = head.with_encoder(encoder) if encoder else head
         return self._identities[key]
 
-    def _derived_seed(self, inputs: np.ndarray, labels: np.ndarray | None, latent_shape: Sequence[int]) -> int:
+    def _derived_seed(self, inputs: np.ndarray, labels: np.ndarray | None) -> int:
         from lsrs_jax.certification.identity import derived_seed
 
-        own = np.zeros(len(inputs), int) if labels is None else labels
-        names = self._check_classes(own, latent_shape)
-        return derived_seed(self.identity(inputs.shape[1:]).parameters, self._dataset(inputs, own, names).digest())
+        dataset = self.dataset(inputs, np.zeros(len(inputs), int) if labels is None else labels)
+        return derived_seed(self.identity(inputs.shape[1:]).parameters, dataset.digest())
 
     def _result(self, found: Certificates, labels: np.ndarray | None, radii: tuple[float, ...]) -> Result:
         fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}

@@ -109,6 +109,11 @@ class Materialized(NamedTuple):
 
 def materialize_layer(name: str, layer: Layer, params: PyTree, input_shape: Shape) -> Plain:
     """``layer.materialize``, with a line that names the layer for everything that can be wrong with its parameters."""
+    if _overrides_only_call(type(layer)):
+        raise UserError(
+            f"layer {name} has a __call__ of its own, and the constant of another class: a subclass that computes "
+            "something else must override materialize as well"
+        )
     refuse_masked(f"parameters of layer {name}", jax.tree.leaves(params))
     if not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(params)):
         raise UserError(f"layer {name} of the encoder has non-finite parameters; train again")
@@ -121,6 +126,13 @@ def materialize_layer(name: str, layer: Layer, params: PyTree, input_shape: Shap
         ) from error
     except np.linalg.LinAlgError as error:
         raise UserError(f"the singular values of layer {name} cannot be computed ({error}); train again") from error
+
+
+def _overrides_only_call(kind: type) -> bool:
+    """Whether a class inherits its constant from a class with another ``__call__``."""
+    order = kind.__mro__
+    call = next(index for index, own in enumerate(order) if "__call__" in vars(own))
+    return not any({"materialize", "proof"} & set(vars(own)) for own in order[: call + 1])
 
 
 def materialize(encoder: nn.Module, params: PyTree, input_shape: Sequence[int]) -> Materialized:

@@ -230,7 +230,8 @@ def calls_python(program: ClosedJaxpr) -> bool:
         callable(value) and not isinstance(value, type | Mesh)
         for equation in equations
         if equation.primitive.name not in ("custom_jvp_call", "custom_vjp_call")
-        for value in equation.params.values()
+        for name, value in equation.params.items()
+        if name not in ("policy", "computation")  # of remat and reduce, used while JAX traces
     )
 
 

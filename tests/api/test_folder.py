@@ -237,3 +237,30 @@ def test_a_head_that_calls_python_needs_a_digest_of_its_own(tmp_path):
     np.testing.assert_array_equal(first.counts, again.counts)
     with pytest.raises(UserError, match="the parameters of the classifier have changed"):
         SmoothedClassifier(Callback(W, "two"), **SETTINGS).certify(X, LABELS, out=tmp_path, n=200)
+
+
+def test_slack_that_the_folder_does_not_have_is_refused(tmp_path):
+    made().certify(X, LABELS, out=tmp_path, n=500)
+    with pytest.raises(UserError, match="less than the 0.1 that is given now"):
+        made().certify(X, LABELS, out=tmp_path, n=500, slack=0.1)
+    more = made().certify(X, LABELS, out=tmp_path, n=500, slack=0.1, name="more")
+    less = made().certify(X, LABELS, out=tmp_path, n=500, slack=0.01, name="more")
+    np.testing.assert_array_equal(less.radius, more.radius)  # the larger slack of its ledger holds
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": -W}, "other parameters"),
+        ({"sigma": 0.3}, "other sigma"),
+        ({"tile": (4, 8)}, "other settings"),
+        ({"encoder": lambda x: x}, "other parameters"),
+    ],
+)
+def test_attacks_on_certificates_of_another_classifier_are_refused(written, changes, message):
+    workdir, _ = written
+    with pytest.raises(UserError, match=message):
+        made(class_names=["a", "b", "c"], **changes).audit(X, LABELS, out=workdir)
+    with pytest.raises(UserError, match="other inputs"):
+        made(class_names=["a", "b", "c"]).audit(X + 1e-9, LABELS, out=workdir)
+    assert not (workdir / "certify" / "default" / "audit.tsv").exists()
