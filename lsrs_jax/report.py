@@ -26,7 +26,7 @@ import numpy as np
 from lsrs_jax import cli
 from lsrs_jax.reporting import curve
 from lsrs_jax.reporting.board import board
-from lsrs_jax.reporting.runs import Run, load_runs, radius_grid
+from lsrs_jax.reporting.runs import Run, load_runs, radius_grid, unit
 from lsrs_jax.runtime import files
 from lsrs_jax.runtime.errors import first_line
 from lsrs_jax.runtime.progress import duration
@@ -34,7 +34,7 @@ from lsrs_jax.runtime.progress import duration
 _FORMATS = ("png", "svg")
 _LEGEND = (
     "Certified accuracy at r: share of images classified correctly with a certified ℓ2 radius of at least r, in units "
-    "of pixels in [0, 1]; abstentions count as wrong. ACR: average certified radius; wrong images count as 0."
+    "of {unit}; abstentions count as wrong. ACR: average certified radius; wrong images count as 0."
 )
 
 
@@ -111,11 +111,12 @@ def run(arguments: list[str]) -> None:
     if options.board:
         files.write_atomic(options.out / "board.yml", board(runs, grid, *options.board))
     # The table is written and shown first, because drawing the curve may fail or be interrupted.
-    _write(options.out, [*before, _LEGEND])
+    legend = _LEGEND.format(unit=unit(runs))
+    _write(options.out, [*before, legend])
     print("\n".join([table, *below, f"table: {options.out / 'report.md'}"]), flush=True)
     if failed := _draw(runs, paths):
         old = f"; {paths[0]} is of an earlier report" if paths[0].exists() else ""
         print(f"no curve: {failed}{old}")
         return
-    _write(options.out, [*before, "![certified accuracy over the radius](curve.svg)", _LEGEND])
+    _write(options.out, [*before, "![certified accuracy over the radius](curve.svg)", legend])
     print(f"curve: {paths[0]}")

@@ -65,4 +65,5 @@ def run(arguments: list[str]) -> None:
     flags = ""
     if config.train.loss == "margin" and config.certify.certificate == "smoothed":
         flags = " --config.certify.certificate=deterministic --config.certify.name=margin"
+    flags += "".join(f" --allow-code={name}" for name in custom.code_of(config.model))
     print(f"next: python -m lsrs_jax.certify --workdir={options.workdir}{flags}")

@@ -303,7 +303,7 @@ def other_weights(home, network):
 # Changes of the command of `done` -> what the line says.
 REFUSALS = {
     "sigma": ({"sigma": 0.5}, [], "sigma was 0.25 and is now 0.5; use another --name"),
-    "weights": ({"file": "other.pt"}, [], "the parameters of the head have changed"),
+    "weights": ({"file": "other.pt"}, [], "the parameters of the classifier have changed"),
     "n": ({}, ["--n=4000"], "--n was 3000 and is now 4000"),
     "tile": ({}, ["--tile=16,8"], "tile was [32, 8] and is now [16, 8]"),
     "split": ({}, ["--data.split=train"], "split"),

@@ -35,6 +35,8 @@ def seed_of(key: Any) -> int:
 def reporter(progress: Any) -> Callable[[str], object]:
     """A function of a line: the caller's, or one that moves a bar to the number with which the line begins."""
     bar: Any = progress
+    if isinstance(progress, type):
+        raise UserError(f"progress must be a bar such as {progress.__name__}(total=len(x)), not its class")
     if progress is None:
         return lambda line: None
     if not hasattr(progress, "update"):
@@ -45,6 +47,6 @@ def reporter(progress: Any) -> Callable[[str], object]:
     def move(line: str) -> None:
         if found := re.match(r" *([0-9,]+) of ", line):
             bar.update(int(found[1].replace(",", "")) - bar.n)
-            bar.set_postfix_str(line[found.end() :])
+            bar.set_postfix_str(line.partition("decided")[2].strip() or line.strip())
 
     return move

@@ -42,8 +42,8 @@ class SmoothedClassifier:
       encoder: function from inputs ``(B, …)`` to latents, in front of the noise; it runs once per input, in float64.
         None: the noise is on the input (Cohen et al. 2019). With a `layers.lipschitz.Materialized`, the constant is
         proven; otherwise it is a JAX function whose constant you claim as `lipschitz`.
-      lipschitz: the encoder's Lipschitz constant in ℓ2; radii are divided by it. Without an encoder: the constant of
-        the encoder that made the latents that you give.
+      lipschitz: the encoder's Lipschitz constant in ℓ2, which a function must be given with; radii are divided by it.
+        Without an encoder: the constant of the encoder that made the latents that you give, 1 by default.
       class_names: one per class; by default "0", "1", …
       arithmetic: ``"sound"`` (exact grid arithmetic) or ``"float32"`` (the classic).
       noise: ``"shared"`` by all inputs, or ``"independent"``, which costs more random numbers.
@@ -61,7 +61,7 @@ class SmoothedClassifier:
         *,
         sigma: float,
         encoder: Any = None,
-        lipschitz: float = 1.0,
+        lipschitz: float | None = None,
         class_names: Sequence[str] | None = None,
         arithmetic: str = "sound",
         noise: str = "shared",
@@ -70,7 +70,12 @@ class SmoothedClassifier:
         devices: Sequence[Any] | None = None,
         channels_last: bool = True,
     ) -> None:
-        self._encoding = Encoding(encoder, lipschitz)
+        if not callable(head):
+            kind = type(head).__name__
+            raise UserError(
+                f"head must be a function of latents, got {kind}: for scikit-learn write z @ coef_.T + intercept_"
+            )
+        self._encoding, self.takes_pixels = Encoding(encoder, lipschitz), False
         settings = {"arithmetic": arithmetic, "noise": noise, "tile": tile, "spmd": spmd}
         settings |= {"devices": devices, "channels_last": channels_last}
         self._smoother = Smoother(head, sigma=sigma, lipschitz=self._encoding.lipschitz, **settings)
@@ -143,6 +148,9 @@ class SmoothedClassifier:
         the drawn noise and the slack are subtracted. With shared noise, failures of different inputs are correlated.
         """
         inputs = check_latents(x, "x")
+        if self.takes_pixels and not (inputs.min() >= 0 and inputs.max() <= 1):
+            found = f"{inputs.min():g} to {inputs.max():g}"
+            raise UserError(f"this network takes pixels in [0, 1], got {found}: scale them, as pixels / 255")
         own, say, slack = labels_of(labels, len(inputs)), reporter(progress), check_slack(slack, len(inputs))
         sampling = {"n0": n0, "n": n, "alpha": alpha, "bound": bound, "schedule": schedule, "epsilon": epsilon}
         if out is not None:

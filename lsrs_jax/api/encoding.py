@@ -18,14 +18,17 @@ if TYPE_CHECKING:
 class Encoding:
     """An encoder as a caller gives it: None, a JAX function with a claimed constant, or a `Materialized`."""
 
-    def __init__(self, encoder: Any, lipschitz: float) -> None:
+    def __init__(self, encoder: Any, lipschitz: float | None) -> None:
         self._proven: Materialized | None = encoder if hasattr(encoder, "report") else None
         self._function = None if self._proven else encoder
         if self._function is not None and not callable(encoder):
             raise UserError(f"encoder must be a function from inputs to latents, got {type(encoder).__name__}")
-        if self._proven and lipschitz != 1.0:
+        if self._proven and lipschitz is not None:
             raise UserError("the encoder has a proven Lipschitz constant: leave lipschitz out")
-        self.lipschitz = self._proven.report.constant if self._proven else lipschitz
+        if self._function is not None and lipschitz is None:
+            proven = "or give layers.materialize_network(...), which proves it"
+            raise UserError(f"an encoder needs its Lipschitz constant: give lipschitz=, {proven}")
+        self.lipschitz = self._proven.report.constant if self._proven else 1.0 if lipschitz is None else lipschitz
         self._made: dict[tuple[tuple[int, ...], bool], Materialized] = {}
         self._compiled: dict[tuple[tuple[int, ...], bool, int], Callable[[np.ndarray], np.ndarray]] = {}
 
@@ -37,7 +40,9 @@ class Encoding:
         if self._proven:
             if self._proven.report.input_shape != tuple(shape):
                 own = self._proven.report.input_shape
-                raise UserError(f"the encoder takes inputs of shape {own}, got {tuple(shape)}")
+                hint = "; one input needs a batch axis: x[None]" if tuple(shape) == own[1:] else ""
+                hint = "; images are NHWC" if sorted(shape) == sorted(own) else hint
+                raise UserError(f"the encoder takes inputs of shape {own}, got {tuple(shape)}{hint}")
             return self._proven
         from lsrs_jax.layers.claimed import claimed
 

@@ -100,6 +100,8 @@ def _config(classifier: SmoothedClassifier, out: Path, fields: dict[str, Any], d
     """The configuration of the certification; writes the one of the workdir, which no later call changes."""
     if str(out).startswith(SCHEMES):
         raise UserError("out must be a folder of this machine")
+    if next((part for part in (out, *out.parents) if part.exists()), out).is_file():
+        raise UserError(f"out must be a folder, and {out} is or lies in a file")
     config, path = default(), out / "config.json"
     config.data.update(data or {"name": "arrays", "split": "given"})
     config.model.head, config.model.encoder = CALLER, CALLER if classifier.has_encoder else "identity"

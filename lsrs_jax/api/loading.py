@@ -31,6 +31,7 @@ def load(source: str | Path, *, step: int | None = None, allow_code: Sequence[st
     Nothing in the files is executed, and no other code is imported. Raises UserError if there is no such network, or if
     it is damaged.
     """
+    allow_code = [allow_code] if isinstance(allow_code, str) else allow_code
     path = Path(source).expanduser()
     if not path.exists() and str(source) in pretrained():
         path = _PRETRAINED / str(source)
@@ -69,4 +70,6 @@ def _classifier(config: Config, model: models.Model, params: Any, class_names: t
     settings: dict[str, Any] = {name: certify[name] for name in ("arithmetic", "noise", "spmd", "channels_last")}
     settings["tile"] = tuple(certify.tile)
     given = encoder if encoder.report.layers else None
-    return SmoothedClassifier(head, sigma=config.sigma, encoder=given, class_names=class_names, **settings)
+    made = SmoothedClassifier(head, sigma=config.sigma, encoder=given, class_names=class_names, **settings)
+    made.takes_pixels = True
+    return made

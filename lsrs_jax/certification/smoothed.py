@@ -211,7 +211,7 @@ def run(
     with certification.open_ledger(lost=certification.identity.run is not None) as counts:
         with process.together("the ledgers"):
             check_labels(target.folder, counts, target.dataset)
-            _check_given_slack(target, counts)
+            target.check_slack(counts.images.values())
         certification.catch_up(counts)
         pending = len(certification.pending(target.indices))
         say(str(pipeline.report))
@@ -231,16 +231,6 @@ def check_labels(folder: Path, counts: Counts, dataset: Dataset) -> None:
     for image in counts.images.values():
         if image.idx >= len(dataset) or image.label != dataset.labels[image.idx]:
             raise UserError(f"{folder} does not fit the data: image {image.idx} has another label in its ledger")
-
-
-def _check_given_slack(target: Target, counts: Counts) -> None:
-    """Raises UserError for an image with less slack in the ledgers than the target asks for: its radius is too large."""
-    for idx, image in counts.images.items():
-        if image.slack < (asked := float(target.slack([idx])[0])):
-            raise UserError(
-                f"{target.folder} was sampled with the slack {image.slack} of image {idx}, less than the {asked} that is "
-                f"given now; {OTHER_NAME}"
-            )
 
 
 def _sample(

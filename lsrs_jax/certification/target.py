@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from lsrs_jax.runtime.errors import NotHere, UserError
 from lsrs_jax.runtime.format import FORMAT
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.runtime.workdir import checkpoints
+from lsrs_jax.smoothing.counts import ImageCounts
 from lsrs_jax.smoothing.head_check import Head
 from lsrs_jax.smoothing.sampler import Sampler
 from lsrs_jax.training.checkpoint import restore, trained_on
@@ -55,6 +56,13 @@ class Target:
     def slack(self, indices: list[int]) -> np.ndarray:
         """ℓ2 errors of the latents of some images, which are subtracted besides the rounding of the encoder."""
         return np.zeros(len(indices))
+
+    def check_slack(self, images: Iterable[ImageCounts]) -> None:
+        """Raises UserError for an image with less slack in the ledgers than `slack` gives."""
+        for image in images:
+            if image.slack < (asked := float(self.slack([image.idx])[0])):
+                less = f"image {image.idx} has the slack {image.slack} there, less than the {asked} that is given now"
+                raise UserError(f"{self.folder}: {less}; {OTHER_NAME}")
 
     def identity(self, certificate: str) -> Identity:
         """The `Identity` of this run, without the facts of the sampling."""

@@ -85,7 +85,10 @@ def run(folder: Path, data_dir: str | None = None) -> tuple[store.Stored, Verdic
     path, stored = folder / "certificates.json", store.read_folder(folder, "to verify")
     identity, derivation, config = stored.identity, stored.derivation, stored.settings
     if not derivation:
-        raise UserError(f"{folder} holds samples but no certificates yet; run certify without --verify to finish")
+        call = (
+            "the same call of SmoothedClassifier.certify" if config.model.head == CALLER else "certify without --verify"
+        )
+        raise UserError(f"{folder} holds samples but no certificates yet; {call} finishes them")
     table = folder / "certificates.tsv"
     try:
         text = table.read_text(encoding="utf-8")
@@ -97,7 +100,8 @@ def run(folder: Path, data_dir: str | None = None) -> tuple[store.Stored, Verdic
     checked = ["the digests in certificates.json", "the configuration"]
     verdict, counts = Verdict(text.count("\n") - 1, checked=checked), None
     if not names_its_data(config):
-        verdict.beyond["data"] = f"which images data.name={config.data.name!r} stands for (--recast=N)"
+        how = "they were given in Python" if config.model.head == CALLER else "--recast=N"
+        verdict.beyond["data"] = f"which images data.name={config.data.name!r} stands for ({how})"
     if identity.certificate == "smoothed":
         certification = reopen(folder, config, stored, stored.format)
         if (derivation["alpha"], derivation["bound"]) != (config.certify.alpha, config.certify.bound):

@@ -54,11 +54,24 @@ def claimed(
     if low and not low_precision:
         remedy = "let it compute in float64 (leave dtype=... out), or give the ℓ2 error of its latents as slack"
         raise UserError(f"the encoder computes in {low[0]}, and its rounding is not covered: {remedy}")
+    _check_claim(encoder, lipschitz, input_shape)
     offset = float(np.linalg.norm(at_zero[0])) * (1 + 1e-9)
     bound = LayerBound("0 encoder of the caller", float(lipschitz), 0.0, CLAIMED, 0.0 if low else _ROUNDING, offset)
     return Materialized(
         lambda _, x: encoder(x), (), LipschitzReport((bound,), input_shape, tuple(map(int, at_zero.shape[1:])))
     )
+
+
+def _check_claim(encoder: Callable[[Array], Array], lipschitz: float, input_shape: Shape) -> None:
+    """Raises UserError if a few random pairs of inputs, far and near, show that the constant is too small."""
+    rng = np.random.default_rng(0)
+    x = rng.random((16, *input_shape))
+    y = x + np.repeat([1.0, 1e-3], 8).reshape(-1, *[1] * len(input_shape)) * rng.standard_normal(x.shape)
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        moved = np.asarray(encoder(jnp.asarray(y)), np.float64) - np.asarray(encoder(jnp.asarray(x)), np.float64)
+    stretch = np.linalg.norm(moved.reshape(16, -1), axis=1) / np.linalg.norm((y - x).reshape(16, -1), axis=1)
+    if (largest := float(stretch.max())) > lipschitz * (1 + 1e-3) + 1e-3:
+        raise UserError(f"the encoder stretches a distance by {largest:g}: lipschitz={lipschitz:g} is not its constant")
 
 
 def _floating_dtypes(program: Jaxpr) -> Iterator[Any]:

@@ -155,7 +155,7 @@ def _chosen(name: str, stored: str) -> str:
             return own
     raise UserError(
         f"the network is code, {name}, which is not imported because a file names it: if you trust it, give "
-        f"--allow-code={name}"
+        f"--allow-code={name} (in Python allow_code=[{name!r}])"
     )
 
 

@@ -138,9 +138,12 @@ def _parameter_shapes(model: Model) -> Params:
 
 
 @functools.lru_cache(32)
-def _check_shapes(model: Model) -> None:
+def _check_shapes(model: Model, num_classes: int) -> None:
     """Shapes that do not fit raise here, before any computation."""
-    jax.eval_shape(model.classify, *model.shapes())
+    logits = jax.eval_shape(model.classify, *model.shapes())
+    if getattr(logits, "shape", None) != (1, num_classes):
+        found = getattr(logits, "shape", type(logits).__name__)
+        raise UserError(f"the head returns {found} for one image, and not {num_classes} logits, one per class")
 
 
 class _Normalized(nn.Module):
@@ -187,7 +190,7 @@ def build(config: Config, input_shape: tuple[int, ...], num_classes: int) -> Mod
             head = torch_head.of_architecture(config.head, num_classes, latent_shape)
     model = Model(encoder, head, normalize, config.noise, tuple(input_shape))
     with custom.errors_of(f"model.head={config.head}") if config.head not in heads else contextlib.nullcontext():
-        _check_shapes(model)
+        _check_shapes(model, num_classes)
     return model
 
 

@@ -43,7 +43,9 @@ def read_checkpoint(
         choice("normalize", normalize, _NORMALIZE)
     stored, named = _load(torch, path)
     if arch is None and named is None:
-        raise UserError(f"{path} does not name its architecture: give arch, one of {', '.join(ARCHITECTURES)}")
+        raise UserError(
+            f"{path} does not name its architecture: give arch, one of {', '.join(ARCHITECTURES)}, or your own"
+        )
     arch = named if arch is None else arch
     if not callable(arch):
         choice("arch", arch, ARCHITECTURES)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lsrs_jax.reporting.runs import Run
+from lsrs_jax.reporting.runs import Run, unit
 
 
 def render(runs: Sequence[Run], formats: Sequence[str]) -> tuple[list[bytes], bool]:
@@ -47,6 +47,6 @@ def _draw(runs: Sequence[Run], axes) -> None:
             some = "" if len(run.audit.idx) == len(run.table) else f" ({len(run.audit.idx)} images)"
             attacked = f"{run.label}, under attack{some}"
             axes.step(steps, share, where="post", color=line.get_color(), linestyle="--", label=attacked)
-    axes.set(xlabel="ℓ2 radius (pixels in [0, 1])", ylabel="certified accuracy", ylim=(0, 1), xlim=(0, None))
+    axes.set(xlabel=f"ℓ2 radius ({unit(runs)})", ylabel="certified accuracy", ylim=(0, 1), xlim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()

@@ -12,7 +12,7 @@ from lsrs_jax.auditing.table import Audit, read_finished
 from lsrs_jax.certification import ledger
 from lsrs_jax.certification.foreign import read_log
 from lsrs_jax.certification.table import Table
-from lsrs_jax.config import chosen_images, config_from_dict
+from lsrs_jax.config import CALLER, chosen_images, config_from_dict
 from lsrs_jax.runtime import documents, files
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.validate import is_whole, real
@@ -27,6 +27,7 @@ class Run:
     audit: Audit | None = None  # what attacks found on these certificates
     notes: Sequence[str] = ()  # what a reader must know about it
     unfinished: str = ""  # as "78 of 360" images; "78 of ?" if nothing says how many there should be
+    pixels: bool = True  # whether a radius is in units of pixels in [0, 1], and not of a caller's inputs
 
     @property
     def mark(self) -> str:
@@ -66,13 +67,28 @@ def _read(file: Path, label: str) -> Run:
     if file.name != "certificates.tsv":  # the files beside it are about the table of this name
         return Run(label, table, None, notes)
     about, unfinished = _derivation_notes(file, table.idx)
+    pixels = not _of_caller(file.with_name("certificates.json"))
     audit = _audit(file)
     notes += about
     if audit:
         notes.append(_describe(audit, table))
     elif file.with_name("audit.tsv").exists():
         notes.append("its audit is not finished and left out; the same audit command continues it.")
-    return Run(label, table, audit, notes, unfinished)
+    return Run(label, table, audit, notes, unfinished, pixels)
+
+
+def _of_caller(path: Path) -> bool:
+    """Whether certificates are of arrays that a caller of `SmoothedClassifier` gave, in units of their own."""
+    content = documents.read_json(path) if path.exists() else {}
+    identity = content.get("identity") if isinstance(content, dict) else None
+    data, model = ((identity or {}).get(name) for name in ("data", "model")) if isinstance(identity, dict) else ({}, {})
+    names = (data.get("name"), model.get("head")) if isinstance(data, dict) and isinstance(model, dict) else ()
+    return names == ("arrays", CALLER)
+
+
+def unit(runs: Sequence[Run]) -> str:
+    """The unit of the radii."""
+    return "pixels in [0, 1]" if all(run.pixels for run in runs) else "the inputs"
 
 
 def plain(name: str) -> str:
@@ -176,7 +192,7 @@ def _tables(path: Path) -> tuple[list[Path], list[Path]]:
     folders = [path, *(folder for folder in sorted(path.glob("certify/*")) if folder.is_dir())]
     empty = [folder for folder in folders if not (folder / "certificates.tsv").exists() and ledger.has_rows(folder)]
     if not found and empty:
-        remedy = "the certify command that began it continues it"
+        remedy = "the command or call that began it continues it"
         raise UserError(f"{empty[0]} holds samples but no certificates yet: it is not finished; {remedy}")
     if not found:
         raise UserError(f"no certificates in {path}: run python -m lsrs_jax.certify --workdir={path}")

@@ -154,6 +154,7 @@ class Smoother:
         status = Status(looks, len(latents), say)
         engine = Engine(sampler, key, samples, lambda images: derivation.decided(looks, images), status)
         engine.run(Images(indices, [0] * len(latents), slacks, quantized))
+        status.show()
         found = derivation.certificates(looks, [samples.images[i] for i in indices])
         return dataclasses.replace(found, samples=samples)
 

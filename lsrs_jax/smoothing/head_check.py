@@ -73,6 +73,8 @@ def check_head(head: TracedHead, shape: tuple[int, ...]) -> CheckedHead:
     real = hasattr(out, "dtype") and not jnp.issubdtype(out.dtype, jnp.complexfloating)
     if not real or len(out.shape) != 2 or out.shape[0] != shape[0] or out.shape[1] < 2:
         one = "; with one class nothing can change: give a second one, such as a logit of 0" * _one_class(out, shape[0])
+        if getattr(out, "shape", None) == (shape[0],) and jnp.issubdtype(out.dtype, jnp.integer):
+            one = "; return the logits, not the class"
         one += "; give the logits alone, without the new state" * isinstance(out, tuple)
         raise UserError(f"the head must return logits (B, K >= 2) for latents {shape}, got {_shapes(out)}{one}")
     # Compiled here, in the caller's thread and context, so that it can be called in any other.

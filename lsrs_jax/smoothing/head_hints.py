@@ -31,6 +31,8 @@ def remedy(error: BaseException) -> str:
         return "nnx.bridge.ToNNX draws a random key in each call: give each wrapped layer .to_nnx__rngs = None first"
     if name in _FLAX:
         return _FLAX[name]
+    if name == "TracerArrayConversionError" and not any(module.startswith("torch") for module in modules):
+        return "a head computes with jax.numpy, not with NumPy or scikit-learn"
     if any(module.startswith("torch.nn.modules") for module in modules):
         return "JAX cannot trace a module of PyTorch: convert it with lsrs_jax.from_torch(module, example_input)"
     stateful = _STATE in text and "equinox" in sys.modules

@@ -39,6 +39,9 @@ def network(config: Config, train_set: Dataset) -> models.Model:
     model = models.build(config.model, train_set.shape, len(train_set.class_names))
     for section in ("train", "certify"):
         check_dtype(model.head, f"{section}.head_dtype", config[section].head_dtype)
+    if custom.is_code(config.model.encoder):  # an encoder without a proven constant is refused before it is trained
+        with pinned():
+            model.for_certification(model.init(domain_key(config.seed, "probe")))
     return model
 
 
