@@ -1,6 +1,7 @@
 """Where a user's images come from: class folders, npz files, Hugging Face and tensorflow-datasets."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -358,3 +359,23 @@ class TestPrepared:
         features.write_text(whole)
         with pytest.raises(UserError, match="has no feature 'coarse', only image, label"):
             data.load("tiny", "train", tmp_path, label_column="coarse")
+
+
+def test_features_of_a_prepared_set_that_name_code_are_not_imported(random_cifar10, tmp_path, monkeypatch):
+    marker = tmp_path / "marker"
+    (tmp_path / "evil_features.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass F: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    shutil.copytree(random_cifar10, tmp_path / "data")
+    (path,) = (tmp_path / "data").glob("cifar10/*/features.json")
+    honest = path.read_text()
+    for key in ("pythonClassName", "pythonClassN\\u0061me"):
+        path.write_text(
+            honest.replace('"pythonClassName"', f'"{key}"', 1).replace(
+                "tensorflow_datasets.core.features.features_dict.FeaturesDict", "evil_features.F", 1
+            )
+        )
+        with pytest.raises(UserError, match=r"names the code 'evil_features\.F'"):
+            data.load("cifar10", "test", str(tmp_path / "data"))
+    assert not marker.exists()
+    path.write_text(honest)
+    assert len(data.load("cifar10", "test", str(tmp_path / "data"))) == 12

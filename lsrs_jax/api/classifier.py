@@ -83,7 +83,6 @@ class SmoothedClassifier:
         self.class_names = None if class_names is None else tuple(map(str, class_names))
         self.settings: dict[str, Any] = {name: value for name, value in settings.items() if name != "devices"}
         self.settings["tile"] = tuple(tile)
-        self._identities: dict[tuple[tuple[int, ...], bool], ProgramIdentity] = {}
 
     @property
     def has_encoder(self) -> bool:
@@ -315,12 +314,16 @@ class SmoothedClassifier:
 
     def identity(self, shape: Sequence[int], low_precision: bool = True) -> ProgramIdentity:
         """What identifies encoder and head, for inputs of this shape, between sessions."""
-        key = tuple(shape), low_precision
-        if key not in self._identities:
-            head = head_identity(self.head, (math.prod(self.settings["tile"]), *self._latent_shape(shape)))
-            encoder = self._encoding.identity(shape, low_precision)
-            self._identities[key] = head.with_encoder(encoder) if encoder else head
-        return self._identities[key]
+        head = head_identity(self.head, (math.prod(self.settings["tile"]), *self._latent_shape(shape)))
+        encoder = self._encoding.identity(shape, low_precision)
+        return head.with_encoder(encoder) if encoder else head
+
+    def require_current(self, shape: Sequence[int]) -> None:
+        """Raises UserError if the head or its parameters have changed since it was compiled for this shape."""
+        if not isinstance(getattr(self.head, "digest", None), str):  # else JAX does not see the parameters
+            sampler = self.sampler(self._latent_shape(shape))
+            if not sampler.is_current(self.head):
+                raise UserError("the head has changed since this object compiled it: make a new SmoothedClassifier")
 
     def _derived_seed(self, inputs: np.ndarray, labels: np.ndarray | None) -> int:
         from lsrs_jax.certification.identity import derived_seed

@@ -72,6 +72,7 @@ def certify(
         raise UserError(f"no image to certify: start={config.certify.start} in a split of {len(dataset)}")
     folder = out / "certify" / config.certify.name
     identity = classifier.identity(dataset.shape, all_positive(slack))
+    classifier.require_current(dataset.shape)
     _check_program(folder, identity, config)
     meta = {"step": 0, "digest": identity.parameters}
     target = GivenTarget(config, folder, dataset, indices, meta, classifier, slack)

@@ -2,7 +2,9 @@
 
 import difflib
 import functools
+import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from lsrs_jax.runtime.errors import UserError, first_line
 from lsrs_jax.runtime.logs import quiet
 from lsrs_jax.runtime.types import Config
 
+_OF_TFDS = re.compile(r"tensorflow_datasets\.core\.features\.[\w.]+")  # names of code that may be imported
 _CHANNELS = {None: 3, 1: 1, 3: 3, 4: 3}  # of a feature: of its images; None stands for files of any kind
 
 
@@ -72,9 +75,29 @@ def load_prepared(data: Config, split: str) -> Dataset:
         raise UserError(f"cannot read {chosen[0]} ({reason}); prepare it again with: {prepare} --overwrite") from error
 
 
+def _check_features(folder: Path) -> None:
+    """Raises UserError for features that are not those of tensorflow-datasets, which would import their code."""
+    path = folder / "features.json"
+    try:
+        found: list[Any] = [json.loads(path.read_text(encoding="utf-8"))] if path.is_file() else []
+    except ValueError:  # `builder_from_directory` refuses it
+        return
+    while found:
+        part = found.pop()
+        if isinstance(part, list):
+            found += part
+        elif isinstance(part, dict):
+            found += part.values()
+            for name in (part.get(key) for key in ("pythonClassName", "python_class_name", "type")):
+                if isinstance(name, str) and "." in name and not _OF_TFDS.fullmatch(name):
+                    what = f"{path} names the code {name[:80]!r}"
+                    raise UserError(f"{what}, which is not imported because a file names it")
+
+
 def _read(folder: Path, name: str, split: str, data: Config, prepare: str) -> Dataset:
     import tensorflow_datasets as tfds
 
+    _check_features(folder)
     builder: Any = tfds.builder_from_directory(folder)
     info, features = builder.info, builder.info.features
     formats = {found.value for found in info.available_file_formats()}
@@ -142,6 +165,7 @@ def _largest_label(folder: Path, image: str, label: str) -> int:
     """The largest label in any split of a set, so that all its splits have the same classes."""
     import tensorflow_datasets as tfds
 
+    _check_features(folder)
     builder, largest = tfds.builder_from_directory(folder), 0
     for split in builder.info.splits:
         source = _source(builder, split, image, label)

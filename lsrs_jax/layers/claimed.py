@@ -54,12 +54,24 @@ def claimed(
     if low and not low_precision:
         remedy = "let it compute in float64 (leave dtype=... out), or give the ℓ2 error of its latents as slack"
         raise UserError(f"the encoder computes in {low[0]}, and its rounding is not covered: {remedy}")
+    _check_rows(encoder, input_shape)
     _check_claim(encoder, lipschitz, input_shape)
     offset = float(np.linalg.norm(at_zero[0])) * (1 + 1e-9)
     bound = LayerBound("0 encoder of the caller", float(lipschitz), 0.0, CLAIMED, 0.0 if low else _ROUNDING, offset)
     return Materialized(
         lambda _, x: encoder(x), (), LipschitzReport((bound,), input_shape, tuple(map(int, at_zero.shape[1:])))
     )
+
+
+def _check_rows(encoder: Callable[[Array], Array], input_shape: Shape) -> None:
+    """Raises UserError if a latent depends on the other inputs of its batch, or on its place there."""
+    rng = np.random.default_rng(1)
+    x, others = rng.random((2, 4, *input_shape))
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        before = np.asarray(encoder(jnp.asarray(x)), np.float64)
+        after = np.asarray(encoder(jnp.asarray(np.concatenate([others[:1], x[:1], others[1:3]]))), np.float64)
+    if not np.allclose(before[0], after[1], rtol=1e-3, atol=1e-3 * max(1.0, float(np.abs(before).max()))):
+        raise UserError("the encoder's rows depend on each other: the latent of an input may depend on it alone")
 
 
 def _check_claim(encoder: Callable[[Array], Array], lipschitz: float, input_shape: Shape) -> None:

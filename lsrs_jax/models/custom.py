@@ -51,6 +51,8 @@ def allowing(names: Sequence[str]) -> Iterator[None]:
     network may begin with ``torch:``, as in the configuration.
     """
     for name in names:
+        if not all(name.rpartition(":")[::2] if ":" in name else [name]):
+            raise UserError(f"--allow-code={name} names no code: give package.module:Class, FILE.py:Class or a module")
         if ":" not in name:
             _import_module(name)
     token = _allowed.set((*_allowed.get(), *filter(None, map(_code_in, names))))
@@ -124,7 +126,7 @@ def errors_of(name: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise UserError(f"{name} failed: {reason(error)}") from error
 
 

@@ -21,7 +21,7 @@ class TorchCallback:
     """
 
     def __init__(self, torch: Any, module: Any, num_classes: int, layout: str) -> None:
-        self.num_classes, self.layout, self.digest = num_classes, layout, digest(torch, module)
+        self.num_classes, self.layout, self.digest = num_classes, layout, digest(torch, module, layout)
         self._torch, self._module, self._lock = torch, module, threading.Lock()
         tensors = [*module.parameters(), *module.buffers()]
         self._device, self._tried = tensors[0].device if tensors else "cpu", set()
@@ -65,9 +65,9 @@ def torch_callback(module: Any, num_classes: int, *, layout: str = "NCHW") -> To
       num_classes: K.
       layout: what the caller of the head passes: ``"NCHW"``, as the module takes it, or ``"NHWC"``.
 
-    The head works inside `jax.jit`, loops and `shard_map`; it has no gradient. `head.digest` is the SHA-256 of the
-    class name and the state_dict (names, types, shapes, bytes). A tensor that the module has not registered is not in
-    its state_dict, so not in the digest either.
+    The head works inside `jax.jit`, loops and `shard_map`; it has no gradient. `head.digest` covers the layout, the
+    modules with their code and hyperparameters, and the state_dict. What a module keeps elsewhere (a tensor that is not
+    registered, an attribute that it does not print, a function that ``forward`` calls) is not in the digest.
 
     Raises UserError for a module in training mode, or one that cannot be copied.
 
@@ -85,12 +85,29 @@ def torch_callback(module: Any, num_classes: int, *, layout: str = "NCHW") -> To
     return TorchCallback(torch, own, int(num_classes), layout)
 
 
-def digest(torch: Any, module: Any) -> str:
-    """SHA-256 of the class name of a module, and of the names, types, shapes and bytes of its state_dict."""
-    total = hashlib.sha256(f"{type(module).__module__}.{type(module).__qualname__}\n".encode())
+def digest(torch: Any, module: Any, layout: str) -> str:
+    """SHA-256 of the layout, the modules inside a module, their code and hyperparameters, and of its state_dict.
+
+    Of a module: name, class, what it prints about itself, and the code of its ``forward``. Of the state_dict: names,
+    types, shapes and bytes.
+    """
+    total = hashlib.sha256(f"{layout} {type(module).__module__}\n{module!r}\n".encode())
+    for name, part in module.named_modules():
+        total.update(f"{name} {type(part).__module__}.{type(part).__qualname__}\n".encode())
+        code = getattr(type(part).forward, "__code__", None)
+        if code is not None:
+            total.update(code.co_code + repr((code.co_names, _constants(code))).encode())
     for name, tensor in sorted(module.state_dict().items()):
         if not isinstance(tensor, torch.Tensor):
             raise UserError(f"the state_dict holds {name!r}, a {type(tensor).__name__}: only tensors have a digest")
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode() + flat.numpy().tobytes())
     return total.hexdigest()
+
+
+def _constants(code: Any) -> list[Any]:
+    """The constants of a function's code; those of functions inside it by their code."""
+    return [
+        (constant.co_code, constant.co_names, _constants(constant)) if hasattr(constant, "co_code") else repr(constant)
+        for constant in code.co_consts
+    ]

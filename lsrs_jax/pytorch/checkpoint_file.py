@@ -141,7 +141,10 @@ def _fill(path: Any, network: Any, weights: dict[str, Any]) -> None:
         if name in expected and tensor.shape != expected[name].shape:
             shapes = f"{tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
             raise UserError(f"{path} does not have the shapes of this network: {name} is {shapes}")
-    network.load_state_dict({name: tensor for name, tensor in weights.items() if name in expected}, strict=False)
+    try:
+        network.load_state_dict({name: tensor for name, tensor in weights.items() if name in expected}, strict=False)
+    except Exception as error:  # sparse tensors, and those without data
+        raise UserError(f"{path} has weights that cannot be copied into the network: {first_line(error)}") from error
 
 
 def _read_statistics(path: Any, statistics: dict[str, Any]) -> tuple[Any, Any]:

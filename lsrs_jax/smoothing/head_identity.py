@@ -43,7 +43,7 @@ def program_identity(program: ClosedJaxpr, function: Any, name: str) -> ProgramI
     if calls_python(program):
         own = getattr(function, "digest", None)
         if not isinstance(own, str) or not own:
-            remedy = "give it an attribute digest, a text that changes with its parameters"
+            remedy = "give it an attribute digest, a text that changes with its parameters (or, without out, a key)"
             raise UserError(f"the {name} calls functions of Python, so nothing tells its parameters apart: {remedy}")
         return ProgramIdentity(hashlib.sha256(own.encode()).hexdigest(), own)
     digests = {_digest(fact) for fact in facts(program) if math.prod(np.shape(fact)) > 1}

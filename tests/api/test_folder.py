@@ -264,3 +264,15 @@ def test_attacks_on_certificates_of_another_classifier_are_refused(written, chan
     with pytest.raises(UserError, match="other inputs"):
         made(class_names=["a", "b", "c"]).audit(X + 1e-9, LABELS, out=workdir)
     assert not (workdir / "certify" / "default" / "audit.tsv").exists()
+
+
+def test_parameters_that_changed_in_place_are_not_filed_under_their_new_name(tmp_path):
+    weights = W.copy()
+    classifier = made(weights)
+    classifier.predict(X, key=threefry(0), n=100)
+    weights *= -1
+    with pytest.raises(UserError, match="make a new SmoothedClassifier"):
+        classifier.certify(X, LABELS, out=tmp_path, n=500)
+    assert not (tmp_path / "certify").exists()
+    found = made(weights).certify(X, LABELS, out=tmp_path, n=500)
+    np.testing.assert_array_equal(found.counts, made(-W).certify(X, LABELS, n=500).counts)

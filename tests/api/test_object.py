@@ -272,3 +272,9 @@ def test_things_that_are_no_head_or_no_batch_are_named():
             classifier.certify(images, n=100)
     with pytest.raises(UserError, match="not its class"):
         made().certify(X, **SAMPLES, progress=Bar)
+
+
+@pytest.mark.parametrize("encoder", [lambda x: x - x.mean(0), lambda x: x[::-1], lambda x: jnp.cumsum(x, 0)])
+def test_an_encoder_that_mixes_its_batch_is_refused(encoder):
+    with pytest.raises(UserError, match="rows depend on each other"):
+        made(encoder=encoder, lipschitz=10.0).certify(X, **SAMPLES)

@@ -111,3 +111,31 @@ def test_refusals(network):
         torch_callback(network, 4, layout="CHW")
     with pytest.raises(UserError, match=r"must return logits \(\d+, 5\), got \(\d+, 4\)"):
         certify(torch_callback(network, 5), X, n0=50, n=500, **SETTINGS)
+
+
+def test_the_digest_tells_functions_of_the_same_parameters_apart():
+    first, last = torch.nn.Linear(6, 16), torch.nn.Linear(16, 3)
+
+    class Own(torch.nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            self.first, self.scale = first, scale
+
+    class One(Own):
+        def forward(self, x):
+            return self.first(x)[:, :3] * 2
+
+    class Other(Own):
+        def forward(self, x):
+            return self.first(x)[:, :3] * 3
+
+    modules = [
+        *(torch.nn.Sequential(first, act, last) for act in (torch.nn.ReLU(), torch.nn.Tanh())),
+        *(torch.nn.Sequential(first, torch.nn.LeakyReLU(slope), last) for slope in (0.01, 5.0)),
+        One(1.0),
+        Other(1.0),
+    ]
+    digests = [torch_callback(module.eval(), 3).digest for module in modules]
+    assert len(set(digests)) == len(modules)
+    assert torch_callback(modules[0].eval(), 3).digest == digests[0]
+    assert torch_callback(modules[0].eval(), 3, layout="NHWC").digest != digests[0]
