@@ -38,6 +38,7 @@ def made(run, folder):
     wanted = config_to_dict(config_from_flags([f"--config={render.ROOT / run.config}", *flags]))
     if config["certify"]["seed"] == SEED_OF_TRAINING:  # made before the noise had a seed of its own
         wanted["certify"]["seed"] = SEED_OF_TRAINING
+    wanted["certify"]["channels_last"] = config["certify"]["channels_last"]  # all heads here are NHWC
     return facts["commands"] == run.shown() and config == wanted
 
 

@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from lsrs_jax import models
-from lsrs_jax.config import config_from_dict
+from lsrs_jax.config import config_from_dict, config_to_dict, upgrade_section
 from lsrs_jax.runtime.errors import UserError
 from studies import __main__ as studies
 from studies import accelerator, render, results
@@ -34,7 +34,8 @@ def test_a_published_run_is_complete_and_belongs_together(folder):
     assert studies.made(runs[folder], folder)
     identity, config = run.certificates["identity"], config_from_dict(run.facts["config"])
     assert identity["checkpoint"]["step"] == config.train.steps
-    assert {name: identity["model"][name] for name in config.model} == run.facts["config"]["model"]
+    own = upgrade_section(identity["model"], "model.")
+    assert {name: own[name] for name in config.model} == config_to_dict(config)["model"]
     section = json.dumps(config.model.to_dict(), sort_keys=True)
     assert run.cost == cost(section, tuple(identity["model"]["input_shape"]))
 

@@ -116,7 +116,6 @@ def test_what_is_not_one_deterministic_function_of_a_row():
         (lambda x: pooled(x.half()), "computes in float32, the module has float16"),
         (lambda x: pooled(x).undefined(), "torch.export cannot export the module"),
         (lambda x: F.max_pool2d(x, 8, return_indices=True)[1].flatten(1), "uses result 1 of an operation"),
-        (lambda x: pooled(x).norm(3, dim=1, keepdim=True), "vector norms of order 1, 2 and infinity, not 3"),
     ],
 )
 def test_modules_of_another_form(function, message):
