@@ -51,12 +51,15 @@ def test_wheel_and_sdist_hold_the_package_and_the_experiments(built):
     source, out = built
     modules = {path.relative_to(source).as_posix() for path in (source / "lsrs_jax").rglob("*.py")}
     experiments = {f"lsrs_jax/configs/{path.name}" for path in (source / "configs").glob("*.py")}
+    networks = [path for path in (source / "lsrs_jax" / "pretrained").rglob("*") if path.is_file()]
+    pretrained = {path.relative_to(source).as_posix() for path in networks}
+    assert "lsrs_jax/pretrained/digits/model.safetensors" in pretrained
     with zipfile.ZipFile(next(out.glob("*.whl"))) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert names == modules | experiments | {"lsrs_jax/py.typed"}
+    assert names == modules | experiments | pretrained | {"lsrs_jax/py.typed"}
     with tarfile.open(next(out.glob("*.tar.gz"))) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
-    assert modules | {f"configs/{path.name}" for path in (source / "configs").glob("*.py")} <= names
+    assert modules | pretrained | {f"configs/{path.name}" for path in (source / "configs").glob("*.py")} <= names
 
 
 class Environment:
