@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from lsrs_jax.api.classifier import SmoothedClassifier
+from lsrs_jax.api.folder import check_same
 from lsrs_jax.auditing.auditor import Auditor, attack_batches
 from lsrs_jax.auditing.table import Attacked, Audit, Found, Journal, Settings, check_votes, read_audit
 from lsrs_jax.certification.smoothed import Say
@@ -42,20 +43,8 @@ def attack_folder(
     stored, path = read_folder(folder, "to attack"), folder / "certificates.tsv"
     if not stored.derivation or not path.exists() or stored.derivation["certificates"] != files.digest_of(path):
         raise UserError(f"{folder} has no finished table of its own: call certify with the same out first")
+    check_same(classifier, classifier.dataset(inputs, labels), folder, stored)
     table, alpha, identity = read_table(path), stored.settings.certify.alpha, stored.identity
-    if len(table) != len(inputs) or (table.label != labels[table.idx]).any():
-        raise UserError(f"{folder} holds certificates of other inputs or labels")
-    own = {
-        "parameters": (classifier.identity(inputs.shape[1:]).parameters, identity.checkpoint["digest"]),
-        "inputs": (classifier.dataset(inputs, labels).digest(), identity.data["digest"]),
-        "sigma": (classifier.sigma, identity.sigma),
-        "settings": (list(classifier.settings["tile"]), identity.tile),
-    }
-    for name, (given, certified) in own.items():
-        if given != certified:
-            raise UserError(
-                f"{folder} holds certificates of other {name}: give the classifier and the inputs of certify"
-            )
     settings, columns = _settings(sizes, alpha), Attacked(*(getattr(table, name) for name in Attacked._fields))
     with files.locked(folder / ".audit.lock", f"auditing {folder}"):
         journal = Journal(folder, settings, stored.derivation["certificates"])
@@ -81,7 +70,7 @@ def _attack_all(
     sampler = classifier.sampler(encoder.report.output_shape, channels_last)
     levels = {"lipschitz": encoder.report.constant, "alpha": alpha}
     auditor = Auditor(encoder, classifier.head, sampler, settings=settings, seed=seed, **levels)
-    return attack_batches(auditor, table, np.arange(len(inputs)), lambda idx: inputs[idx], batch, done, say)
+    return attack_batches(auditor, table, np.arange(len(table.idx)), lambda idx: inputs[idx], batch, done, say)
 
 
 def _settings(sizes: dict[str, Any], alpha: float) -> Settings:

@@ -143,8 +143,11 @@ class SmoothedClassifier:
         Raises UserError (a ValueError) for bad input, and for a folder with another head, input, label or setting.
 
         **Guarantee**: that of `derivation.from_counts`: for each input, with probability 1 − alpha, the smoothed
-        classifier keeps the class within the radius, if the encoder has the constant. The grid, the total variation of
-        the drawn noise and the slack are subtracted. With shared noise, failures of different inputs are correlated.
+        classifier keeps the class within the radius. The grid (`arithmetic.GridArithmetic`), the total variation of the
+        drawn noise, and the slack are subtracted. Assumed is that the head is the function that was compiled, with
+        independent, deterministic rows (`head_check.check_head` says what it finds), and, of an encoder that is not
+        proven, the constant and the rounding (`layers.claimed`). With shared noise, failures of different inputs are
+        correlated. Counts of another head are refused, if its logits differ at some random latents.
         """
         inputs = check_latents(x, "x")
         if self.takes_pixels and not (inputs.min() >= 0 and inputs.max() <= 1):
@@ -160,6 +163,7 @@ class SmoothedClassifier:
         latents, total = self._encoding.latents(inputs, slack, self.sigma, self.settings["tile"][0])
         if own is not None:
             self._check_classes(own, latents.shape[1:])
+        if own is not None and progress is not None:
             sampler = self.sampler(latents.shape[1:])
             some = Images(range(len(own)), own.tolist(), [], sampler.quantize(latents))
             say(accuracy_under_noise(sampler, some))

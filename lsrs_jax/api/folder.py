@@ -22,6 +22,7 @@ from lsrs_jax.runtime.processes import ALONE
 from lsrs_jax.runtime.rng import pinned
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.runtime.workdir import SCHEMES, Workdir
+from lsrs_jax.smoothing.arithmetic import make_arithmetic
 from lsrs_jax.smoothing.derivation import Certificates
 from lsrs_jax.smoothing.head_identity import ProgramIdentity
 from lsrs_jax.smoothing.sampler import Sampler
@@ -86,6 +87,22 @@ def certify(
     chosen |= {"labels": np.array([images[row].label for row in rows]), "class_names": dataset.class_names}
     radii = tuple(config.certify.radii) if config.certify.schedule == "staged" else ()
     return Result(**chosen, sigma=classifier.sigma, folder=folder, radii=radii)
+
+
+def check_same(classifier: SmoothedClassifier, dataset: Dataset, folder: Path, stored: store.Stored) -> None:
+    """Raises UserError unless the certificates in a folder are of this classifier and these images."""
+    config = stored.settings.copy_and_resolve_references()
+    with config.unlocked():
+        config.sigma = classifier.sigma
+        config.certify.update({name: classifier.settings[name] for name in ("arithmetic", "noise", "tile")})
+    identity = classifier.identity(dataset.shape)
+    _check_program(folder, identity, config)
+    meta, none = {"step": 0, "digest": identity.parameters}, np.zeros(len(dataset))
+    target = GivenTarget(config, folder, dataset, range(len(dataset)), meta, classifier, none)
+    arithmetic = make_arithmetic(config.certify.arithmetic, config.sigma)
+    own = target.identity("smoothed").sampled(config, arithmetic, classifier.encoder(dataset.shape).report.output_shape)
+    if difference := stored.identity.how_it_differs(own.begun_as(stored.identity)):
+        raise UserError(f"{folder} holds certificates of another run: {difference}; give what was certified")
 
 
 @contextlib.contextmanager

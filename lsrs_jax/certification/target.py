@@ -1,5 +1,6 @@
 """The target of a certification: a classifier and images of a data set."""
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
@@ -36,7 +37,7 @@ def make_sampler(config: Config, head: Head, latent_shape: Sequence[int], channe
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
+class Target(abc.ABC):
     """The images to certify and the folder of the results; a subclass has the classifier."""
 
     config: Config
@@ -45,13 +46,13 @@ class Target:
     indices: range  # the images to certify
     meta: dict[str, Any]  # step and digest of the parameters
 
+    @abc.abstractmethod
     def encoder(self) -> Materialized:
         """The encoder, with its Lipschitz constant."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def sampler(self, channels_last: bool) -> Sampler:
         """The compiled sampler of the head; `channels_last` as in `Sampler`."""
-        raise NotImplementedError
 
     def slack(self, indices: list[int]) -> np.ndarray:
         """ℓ2 errors of the latents of some images, which are subtracted besides the rounding of the encoder."""

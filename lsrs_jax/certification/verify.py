@@ -26,7 +26,7 @@ from lsrs_jax.smoothing.counts import Counts, ImageCounts
 from lsrs_jax.training.checkpoint import restore
 
 _BATCH = 100  # images whose pixels are compared at a time
-_LAST_DIGITS = 1e-13  # relative
+_LAST_DIGITS = 1e-13  # relative; radii are lowered by 1e-12 of themselves, so that none becomes too large
 _SAME = 1e-9  # relative: how far the Lipschitz constant of an encoder may differ between two machines
 
 

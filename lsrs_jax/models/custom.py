@@ -23,6 +23,7 @@ from flax import nnx
 
 from lsrs_jax.config import TORCH
 from lsrs_jax.models import torch_head
+from lsrs_jax.models.heads import HEADS
 from lsrs_jax.models.nnx_head import NnxModule
 from lsrs_jax.runtime.errors import UserError, reason
 from lsrs_jax.runtime.types import Config
@@ -36,8 +37,6 @@ def register_head(name: str, make: Callable[[int], nn.Module]) -> None:
 
     For libraries, which call it when they are imported. Raises UserError for a name that is taken or not plain.
     """
-    from lsrs_jax.models.heads import HEADS
-
     if not name.isidentifier() or name in HEADS or REGISTERED.get(name, make) is not make:
         raise UserError(f"a head cannot be registered as {name!r}: it must be a new plain name")
     REGISTERED[name] = make

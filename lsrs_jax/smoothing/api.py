@@ -103,20 +103,7 @@ class Smoother:
     ) -> Certificates:
         """Certifies latents ``(N, …)``, floating point.
 
-        Args:
-          x: the latents. Rounding by an encoder below float64 is not covered: give it as `slack`, or encode in float64.
-          key: a typed threefry key, ``jax.random.key(seed, impl="threefry2x32")``. Certification draws from a domain of
-            its own, so the seed may be that of the training.
-          n0: samples that choose the class.
-          n: fresh samples that certify it; with ``schedule="staged"`` the most that a latent can get.
-          alpha: failure probability per latent.
-          bound: ``"binary"``, or ``"multiclass"`` for larger radii where no class has half of the samples.
-          schedule: ``"fixed"``, or ``"staged"``: samples up to growing looks, until the answer is decided.
-          radii: if staged: the radii to decide (and always 0, any certificate). None: the radius itself.
-          epsilon: if staged without radii: how far the radius may stay below that of n samples, in sigma/lipschitz.
-          slack: ℓ2 error of the latents, in their units, which is subtracted too: one number, or one per latent.
-          counts: ``samples`` of earlier certificates of the same head, latents, key and schedule, to be continued.
-          progress: function of a line of text, such as ``print``; called every few seconds.
+        The arguments are those of `lsrs_jax.SmoothedClassifier.certify`. The key is needed, and `progress` is a function of a line of text, called every few seconds.
 
         Returns `Certificates` with all counts in ``samples``. Raises UserError (a ValueError) for every bad input.
 
@@ -208,7 +195,7 @@ def certify(
     channels_last: bool = True,
     progress: Callable[[str], object] | None = None,
 ) -> Certificates:
-    """Makes a `Smoother` and calls its `certify`; takes the arguments of both.
+    """Certificates of latents; takes the arguments of `lsrs_jax.SmoothedClassifier` and of its `certify`.
 
     A call with the same head object, settings and shape of latents as the call before compiles nothing. The head is
     traced anew, and compiled if it has become another function.
@@ -234,7 +221,7 @@ def predict(
     spmd: str = "shard_map",
     channels_last: bool = True,
 ) -> Int[np.ndarray, " images"]:
-    """Makes a `Smoother` and calls its `predict`; compiles as `certify` does."""
+    """Predictions for latents, as `lsrs_jax.SmoothedClassifier.predict`; compiles as `certify` does."""
     settings = {"arithmetic": arithmetic, "noise": noise, "tile": tile, "spmd": spmd, "channels_last": channels_last}
     return _classifier(head, sigma=sigma, **settings).predict(latents, key=key, n=n, alpha=alpha)
 

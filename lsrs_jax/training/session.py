@@ -41,7 +41,7 @@ def network(config: Config, train_set: Dataset) -> models.Model:
         check_dtype(model.head, f"{section}.head_dtype", config[section].head_dtype)
     if custom.is_code(config.model.encoder):  # an encoder without a proven constant is refused before it is trained
         with pinned():
-            model.for_certification(model.init(domain_key(config.seed, "probe")))
+            model.for_certification(model.init(domain_key(config.seed, "init")))
     return model
 
 

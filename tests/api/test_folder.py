@@ -212,7 +212,7 @@ def test_attacks_are_written_beside_the_certificates(tmp_path):
     assert "attacked at" in run("report", f"mine={tmp_path}", f"--out={tmp_path / 'report'}")
     code, out, _ = ended("certify", f"--workdir={tmp_path}", "--verify")
     assert (code, "0 flips" in out) == (0, True)
-    with pytest.raises(UserError, match="other inputs"):
+    with pytest.raises(UserError, match="images was 10 and is now 3"):
         classifier.audit(X[:3], LABELS[:3], out=tmp_path)
 
 
@@ -251,18 +251,22 @@ def test_slack_that_the_folder_does_not_have_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"weights": -W}, "other parameters"),
-        ({"sigma": 0.3}, "other sigma"),
-        ({"tile": (4, 8)}, "other settings"),
-        ({"encoder": lambda x: x, "lipschitz": 1.0}, "other parameters"),
+        ({"weights": -W}, "the parameters of the classifier have changed"),
+        ({"sigma": 0.3}, "sigma was 0.25"),
+        ({"tile": (4, 8)}, "tile"),
+        ({"noise": "independent"}, "noise"),
+        ({"arithmetic": "float32"}, "arithmetic"),
+        ({"encoder": lambda x: x, "lipschitz": 1.0}, "the parameters of the classifier have changed"),
     ],
 )
 def test_attacks_on_certificates_of_another_classifier_are_refused(written, changes, message):
     workdir, _ = written
     with pytest.raises(UserError, match=message):
         made(class_names=["a", "b", "c"], **changes).audit(X, LABELS, out=workdir)
-    with pytest.raises(UserError, match="other inputs"):
+    with pytest.raises(UserError, match="images or labels"):
         made(class_names=["a", "b", "c"]).audit(X + 1e-9, LABELS, out=workdir)
+    with pytest.raises(UserError, match="another function of the same parameters"):
+        SmoothedClassifier(other_function, class_names=["a", "b", "c"], **SETTINGS).audit(X, LABELS, out=workdir)
     assert not (workdir / "certify" / "default" / "audit.tsv").exists()
 
 
