@@ -103,7 +103,8 @@ class Smoother:
     ) -> Certificates:
         """Certifies latents ``(N, …)``, floating point.
 
-        The arguments are those of `lsrs_jax.SmoothedClassifier.certify`. The key is needed, and `progress` is a function of a line of text, called every few seconds.
+        The arguments are those of `lsrs_jax.SmoothedClassifier.certify`. The key is needed, and `progress` is a
+        function of a line of text, called every few seconds.
 
         Returns `Certificates` with all counts in ``samples``. Raises UserError (a ValueError) for every bad input.
 
