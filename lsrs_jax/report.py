@@ -33,8 +33,8 @@ from lsrs_jax.runtime.progress import duration
 
 _FORMATS = ("png", "svg")
 _LEGEND = (
-    "Certified accuracy at r: share of images classified correctly with a certified ℓ2 radius of at least r, in units "
-    "of {unit}; abstentions count as wrong. ACR: average certified radius; wrong images count as 0."
+    "Certified accuracy at r: share of images classified correctly with a certified ℓ2 radius of at least r "
+    "({unit}); abstentions count as wrong. ACR: average certified radius; wrong images count as 0."
 )
 
 

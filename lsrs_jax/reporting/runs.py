@@ -88,7 +88,7 @@ def _of_caller(path: Path) -> bool:
 
 def unit(runs: Sequence[Run]) -> str:
     """The unit of the radii."""
-    return "pixels in [0, 1]" if all(run.pixels for run in runs) else "the inputs"
+    return "pixels in [0, 1]" if all(run.pixels for run in runs) else "units of the inputs"
 
 
 def plain(name: str) -> str:
