@@ -26,7 +26,9 @@ def claimed(
       lipschitz: the constant that the caller claims.
       low_precision: whether the encoder may compute below float64, because the caller gives the error as slack.
 
-    Raises UserError for a function that JAX cannot trace, or that computes below float64 where that is not allowed.
+    Raises UserError for a function that JAX cannot trace, that computes below float64 where that is not allowed, whose
+    rows depend on each other, or that stretches the distance of some random inputs by more than the constant. The last
+    two are seen on a few inputs only.
 
     **Guarantee**: none of its own: the report passes on the caller's constant. The float64 rounding of the encoder is
     taken to be at most 1e-10 of ``lipschitz · ‖x‖ + ‖encoder(0)‖``.
