@@ -100,7 +100,7 @@ def _attack(target: TrainedTarget, settings: Settings, stored: Stored, journal: 
         f"{settings.votes:,} samples at alpha {config.certify.alpha}; compiling the attacks ...",
         flush=True,
     )
-    encoder, head = target.model.for_certification(target.params, config.certify.head_dtype)
+    encoder, head = target.parts
     sampler = target.sampler(stored.identity.channels_last)
     levels = {"lipschitz": stored.lipschitz.constant, "alpha": config.certify.alpha}
     auditor = Auditor(encoder, head, sampler, settings=settings, seed=stored.identity.seed or 0, **levels)

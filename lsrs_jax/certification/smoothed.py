@@ -11,7 +11,7 @@ import numpy as np
 from lsrs_jax.certification import OTHER_NAME, ledger, store, summary
 from lsrs_jax.certification.encode import Pipeline
 from lsrs_jax.certification.identity import Identity, arithmetic_facts, schedule_of
-from lsrs_jax.certification.table import read_table
+from lsrs_jax.certification.table import LAST_DIGITS, read_table
 from lsrs_jax.certification.target import Target
 from lsrs_jax.config import config_to_dict
 from lsrs_jax.data import Dataset
@@ -97,7 +97,7 @@ class Certification:
         if not rows:
             return
         found = derivation.certificates(self.schedule, [counts.images[idx] for idx in table.idx[rows].tolist()])
-        same = np.isclose(found.radius, table.radius[rows], rtol=1e-12, atol=0)  # SciPy may change the last digits
+        same = np.isclose(found.radius, table.radius[rows], rtol=LAST_DIGITS, atol=0)
         differ = (found.predict != table.predict[rows]) | ~same
         for idx in table.idx[rows][differ][:1]:
             changed = f"image {idx} has other samples in its ledger than its certificate was derived from"

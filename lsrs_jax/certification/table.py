@@ -12,6 +12,9 @@ from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.files import fields_of
 from lsrs_jax.runtime.format import FIELD_COLUMNS
 
+# Relative: by how much the last digits of a number may differ that another version of SciPy derives. Radii are lowered
+# by 1e-12 of themselves, so that none becomes too large.
+LAST_DIGITS = 1e-13
 _LARGEST_RADIUS = 1e300  # the mean over the images must still be a number
 Row = tuple[int, int, int, float, bool, float, int]  # the fields of a `Table`, of one image
 

@@ -89,14 +89,15 @@ class TrainedTarget(Target):
     params: Any
 
     @functools.cached_property
-    def _parts(self) -> tuple[Materialized, Head]:
+    def parts(self) -> tuple[Materialized, Head]:
+        """Encoder and head, as `Model.for_certification` makes them."""
         return self.model.for_certification(self.params, self.config.certify.head_dtype)
 
     def encoder(self) -> Materialized:
-        return self._parts[0]
+        return self.parts[0]
 
     def sampler(self, channels_last: bool) -> Sampler:
-        return make_sampler(self.config, self._parts[1], self._parts[0].report.output_shape, channels_last)
+        return make_sampler(self.config, self.parts[1], self.parts[0].report.output_shape, channels_last)
 
 
 def load_target(

@@ -13,7 +13,7 @@ from lsrs_jax.auditing.table import Attacked, check_attacked, read_finished
 from lsrs_jax.certification import deterministic, ledger, store
 from lsrs_jax.certification.identity import names_its_data
 from lsrs_jax.certification.smoothed import Certification, reopen
-from lsrs_jax.certification.table import parse_number, read_table
+from lsrs_jax.certification.table import LAST_DIGITS, parse_number, read_table
 from lsrs_jax.certification.target import Target, target_of_certificates
 from lsrs_jax.config import CALLER, SEED_DERIVED, SEED_OF_TRAINING, config_to_dict, load_config, other_training
 from lsrs_jax.data import Photos
@@ -26,7 +26,6 @@ from lsrs_jax.smoothing.counts import Counts, ImageCounts
 from lsrs_jax.training.checkpoint import restore
 
 _BATCH = 100  # images whose pixels are compared at a time
-_LAST_DIGITS = 1e-13  # relative; radii are lowered by 1e-12 of themselves, so that none becomes too large
 _SAME = 1e-9  # relative: how far the Lipschitz constant of an encoder may differ between two machines
 
 
@@ -263,7 +262,7 @@ def _same_digits(found: str, derived: str) -> bool:
         own, gives = parse_number(found), parse_number(derived)
     except ValueError:
         return False
-    return "." in derived and 0 <= own <= gives * (1 + _LAST_DIGITS) and own >= gives * (1 - _LAST_DIGITS)
+    return "." in derived and 0 <= own <= gives * (1 + LAST_DIGITS) and own >= gives * (1 - LAST_DIGITS)
 
 
 def _compute_again(folder: Path, stored: store.Stored, data_dir: str | None, verdict: Verdict) -> None:

@@ -15,6 +15,7 @@ from jaxtyping import Int, PyTree
 
 from lsrs_jax.layers.base import Layer, Shape
 from lsrs_jax.layers.moves import MOVES
+from lsrs_jax.runtime.calls import CALLS
 from lsrs_jax.runtime.errors import UserError, reason
 
 ACCEPTED = (
@@ -24,10 +25,6 @@ _SAME = (  # primitives that return what they get
     "copy", "copy_p", "name", "optimization_barrier", "stop_gradient", "sharding_constraint", "reshard", "mesh_cast",
     "device_put",
 )  # fmt: skip
-_CALLS = {  # primitives that call one function, and the parameter that holds it
-    "jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr", "remat": "jaxpr",
-    "remat2": "jaxpr", "checkpoint": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
-}  # fmt: skip
 _JOINING = ("concatenate", "stack")
 _INDEXED = ("gather", "dynamic_slice")  # pick entries by numbers, which must be known
 
@@ -187,8 +184,8 @@ class _Walk:
 
     def _equation(self, equation: Any, inputs: list[_Value], where: Names) -> Sequence[_Value]:
         name, params, count = equation.primitive.name, equation.params, len(equation.outvars)
-        if name in _CALLS:
-            inner = params[_CALLS[name]]  # a closed program carries its constants, an open one has none
+        if name in CALLS:
+            inner = params[CALLS[name]]  # a closed program carries its constants, an open one has none
             consts = [_Fixed(lambda c=c: c) for c in getattr(inner, "consts", ())]
             names = (*where, *_scopes(equation), str(params.get("name", "")))
             return self.run(getattr(inner, "jaxpr", inner), consts, inputs, names)

@@ -67,7 +67,8 @@ def torch_callback(module: Any, num_classes: int, *, layout: str = "NCHW") -> To
 
     The head works inside `jax.jit`, loops and `shard_map`; it has no gradient. `head.digest` covers the layout, the
     modules with their code and hyperparameters, and the state_dict. What a module keeps elsewhere (a tensor that is not
-    registered, an attribute that it does not print, a function that ``forward`` calls) is not in the digest.
+    registered, an attribute that it does not print, a function that ``forward`` calls) is not in the digest. Another
+    version of Python may compile the code otherwise, and so give another digest.
 
     Raises UserError for a module in training mode, or one that cannot be copied.
 
@@ -107,7 +108,10 @@ def digest(torch: Any, module: Any, layout: str) -> str:
 
 def _constants(code: Any) -> list[Any]:
     """The constants of a function's code; those of functions inside it by their code."""
-    return [
-        (constant.co_code, constant.co_names, _constants(constant)) if hasattr(constant, "co_code") else repr(constant)
-        for constant in code.co_consts
-    ]
+
+    def plain(constant: Any) -> Any:
+        if hasattr(constant, "co_code"):
+            return constant.co_code, constant.co_names, _constants(constant)
+        return sorted(map(repr, constant)) if isinstance(constant, frozenset) else repr(constant)
+
+    return [plain(constant) for constant in code.co_consts]

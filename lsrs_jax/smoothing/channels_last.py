@@ -15,7 +15,8 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn
 from jax.lax import ConvDimensionNumbers
 
-from lsrs_jax.smoothing.replay import CALLS, bind, map_programs, replay, retrace
+from lsrs_jax.runtime.calls import CALLS
+from lsrs_jax.smoothing.replay import bind, map_programs, replay, retrace
 
 # In a convolution with groups, Eigen runs once per group. Below so many input channels per group, the nested loop over
 # kernels OIHW is faster.

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
@@ -214,7 +215,8 @@ def facts(program: ClosedJaxpr) -> Iterator[Any]:
 
 def fingerprint(program: ClosedJaxpr) -> str:
     """SHA-256 of a program and its constants; another one each time if the program calls functions of Python."""
-    total = hashlib.sha256(str(program.jaxpr).encode())  # the text names all that `facts` leaves out
+    text = re.sub(r" at 0x[0-9a-f]+", "", str(program.jaxpr))  # it names all that `facts` leaves out
+    total = hashlib.sha256(text.encode())
     if calls_python(program):
         total.update(secrets.token_bytes(32))
     for fact in facts(program):

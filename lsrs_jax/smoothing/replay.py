@@ -8,10 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-CALLS = {  # primitives that call one function, and the parameter that holds it
-    "jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr", "remat2": "jaxpr",
-    "checkpoint": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
-}  # fmt: skip
+from lsrs_jax.runtime.calls import CALLS
 
 Rule = Callable[[JaxprEqn, list[Any]], list[Any]]
 

@@ -280,3 +280,17 @@ def test_parameters_that_changed_in_place_are_not_filed_under_their_new_name(tmp
     assert not (tmp_path / "certify").exists()
     found = made(weights).certify(X, LABELS, out=tmp_path, n=500)
     np.testing.assert_array_equal(found.counts, made(-W).certify(X, LABELS, n=500).counts)
+
+
+def test_a_head_with_a_policy_for_its_gradient_has_an_identity(tmp_path):
+    """The policy is a function of Python that no sample calls; it is made anew with every head."""
+
+    def head(scale):
+        policy = jax.checkpoint_policies.save_only_these_names("x")
+        return jax.checkpoint(lambda z: jnp.tanh(scale * z.reshape(len(z), -1)) @ W, policy=policy)
+
+    first = SmoothedClassifier(head(1.0), **SETTINGS).certify(X, LABELS, out=tmp_path, n=200)
+    again = SmoothedClassifier(head(1.0), **SETTINGS).certify(X, LABELS, out=tmp_path, n=200)
+    np.testing.assert_array_equal(first.counts, again.counts)
+    with pytest.raises(UserError, match="another function of the same parameters"):
+        SmoothedClassifier(head(2.0), **SETTINGS).certify(X, LABELS, out=tmp_path, n=200)
