@@ -55,7 +55,7 @@ def run(arguments: list[str]) -> None:
         with process.together("the start"):
             train_set = load_split(config.data, config.data.train_split)
             model = session.network(config, train_set)
-            test_set = load_split(config.data, config.data.split)
+            test_set = load_split(config.data, config.data.validation_split or config.data.split)
             check_pair(train_set, test_set)
             start = session.first_parameters(config, model, workdir)
             if process.leads:

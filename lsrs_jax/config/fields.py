@@ -70,6 +70,10 @@ _NOISES = Limit(
 _LOSS, _SCHEDULE = _one_of(*LOSSES), _one_of("cosine", "constant")
 _WARMUP = Limit("at least 0 and below train.steps={train.steps}", lambda steps, c: 0 <= steps < c.train.steps)
 _FOLDER = Limit("a plain folder name (letters, digits, . _ -)", lambda name, _: bool(_PLAIN.fullmatch(name)))
+_WIDTHS = Limit(
+    "one or more whole numbers from 1 to 2**20",
+    lambda widths, _: widths and all(1 <= width <= 2**20 for width in widths),
+)
 _SAMPLES = _between(1, 2**27, "between 1 and 2**27")
 _RADII = Limit("numbers >= 0, such as (0.25, 0.5)", lambda radii, _: all(0 <= r < float("inf") for r in radii))
 _KIND = _one_of(*CERTIFICATES)
@@ -97,6 +101,7 @@ FIELDS: dict[str, Field] = {
     ),
     "data.train_split": Field("train", REQUIRED, "The network is trained on this split."),
     "data.split": Field("test", REQUIRED, "This split is evaluated and certified."),
+    "data.validation_split": Field("", "", "The training is evaluated on this split; on data.split if it is empty."),
     "data.batch_size": Field(128, REQUIRED, "A training step uses this many images.", _at_least(1)),
     "data.crop": Field(0, REQUIRED, "Training images are shifted at random by at most this many pixels.", _CROP),
     "data.flip": Field(False, REQUIRED, "If true, half of the training images are mirrored, at random."),
@@ -129,6 +134,15 @@ FIELDS: dict[str, Field] = {
     "model.widths": Field((12, 12, 48, 48), (12, 12, 48, 48), 'A network of "blocks" has these numbers of channels.'),
     "model.strides": Field((2, 1, 2, 1), (2, 1, 2, 1), "Space-to-depth in front of each block has this stride."),
     "model.split": Field(2, 2, "The encoder consists of this many blocks, the head of the others."),
+    "model.head_widths": Field(
+        (256, 256), (256, 256), 'The hidden layers of the head "mlp" have these widths.', _WIDTHS
+    ),
+    "model.head_norm": Field(
+        "none",
+        "none",
+        'With "batch", the head is trained with batch normalisation, which checkpoints hold folded into its layers.',
+        _one_of("none", "batch"),
+    ),
     "model.noise": Field("latent", REQUIRED, 'Noise is added to the "latent", or to the "input" of the same network.'),
     "model.mean": Field((0.0,), REQUIRED, "These numbers, one per channel, are subtracted from the input."),
     "model.std": Field((1.0,), REQUIRED, "These numbers divide the input; the Lipschitz constant contains 1/min(std)."),

@@ -55,11 +55,14 @@ def _convolutions(make: Make, *specs: tuple[int, int, int]) -> Chain:
     return tuple(layer for width, size, stride in specs for layer in make(width, (size, size), (stride, stride)))
 
 
-# (make, channels of the image) -> layers. `partial`, `latent` and `preprocessor` are the splits in the public code that
-# preceded LSRS (SC-Fac convolutions, Su, Byeon and Huang 2022).
+# (make, channels of the image) -> layers. `lowpass` keeps the coarse image after two Haar transforms, a quarter of the
+# rows and columns; `lowpass_bands` keeps all bands of the second one. `partial`, `latent` and `preprocessor` are the
+# splits in the public code that preceded LSRS (SC-Fac convolutions, Su, Byeon and Huang 2022).
 ENCODERS: dict[str, Callable[[Make, int], Chain]] = {
     "identity": lambda make, channels: (),
     "space_to_depth": lambda make, channels: _stages(make, channels, (0, None)),
+    "lowpass": lambda make, channels: (layers.Haar(), layers.Channels(channels)) * 2,
+    "lowpass_bands": lambda make, channels: (layers.Haar(), layers.Channels(channels), layers.Haar()),
     "shallow": lambda make, channels: _stages(make, channels, (2, None)),
     "deep": lambda make, channels: _stages(make, channels, (4, None), (4, None)),
     "pyramid": lambda make, channels: _stages(make, channels, (3, 32), (3, 64), (3, 64)),

@@ -19,6 +19,7 @@ Latents = Float[jax.Array, "B ..."]
 Images = Float[jax.Array, "B H W C"]  # latents with the layout of images
 Logits = Float[jax.Array, "B K"]
 Head = Callable[[Latents], Logits]  # a head with its parameters
+NORM_SUFFIX = "_norm"  # of the name of the batch normalisation after a layer
 Matrix = tuple[Float64[np.ndarray, "d K"], Float64[np.ndarray, " K"]]  # weights and bias on the flattened latent
 
 
@@ -28,7 +29,24 @@ class _Classifier(nn.Module):
     num_classes: int
 
 
-class MLPHead(_Classifier):
+class _Normalizable(_Classifier, kw_only=True):
+    """Base class of heads that can have batch normalisation after every convolution and hidden dense layer.
+
+    ``norm`` is ``"none"``, ``"batch"`` in training, or ``"folded"``: the same head with the normalisation folded into
+    the layers before it (`batch_norm.fold`). Then every convolution has a bias.
+    """
+
+    norm: str = "none"
+
+    def _normalized(self, layer: nn.Module, z: jax.Array) -> jax.Array:
+        """The output of a layer, normalised over the rows of the batch in training."""
+        z = layer(z)
+        if self.norm != "batch":
+            return z
+        return nn.BatchNorm(use_running_average=False, momentum=0.0, name=f"{layer.name}{NORM_SUFFIX}")(z)
+
+
+class MLPHead(_Normalizable):
     """Dense layers with ReLU on the flattened latent."""
 
     widths: tuple[int, ...] = ()
@@ -37,7 +55,7 @@ class MLPHead(_Classifier):
     def __call__(self, z: Latents) -> Logits:
         z = z.reshape(z.shape[0], -1)
         for width in self.widths:
-            z = nn.relu(nn.Dense(width)(z))
+            z = nn.relu(self._normalized(nn.Dense(width), z))
         return nn.Dense(self.num_classes)(z)
 
 
@@ -90,7 +108,7 @@ def _pooled(z: Images, num_classes: int) -> Logits:
     return nn.Dense(num_classes)(z.mean(axis=(1, 2)))
 
 
-class ConvHead(_Classifier):
+class ConvHead(_Normalizable):
     """3x3 convolutions with ReLU, then the mean over positions and a dense layer."""
 
     stages: tuple[tuple[int, int], ...]  # (channels, stride) of each convolution
@@ -98,11 +116,11 @@ class ConvHead(_Classifier):
     @nn.compact
     def __call__(self, z: Images) -> Logits:
         for channels, stride in self.stages:
-            z = nn.relu(_conv(channels, stride=stride)(z))
+            z = nn.relu(self._normalized(_conv(channels, stride=stride), z))
         return _pooled(z, self.num_classes)
 
 
-class ResNetHead(_Classifier):
+class ResNetHead(_Normalizable):
     """A 3x3 stem, residual blocks of two 3x3 convolutions with ReLU, then the mean over positions and a dense layer."""
 
     stages: tuple[tuple[int, int], ...]  # (channels, stride) of each block; the stem has the channels of the first
@@ -111,11 +129,13 @@ class ResNetHead(_Classifier):
     @nn.compact
     def __call__(self, z: Images) -> Logits:
         if self.stem:
-            z = nn.relu(_conv(self.stages[0][0])(z))
+            z = nn.relu(self._normalized(_conv(self.stages[0][0]), z))
         for channels, stride in self.stages:
-            skip = z if (z.shape[-1], stride) == (channels, 1) else _conv(channels, 1, stride, use_bias=False)(z)
-            inner = nn.relu(_conv(channels, stride=stride)(z))
-            z = nn.relu(skip + _conv(channels)(inner))
+            skip = z
+            if (z.shape[-1], stride) != (channels, 1):
+                skip = self._normalized(_conv(channels, 1, stride, use_bias=self.norm == "folded"), z)
+            inner = nn.relu(self._normalized(_conv(channels, stride=stride), z))
+            z = nn.relu(skip + self._normalized(_conv(channels), inner))
         return _pooled(z, self.num_classes)
 
 
@@ -143,7 +163,7 @@ class BottleneckHead(_Classifier):
         return _pooled(z, self.num_classes)
 
 
-class BlocksHead(_Classifier):
+class BlocksHead(_Normalizable):
     """Blocks as in `encoders.blocks` without constraints, with ReLU, then the mean over positions and a dense layer."""
 
     widths: tuple[int, ...]
@@ -155,20 +175,21 @@ class BlocksHead(_Classifier):
             if stride > 1:
                 z = resize.space_to_depth(z, (stride, stride))
             if width:
-                z = nn.relu(_conv(width)(z))
+                z = nn.relu(self._normalized(_conv(width), z))
         return _pooled(z, self.num_classes)
 
 
 _RESNET50 = ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2))
 _RESNET18 = ((64, 1), (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1))
 
-# Number of classes -> module. `resnet` to `resnet18` have no normalisation. `resnet18_tail` is layers 3 and 4 of a
-# ResNet-18, `resnet50_tail` layer 4 of a ResNet-50. `resnet_latent` is for a latent of few pixels and many channels.
+# Number of classes -> module; `mlp` also takes its widths. Without model.head_norm, `resnet` to `resnet18` have no
+# normalisation. `resnet18_tail` is layers 3 and 4 of a ResNet-18, `resnet50_tail` layer 4 of a ResNet-50.
+# `resnet_latent` is for a latent of few pixels and many channels.
 HEADS: dict[str, Callable[[int], nn.Module]] = {
     "linear": LinearHead,
     "normalized": NormalizedHead,
     "orthogonal": OrthogonalHead,
-    "mlp": lambda classes: MLPHead(classes, (256, 256)),
+    "mlp": lambda classes, widths=(256, 256): MLPHead(classes, tuple(widths)),
     "convnet": lambda classes: ConvHead(classes, ((32, 1), (64, 2), (64, 1))),
     "convnet_light": lambda classes: ConvHead(classes, ((64, 2), (64, 1))),
     "resnet": lambda classes: ResNetHead(classes, ((32, 1), (64, 2))),

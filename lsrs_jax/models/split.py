@@ -19,7 +19,7 @@ import numpy as np
 from lsrs_jax import layers
 from lsrs_jax.config import TORCH
 from lsrs_jax.layers.lipschitz import Materialized, materialize, project
-from lsrs_jax.models import custom, torch_head
+from lsrs_jax.models import batch_norm, custom, torch_head
 from lsrs_jax.models.custom import REGISTERED, is_code
 from lsrs_jax.models.encoders import BLOCKS, ENCODERS, Chain, Pair, blocks
 from lsrs_jax.models.flops import flops
@@ -45,6 +45,7 @@ class Model:
     normalize: layers.Normalize | None  # per channel
     noise: str  # "latent" or "input"
     input_shape: tuple[int, ...]  # (H, W, C)
+    training_head: nn.Module | None = None  # with batch normalisation, which `head` has folded into its layers
     head_dtype: str = "float32"  # or "bfloat16": the dtype in which `classify` computes the head; logits are float32
 
     @property
@@ -54,6 +55,13 @@ class Model:
     @property
     def _has_encoder(self) -> bool:
         return not isinstance(self.encoder, layers.Encoder) or bool(self.encoder.layers)
+
+    @property
+    def in_training(self) -> "Model":
+        """The model whose parameters are trained; batch normalisation in its head makes rows depend on each other."""
+        if self.training_head is None:
+            return self
+        return dataclasses.replace(self, head=self.training_head, training_head=None)
 
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters, float32."""
@@ -75,15 +83,26 @@ class Model:
         return self.encoder.apply({"params": params}, normalized)
 
     def _head_apply(self, params: Any, dtype: str, latents: jax.Array) -> Any:
-        return self.head.apply({"params": jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)}, latents)
+        params = {"params": jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)}
+        if batch_norm.is_training(self.head):
+            return self.head.apply(params, latents, mutable=[batch_norm.STATISTICS])[0]
+        return self.head.apply(params, latents)
 
     def encode(self, params: Params, images: Images) -> Latents:
         """Images in [0, 1] → the latents that get the noise (under ISRS the images themselves)."""
         return images if self.smooths_input else self._encoded(params["encoder"], images)
 
+    def _latents_of_head(self, params: Params, noisy: Latents) -> Latents:
+        return self._encoded(params["encoder"], noisy) if self.smooths_input else noisy
+
+    def statistics(self, params: Params, noisy: Latents) -> Params:
+        """Means and variances in the batch normalisation of a model `in_training`, for one batch."""
+        latents, collection = self._latents_of_head(params, noisy), batch_norm.STATISTICS
+        return self.head.apply({"params": params["head"]}, latents, mutable=[collection])[1][collection]
+
     def classify(self, params: Params, noisy: Latents) -> Logits:
         """The base classifier on noisy latents (under ISRS on noisy images)."""
-        base = self._encoded(params["encoder"], noisy) if self.smooths_input else noisy
+        base = self._latents_of_head(params, noisy)
         return _in_dtype(functools.partial(self._head_apply, params["head"], self.head_dtype), self.head_dtype)(base)
 
     def _materialized(self, params: Params) -> Materialized:
@@ -105,6 +124,8 @@ class Model:
         **Guarantee**: ``head(encoder.apply(·))`` without noise is the trained classifier up to float rounding; the
         certificate is about the functions returned here.
         """
+        if batch_norm.is_training(self.head):
+            raise UserError("batch normalisation makes rows depend on each other: certify the head with it folded in")
         whole = self._materialized(params)
         identity = materialize(layers.Encoder(), {}, self.input_shape)
         matrix = getattr(self.head, "matrix", None)
@@ -181,14 +202,18 @@ def build(config: Config, input_shape: tuple[int, ...], num_classes: int) -> Mod
     else:
         encoder = layers.Encoder(_encoder_layers(config, input_shape[2]))
     if config.head in heads:
-        head = heads[config.head](num_classes, *((widths[split:], strides[split:]) if config.head == "blocks" else ()))
+        sizes = {"blocks": (widths[split:], strides[split:]), "mlp": (config.head_widths,)}
+        head = heads[config.head](num_classes, *sizes.get(config.head, ()))
     else:
         latent_shape = _latent_shape(encoder, input_shape, f"model.encoder={config.encoder}")
         if is_code(config.head):
             head = custom.make(config, "head", num_classes=num_classes, latent_shape=latent_shape)
         else:
             head = torch_head.of_architecture(config.head, num_classes, latent_shape)
-    model = Model(encoder, head, normalize, config.noise, tuple(input_shape))
+    training_head = None
+    if config.head_norm == "batch":
+        head, training_head = batch_norm.variants(head, config.head)
+    model = Model(encoder, head, normalize, config.noise, tuple(input_shape), training_head)
     with custom.errors_of(f"model.head={config.head}") if config.head not in heads else contextlib.nullcontext():
         _check_shapes(model, num_classes)
     return model

@@ -25,6 +25,7 @@ from lsrs_jax.runtime.rng import domain_key, pinned
 from lsrs_jax.runtime.signals import agreed, deferred
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.training.checkpoint import Checkpoints
+from lsrs_jax.training.folding import Folding
 from lsrs_jax.training.losses import Labels, make_loss
 
 Log = Callable[..., None]  # takes a dict of metrics and, optionally, the time left as text
@@ -33,7 +34,10 @@ _ON_GPU = {"xla_gpu_enable_triton_gemm": False}
 
 
 class State(NamedTuple):
-    """What a training carries from step to step. A checkpoint holds `result` (the model) and `rest`."""
+    """What a training carries from step to step.
+
+    A checkpoint holds `result` (the model) and `rest`, or, with batch normalisation, the folded `result` and `all`.
+    """
 
     params: Any
     optimizer: Any
@@ -47,6 +51,10 @@ class State(NamedTuple):
     @property
     def rest(self) -> Any:
         return self.optimizer if self.average is None else (self.optimizer, self.params)
+
+    @property
+    def all(self) -> Any:
+        return (self.params, self.optimizer) if self.average is None else tuple(self)
 
     def resumed(self, result: Any, rest: Any) -> "State":
         return State(result, rest, None) if self.average is None else State(rest[1], rest[0], result)
@@ -97,7 +105,7 @@ def step_function(
     The noise depends on the key and the number of the step only. `shardings` are the sharding of the state and the
     sharding of replicated arrays; XLA chooses both if it is None.
     """
-    model = dataclasses.replace(model, head_dtype=config.train.head_dtype)
+    model = dataclasses.replace(model.in_training, head_dtype=config.train.head_dtype)
     loss, decay = make_loss(config), config.train.ema
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings, compiler_options=compiler_options())
@@ -131,7 +139,7 @@ def parts(model: Model, config: Config, mesh: Mesh) -> tuple[Callable[[jax.Array
     whole, transformation = replicated(mesh), make_optimizer(config.train)
 
     def fresh(key: jax.Array, start: Params | None = None) -> State:
-        params = model.init(key) if start is None else start
+        params = model.in_training.init(key) if start is None else start
         return State(params, transformation.init(params), jax.tree.map(jnp.copy, params) if config.train.ema else None)
 
     shapes = jax.eval_shape(fresh, domain_key(config.seed, "init"))
@@ -205,12 +213,30 @@ class _Training:
         self._state = jax.jit(fresh, out_shardings=shardings)(key, start)
         self._first = checkpoints.latest() or 0
         if self._first:
-            # A checkpoint holds the result replicated, for certification.
-            result, rest = checkpoints.restore(self._first, reshard(self._state.result, self._whole), self._state.rest)
-            self._state = self._state.resumed(reshard(result, shardings.result), rest)
+            self._resume(shardings)
         self._evaluate = Evaluator(model, config.sigma, job.test_set, self._mesh)
         self._rate, self._window = schedule(config.train), []
+        self._folding = model.training_head and Folding(model, config, job.train_set, self._mesh)
+        self._folded: tuple[int, Params] | None = None  # step and parameters
         self._since = 0, 0.0  # step and time from which the next report measures the speed
+
+    def _resume(self, shardings: Any) -> None:
+        restore, state, model = self._checkpoints.restore, self._state, self._job.model
+        if model.training_head:
+            folded = jax.tree.map(lambda leaf: leaf.update(sharding=self._whole), model.shapes()[0])
+            self._state = State(*restore(self._first, folded, state.all)[1], *[None] * (state.average is None))
+            return
+        # A checkpoint holds the result replicated, for certification.
+        result, rest = restore(self._first, reshard(state.result, self._whole), state.rest)
+        self._state = state.resumed(reshard(result, shardings.result), rest)
+
+    def _result(self, done: int) -> Params:
+        """The parameters that are evaluated and certified, with batch normalisation folded into the head."""
+        if not self._folding:
+            return self._state.result
+        if self._folded is None or self._folded[0] != done:
+            self._folded = done, self._folding(self._state.result)
+        return self._folded[1]
 
     def run(self) -> Params:
         config, settings, first = self._config, self._config.train, self._first
@@ -246,7 +272,7 @@ class _Training:
                     self._checkpoints.wait()
                     raise agreed()
             self._checkpoints.wait()
-        return reshard(self._state.result, self._whole)
+        return reshard(self._result(settings.steps), self._whole)
 
     def _stops(self, signalled: bool) -> bool:
         """True if the step that was just launched is the last one. All processes agree on it."""
@@ -278,7 +304,7 @@ class _Training:
     def _test(self, done: int) -> None:
         try:
             key = jax.random.fold_in(domain_key(self._config.seed, "evaluate"), done)
-            noisy, clean = self._evaluate(self._state.result, key)
+            noisy, clean = self._evaluate(self._result(done), key)
         except UserError:  # about the test data: save what was trained
             if not self._mesh.is_multi_process:
                 self._save(done)
@@ -287,8 +313,8 @@ class _Training:
         self._log({"step": done, "test_noisy_accuracy": noisy, "test_clean_accuracy": clean})
 
     def _save(self, done: int) -> None:
-        result = reshard(self._state.result, self._whole)
-        self._checkpoints.save(done, result, self._state.rest, **self._job.trained_on)
+        result, rest = reshard(self._result(done), self._whole), self._state.all if self._folding else self._state.rest
+        self._checkpoints.save(done, result, rest, **self._job.trained_on)
         # Seconds since the last checkpoint: over all sessions they add up to the time that the saved steps took.
         self._log({"step": done, "train_seconds": round(time.monotonic() - self._saved, 2)})
         self._saved = time.monotonic()

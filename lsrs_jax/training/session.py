@@ -63,6 +63,10 @@ def first_parameters(config: Config, model: models.Model, workdir: Workdir) -> A
 def _start(config: Config, model: models.Model) -> Any:
     """The parameters of ``train.start_from``; those of a PyTorch file are of the head, and the encoder's are drawn."""
     source = config.train.start_from
+    if model.training_head:
+        raise UserError(
+            "train.start_from gives no batch normalisation to a head: leave it out, or model.head_norm=batch"
+        )
     if not source.startswith(TORCH):
         return jax.device_get(restore(Path(source), model)[0])
     if not isinstance(model.head, TorchHead):
