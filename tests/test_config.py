@@ -39,6 +39,7 @@ def test_every_experiment_is_a_valid_config(path):
             "latent",
         ),
         "cifar10_small": ("lsrs", "isrs_split", "free", "isometric", "isrs_light", "cayley", "deep"),
+        "cifar10_mlp": ("learned", "lowpass", "bands", "haar", "identity"),
         "cifar10_orthogonal": ("adaptive", "paraunitary", "exponential", "cayley"),
         "imagenet": ("lsrs", "isrs_split", "isrs", "smoke", "smoke_isrs"),
         "cifar10_study": ("split0", "split6", "split4_input", "split4_haar", "margin"),
