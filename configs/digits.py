@@ -5,10 +5,20 @@
 
 Variants: ``lsrs`` (default; two orthogonal convolutions, noise on the latent), ``cayley`` (the same with another
 family), ``isrs`` (no encoder: the head smoothed in input space), ``isrs_split`` (the network of ``lsrs`` smoothed in
-input space).
+input space), ``margin_attacked`` (``lsrs`` with a linear head, trained under noise and attack: its deterministic
+certificates need no samples and are larger than its smoothed ones; docs/guide.md).
 """
 
-from lsrs_jax.config import choose, default
+from lsrs_jax.config import COMPARISONS, choose, default
+
+VARIANTS = COMPARISONS | {
+    "margin_attacked": {
+        "model.head": "linear",
+        "train.loss": "smoothadv_consistency",
+        "train.smoothadv.radius": 0.5,
+        "train.noises": 2,
+    }
+}
 
 
 def get_config(variant="lsrs"):
@@ -22,4 +32,4 @@ def get_config(variant="lsrs"):
     config.model.encoder = "shallow"
     config.model.head = "mlp"
     config.certify.tile = (32, 32)
-    return choose(config, variant)
+    return choose(config, variant, VARIANTS)

@@ -4,8 +4,8 @@
   python -m lsrs_jax.certify --workdir=runs/mnist
 
 tensorflow-datasets has prepared the data as array_record. Every 20th test image is certified, with n = 10,000. The
-variants are those of configs/digits.py: ``lsrs`` (default), ``cayley``, ``isrs``, ``isrs_split``. Measured results:
-docs/results/mnist.md.
+variants are ``lsrs`` (default), ``cayley``, ``isrs``, ``isrs_split``, as in configs/digits.py. Measured
+results: docs/results/mnist.md.
 """
 
 from lsrs_jax.config import choose, default

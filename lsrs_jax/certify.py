@@ -13,7 +13,8 @@ and names the first line that differs; exit code 0 means that all is intact, 2 t
 wrong was found but images are missing or something could not be checked, as the verdict says. With --recast=N it does
 the same, and then samples N images again from their pixels; it chooses them at random each time. With --json both print
 the verdict as JSON. Deterministic certificates take no samples: they are the margins of a linear head (model.head
-linear, normalized or orthogonal).
+linear, normalized or orthogonal). The smoothed certification of such a head also writes them, into
+<workdir>/certify/<name>-margin.
 """
 
 if __name__ == "__main__":
@@ -119,7 +120,11 @@ def _run(workdir: Workdir, process: Process, options: argparse.Namespace, rest: 
         profile = options.profile if process.leads else None
         with profiling.captured(profile, workdir.path / "profile") as tick:
             smoothed.run(target, process, workdir, print_now, tick)
-        return
-    if process.leads:
-        deterministic.run(target)
-    process.wait("the certificates")
+        if not hasattr(target.model.head, "matrix"):
+            return
+    if process.leads and config.certify.certificate == "smoothed":
+        print(deterministic.beside(target))
+    elif process.leads:
+        table = deterministic.run(target)
+        print(f"{deterministic.summary(target, table)}\n{folder / 'certificates.tsv'}")
+    process.wait("the deterministic certificates")

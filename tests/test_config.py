@@ -42,6 +42,7 @@ def test_every_experiment_is_a_valid_config(path):
         "cifar10_mlp": ("learned", "lowpass", "bands", "haar", "identity"),
         "cifar10_orthogonal": ("adaptive", "paraunitary", "exponential", "cayley"),
         "imagenet": ("lsrs", "isrs_split", "isrs", "smoke", "smoke_isrs"),
+        "digits": ("lsrs", "cayley", "isrs", "isrs_split", "margin_attacked"),
         "cifar10_study": ("split0", "split6", "split4_input", "split4_haar", "margin"),
     }
     variants = named.get(path.stem, ("lsrs", "cayley", "isrs", "isrs_split"))

@@ -198,12 +198,15 @@ def test_a_resume_refuses_an_image_with_too_little_slack(copy):
             certify.run([*arguments, *derived])
 
 
+SMOOTHED = ("--config.certify.name=smoothed", "--config.sigma=0.1")
+
+
 @pytest.fixture(scope="module")
 def margins(tmp_path_factory):
     """A 1-Lipschitz classifier with both kinds of certificates."""
     workdir = tmp_path_factory.mktemp("margins") / "run"
     run("train", *QUICK, "--config.train.loss=margin", "--config.model.head=normalized", f"--workdir={workdir}")
-    run("certify", f"--workdir={workdir}", "--config.certify.name=smoothed")
+    run("certify", f"--workdir={workdir}", *SMOOTHED)
     flags = ["--config.certify.certificate=deterministic", "--config.certify.name=margin"]
     assert "no noise" in run("certify", f"--workdir={workdir}", *flags, devices=2)
     return workdir
@@ -238,6 +241,39 @@ def test_deterministic_and_smoothed_certificates_meet_in_one_report(margins, tmp
         expected = min((logits[row, predict] - logits[row, j]) / d for j, d in zip(rivals, distances, strict=True))
         assert radius == pytest.approx(max(expected, 0), abs=2e-5)
         assert predict == logits[row].argmax()
+
+
+def test_a_smoothed_run_with_a_linear_head_is_certified_by_its_margin_too(margins):
+    """Image by image, the margin is at least the binary smoothed radius, for the same class."""
+    folders = {name: margins / "certify" / name for name in ("margin", "smoothed", "smoothed-margin")}
+    own, tables = folders["smoothed-margin"], {name: read_table(f / "certificates.tsv") for name, f in folders.items()}
+    np.testing.assert_array_equal(tables["smoothed-margin"].radius, tables["margin"].radius)
+    smoothed, margin = tables["smoothed"], tables["smoothed-margin"]
+    certified = smoothed.predict >= 0
+    assert certified.sum() > 10
+    assert (margin.radius >= smoothed.radius).all()
+    np.testing.assert_array_equal(margin.predict[certified], smoothed.predict[certified])
+    before = fingerprint(own)
+    for flags in (["--config.certify.stop=5"], []):  # both have their images already
+        line = run("certify", f"--workdir={margins}", *SMOOTHED, *flags).splitlines()[-1]
+        assert line.startswith(f"without noise (no samples, no alpha): {5 if flags else 40} images: certified accuracy")
+        assert line.endswith(str(own / "certificates.tsv"))
+    assert fingerprint(own) == before
+    for name in ("smoothed", "smoothed-margin"):
+        verdict = run("certify", f"--workdir={margins}", f"--config.certify.name={name}", "--verify").splitlines()[-1]
+        assert verdict.startswith("verdict: intact: 40 certificates")
+    shutil.move(own, margins / "kept")
+    (own / "votes.0.tsv").parent.mkdir()
+    shutil.copy(folders["smoothed"] / "votes.0.tsv", own / "votes.0.tsv")  # another certification has the name
+    line = run("certify", f"--workdir={margins}", *SMOOTHED).splitlines()[-1]
+    assert line.startswith("note: no certificates without noise: ")
+    assert "holds another certification" in line
+    shutil.rmtree(own)
+    shutil.move(margins / "kept", own)
+
+
+def test_a_head_that_is_not_linear_has_no_certificates_without_noise(certified):
+    assert not certified.parent.with_name("base-margin").exists()
 
 
 def test_kinds_of_certificates_are_not_mixed(margins, copy, certified):

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import special
 
 from lsrs_jax import layers
 from lsrs_jax.certification.margin import certified_margin, float64_slack
 from lsrs_jax.layers.lipschitz import materialize
 from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.smoothing import certify
 from support import threefry
 
 
@@ -149,6 +151,53 @@ def test_slack_covers_weights_whose_squares_underflow(scale):
     slack = float64_slack(0.0, z, weights, np.zeros(2), 0.0)
     np.testing.assert_allclose(slack, float64_slack(0.0, z, weights / scale, np.zeros(2), 0.0), rtol=1e-6)
     assert (slack > 0).all()
+
+
+def probability_of_class_0(weights, bias, z, sigma):
+    """P[class 0 wins at z + σN(0, I)] in two dimensions: the trapezoid rule along one, exact along the other."""
+    first, second = difference = weights[:, :1] - weights[:, 1:]
+    offset = bias[0] - bias[1:] + z @ difference
+    x = np.linspace(-9, 9, 20_001)[:, None]
+    bound = -(offset + sigma * first * x) / (sigma * second)  # of the other coordinate, from below or from above
+    low, high = (np.where((second > 0) == below, bound, least) for below, least in ((True, -np.inf), (False, np.inf)))
+    inside = np.maximum(special.ndtr(high.min(axis=1)) - special.ndtr(low.max(axis=1)), 0)
+    return np.trapezoid(inside * np.exp(-(x[:, 0] ** 2) / 2) / np.sqrt(2 * np.pi), x[:, 0])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_margin_of_a_linear_head_is_at_least_its_binary_smoothed_radius(seed):
+    """From exact probabilities, at every point and noise level; for two classes the two are equal."""
+    rng, compared = np.random.default_rng(seed), 0
+    for classes in (2, 3, 5, 8):
+        weights, bias = rng.standard_normal((2, classes)), 0.3 * rng.standard_normal(classes)
+        for z in rng.standard_normal((12, 2)):
+            sigma = 10 ** rng.uniform(-1, 0.5)
+            order = np.argsort(-(z @ weights + bias))
+            own, offset = weights[:, order], bias[order]
+            margin = certified_margin((z @ own + offset)[None], own)[1][0]
+            radius = sigma * special.ndtri(probability_of_class_0(own, offset, z, sigma))
+            if radius < 5 * sigma:  # beyond it 1 - p is lost in rounding
+                assert radius <= margin + 1e-6 * sigma
+                assert classes > 2 or radius == pytest.approx(margin, abs=1e-6 * sigma)
+                compared += radius > 0
+    assert compared > 10
+
+
+def test_a_head_that_is_not_linear_can_gain_from_smoothing():
+    """A slab of another class is near but thin: the samples hardly see it, and the exact distance ends there.
+
+    It shows that `test_the_margin_of_a_linear_head_is_at_least_its_binary_smoothed_radius` can fail.
+    """
+    sigma, key = 1.0, threefry(0)
+    found = certify(
+        lambda z: jnp.stack([jnp.abs(z[:, 0] - 1) - 0.05, jnp.zeros(len(z))], axis=1),
+        np.zeros((1, 2), np.float32),
+        sigma=sigma,
+        key=key,
+        n=10_000,
+    )
+    assert found.predict[0] == 0
+    assert found.radius[0] > 1.5 > 0.95  # the distance to the slab
 
 
 def test_ties_certify_nothing():

@@ -1,7 +1,9 @@
 """Certificates of the classifier without noise: the margin of a linear head behind a Lipschitz encoder."""
 
+import dataclasses
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +13,26 @@ from lsrs_jax.certification import OTHER_NAME, store
 from lsrs_jax.certification.encode import encode_batches
 from lsrs_jax.certification.margin import certified_margin, float64_slack
 from lsrs_jax.certification.platform_check import check_encoder
-from lsrs_jax.certification.table import parse_number, read_table
+from lsrs_jax.certification.table import Table, parse_number, read_table
 from lsrs_jax.certification.target import TrainedTarget
 from lsrs_jax.layers.lipschitz import Float64Encoder, LipschitzReport
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.files import fields_of
 from lsrs_jax.runtime.format import FIELD_COLUMNS
-from lsrs_jax.runtime.progress import duration
+from lsrs_jax.runtime.progress import duration, print_now
 
 _BATCH = 50
 _COLUMNS = (*FIELD_COLUMNS, "n", "lipschitz", "slack")
+_BESIDE = "-margin"  # what `beside` adds to the name of a certification
 _SAME = 1e-9  # relative: how far a radius may differ between two machines
+Say = Callable[[str], object]
 
 
-def run(target: TrainedTarget) -> None:
-    """Certifies the images of a target in one forward pass each, writes the table and prints a summary."""
+def run(target: TrainedTarget, say: Say = print_now) -> Table:
+    """Certifies the images of a target in one forward pass each, and writes the table, which it returns.
+
+    `say` receives the report of the encoder and what is certified.
+    """
     identity, record = target.identity("deterministic"), list[dict[str, Any]]()
     document, table = target.folder / "certificates.json", target.folder / "certificates.tsv"
     store.check_files(target.folder)
@@ -38,26 +45,57 @@ def run(target: TrainedTarget) -> None:
         outside = f"{len(left_out):,} images outside certify.start, stop and step"
         raise UserError(f"{table} holds {outside}; choose a selection that includes them, or {OTHER_NAME}")
     start, session, indices = time.monotonic(), store.new_session(len(target.indices)), np.array(target.indices)
-    report, columns = _compute(target, indices)
+    report, columns = _compute(target, indices, say)
     session["seconds"] = round(time.monotonic() - start, 3)
     labels, seconds = target.dataset.labels[indices], session["seconds"] / len(indices)
-    predict, radius = columns["predict"], columns["radius"]
     text = store.format_columns({"idx": indices, "label": labels, "time": seconds, "n": 0} | columns)
     store.write(target.folder, target.config, identity, report, [*record, session], {"bound": "margin"}, text)
-    correct = predict == labels
-    certified, acr = np.mean(correct & (radius >= 36 / 255)), np.where(correct, radius, 0).mean()
-    print(
-        f"{len(indices):,} images: clean accuracy {correct.mean():.3f}, certified at 36/255 {certified:.3f}, average "
-        f"certified radius {acr:.4f}, {duration(seconds)} per image\n{table}"
+    return read_table(table)
+
+
+def summary(target: TrainedTarget, table: Table) -> str:
+    """The result on the images of a target."""
+    wanted = np.isin(table.idx, target.indices)
+    correct, radius = table.correct[wanted], table.radius[wanted]
+    return (
+        f"{wanted.sum():,} images: certified accuracy {correct.mean():.3f}, at 36/255 "
+        f"{np.mean(correct & (radius >= 36 / 255)):.3f}, average certified radius "
+        f"{np.where(correct, radius, 0).mean():.4f}, {duration(float(table.seconds[wanted].mean()))} per image"
     )
 
 
-def _compute(target: TrainedTarget, indices: np.ndarray) -> tuple[LipschitzReport, dict[str, Any]]:
+def beside(target: TrainedTarget) -> str:
+    """Certifies the linear head of a smoothed run without noise as well, and returns a line about it.
+
+    The certificates go to the folder ``<name>-margin`` beside that of the run. If they are there already, they stay.
+    """
+    config = target.config.copy_and_resolve_references()
+    config.certify.certificate, config.certify.name = "deterministic", f"{target.folder.name}{_BESIDE}"
+    own = dataclasses.replace(target, config=config, folder=target.folder.with_name(config.certify.name))
+    path = own.folder / "certificates.tsv"
+    try:
+        table = _complete(own, path) or run(own, lambda _: None)
+        return f"without noise (no samples, no alpha): {summary(own, table)}; {path}"
+    except UserError as error:  # the smoothed certificates are complete, so this is no reason to fail
+        return f"note: no certificates without noise: {error}"
+
+
+def _complete(target: TrainedTarget, path: Path) -> Table | None:
+    """The table of a target, if it is finished and has all images."""
+    document = path.with_name("certificates.json")
+    if not (path.exists() and document.exists()):
+        return None
+    stored = store.read_same_run(document, target.identity("deterministic"))
+    table = read_table(path)
+    return table if stored.derivation and set(target.indices) <= set(table.idx.tolist()) else None
+
+
+def _compute(target: TrainedTarget, indices: np.ndarray, say: Say) -> tuple[LipschitzReport, dict[str, Any]]:
     """The report of the encoder, and predictions, radii, Lipschitz constant and slack of some images."""
     encoder, weights, bias = target.model.with_linear_head(target.params)
     dataset = target.dataset
-    print(encoder.report)
-    print(f"{dataset.name} {dataset.split}: {len(indices):,} images, no noise", flush=True)
+    say(str(encoder.report))
+    say(f"{dataset.name} {dataset.split}: {len(indices):,} images, no noise")
     encode = Float64Encoder(encoder, min(_BATCH, len(indices)))
     check_encoder(encoder, encode)
     batches = zip(*encode_batches(dataset, indices, encode, _BATCH), strict=True)
@@ -101,7 +139,7 @@ def check(target: TrainedTarget, count: int | None = None) -> np.ndarray:
     rows = np.random.default_rng().permutation(len(table))[:count]
     if table.idx.max() >= len(target.dataset) or (target.dataset.labels[table.idx] != table.label).any():
         raise UserError(f"{path} does not fit the data: an image has another label")
-    _, found = _compute(target, table.idx[rows])
+    _, found = _compute(target, table.idx[rows], print_now)
     near = _SAME * (found["radius"] + found["slack"] / found["lipschitz"])
     wrong = np.abs(found["radius"] - table.radius[rows]) > near
     wrong |= (found["predict"] != table.predict[rows]) & (found["radius"] > 0)

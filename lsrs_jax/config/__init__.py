@@ -13,6 +13,7 @@ from lsrs_jax.config.fields import (
     Field,
 )
 from lsrs_jax.config.values import (
+    COMPARISONS,
     check_config,
     check_field,
     choose,
@@ -32,6 +33,7 @@ from lsrs_jax.config.values import (
 __all__ = [
     "CALLER",
     "CERTIFICATES",
+    "COMPARISONS",
     "FIELDS",
     "LOSSES",
     "REQUIRED",
