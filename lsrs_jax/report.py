@@ -26,7 +26,7 @@ import numpy as np
 from lsrs_jax import cli
 from lsrs_jax.reporting import curve
 from lsrs_jax.reporting.board import board
-from lsrs_jax.reporting.runs import Run, load_runs, radius_grid, unit
+from lsrs_jax.reporting.runs import Run, incomparable, load_runs, radius_grid, unit
 from lsrs_jax.runtime import files
 from lsrs_jax.runtime.errors import first_line
 from lsrs_jax.runtime.progress import duration
@@ -34,19 +34,33 @@ from lsrs_jax.runtime.progress import duration
 _FORMATS = ("png", "svg")
 _LEGEND = (
     "Certified accuracy at r: share of images classified correctly with a certified ℓ2 radius of at least r "
-    "({unit}); abstentions count as wrong. ACR: average certified radius; wrong images count as 0."
+    "({unit}); abstentions count as wrong. Worst class: the lowest certified accuracy of a class. Expected invalid: "
+    "alpha times the number of images; on average, at most so many certificates do not hold. ACR: average certified "
+    "radius; wrong images count as 0. Cap: the radius that n agreeing samples certify, and so the largest "
+    "ACR. ACR grows with n and with the cap, and a few very large radii raise it; compare certified accuracies first."
 )
 
 
 def markdown(runs: Sequence[Run], radii: Sequence[float]) -> str:
-    """The table: certified accuracy per radius, ACR, abstention, cost."""
-    header = ["run", "images", *(f"r={radius:g}" for radius in radii), "ACR", "abstain", "samples/image", "time/image"]
-    rows = [header]
+    """The table: certified accuracy per radius, of the worst class too, abstention, ACR with its cap and n, cost."""
+    middle = 0.5 if 0.5 in radii else sorted(radii)[len(radii) // 2]
+    header = ["run", "images", *(f"r={radius:g}" for radius in radii), f"worst class at r={middle:g}", "abstain"]
+    header += ["expected invalid", "ACR", "cap", "n", "samples/image", "time/image"]
+    rows, caps = [header], [run.sampling.cap for run in runs if run.sampling]
     for run in runs:
-        table = run.table
-        numbers = [*map(table.certified_accuracy, radii), table.average_certified_radius, table.abstention]
+        table, sampling = run.table, run.sampling
+        accuracy, worst = table.worst_class(middle)
+        cells = [f"{share:.3f}" for share in map(table.certified_accuracy, radii)]
+        cells += [f"{accuracy:.3f} (class {worst})", f"{table.abstention:.3f}"]
+        acr = f"{table.average_certified_radius:.3f}"
+        if run.deterministic:
+            capped = f" ({table.capped_radius(min(caps)):.3f} if capped at {min(caps):.3f})" if caps else ""
+            cells += ["0", f"{acr}{capped}", "none", "0"]
+        elif sampling:
+            cells += [f"{sampling.alpha * len(table):.2g}", acr, f"{sampling.cap:.3f}", f"{sampling.n:,}"]
+        else:
+            cells += ["?", acr, "?", "?"]
         samples = "-" if table.samples is None else f"{table.samples.mean():,.0f}"
-        cells = [f"{number:.3f}" for number in numbers]
         seconds = float(table.seconds.mean())
         time = "-" if math.isnan(seconds) else duration(seconds)
         name = f"{run.label} ({run.mark})" if run.mark else run.label
@@ -56,7 +70,7 @@ def markdown(runs: Sequence[Run], radii: Sequence[float]) -> str:
 
 
 def notes(runs: Sequence[Run]) -> list[str]:
-    """Notes for the table: warnings about each run, and runs that were certified on other images or labels."""
+    """Notes for the table: warnings about each run, and runs of other images, labels or numbers of samples."""
     found, first = [f"{run.label}: {note}" for run in runs for note in run.notes], runs[0]
     for run in runs[1:]:
         order, other = np.argsort(run.table.idx), np.argsort(first.table.idx)
@@ -64,7 +78,7 @@ def notes(runs: Sequence[Run]) -> list[str]:
             found.append(f"{run.label} and {first.label} are certified on different images.")
         elif not np.array_equal(run.table.label[order], first.table.label[other]):
             found.append(f"{run.label} and {first.label} have different labels: they come from different data.")
-    return found
+    return [*found, *filter(None, [incomparable(runs)])]
 
 
 def _write(folder: Path, parts: Sequence[str]) -> None:

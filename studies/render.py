@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 
 from lsrs_jax.reporting import curve
-from lsrs_jax.reporting.runs import Run
+from lsrs_jax.reporting.runs import Run, incomparable
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.files import write_atomic
 from studies import accelerator, results
@@ -45,6 +45,8 @@ def section(name, found):
     rows = {f"[{label}]({home}/{run.name}/card.md)": results.cells(run) for label, run in found.items()}
     header = ["run", *next(iter(rows.values()))]
     parts = [accelerator.table(header, [[label, *cells.values()] for label, cells in rows.items()])]
+    different = incomparable([Run(label, run.table, sampling=run.sampling) for label, run in found.items()])
+    parts += [different] if different else []
     parts += [_means(found, STUDIES[name].references)] if STUDIES[name].references and not missing else []
     parts += [f"{missing} of the {missing + len(found)} runs of this study have not been made."] if missing else []
     return "\n\n".join([*parts, f"![{name}]({home}/{name}.png)"])

@@ -13,6 +13,7 @@ from lsrs_jax.certification.table import Table, read_table
 from lsrs_jax.config import config_to_dict, load_config
 from lsrs_jax.data import load_split
 from lsrs_jax.models.encoders import BLOCKS
+from lsrs_jax.reporting.sampling import sampling_of
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.files import write_atomic
 from lsrs_jax.runtime.progress import duration
@@ -34,6 +35,11 @@ class Result:
     @property
     def smoothed(self):
         return self.certificates["identity"]["certificate"] == "smoothed"
+
+    @property
+    def sampling(self):
+        """The `Sampling` of smoothed certificates; None for deterministic ones."""
+        return sampling_of(self.certificates)
 
     @property
     def cost(self):
@@ -107,6 +113,7 @@ def cells(run):
         "without noise": f"{training['test_clean_accuracy']:.3f}",
         **{f"r={radius:g}": f"{table.certified_accuracy(radius):.3f}" for radius in RADII},
         "ACR": f"{table.average_certified_radius:.3f}",
+        "cap, n": f"{run.sampling.cap:.3f}, {run.sampling.n:,}" if run.smoothed else "none, 0",
         "abstain": f"{table.abstention:.3f}",
         "time/image": duration(float(table.seconds.mean())),
         "on": run.certificates["record"][-1]["devices"].partition(" x ")[2].upper(),

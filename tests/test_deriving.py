@@ -7,12 +7,14 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from scipy import stats
+import yaml
+from scipy import special, stats
 
-from lsrs_jax import certify, data, models, smoothing
+from lsrs_jax import certify, data, models, report, smoothing
 from lsrs_jax.certification.table import read_table
 from lsrs_jax.config import load_config
 from lsrs_jax.layers.lipschitz import Float64Encoder
+from lsrs_jax.reporting.sampling import Sampling
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.rng import pinned, root_key
 from lsrs_jax.smoothing.schedule import make_schedule
@@ -223,7 +225,7 @@ def test_deterministic_and_smoothed_certificates_meet_in_one_report(margins, tmp
     assert len(provenance["lipschitz"]["layers"]) == 5
     assert provenance["derivation"]["bound"] == "margin"
     out = run("report", margins, f"--out={tmp_path / 'report'}")
-    assert "| run/margin | 40 |" in out
+    assert "| run/margin (no samples, no alpha) | 40 |" in out
     assert "| run/smoothed | 40 |" in out
 
     # Recomputes each radius from the trained functions: the smallest ratio of margin and distance of the weights.
@@ -270,6 +272,39 @@ def test_a_smoothed_run_with_a_linear_head_is_certified_by_its_margin_too(margin
     assert "holds another certification" in line
     shutil.rmtree(own)
     shutil.move(margins / "kept", own)
+
+
+def test_rows_show_what_their_acr_depends_on_and_other_samples_are_noted(margins, tmp_path, capsys):
+    """The certificates of one network: smoothed, without samples, and with another n."""
+    home = shutil.copytree(margins, tmp_path / "net")
+    shutil.rmtree(home / "certify" / "margin")
+    report.run([str(home), f"--out={tmp_path / 'same'}", "--radii=0,0.05,0.1,0.2"])
+    shown = capsys.readouterr().out
+    runs = {run.label: run for run in report.load_runs([str(home)])}
+    tables = {name: run.table for name, run in runs.items()}
+    assert list(runs) == ["net/smoothed", "net/smoothed-margin"]
+    own, margin = tables["net/smoothed"], tables["net/smoothed-margin"]
+    cap = 0.1 * float(special.ndtri(0.001 ** (1 / 1000)))  # all of 1,000 samples agree, Clopper and Pearson
+    assert runs["net/smoothed"].sampling == Sampling(1000, 0.001, pytest.approx(cap, rel=1e-6))
+    assert runs["net/smoothed-margin"].sampling is None
+    cells = [cell.strip() for line in shown.splitlines() for cell in line.split("|")[1:-1] if "net/" in line]
+    shares = [own.correct[own.label == label] & (own.radius[own.label == label] >= 0.1) for label in set(own.label)]
+    assert cells[6].startswith(f"{min(share.mean() for share in shares):.3f} (class ")
+    assert cells[8:12] == ["0.04", f"{own.average_certified_radius:.3f}", f"{cap:.3f}", "1,000"]
+    capped = np.where(margin.correct, np.minimum(margin.radius, cap), 0).mean()
+    acr = f"{margin.average_certified_radius:.3f} ({capped:.3f} if capped at {cap:.3f})"
+    assert cells[14] == "net/smoothed-margin (no samples, no alpha)"
+    assert cells[22:26] == ["0", acr, "none", "0"]
+    assert "comparable only" not in shown
+    run("certify", f"--workdir={home}", "--config.certify.name=more", SMOOTHED[1], "--config.certify.n=2000")
+    report.run([str(home), f"--out={tmp_path / 'other'}", "--board=Digits:T"])
+    for text in (capsys.readouterr().out, (tmp_path / "other" / "board.yml").read_text()):
+        assert "ACRs are comparable only at the same n and cap" in text
+        assert re.search(r"'net/more': n 2,000, cap 0.\d+; 'net/smoothed': n 1,000, cap 0.\d+\)", text)
+    board = yaml.safe_load((tmp_path / "other" / "board.yml").read_text())
+    comments = {record["title"]: record["comment"] for record in board[0]["records"]}
+    assert comments["T (net/more)"] == "40 images, 2,000 samples per image of at most 2,000, alpha 0.001"
+    assert comments["T (net/more-margin)"] == "40 images"
 
 
 def test_a_head_that_is_not_linear_has_no_certificates_without_noise(certified):

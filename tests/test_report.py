@@ -36,8 +36,10 @@ def test_report_writes_table_and_pictures(tmp_path, capsys):
     log = write_log(tmp_path / "peer.tsv", [0.3, 0.6], start=2)
     report.run([str(tmp_path / "a"), f"Peer={log}", f"--out={tmp_path / 'out'}", "--radii=0,0.5,1"])
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "| a | 4 of ? | 1.000 | 0.750 | 0.250 | 0.675 | 0.000 | - | 1.5 s |" in text
-    assert "| Peer | 2 | 1.000 | 0.500 | 0.000 | 0.450 |" in text
+    assert "| a | 4 of ? | 1.000 | 0.750 | 0.250 | 0.750 (class 1) | 0.000 | ? | 0.675 | ? | ? | - | 1.5 s |" in text
+    assert "| Peer | 2 | 1.000 | 0.500 | 0.000 | 0.500 (class 1) | 0.000 | ? | 0.450 |" in text
+    assert "- ACRs are comparable only at the same n and cap" in text
+    assert "('a', 'Peer': n and cap unknown)" in text
     assert "Peer and a are certified on different images" in text
     assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "out" / "curve.svg").read_text()

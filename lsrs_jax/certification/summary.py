@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lsrs_jax.certification.table import worst_class
 from lsrs_jax.certification.target import Target
 from lsrs_jax.runtime import progress
 from lsrs_jax.runtime.processes import devices
@@ -27,6 +28,14 @@ def headline(target: Target, schedule: Schedule, pending: int) -> str:
     return f"{line}\nstaged: {len(schedule.looks)} looks from {schedule.looks[0]:,} samples on, until {until}"
 
 
+def middle_radius(largest: float) -> float:
+    """The radius at which certified accuracy is shown where none was asked for: 0.5, or half of the largest one.
+
+    The table of the field has 0.5 if radii reach from 0.5 to 4.
+    """
+    return 0.5 if 0.5 < largest <= 4 else float(f"{largest / 2:.2g}")
+
+
 def summary(
     folder: Path,
     schedule: Schedule,
@@ -39,17 +48,21 @@ def summary(
     if certificates is None:
         return "no certificates"
     wanted = np.array([image.idx in indices for image in images])
-    correct = (certificates.predict == [image.label for image in images])[wanted]
-    seconds = np.array([image.seconds for image in images])[wanted]
-    acr, abstained = np.where(correct, certificates.radius[wanted], 0).mean(), certificates.abstain[wanted].mean()
+    labels, seconds = (np.array([getattr(i, name) for i in images])[wanted] for name in ("label", "seconds"))
+    correct, radius = certificates.predict[wanted] == labels, certificates.radius[wanted]
+    slack = max(image.slack for image in images)
+    largest, shown = derivation.largest_radius(schedule, slack), middle_radius(derivation.largest_radius(schedule))
+    there = correct & (radius >= shown)
+    worst, number = worst_class(labels, there)
+    acr, abstained = np.where(correct, radius, 0).mean(), certificates.abstain[wanted].mean()
     cost = f"{certificates.n[wanted].mean():,.0f} samples and {progress.duration(seconds.mean())} per image"
     lines = [
-        f"{wanted.sum():,} images: certified accuracy {correct.mean():.3f}, average certified radius {acr:.4f}, "
-        f"abstained {abstained:.3f}, {cost}",
+        f"{wanted.sum():,} images: certified accuracy {correct.mean():.3f}, {there.mean():.3f} at r = {shown:g} (worst "
+        f"class, {number}: {worst:.3f}), average certified radius {acr:.4f} (at most {largest:.4f} with n = "
+        f"{schedule.n:,}), abstained {abstained:.3f}, {cost}; at most {derivation.alpha * wanted.sum():.2g} invalid "
+        "certificates are expected (alpha x images)",
         str(folder / "certificates.tsv"),
     ]
-    slack = max(image.slack for image in images)
-    largest = derivation.largest_radius(schedule, slack)
     if largest <= 0:
         settings = f"n={schedule.n} and alpha={derivation.alpha}"
         lines.append(f"note: with {settings} nothing is certified even if all samples agree; raise certify.n")

@@ -39,15 +39,28 @@ class Table:
         """Share of images classified correctly with at least this radius; abstentions count as wrong."""
         return float(np.mean(self.correct & (self.radius >= radius)))
 
+    def worst_class(self, radius: float) -> tuple[float, int]:
+        """`worst_class` of the images certified at this radius."""
+        return worst_class(self.label, self.correct & (self.radius >= radius))
+
     @property
     def average_certified_radius(self) -> float:
         """ACR (Zhai et al. 2020): mean radius; wrong and abstaining images count as 0."""
-        return float(np.mean(np.where(self.correct, self.radius, 0.0)))
+        return self.capped_radius(np.inf)
+
+    def capped_radius(self, cap: float) -> float:
+        """The ACR if no radius were larger than `cap`."""
+        return float(np.mean(np.where(self.correct, np.minimum(self.radius, cap), 0.0)))
 
     @property
     def abstention(self) -> float:
         """Share of images without a certificate."""
         return float(np.mean(self.predict == -1))
+
+
+def worst_class(labels: np.ndarray, certified: np.ndarray) -> tuple[float, int]:
+    """The lowest share of certified images in a class, and that class (the lowest of equals)."""
+    return min((float(certified[labels == label].mean()), int(label)) for label in np.unique(labels))
 
 
 def read_table(path: Path | str) -> Table:

@@ -4,15 +4,17 @@ import json
 import math
 from collections.abc import Sequence
 
-from lsrs_jax.reporting.runs import Run
+from lsrs_jax.reporting.runs import Run, incomparable
 
 
 def board(runs: Sequence[Run], radii: Sequence[float], data: str, title: str) -> str:
     """YAML with one setting per radius above 0, and one record per run in it; strings are written as in JSON.
 
-    The authors fill in ``link`` and ``venue``. Of several runs, the title of each names the run.
+    The authors fill in ``link`` and ``venue``. Of several runs, the title of each names the run; a comment says if
+    their numbers of samples differ.
     """
-    lines = []
+    different = incomparable(runs)
+    lines = [f"# {json.dumps(different, ensure_ascii=False)}"] if different else []
     for radius in radii:
         if radius <= 0:
             continue
@@ -22,6 +24,7 @@ def board(runs: Sequence[Run], radii: Sequence[float], data: str, title: str) ->
             sampled = samples is None or bool(samples.any())
             name = title if len(runs) == 1 else f"{title} ({run.label})"
             cost = f", {samples.mean():,.0f} samples per image" if samples is not None and sampled else ""
+            cost += f" of at most {run.sampling.n:,}, alpha {run.sampling.alpha:g}" if run.sampling else ""
             record = {
                 "title": name,
                 "link": "",

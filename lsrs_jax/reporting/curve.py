@@ -37,7 +37,8 @@ def _draw(runs: Sequence[Run], axes) -> None:
         steps = np.concatenate([[0.0], radius[radius >= 0], [max(largest * 1.02, 1e-3)]])
         share = [run.table.certified_accuracy(r) for r in steps]
         images = f"{run.images} images" if run.unfinished else ""
-        facts = [run.mark, images, f"ACR {run.table.average_certified_radius:.3f}"]
+        cap = f" of at most {run.sampling.cap:.3f}" if run.sampling else ""
+        facts = [run.mark, images, f"ACR {run.table.average_certified_radius:.3f}{cap}"]
         label = f"{run.label} ({', '.join(filter(None, facts))})"
         (line,) = axes.step(steps, share, where="pre", label=label)
         if run.audit:

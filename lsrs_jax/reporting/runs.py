@@ -5,6 +5,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from lsrs_jax.certification import ledger
 from lsrs_jax.certification.foreign import read_log
 from lsrs_jax.certification.table import Table
 from lsrs_jax.config import CALLER, chosen_images, config_from_dict
+from lsrs_jax.reporting.sampling import Sampling, sampling_of
 from lsrs_jax.runtime import documents, files
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.validate import is_whole, real
@@ -28,11 +30,18 @@ class Run:
     notes: Sequence[str] = ()  # what a reader must know about it
     unfinished: str = ""  # as "78 of 360" images; "78 of ?" if nothing says how many there should be
     pixels: bool = True  # whether a radius is in units of pixels in [0, 1], and not of a caller's inputs
+    sampling: Sampling | None = None  # None if nothing says how it was sampled, and for deterministic certificates
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether no certificate took any samples."""
+        return self.table.samples is not None and not self.table.samples.any()
 
     @property
     def mark(self) -> str:
-        """Words for a run of which images are known to be missing."""
-        return "not finished" if self.unfinished and not self.unfinished.endswith("?") else ""
+        """Words for a run of which images are known to be missing, or which needs no samples."""
+        missing = "not finished" if self.unfinished and not self.unfinished.endswith("?") else ""
+        return ", ".join(filter(None, [missing, "no samples, no alpha" if self.deterministic else ""]))
 
     @property
     def images(self) -> str:
@@ -67,20 +76,21 @@ def _read(file: Path, label: str) -> Run:
     if file.name != "certificates.tsv":  # the files beside it are about the table of this name
         return Run(label, table, None, notes)
     about, unfinished = _derivation_notes(file, table.idx)
-    pixels = not _of_caller(file.with_name("certificates.json"))
+    beside = file.with_name("certificates.json")
+    content = documents.read_json(beside) if beside.exists() else {}
+    content = content if isinstance(content, dict) else {}
     audit = _audit(file)
     notes += about
     if audit:
         notes.append(_describe(audit, table))
     elif file.with_name("audit.tsv").exists():
         notes.append("its audit is not finished and left out; the same audit command continues it.")
-    return Run(label, table, audit, notes, unfinished, pixels)
+    return Run(label, table, audit, notes, unfinished, not _of_caller(content), sampling_of(content))
 
 
-def _of_caller(path: Path) -> bool:
+def _of_caller(content: dict[str, Any]) -> bool:
     """Whether certificates are of arrays that a caller of `SmoothedClassifier` gave, in units of their own."""
-    content = documents.read_json(path) if path.exists() else {}
-    identity = content.get("identity") if isinstance(content, dict) else None
+    identity = content.get("identity")
     data, model = ((identity or {}).get(name) for name in ("data", "model")) if isinstance(identity, dict) else ({}, {})
     names = (data.get("name"), model.get("head")) if isinstance(data, dict) and isinstance(model, dict) else ()
     return names == ("arrays", CALLER)
@@ -207,3 +217,16 @@ def radius_grid(runs: Sequence[Run]) -> list[float]:
         magnitude = 10.0 ** math.floor(math.log10(max(largest, 1e-6) / 4))
         step = next(step * magnitude for step in (1, 2, 5, 10) if largest / (step * magnitude) <= 10)
     return [float(f"{step * i:.6g}") for i in range(int(largest / step) + 1)]
+
+
+def incomparable(runs: Sequence[Run]) -> str:
+    """A note that the average certified radii of runs are not comparable; "" if they are."""
+    sampled = [run for run in runs if not run.deterministic]
+    found = collections.defaultdict(list)
+    for run in sampled:
+        known = run.sampling and f"n {run.sampling.n:,}, cap {run.sampling.cap:.3f}"
+        found[known or "n and cap unknown"].append(f"'{run.label}'")
+    if len(sampled) < 2 or (len(found) == 1 and sampled[0].sampling):
+        return ""
+    each = "; ".join(f"{', '.join(labels)}: {words}" for words, labels in found.items())
+    return f"ACRs are comparable only at the same n and cap, and these differ or are not known ({each})."
