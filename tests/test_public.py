@@ -40,6 +40,7 @@ PARAMETERS = {
     "lsrs_jax.layers.OrthogonalConv": None,
     "lsrs_jax.layers.OrthogonalDense": None,
     "lsrs_jax.layers.MaxMin": None,
+    "lsrs_jax.layers.encoder_selectivity": "inputs latents labels lipschitz",
     "lsrs_jax.layers.lipschitz_report": "module variables input_shape",
     "lsrs_jax.layers.materialize_network": "module variables input_shape",
     "lsrs_jax.orthogonal.build_kernels": None,

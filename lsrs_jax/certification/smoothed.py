@@ -284,6 +284,8 @@ def _sample(
     for number, images in enumerate(pipeline.encoded(share, {i: image.slack for i, image in counts.images.items()})):
         if number == 0:
             say(accuracy_under_noise(pipeline.sampler, images))
+            if kept := summary.distances_kept(pipeline, images):
+                say(kept)
         engine.run(images)
     status.show()
     counts.flush()

@@ -4,13 +4,20 @@ from pathlib import Path
 
 import numpy as np
 
+from lsrs_jax.certification.encode import Pipeline
 from lsrs_jax.certification.table import worst_class
 from lsrs_jax.certification.target import Target
+from lsrs_jax.layers import encoder_selectivity
 from lsrs_jax.runtime import progress
+from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.processes import devices
 from lsrs_jax.smoothing.counts import ImageCounts
 from lsrs_jax.smoothing.derivation import Certificates, Derivation
+from lsrs_jax.smoothing.engine import Images
 from lsrs_jax.smoothing.schedule import Schedule, make_schedule
+
+_PAIRED = 200  # images whose distances are compared
+_ENTRIES = 2**24  # pixels of all of them
 
 
 def headline(target: Target, schedule: Schedule, pending: int) -> str:
@@ -26,6 +33,22 @@ def headline(target: Target, schedule: Schedule, pending: int) -> str:
     radii = f"radii {', '.join(f'{radius:g}' for radius in certify.radii)} are decided"
     until = radii if certify.radii else f"the radius is known to {certify.epsilon:g} sigma / L"
     return f"{line}\nstaged: {len(schedule.looks)} looks from {schedule.looks[0]:,} samples on, until {until}"
+
+
+def distances_kept(pipeline: Pipeline, images: Images) -> str:
+    """The `Selectivity` of the encoder on some images; "" without an encoder, or if they are not of several classes."""
+    if not pipeline.report.layers:
+        return ""
+    size = int(np.prod(pipeline.report.input_shape))
+    idx, labels = (np.array(part[: min(_PAIRED, _ENTRIES // size)]) for part in (images.idx, images.labels))
+    inputs = pipeline.target.dataset.read(idx, np.float64)[0]
+    spacing = pipeline.sampler.arithmetic.identity.get("spacing", 1.0)
+    latents = images.latents[: len(idx)].astype(np.float64) * spacing
+    try:
+        found = encoder_selectivity(inputs, latents, labels, lipschitz=pipeline.report.constant)
+    except UserError:  # one class only
+        return ""
+    return f"distances kept by the encoder, medians over pairs of {len(idx)} images: {found}"
 
 
 def middle_radius(largest: float) -> float:
