@@ -4,8 +4,9 @@
   python -m studies list                        # the commands of every run
   TFDS_DATA_DIR=... python -m studies run --study=split --jobs=2    # hours: makes, keeps and renders missing runs
 
-Give these commands in the root of the repository. Every run is two commands of the package; after an interruption the
-same command resumes. The text of docs/results/*.md is written by hand; `render` replaces what is between its markers.
+Give these commands in the root of the repository. Every run is two or three commands of the package; after an
+interruption the same command resumes. The text of docs/results/*.md is written by hand; `render` replaces what is
+between its markers.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """Makes the tables and figures on the pages of docs/results from the files that are committed there."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -113,6 +114,34 @@ def pareto(found, path):
     pyplot.close(figure)
 
 
+def deciding(found, path):
+    """Draws certified accuracy at one radius over the FLOPs that decide it; a point is the mean of the seeds."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
+    groups = {}
+    for label, run in found.items():
+        groups.setdefault(label.rpartition(", seed ")[0] or label, []).append(run)
+    for (label, runs), marker in zip(groups.items(), itertools.cycle("os^Dv*PX")):
+        sampled = [run for run in runs if "decided" in run.facts]
+        radius = sampled[0].facts["decided"]["radius"] if sampled else 0.5
+        flops = [results.flops_to_decide(run) if run in sampled else run.cost.encoder + run.cost.head for run in runs]
+        accuracy = [run.table.certified_accuracy(radius) for run in runs]
+        ends = np.array([[np.mean(accuracy) - min(accuracy)], [max(accuracy) - np.mean(accuracy)]])
+        name = f"{label} ({len(runs)} seeds)" if len(runs) > 1 else label
+        axes.errorbar(np.mean(flops) / 1e6, np.mean(accuracy), yerr=ends, marker=marker, capsize=3, ls="", label=name)
+    axes.set(xscale="log", xlabel="MFLOP per image to decide it (encoder and all samples)")
+    axes.set(ylabel=f"certified accuracy at r = {radius:g}")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+FIGURES = {"pareto": pareto, "deciding": deciding}
+
+
 def write(name):
     """Rewrites the table and the figure of a study, or the tables of the page `ACCELERATOR`."""
     if name == ACCELERATOR:
@@ -120,8 +149,8 @@ def write(name):
     elif found := kept_runs(name):
         _replace(name, section(name, found))
         figure = folder(name) / f"{name}.png"
-        if STUDIES[name].figure == "pareto":
-            pareto(found, figure)
+        if STUDIES[name].figure in FIGURES:
+            FIGURES[STUDIES[name].figure](found, figure)
         else:
             runs = [Run(label, run.table) for label, run in found.items()]
             write_atomic(figure, curve.render(runs, ["png"])[0][0])

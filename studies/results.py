@@ -14,10 +14,12 @@ from lsrs_jax.config import config_to_dict, load_config
 from lsrs_jax.data import load_split
 from lsrs_jax.models.encoders import BLOCKS
 from lsrs_jax.reporting.sampling import sampling_of
+from lsrs_jax.runtime import documents
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.files import write_atomic
 from lsrs_jax.runtime.progress import duration
 from lsrs_jax.training.checkpoint import restore
+from studies.runs import DECIDED
 
 PAIRED = 500  # images whose distances are compared
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -28,9 +30,11 @@ class Result:
     """What is kept of one run."""
 
     name: str  # of its folder
-    facts: dict  # run.json: commands, config, cost, distances, training
+    facts: dict  # run.json: commands, config, cost, distances, training, and, where a run decides a radius, decided
     certificates: dict  # certificates.json
     table: Table  # certificates.tsv
+
+    p_a_lower: np.ndarray  # of the images; 0 without noise
 
     @property
     def smoothed(self):
@@ -55,7 +59,11 @@ def load(folder):
     """The `Result` in a folder; raises UserError where a file is missing or damaged."""
     try:
         facts, certificates = (json.loads((folder / name).read_text()) for name in ("run.json", "certificates.json"))
-        return Result(folder.name, facts, certificates, read_table(folder / "certificates.tsv"))
+        table = folder / "certificates.tsv"
+        first, *lines = (line.split("\t") for line in table.read_text(encoding="utf-8").splitlines())
+        column = first.index("p_a_lower") if "p_a_lower" in first else None
+        bounds = np.array([0.0 if column is None else float(line[column]) for line in lines])
+        return Result(folder.name, facts, certificates, read_table(table), bounds)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder} holds no complete run ({error}): make it with python -m studies run") from error
 
@@ -74,11 +82,21 @@ def keep(workdir, folder, commands):
         "distances": _distances(model, workdir, dataset),
         "training": _training(workdir / "metrics.jsonl"),
     }
+    if (decided := workdir / "certify" / DECIDED).is_dir():
+        facts["decided"] = _decided(decided)
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("certificates.tsv", "certificates.json"):
         shutil.copyfile(source / name, folder / name)
     write_atomic(folder / "run.json", json.dumps(facts, indent=1) + "\n")
     write_atomic(folder / "card.md", card(load(folder)))
+
+
+def _decided(folder):
+    """What it takes to decide one radius: estimation and selection samples and seconds, means over the images."""
+    table, stored = read_table(folder / "certificates.tsv"), documents.read_json(folder / "certificates.json")
+    (radius,), n0 = stored["derivation"]["radii"], stored["identity"]["n0"]
+    seconds = float(table.seconds.mean())
+    return {"radius": radius, "samples": float(table.samples.mean()) + n0, "seconds": seconds}
 
 
 def _distances(model, workdir, dataset):
@@ -100,6 +118,32 @@ def _training(path):
     return {"seconds": sum(row.get("train_seconds", 0.0) for row in rows)} | metrics
 
 
+def flops_to_decide(run):
+    """FLOPs per image until it is known whether its radius reaches that of the run's second certification."""
+    return run.cost.encoder + run.facts["decided"]["samples"] * run.cost.head
+
+
+def _shares(run):
+    """Shares of the images whose lower bound of p_A, of the right class, exceeds .5, .9 and .99."""
+    bounds = np.where(run.table.correct, run.p_a_lower, 0.0)
+    return ", ".join(f"{np.mean(bounds > level):.3f}" for level in (0.5, 0.9, 0.99))
+
+
+def _of_decided(run):
+    """The cells of a run with a second certification."""
+    if "decided" not in run.facts:
+        return {}
+    decided = run.facts["decided"]
+    accuracy, label = run.table.worst_class(decided["radius"])
+    return {
+        "p_A above .5, .9, .99": _shares(run),
+        f"worst class at r={decided['radius']:g}": f"{accuracy:.3f} ({label})",
+        f"samples to decide r={decided['radius']:g}": f"{decided['samples']:,.0f}",
+        "MFLOP for it": f"{flops_to_decide(run) / 1e6:,.0f}",
+        "time for it": duration(decided["seconds"]),
+    }
+
+
 def cells(run):
     """Name of a column → text, for the row of a run in a table."""
     cost, table, distances, training = run.cost, run.table, run.facts["distances"], run.facts["training"]
@@ -114,6 +158,7 @@ def cells(run):
         **{f"r={radius:g}": f"{table.certified_accuracy(radius):.3f}" for radius in RADII},
         "ACR": f"{table.average_certified_radius:.3f}",
         "cap, n": f"{run.sampling.cap:.3f}, {run.sampling.n:,}" if run.smoothed else "none, 0",
+        **_of_decided(run),
         "abstain": f"{table.abstention:.3f}",
         "time/image": duration(float(table.seconds.mean())),
         "on": run.certificates["record"][-1]["devices"].partition(" x ")[2].upper(),

@@ -8,6 +8,7 @@ LAST = 6  # blocks of the network of the studies
 SPLIT = 4  # where it is cut in the studies that vary something else
 ATTACK = "train.smoothadv.radius=0.5"
 ATTACK_LOSS = "SmoothAdv and consistency"  # in labels
+DECIDED = "decided"  # name of the certification that decides one radius
 ATTACKED = ("train.loss=smoothadv_consistency", ATTACK)
 
 
@@ -19,15 +20,22 @@ class Run:
     config: str  # configs/FILE.py:variant
     flags: tuple[str, ...] = ()  # field=value
     split: str = "test_exact"  # of the data; it is evaluated and certified
+    decides: float | None = None  # radius that a second certification decides, and nothing else
+    certify: tuple[str, ...] = ()  # field=value of both certifications
 
     def commands(self, workdir):
-        """The modules and arguments of the two commands, training first."""
+        """The modules and arguments of the commands, training first."""
         flags = [f"--config.{flag}" for flag in (f"data.split={self.split}", *self.flags)]
         place = f"--workdir={workdir}"
-        return ["lsrs_jax.train", f"--config={self.config}", place, *flags], ["lsrs_jax.certify", place]
+        certify = ["lsrs_jax.certify", place, *(f"--config.{flag}" for flag in self.certify)]
+        commands = [["lsrs_jax.train", f"--config={self.config}", place, *flags], certify]
+        if self.decides is not None:
+            chosen = f"certify.name={DECIDED}", f"certify.radii=({self.decides},)"
+            commands.append([*certify, *(f"--config.{flag}" for flag in chosen)])
+        return commands
 
     def shown(self):
-        """The two commands as a reader types them."""
+        """The commands as a reader types them."""
         return [f"python -m {shlex.join(words)}" for words in self.commands(f"runs/{self.name}")]
 
 
@@ -35,7 +43,7 @@ class Run:
 class Study:
     """The rows of one table. Labels that differ only in ``, seed <n>`` are repetitions of one run."""
 
-    figure: str  # "pareto" or "curves"
+    figure: str  # "pareto", "deciding" or "curves"
     rows: dict[str, Run]  # by label
     references: tuple[
         str, ...
@@ -91,10 +99,12 @@ def _sigmas():
     }
 
 
-def _seeds(kinds, config, split="test_exact"):
-    """Label and seed → run, for kinds label → (name, variant, seeds, flags)."""
+def _seeds(kinds, config, split="test_exact", **fields):
+    """Label and seed → run, for kinds label → (name, variant, seeds, flags); `fields` are of the runs."""
     return {
-        f"{label}, seed {seed}": Run(f"{name}-seed{seed}", f"{config}:{variant}", (f"seed={seed}", *flags), split)
+        f"{label}, seed {seed}": Run(
+            f"{name}-seed{seed}", f"{config}:{variant}", (f"seed={seed}", *flags), split, **fields
+        )
         for label, (name, variant, seeds, *flags) in kinds.items()
         for seed in range(seeds)
     }
@@ -162,7 +172,7 @@ def _small_heads():
         "LSRS, learned encoder": ("learned", "learned", 3, averaged, "model.head_norm=batch"),
         "ISRS, low-pass": ("lowpass", "lowpass", 3, averaged, wide, "train.steps=64000"),
     }
-    return _seeds(kinds, "configs/cifar10_mlp.py")
+    return _seeds(kinds, "configs/cifar10_mlp.py", decides=0.5, certify=("certify.integer_first_layer=True",))
 
 
 MNIST = {
@@ -176,7 +186,7 @@ STUDIES = {
     "loss": Study("curves", _losses()),
     "sigma": Study("curves", _sigmas()),
     "headline": Study("curves", _headline(), ("ISRS, same network", f"ISRS, same network, {ATTACK_LOSS}", "LSRS")),
-    "small_heads": Study("curves", _small_heads(), ("ISRS, low-pass",), "small_heads"),
+    "small_heads": Study("deciding", _small_heads(), ("ISRS, low-pass",), "small_heads"),
     "full": Study("curves", _full()),
     "mnist": Study("curves", _seeds(MNIST, "configs/mnist.py", "test"), ("ISRS, same network",), "mnist"),
 }
