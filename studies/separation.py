@@ -15,7 +15,6 @@ from scipy import optimize, special, stats
 
 from lsrs_jax import SmoothedClassifier, cli, layers
 from lsrs_jax.layers.lipschitz import materialize
-from lsrs_jax.runtime.rng import root_key
 from studies.accelerator import table
 
 FIGURE = Path(__file__).resolve().parents[1] / "docs" / "separation.png"
@@ -87,7 +86,7 @@ def _norm_head(z: jnp.ndarray) -> jnp.ndarray:
 
 
 def input_smoothing(dimensions: int) -> np.ndarray:
-    """The radii of input smoothing of the best threshold, at its best σ, at one point of the sphere and at the origin."""
+    """The radii of input smoothing of the best threshold, at its best σ: a point of the sphere, and the origin."""
     sigma = best_sigma(dimensions)
     wrong = -np.expm1(np.log(ALPHA) / N)
     threshold = float(sigma**2 * stats.chi2.isf(wrong, dimensions))

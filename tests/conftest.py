@@ -123,6 +123,7 @@ def certified(trained):
     out = run("certify", f"--workdir={trained}", "--config.certify.name=base")
     assert "Lipschitz constant 1.0000000" in out
     assert "samples/s" in out
+    assert "distances kept by the encoder, medians over pairs of 40 images: " in out
     return trained / "certify" / "base" / "certificates.tsv"
 
 
