@@ -56,3 +56,34 @@ def test_latent_smoothing_certifies_where_input_smoothing_cannot():
     assert len(radii) == 6
     assert (radii > 0.48).all()
     assert (radii < 0.5).all()  # the true distance
+
+
+def test_a_contraction_gains_within_a_class_and_costs_between_classes():
+    """The formula of docs/separation.md against a difference quotient, with the ℓ8 norm for the maximum."""
+    rng, q, step = np.random.default_rng(0), 8, 1e-4
+    classes, weights = np.array([0, 0, 1, 1, 2]), rng.dirichlet(np.ones(5))
+    grid = np.linspace(-9, 9, 241)
+    z, area = np.stack(np.meshgrid(grid, grid), axis=-1).reshape(-1, 1, 2), (grid[1] - grid[0]) ** 2
+    y, velocity = 1.2 * rng.standard_normal((2, 5, 2))
+
+    def densities(y):
+        each = weights * np.exp(-((z - y) ** 2).sum(axis=-1) / 2) / (2 * np.pi)
+        return each, np.stack([each[:, classes == c].sum(axis=1) for c in range(3)], axis=1)
+
+    def best(y):
+        return np.linalg.norm(densities(y)[1], ord=q, axis=1).sum() * area
+
+    def distances(y):
+        return ((y[:, None] - y) ** 2).sum(axis=-1)
+
+    each, sums = densities(y)
+    norm = np.linalg.norm(sums, ord=q, axis=1, keepdims=True)
+    shares = (sums / norm)[:, classes]
+    curvature = -(shares ** (q - 1))[:, :, None] * (shares ** (q - 1))[:, None]
+    same = classes[:, None] == classes
+    curvature += same * (shares ** (q - 2))[:, :, None]
+    moment = ((q - 1) / norm[:, :, None] * curvature * each[:, :, None] * each[:, None]).sum(axis=0) * area
+    change = [(f(y + step * velocity) - f(y - step * velocity)) / (2 * step) for f in (best, distances)]
+    assert change[0] == pytest.approx(-(change[1] * moment).sum() / 4, rel=1e-6)
+    assert (moment[same] > 0).all()
+    assert (moment[~same] < 0).all()
