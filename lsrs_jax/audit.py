@@ -101,7 +101,8 @@ def _attack(target: TrainedTarget, settings: Settings, stored: Stored, journal: 
         flush=True,
     )
     encoder, head = target.parts
-    sampler = target.sampler(stored.identity.channels_last)
+    sampler = target.sampler(**stored.identity.flags)
+    stored.identity.check_first_layer(sampler)
     levels = {"lipschitz": stored.lipschitz.constant, "alpha": config.certify.alpha}
     auditor = Auditor(encoder, head, sampler, settings=settings, seed=stored.identity.seed or 0, **levels)
     columns = Attacked(*(getattr(table, name) for name in Attacked._fields))

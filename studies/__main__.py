@@ -39,7 +39,8 @@ def made(run, folder):
     wanted = config_to_dict(config_from_flags([f"--config={render.ROOT / run.config}", *flags]))
     if config["certify"]["seed"] == SEED_OF_TRAINING:  # made before the noise had a seed of its own
         wanted["certify"]["seed"] = SEED_OF_TRAINING
-    wanted["certify"]["channels_last"] = config["certify"]["channels_last"]  # all heads here are NHWC
+    for name in ("channels_last", "integer_first_layer"):  # how the program runs, not what was studied
+        wanted["certify"][name] = config["certify"][name]
     return facts["commands"] == run.shown() and config == wanted
 
 

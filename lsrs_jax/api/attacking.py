@@ -9,6 +9,7 @@ from lsrs_jax.api.classifier import SmoothedClassifier
 from lsrs_jax.api.folder import check_same
 from lsrs_jax.auditing.auditor import Auditor, attack_batches
 from lsrs_jax.auditing.table import Attacked, Audit, Found, Journal, Settings, check_votes, read_audit
+from lsrs_jax.certification.identity import Identity
 from lsrs_jax.certification.smoothed import Say
 from lsrs_jax.certification.store import read_folder
 from lsrs_jax.certification.table import read_table
@@ -23,9 +24,7 @@ def attack(
 ) -> Audit:
     """The `Audit` of float64 inputs with the rows of a table; `sizes` are fields of `Settings`."""
     settings = _settings(sizes, alpha)
-    parts = list(
-        _attack_all(classifier, inputs, table, settings, alpha, 0, classifier.settings["channels_last"], (), say)
-    )
+    parts = list(_attack_all(classifier, inputs, table, settings, alpha, 0, None, (), say))
     found = Found(*(np.concatenate(columns) for columns in zip(*(found for _, found in parts), strict=True)))
     own = np.where(table.predict >= 0, table.predict, found.unperturbed)
     return Audit(*table, own == table.label, found.pairs, found.flips, found.undecided, found.distance)
@@ -48,7 +47,7 @@ def attack_folder(
     settings, columns = _settings(sizes, alpha), Attacked(*(getattr(table, name) for name in Attacked._fields))
     with files.locked(folder / ".audit.lock", f"auditing {folder}"):
         journal = Journal(folder, settings, stored.derivation["certificates"])
-        drawn = identity.seed or 0, identity.channels_last, journal.done
+        drawn = identity.seed or 0, identity, journal.done
         for attacked, found in _attack_all(classifier, inputs, columns, settings, alpha, *drawn, say):
             journal.append(attacked, found)
         journal.finish()
@@ -62,12 +61,14 @@ def _attack_all(
     settings: Settings,
     alpha: float,
     seed: int,
-    channels_last: bool,
+    identity: Identity | None,
     done: Any,
     say: Say,
 ) -> Any:
     encoder, batch = classifier.encoder(inputs.shape[1:]), classifier.settings["tile"][0]
-    sampler = classifier.sampler(encoder.report.output_shape, channels_last)
+    sampler = classifier.sampler(encoder.report.output_shape, **(identity.flags if identity else {}))
+    if identity is not None:
+        identity.check_first_layer(sampler)
     levels = {"lipschitz": encoder.report.constant, "alpha": alpha}
     auditor = Auditor(encoder, classifier.head, sampler, settings=settings, seed=seed, **levels)
     return attack_batches(auditor, table, np.arange(len(table.idx)), lambda idx: inputs[idx], batch, done, say)

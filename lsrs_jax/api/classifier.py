@@ -21,6 +21,7 @@ from lsrs_jax.smoothing.confidence import leaders
 from lsrs_jax.smoothing.counts import Counts
 from lsrs_jax.smoothing.derivation import Certificates
 from lsrs_jax.smoothing.engine import Images
+from lsrs_jax.smoothing.first_layer import as_head
 from lsrs_jax.smoothing.head_check import Head
 from lsrs_jax.smoothing.head_identity import ProgramIdentity, head_identity
 from lsrs_jax.smoothing.noise_check import accuracy_under_noise
@@ -38,6 +39,7 @@ class SmoothedClassifier:
     Args:
       head: any function latents ``(B, …)`` float32 → logits ``(B, K)`` with independent, deterministic rows: Flax,
         Equinox, NNX, plain JAX, or a network from `lsrs_jax.from_torch`. Make a new object when parameters change.
+        A pair ``(lsrs_jax.smoothing.FirstLayer(kernel, bias), rest)`` is the head z ↦ rest(first layer of z).
       sigma: standard deviation of the noise, in units of the latents.
       encoder: function from inputs ``(B, …)`` to latents, in front of the noise; it runs once per input, in float64.
         None: the noise is on the input (Cohen et al. 2019). With a `layers.lipschitz.Materialized`, the constant is
@@ -51,6 +53,8 @@ class SmoothedClassifier:
       spmd: ``"shard_map"`` or ``"pmap"``.
       devices: the local devices to use; all of them by default.
       channels_last: on a CPU, run NCHW convolutions of the head as NHWC ones, which is faster and rounds differently.
+      integer_first_layer: run the first layer of a pair with integer weights, which costs almost nothing per sample
+        (`first_layer.IntegerLayer`); off with independent noise, float32 arithmetic, and where it would not be exact.
 
     The programs are compiled once per shape.
     """
@@ -69,7 +73,9 @@ class SmoothedClassifier:
         spmd: str = "shard_map",
         devices: Sequence[Any] | None = None,
         channels_last: bool = True,
+        integer_first_layer: bool = True,
     ) -> None:
+        head = as_head(head)
         if not callable(head):
             kind = type(head).__name__
             raise UserError(
@@ -77,7 +83,7 @@ class SmoothedClassifier:
             )
         self._encoding, self.takes_pixels = Encoding(encoder, lipschitz), False
         settings = {"arithmetic": arithmetic, "noise": noise, "tile": tile, "spmd": spmd}
-        settings |= {"devices": devices, "channels_last": channels_last}
+        settings |= {"channels_last": channels_last, "integer_first_layer": integer_first_layer, "devices": devices}
         self._smoother = Smoother(head, sigma=sigma, lipschitz=self._encoding.lipschitz, **settings)
         self.head, self.sigma, self.lipschitz = head, sigma, self._encoding.lipschitz
         self.class_names = None if class_names is None else tuple(map(str, class_names))
@@ -93,9 +99,9 @@ class SmoothedClassifier:
         """The encoder for inputs of this shape, with its Lipschitz constant; see `Encoding.materialized`."""
         return self._encoding.materialized(shape, low_precision)
 
-    def sampler(self, latent_shape: Sequence[int], channels_last: bool | None = None) -> Sampler:
+    def sampler(self, latent_shape: Sequence[int], **flags: bool) -> Sampler:
         """The compiled `Sampler` for latents of this shape, without the batch axis; see `Smoother.sampler`."""
-        return self._smoother.sampler(latent_shape, channels_last)
+        return self._smoother.sampler(latent_shape, **flags)
 
     def certify(
         self,

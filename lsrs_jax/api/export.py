@@ -1,7 +1,7 @@
 """`SmoothedClassifier.predict` as a StableHLO program that runs without this package."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -81,20 +81,19 @@ def _counter(
     classifier: "SmoothedClassifier", sampler: Sampler, latent_shape: tuple[int, ...], batch: int, n: int
 ) -> Callable[[Array, Array], Int[Array, "batch classes"]]:
     """A function of key data and quantized latents: the counts of predictions; rows with NaN count nowhere."""
-    samples, classes, arithmetic = sampler.tile[1], sampler.num_classes, sampler.arithmetic
+    samples, classes, head = sampler.tile[1], sampler.num_classes, sampler.behind(classifier.head)
     offset = NOISE_OFFSETS[classifier.settings["noise"]]
 
-    def block(key: Array, latents: Array, number: Array) -> Int[Array, "batch classes"]:
+    def block(key: Array, prepared: Any, number: Array) -> Int[Array, "batch classes"]:
         def draw(own: Array) -> Array:
             key, size = jax.random.fold_in(own, number), (samples, *latent_shape)
-            return arithmetic.draw(key, size, jnp.asarray(arithmetic.tables))
+            return sampler.arithmetic.draw(key, size, jnp.asarray(sampler.tables[0]))
 
         if offset:  # independent noise: every input has a key of its own
             noise = jax.vmap(draw)(jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch)))
         else:
             noise = draw(key)
-        noisy = jax.vmap(arithmetic.add, (0, 0 if offset else None))(latents, noise)
-        logits = classifier.head(noisy.reshape(batch * samples, *latent_shape))
+        logits = head(sampler.rows(prepared, noise, sampler.tables))
         chosen = jnp.where(jnp.isnan(logits).any(axis=-1), classes, jnp.argmax(logits, axis=-1))
         valid = number * samples + jnp.arange(samples, dtype=jnp.int32) < n
         hits = chosen.reshape(batch, samples, 1) == jnp.arange(classes, dtype=chosen.dtype)
@@ -104,8 +103,10 @@ def _counter(
         key = jax.random.wrap_key_data(key_data, impl=PRNG)
         key = jax.random.fold_in(jax.random.fold_in(key, KEY_DOMAINS["certify"]), STREAMS["prediction"] + offset)
 
+        prepared = sampler.prepared(latents, sampler.tables)
+
         def step(number: Array, total: Array) -> Array:
-            return total + block(key, latents, number)
+            return total + block(key, prepared, number)
 
         return jax.lax.fori_loop(0, block_count(n, samples), step, jnp.zeros((batch, classes), jnp.int32))
 

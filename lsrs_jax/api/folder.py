@@ -26,6 +26,7 @@ from lsrs_jax.smoothing.arithmetic import make_arithmetic
 from lsrs_jax.smoothing.derivation import Certificates
 from lsrs_jax.smoothing.head_identity import ProgramIdentity
 from lsrs_jax.smoothing.sampler import Sampler
+from lsrs_jax.smoothing.settings import FLAGS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +39,8 @@ class GivenTarget(Target):
     def encoder(self) -> Materialized:
         return self.classifier.encoder(self.dataset.shape, all_positive(self.given_slack))
 
-    def sampler(self, channels_last: bool) -> Sampler:
-        return self.classifier.sampler(self.encoder().report.output_shape, channels_last)
+    def sampler(self, **flags: bool) -> Sampler:
+        return self.classifier.sampler(self.encoder().report.output_shape, **flags)
 
     def slack(self, indices: list[int]) -> np.ndarray:
         return self.given_slack[indices]
@@ -128,7 +129,7 @@ def _config(classifier: SmoothedClassifier, out: Path, fields: dict[str, Any], d
         if any(held[name] != config_to_dict(config)[name] for name in ("model", "train")):
             raise UserError(f"{out} holds a training, or certificates of another kind of classifier: give another out")
     config.sigma = classifier.sigma
-    settings = {name: classifier.settings[name] for name in ("arithmetic", "noise", "tile", "spmd", "channels_last")}
+    settings = {name: classifier.settings[name] for name in ("arithmetic", "noise", "tile", "spmd", *FLAGS)}
     for name, value in (settings | fields).items():
         try:
             config.certify[name] = value

@@ -12,6 +12,7 @@ from lsrs_jax.models.custom import allowing
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.rng import pinned
 from lsrs_jax.runtime.types import Config
+from lsrs_jax.smoothing.settings import FLAGS
 from lsrs_jax.training.checkpoint import restore, trained_on
 
 _PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained"
@@ -67,7 +68,7 @@ def read_workdir(workdir: Path, step: int | None = None) -> tuple[Config, models
 def _classifier(config: Config, model: models.Model, params: Any, class_names: tuple[str, ...]) -> SmoothedClassifier:
     certify = config.certify
     encoder, head = model.for_certification(params, certify.head_dtype)
-    settings: dict[str, Any] = {name: certify[name] for name in ("arithmetic", "noise", "spmd", "channels_last")}
+    settings: dict[str, Any] = {name: certify[name] for name in ("arithmetic", "noise", "spmd", *FLAGS)}
     settings["tile"] = tuple(certify.tile)
     given = encoder if encoder.report.layers else None
     made = SmoothedClassifier(head, sigma=config.sigma, encoder=given, class_names=class_names, **settings)

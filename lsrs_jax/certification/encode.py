@@ -44,15 +44,15 @@ def encoder_slack(report: LipschitzReport, norms: np.ndarray, sigma: float) -> n
 class Pipeline:
     """Encoder and sampler of a target, tested on this platform; `say` receives lines of progress.
 
-    `channels_last` is that of the `Sampler`.
+    `flags` are values of `settings.FLAGS`.
 
     Raises UserError if head and data differ in the number of classes, or if errors exceed the error budget.
     """
 
-    def __init__(self, target: Target, channels_last: bool, say: Callable[[str], object] = print_now) -> None:
+    def __init__(self, target: Target, flags: Mapping[str, bool], say: Callable[[str], object] = print_now) -> None:
         encoder, self._say = target.encoder(), say
         self.target, self.report, self._batch = target, encoder.report, target.config.certify.tile[0]
-        self.sampler = target.sampler(channels_last)
+        self.sampler, self.flags = target.sampler(**flags), flags
         if self.sampler.num_classes != (classes := len(target.dataset.class_names)):
             raise UserError(f"the head has {self.sampler.num_classes} classes, the data {classes}")
         self._encode = Float64Encoder(encoder, self._batch)

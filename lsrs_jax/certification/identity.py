@@ -18,11 +18,15 @@ from lsrs_jax.config import (
 )
 from lsrs_jax.data.images import other_class
 from lsrs_jax.runtime.documents import digest, first_difference, plain, refuse_unknown
+from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.format import PRNG
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.smoothing.arithmetic import Arithmetic
+from lsrs_jax.smoothing.first_layer import INTEGER
 from lsrs_jax.smoothing.head_trace import CHANNELS_LAST
+from lsrs_jax.smoothing.sampler import Sampler
 from lsrs_jax.smoothing.schedule import Schedule, make_schedule
+from lsrs_jax.smoothing.settings import FLAGS
 
 # Fields that follow from other fields. A message names one of the other fields if that differs too.
 _FOLLOWING = ("arithmetic", "checkpoint.digest", "data.digest", "seed", "stages")
@@ -55,6 +59,7 @@ class Identity:
     prng: str | None = None
     arithmetic: dict[str, Any] | None = None  # its name, sigma, tau and, on a grid, spacing
     program: str | None = None  # of the head, as in `Sampler`; None for "plain"
+    first_layer: str | None = None  # of the head: "integer" as in `Sampler`, or None
 
     def sampled(self, config: Config, arithmetic: Arithmetic, latent_shape: tuple[int, ...]) -> "Identity":
         """This identity with the facts of the sampling."""
@@ -76,15 +81,24 @@ class Identity:
         return digest(self.to_dict())[:16] if self.format > 1 else None
 
     @property
-    def channels_last(self) -> bool:
-        """Whether the samples were drawn with NHWC convolutions in place of NCHW ones."""
-        return self.program == CHANNELS_LAST
+    def flags(self) -> dict[str, bool]:
+        """The flags of a `Sampler` with which the samples were drawn."""
+        return dict(zip(FLAGS, (self.program == CHANNELS_LAST, self.first_layer == INTEGER), strict=True))
+
+    def check_first_layer(self, sampler: Sampler) -> None:
+        """Raises UserError if a sampler of these `flags` runs another first layer, which makes another function."""
+        if sampler.first_layer != self.first_layer:
+            raise UserError(
+                f"the certified head has an {self.first_layer or 'ordinary'} first layer, which this platform does not "
+                "compute exactly; use the platform of the certification, or a CPU"
+            )
 
     def begun_as(self, stored: "Identity") -> "Identity":
         """This identity with what a new session takes over from the session that began the folder."""
         images = self.images if stored.format > 1 else stored.images
         data = {name: value for name, value in self.data.items() if name in stored.data or name != "class_names"}
-        return dataclasses.replace(self, format=stored.format, images=images, data=data, program=stored.program)
+        taken = {"format": stored.format, "program": stored.program, "first_layer": stored.first_layer}
+        return dataclasses.replace(self, images=images, data=data, **taken)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types for JSON; fields without a value, or with the value that their absence means, are left out."""

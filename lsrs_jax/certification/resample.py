@@ -22,7 +22,6 @@ from lsrs_jax.runtime.format import PRNG
 from lsrs_jax.runtime.progress import Progress
 from lsrs_jax.smoothing.counts import Counts, ImageCounts
 from lsrs_jax.smoothing.engine import Engine, Images, Status
-from lsrs_jax.smoothing.head_trace import CHANNELS_LAST
 from lsrs_jax.smoothing.sampler import Sampler
 
 _LEVEL = 0.05  # probability that the chosen images miss the share of other samples that is printed
@@ -71,7 +70,8 @@ def run(target: TrainedTarget, stored: Stored, count: int, verdict: Verdict) -> 
     if (here := target.identity("smoothed").platform) != identity.platform:
         print(f"note: the folder says that it was made on {identity.platform!r}; this is {here!r}")
         target = _with_smallest_batch(target, len(indices))
-    pipeline = Pipeline(target, identity.channels_last)
+    pipeline = Pipeline(target, identity.flags)
+    identity.check_first_layer(pipeline.sampler)
     if "weights" in verdict.unchecked:  # of a network whose code --verify does not import
         check_encoder(pipeline.report, "the encoder", stored, verdict)
     chunks = list(pipeline.encoded(indices, {idx: recorded.images[idx].slack for idx in indices}))
@@ -132,7 +132,7 @@ def _under_fresh_noise(
     dtype, samples = target.config.certify.head_dtype, sampler.tile[1]
     other = "float32" if dtype == "bfloat16" else "bfloat16"
     head = target.model.for_certification(target.params, other)[1]
-    rounded = make_sampler(target.config, head, sampler.latent_shape, sampler.program == CHANNELS_LAST)
+    rounded = make_sampler(target.config, head, sampler.latent_shape, **pipeline.flags)
     seed = jnp.asarray(np.frombuffer(secrets.token_bytes(8), np.uint32))
     key = sampler.keys(jax.random.wrap_key_data(seed, impl=PRNG))["estimation"]
     mean = int(np.mean([image.looks[-1].sum() for image in recorded]))

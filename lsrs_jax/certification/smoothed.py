@@ -26,8 +26,9 @@ from lsrs_jax.smoothing.arithmetic import make_arithmetic
 from lsrs_jax.smoothing.counts import Counts, ImageCounts
 from lsrs_jax.smoothing.derivation import Certificates, Derivation
 from lsrs_jax.smoothing.engine import Engine, Status
-from lsrs_jax.smoothing.head_trace import CHANNELS_LAST
 from lsrs_jax.smoothing.noise_check import accuracy_under_noise
+from lsrs_jax.smoothing.sampler import Sampler
+from lsrs_jax.smoothing.settings import FLAGS
 
 DERIVED = ("alpha", "bound", "radii", "epsilon")  # fields of config.certify on which no sample depends
 _SECONDS_PER_DERIVATION = 60.0
@@ -147,13 +148,16 @@ class Certification:
         self.stored = stored
         self.note_format()
 
-    def take_program(self, program: str) -> None:
+    def take_program(self, sampler: Sampler) -> None:
         """Makes the program of the head a part of the identity; raises UserError for another one than before."""
-        own = program if program == CHANNELS_LAST else None
-        if self.stored and own != self.identity.program:
-            was = self.identity.program or "plain"
-            raise UserError(f"{self.folder} was sampled with the program {was!r} of the head, and this is {program!r}")
-        self.identity = dataclasses.replace(self.identity, program=own)
+        own = {"program": None if sampler.program == "plain" else sampler.program, "first_layer": sampler.first_layer}
+        for name, value in own.items() if self.stored else ():
+            if value != (was := getattr(self.identity, name)):
+                of, now = name.replace("_", " "), value or "plain"
+                raise UserError(
+                    f"{self.folder} was sampled with the {of} {was or 'plain'!r} of the head, and this is {now!r}"
+                )
+        self.identity = dataclasses.replace(self.identity, **own)
 
     def note_format(self) -> None:
         """Says that nobody can tell which run the samples of an old folder belong to."""
@@ -206,8 +210,9 @@ def run(
         certification = Certification(target.folder, config, identity, report, process, say=say)
         certification.resume()
         stored = certification.stored
-        pipeline = Pipeline(target, stored.identity.channels_last if stored else config.certify.channels_last, say)
-        certification.take_program(pipeline.sampler.program)
+        flags = stored.identity.flags if stored else {name: config.certify[name] for name in FLAGS}
+        pipeline = Pipeline(target, flags, say)
+        certification.take_program(pipeline.sampler)
     with certification.open_ledger(lost=certification.identity.run is not None) as counts:
         with process.together("the ledgers"):
             check_labels(target.folder, counts, target.dataset)

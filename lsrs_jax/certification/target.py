@@ -30,10 +30,10 @@ from lsrs_jax.smoothing.sampler import Sampler
 from lsrs_jax.training.checkpoint import restore, trained_on
 
 
-def make_sampler(config: Config, head: Head, latent_shape: Sequence[int], channels_last: bool) -> Sampler:
+def make_sampler(config: Config, head: Head, latent_shape: Sequence[int], **flags: bool) -> Sampler:
     """The `Sampler` of a configuration."""
     settings = {name: config.certify[name] for name in ("arithmetic", "noise", "tile", "spmd")}
-    return Sampler(head, latent_shape, sigma=config.sigma, channels_last=channels_last, **settings)
+    return Sampler(head, latent_shape, sigma=config.sigma, **flags, **settings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Target(abc.ABC):
         """The encoder, with its Lipschitz constant."""
 
     @abc.abstractmethod
-    def sampler(self, channels_last: bool) -> Sampler:
-        """The compiled sampler of the head; `channels_last` as in `Sampler`."""
+    def sampler(self, **flags: bool) -> Sampler:
+        """The compiled sampler of the head; `flags` are values of `settings.FLAGS`."""
 
     def slack(self, indices: list[int]) -> np.ndarray:
         """ℓ2 errors of the latents of some images, which are subtracted besides the rounding of the encoder."""
@@ -96,8 +96,8 @@ class TrainedTarget(Target):
     def encoder(self) -> Materialized:
         return self.parts[0]
 
-    def sampler(self, channels_last: bool) -> Sampler:
-        return make_sampler(self.config, self.parts[1], self.parts[0].report.output_shape, channels_last)
+    def sampler(self, **flags: bool) -> Sampler:
+        return make_sampler(self.config, self.parts[1], self.parts[0].report.output_shape, **flags)
 
 
 def load_target(

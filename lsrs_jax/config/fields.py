@@ -212,6 +212,9 @@ FIELDS: dict[str, Field] = {
     "certify.channels_last": Field(
         True, False, "On a CPU, a head with NCHW convolutions runs with NHWC ones, which is faster."
     ),
+    "certify.integer_first_layer": Field(
+        True, False, "The first layer of a head has integer weights and costs almost nothing per sample."
+    ),
     "certify.tile": Field((32, 8), REQUIRED, "A compiled batch has these numbers of images and samples.", _TILE),
     "certify.spmd": Field("shard_map", REQUIRED, "This function of JAX divides the work over devices.", _SPMD),
 }

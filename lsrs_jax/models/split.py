@@ -22,6 +22,7 @@ from lsrs_jax.layers.lipschitz import Materialized, materialize, project
 from lsrs_jax.models import batch_norm, custom, torch_head
 from lsrs_jax.models.custom import REGISTERED, is_code
 from lsrs_jax.models.encoders import BLOCKS, ENCODERS, Chain, Pair, blocks
+from lsrs_jax.models.first_layer import split_head
 from lsrs_jax.models.flops import flops
 from lsrs_jax.models.heads import HEADS, BlocksHead, Head, Images, Latents, Logits
 from lsrs_jax.models.linear_head import project_linear_head
@@ -139,10 +140,12 @@ class Model:
                 small = project_linear_head(weights, bias)
                 return project(identity if self.smooths_input else whole, small.basis), _in_dtype(small.head, dtype)
         head = functools.partial(self._head_apply, jax.tree.map(np.asarray, params["head"]), dtype)
+        first = functools.partial(split_head, self.head, params["head"], whole.report.output_shape, dtype=dtype)
         if not self.smooths_input:
-            return whole, _in_dtype(head, dtype)
+            return whole, first(_in_dtype(head, dtype), front=None)
         base = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), whole.params)
-        return identity, _in_dtype(lambda noisy: head(whole.apply(base, noisy)), dtype)
+        behind = _in_dtype(lambda noisy: head(whole.apply(base, noisy)), dtype)
+        return identity, behind if self._has_encoder else first(behind, front=self.normalize)
 
     def with_linear_head(self, params: Params) -> tuple[Materialized, np.ndarray, np.ndarray]:
         """Encoder (with normalisation), weights and bias of the head; raises UserError if the head is not linear."""

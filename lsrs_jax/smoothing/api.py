@@ -19,8 +19,9 @@ from lsrs_jax.smoothing.counts import Counts
 from lsrs_jax.smoothing.derivation import Certificates, Derivation, check_lipschitz
 from lsrs_jax.smoothing.engine import Engine, Images, Status
 from lsrs_jax.smoothing.head_check import Head
-from lsrs_jax.smoothing.sampler import Sampler, check_settings
+from lsrs_jax.smoothing.sampler import Sampler
 from lsrs_jax.smoothing.schedule import make_schedule
+from lsrs_jax.smoothing.settings import FLAGS, check_settings
 
 # The last classifier of `certify` or `predict`; one only, because its programs and its head take memory.
 _LATEST: "list[Smoother]" = []
@@ -42,6 +43,9 @@ class Smoother:
         on the number of devices.
       spmd: ``"shard_map"`` or ``"pmap"``.
       devices: the local devices to use; all of them by default.
+      integer_first_layer: for a head given as ``(FirstLayer, rest)``, run the first layer as a
+        `first_layer.IntegerLayer`, exactly and almost without cost per sample. It is off with other arithmetic than
+        ``"sound"``, with independent noise, and on devices that are not exact; `Sampler.first_layer` says what runs.
       channels_last: on a CPU, convolutions of images in another order than NHWC and HWIO, such as Equinox's, are
         computed in that order, which is many times faster. Logits are the same up to rounding; other heads and devices
         are not affected. `Sampler.program` says whether it happened.
@@ -59,30 +63,32 @@ class Smoother:
         spmd: str = "shard_map",
         devices: Sequence[Any] | None = None,
         channels_last: bool = True,
+        integer_first_layer: bool = True,
     ) -> None:
-        check_settings(sigma, arithmetic, noise, tile, spmd, channels_last)
+        self._flags = dict(zip(FLAGS, (channels_last, integer_first_layer), strict=True))
+        check_settings(sigma, arithmetic, noise, tile, spmd, **self._flags)
         check_lipschitz(lipschitz)
         self.sigma, self.lipschitz, self._head, self._lock = sigma, lipschitz, head, threading.Lock()
         self._settings: dict[str, Any] = {"arithmetic": arithmetic, "noise": noise, "tile": tuple(tile), "spmd": spmd}
-        self._settings |= {"sigma": sigma, "devices": devices, "channels_last": channels_last}
-        self._samplers: dict[tuple[tuple[int, ...], bool], Sampler] = {}
+        self._settings |= {"sigma": sigma, "devices": devices}
+        self._samplers: dict[tuple[Any, ...], Sampler] = {}
 
     def take_over(self, other: "Smoother") -> None:
         """Takes over the compiled programs of a classifier of the same head and settings."""
-        if self._head is other._head and self._settings == other._settings:
+        if self._head is other._head and (self._settings, self._flags) == (other._settings, other._flags):
             current = {shape: sampler for shape, sampler in other._samplers.items() if sampler.is_current(self._head)}
             self._samplers = current
 
-    def sampler(self, latent_shape: Sequence[int], channels_last: bool | None = None) -> Sampler:
+    def sampler(self, latent_shape: Sequence[int], **flags: bool) -> Sampler:
         """The compiled `Sampler` for latents of this shape, without the batch axis.
 
-        `channels_last` is that of this object if it is None.
+        `flags` are those of `settings.FLAGS` that are to differ from this object's.
         """
-        chosen = self._settings["channels_last"] if channels_last is None else channels_last
-        made = tuple(latent_shape), chosen
+        chosen = self._flags | flags
+        made = tuple(latent_shape), *chosen.values()
         with self._lock:
             if made not in self._samplers:
-                self._samplers[made] = Sampler(self._head, made[0], **{**self._settings, "channels_last": chosen})
+                self._samplers[made] = Sampler(self._head, made[0], **{**self._settings, **chosen})
             return self._samplers[made]
 
     def certify(
@@ -122,7 +128,7 @@ class Smoother:
         looks = make_schedule(schedule, n0, n, self._settings["tile"][1])
         check_key(key)
         say = progress or (lambda line: None)
-        if (latents.shape[1:], self._settings["channels_last"]) not in self._samplers:
+        if (latents.shape[1:], *self._flags.values()) not in self._samplers:
             say("compiling the head ...")
         sampler = self.sampler(latents.shape[1:])
         quantized, indices = sampler.quantize(latents), range(len(latents))
@@ -194,6 +200,7 @@ def certify(
     tile: Sequence[int] = (32, 8),
     spmd: str = "shard_map",
     channels_last: bool = True,
+    integer_first_layer: bool = True,
     progress: Callable[[str], object] | None = None,
 ) -> Certificates:
     """Certificates of latents; takes the arguments of `lsrs_jax.SmoothedClassifier` and of its `certify`.
@@ -202,7 +209,7 @@ def certify(
     traced anew, and compiled if it has become another function.
     """
     settings = {"lipschitz": lipschitz, "arithmetic": arithmetic, "noise": noise, "tile": tile, "spmd": spmd}
-    settings["channels_last"] = channels_last
+    settings |= {"channels_last": channels_last, "integer_first_layer": integer_first_layer}
     sampling = {"n0": n0, "n": n, "alpha": alpha, "bound": bound, "schedule": schedule, "radii": radii}
     sampling |= {"epsilon": epsilon, "slack": slack, "progress": progress}
     return _classifier(head, sigma=sigma, **settings).certify(latents, key=key, **sampling)
@@ -221,9 +228,11 @@ def predict(
     tile: Sequence[int] = (32, 8),
     spmd: str = "shard_map",
     channels_last: bool = True,
+    integer_first_layer: bool = True,
 ) -> Int[np.ndarray, " images"]:
     """Predictions for latents, as `lsrs_jax.SmoothedClassifier.predict`; compiles as `certify` does."""
-    settings = {"arithmetic": arithmetic, "noise": noise, "tile": tile, "spmd": spmd, "channels_last": channels_last}
+    settings = {"arithmetic": arithmetic, "noise": noise, "tile": tile, "spmd": spmd}
+    settings |= {"channels_last": channels_last, "integer_first_layer": integer_first_layer}
     return _classifier(head, sigma=sigma, **settings).predict(latents, key=key, n=n, alpha=alpha)
 
 

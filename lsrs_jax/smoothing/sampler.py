@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,16 +18,16 @@ from lsrs_jax.runtime import mesh, rng
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.format import KEY_DOMAINS, NOISE_OFFSETS, STREAMS
 from lsrs_jax.runtime.mesh import AXIS
-from lsrs_jax.runtime.validate import array, choice
-from lsrs_jax.smoothing.arithmetic import ARITHMETICS, make_arithmetic
+from lsrs_jax.runtime.validate import array
+from lsrs_jax.smoothing.arithmetic import make_arithmetic
 from lsrs_jax.smoothing.confidence import MAX_SAMPLES, leaders
 from lsrs_jax.smoothing.coupling_check import CouplingCheck, Evaluated
-from lsrs_jax.smoothing.derivation import check_sigma
+from lsrs_jax.smoothing.first_layer import INTEGER, SplitHead, as_head, integer_layer, put
 from lsrs_jax.smoothing.head_check import Head, check_head, check_logits, fingerprint
 from lsrs_jax.smoothing.head_trace import TracedHead, calling
 from lsrs_jax.smoothing.schedule import block_count
+from lsrs_jax.smoothing.settings import FLAGS, check_settings
 
-SPMD = ("shard_map", "pmap")
 _MAX_ENTRIES = 2**31  # float32 numbers in one batch of noisy latents: 8 GiB
 
 
@@ -43,19 +44,6 @@ def pinned_flags() -> Iterator[None]:
         yield
 
 
-def check_settings(sigma: Any, arithmetic: Any, noise: Any, tile: Any, spmd: Any, channels_last: Any) -> None:
-    """Raises UserError for settings of a `Sampler` that are wrong for latents of any shape."""
-    check_sigma(sigma)
-    choice("arithmetic", arithmetic, ARITHMETICS)
-    whole = isinstance(tile, tuple | list) and all(type(size) is int and size >= 1 for size in tile)
-    if not whole or len(tile) != 2 or tile[0] * tile[1] < 2:
-        raise UserError(f"tile must be two whole numbers (images, samples) with a product of 2 or more, got {tile!r}")
-    choice("spmd", spmd, SPMD)
-    choice("noise", noise, NOISE_OFFSETS)
-    if not isinstance(channels_last, bool):
-        raise UserError(f"channels_last must be True or False, got {channels_last!r}")
-
-
 class Sampler:
     """The compiled sampling loop for one head, one latent shape and one batch size; reusable with any key.
 
@@ -69,7 +57,8 @@ class Sampler:
     digest of the logits at some random latents, which tells heads apart; `traces` is the number of traces of the loop.
     `program` says which program of the head runs: ``"channels_last"`` if `channels_last.channels_last` replaced it,
     else ``"plain"``, also where `channels_last` is True but the device is no CPU or no convolution gains. The two
-    round differently, so that counts may differ where logits nearly tie.
+    round differently, so that counts may differ where logits nearly tie. `first_layer` is ``"integer"`` if the first
+    layer of a `SplitHead` runs as a `first_layer.IntegerLayer`, else None; then the head is another function.
     Raises UserError for a bad argument, or a head that `head_check.check_head` refuses. `collect` raises one for a head
     that `coupling_check.CouplingCheck` refuses on noisy latents of its own launch; later launches are refused as well.
 
@@ -90,8 +79,11 @@ class Sampler:
         spmd: str = "shard_map",
         devices: Sequence[Any] | None = None,
         channels_last: bool = True,
+        integer_first_layer: bool = True,
     ) -> None:
-        check_settings(sigma, arithmetic, noise, tile, spmd, channels_last)
+        flags = dict(zip(FLAGS, (channels_last, integer_first_layer), strict=True))
+        check_settings(sigma, arithmetic, noise, tile, spmd, **flags)
+        head = as_head(head)
         self.tile, self.latent_shape = (int(tile[0]), int(tile[1])), tuple(latent_shape)
         if np.prod(latent_shape) < 1:
             raise UserError(f"latents of shape {self.latent_shape} are empty")
@@ -102,13 +94,21 @@ class Sampler:
         self.arithmetic, self.traces = make_arithmetic(arithmetic, sigma), 0
         self._noise, self._mesh = noise, mesh.local_mesh(devices)
         self._channels_last = channels_last and self._mesh.devices.flat[0].platform == "cpu"
-        traced = TracedHead(head, self._channels_last)
         self._launcher, self._devices = ThreadPoolExecutor(1, "launch"), devices
         with pinned_flags():
+            asked = head if integer_first_layer else None
+            self._integer = integer_layer(asked, self.arithmetic, noise, self.latent_shape, self.tile, self._mesh)
+            self.first_layer = INTEGER if self._integer else None
+            shape = self._integer.shape if self._integer else self.latent_shape
+            self._batch_shape = (math.prod(self.tile), *shape)  # of what the head, or its rest, receives
+            traced = TracedHead(self.behind(head), self._channels_last)
             with jax.default_device(self._mesh.devices.flat[0]):
-                self._checked = check_head(traced, (math.prod(self.tile), *self.latent_shape))
+                self._checked = check_head(traced, self._batch_shape)
             self.num_classes, self.head_digest = self._checked.num_classes, self._checked.digest
-            self._tables = self._put(self.arithmetic.tables)
+            if self._integer:
+                self.head_digest = hashlib.sha256((self.head_digest + self._integer.digest).encode()).hexdigest()
+            self.tables = self.arithmetic.tables, self._integer and self._integer.tables
+            self._tables = self._put(self.tables)
             with calling("in its last call, when the sampling loop was compiled"):
                 try:
                     self._call, self._rows = self._compile(traced, spmd)
@@ -124,14 +124,20 @@ class Sampler:
 
     def is_current(self, head: Head) -> bool:
         """Whether `head` still is the function that was compiled, and the devices are the same."""
-        traced = TracedHead(head, self._channels_last)
+        head = as_head(head)
+        if self._integer and not (isinstance(head, SplitHead) and head.first.digest == self._integer.digest):
+            return False
         try:
             with pinned_flags():
-                program = traced.trace((math.prod(self.tile), *self.latent_shape)).jaxpr
+                program = TracedHead(self.behind(head), self._channels_last).trace(self._batch_shape).jaxpr
         except Exception:  # whatever the caller's function raises
             return False
         same = self._mesh == mesh.local_mesh(self._devices)
         return same and fingerprint(program) == self._checked.fingerprint
+
+    def behind(self, head: Any) -> Any:
+        """The part of the head that receives `rows`: all of it, or what follows its integer layer."""
+        return head.rest if self._integer else head
 
     @property
     def tau(self) -> float:
@@ -148,20 +154,25 @@ class Sampler:
         """Noise of one block: ``(samples, *latent_shape)``, or one such array per image of `ids`."""
         size = (self.tile[1], *self.latent_shape)
         if self._noise == "shared":
-            return self.arithmetic.draw(jax.random.fold_in(key, block), size, tables)
+            return self.arithmetic.draw(jax.random.fold_in(key, block), size, tables[0])
 
         def draw(identifier: jax.Array) -> jax.Array:
             own = jax.random.fold_in(jax.random.fold_in(key, identifier), block)
-            return self.arithmetic.draw(own, size, tables)
+            return self.arithmetic.draw(own, size, tables[0])
 
         return jax.vmap(draw)(ids)
 
-    def _noisy_rows(self, latents: Any, ids: Any, key: Any, tables: Any, block: Any) -> Float[Array, "rows *latent"]:
-        """The noisy latents of one block: for image after image, one row per sample."""
-        noise = self._block_noise(key, ids, block, tables)
+    def prepared(self, latents: Any, tables: Any) -> Any:
+        """What `rows` needs of a batch of latents; computed once per launch."""
+        return self._integer.of_images(latents, tables[1]) if self._integer else latents
+
+    def rows(self, prepared: Any, noise: Any, tables: Any) -> Float[Array, "rows *latent"]:
+        """Noisy latents, or the integer layer's outputs for them: for image after image, one row per sample."""
+        if self._integer:
+            return self._integer.rows(prepared, self._integer.product(noise, tables[1]), tables[1])
         per_image = 0 if self._noise == "independent" else None
-        noisy = jax.vmap(self.arithmetic.add, (0, per_image))(latents, noise)
-        return noisy.reshape(math.prod(self.tile), *self.latent_shape)
+        noisy = jax.vmap(self.arithmetic.add, (0, per_image))(prepared, noise)
+        return noisy.reshape(-1, *self.latent_shape)
 
     def _device_counts(
         self, device: Any, latents: Any, ids: Any, key: Any, tables: Any, first: Any, stop: Any, n: Any
@@ -172,11 +183,11 @@ class Sampler:
         """
         self.traces += 1
         (images, samples), devices = self.tile, jax.lax.axis_size(AXIS)
-        start = first + device.reshape(())
+        start, prepared = first + device.reshape(()), self.prepared(latents, tables)
 
         def block_counts(step: jax.Array, counts: jax.Array) -> jax.Array:
             block = start + step * devices
-            logits = self._head(self._noisy_rows(latents, ids, key, tables, block))
+            logits = self._head(self.rows(prepared, self._block_noise(key, ids, block, tables), tables))
             check_logits(logits.shape, (images * samples, self.num_classes))
             predicted = jnp.where(jnp.isnan(logits).any(axis=-1), self.num_classes, jnp.argmax(logits, axis=-1))
             valid = block * samples + jnp.arange(samples, dtype=jnp.int32) < n
@@ -191,7 +202,7 @@ class Sampler:
     def _compile(self, traced: TracedHead, spmd: str) -> tuple[Any, Any]:
         """Compiles the loop, and a program for the first device that puts the noisy latents of a block in any order."""
         devices = self._mesh.devices.reshape(-1)
-        self._head = traced.for_loop((math.prod(self.tile), *self.latent_shape))
+        self._head = traced.for_loop(self._batch_shape)
         if spmd == "pmap":
             axes = (0, *[None] * 7)
             call: Any = jax.pmap(self._device_counts, AXIS, in_axes=axes, out_axes=0, devices=list(devices))
@@ -206,13 +217,14 @@ class Sampler:
         program = call.lower(index, *batch, key, self._tables, *self._numbers(0, 1, 1)).compile()
 
         def rows(latents: Any, ids: Any, key: Any, tables: Any, block: Any, source: Any) -> jax.Array:
-            return self._noisy_rows(latents, ids, key, tables, block).at[source].get(mode="promise_in_bounds")
+            noise = self._block_noise(key, ids, block, tables)
+            return self.rows(self.prepared(latents, tables), noise, tables).at[source].get(mode="promise_in_bounds")
 
         arguments = (*batch, key, self._tables, *self._put([np.int32(0), np.zeros(math.prod(self.tile), np.int32)]))
         return functools.partial(program, index), jax.jit(rows).lower(*_on_the_first(arguments)).compile()
 
     def _put(self, arrays: Any) -> Any:
-        return jax.device_put(arrays, mesh.replicated(self._mesh))
+        return put(arrays, mesh.replicated(self._mesh))
 
     def _numbers(self, *numbers: int) -> list[jax.Array]:
         return self._put([np.int32(number) for number in numbers])
@@ -285,12 +297,13 @@ class Sampler:
 
     def without_noise(self, quantized: Num[np.ndarray, "images *latent"]) -> Int[np.ndarray, " images"]:
         """The classes that the head gives latents from `quantize` without noise."""
-        found, rows = [], math.prod(self.tile)
+        found, rows = [], self._batch_shape[0]
         with pinned_flags(), jax.default_device(self._mesh.devices.flat[0]):
             for start in range(0, len(quantized), rows):
                 part = quantized[start : start + rows]
                 padded = np.pad(part, ((0, rows - len(part)), *[(0, 0)] * len(self.latent_shape)))
-                latents = self.arithmetic.add(jnp.asarray(padded), jnp.zeros_like(padded))
+                steps, tables = jnp.asarray(padded), _on_the_first(self._tables)
+                latents = self.rows(self.prepared(steps, tables), jnp.zeros_like(steps[:1]), tables)
                 with calling("on latents without noise"):
                     found.append(np.asarray(self._checked.logits(latents), np.float32)[: len(part)].argmax(axis=-1))
         return np.concatenate(found)

@@ -16,8 +16,9 @@ from lsrs_jax.layers.lipschitz import Float64Encoder, materialize
 from lsrs_jax.runtime import rng
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.format import KEY_DOMAINS, STREAMS
-from lsrs_jax.smoothing.sampler import SPMD, Sampler
+from lsrs_jax.smoothing.sampler import Sampler
 from lsrs_jax.smoothing.schedule import block_count
+from lsrs_jax.smoothing.settings import SPMD
 from support import threefry
 from support.heads import BIAS, DIM, LATENTS, W, certify, linear_head, network
 
