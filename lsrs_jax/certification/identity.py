@@ -85,6 +85,11 @@ class Identity:
         """The flags of a `Sampler` with which the samples were drawn."""
         return dict(zip(FLAGS, (self.program == CHANNELS_LAST, self.first_layer == INTEGER), strict=True))
 
+    def sampled_by(self, sampler: Sampler) -> "Identity":
+        """This identity with the program of the head that a sampler runs."""
+        program = None if sampler.program == "plain" else sampler.program
+        return dataclasses.replace(self, program=program, first_layer=sampler.first_layer)
+
     def check_first_layer(self, sampler: Sampler) -> None:
         """Raises UserError if a sampler of these `flags` runs another first layer, which makes another function."""
         if sampler.first_layer != self.first_layer:

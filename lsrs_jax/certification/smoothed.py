@@ -150,14 +150,11 @@ class Certification:
 
     def take_program(self, sampler: Sampler) -> None:
         """Makes the program of the head a part of the identity; raises UserError for another one than before."""
-        own = {"program": None if sampler.program == "plain" else sampler.program, "first_layer": sampler.first_layer}
-        for name, value in own.items() if self.stored else ():
-            if value != (was := getattr(self.identity, name)):
-                of, now = name.replace("_", " "), value or "plain"
-                raise UserError(
-                    f"{self.folder} was sampled with the {of} {was or 'plain'!r} of the head, and this is {now!r}"
-                )
-        self.identity = dataclasses.replace(self.identity, **own)
+        own = self.identity.sampled_by(sampler)
+        if self.stored and (difference := self.identity.difference(own)):
+            name, was, now = (value or "plain" for value in difference)
+            raise UserError(f"{self.folder} was sampled with the {name} {was!r} of the head, and this is {now!r}")
+        self.identity = own
 
     def note_format(self) -> None:
         """Says that nobody can tell which run the samples of an old folder belong to."""
