@@ -115,7 +115,9 @@ def _run(workdir: Workdir, process: Process, options: argparse.Namespace, rest: 
     cache_compilations()
     with process.together("the start"):
         target = load_target(workdir.path, config)
-    print(models.describe(target.model))
+    certify = config.certify
+    free = certify.integer_first_layer and (certify.arithmetic, certify.noise) == ("sound", "shared")
+    print(models.describe(target.model, certify.tile[0] if free else 0))
     if config.certify.certificate == "smoothed":
         profile = options.profile if process.leads else None
         with profiling.captured(profile, workdir.path / "profile") as tick:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsrs_jax.layers import Normalize
+from lsrs_jax.models.flops import flops
 from lsrs_jax.models.heads import BlocksHead, BottleneckHead, ConvHead, Head, MLPHead, ResNetHead
 from lsrs_jax.smoothing.first_layer import FirstLayer, SplitHead
 
@@ -22,6 +23,18 @@ def first_layer_name(head: nn.Module) -> str | None:
     else:
         begins = isinstance(head, ConvHead) or (isinstance(head, ResNetHead | BottleneckHead) and head.stem)
     return "Conv_0" if begins else None
+
+
+def first_layer_flops(head: nn.Module, params: Any, shape: tuple[int, ...]) -> float:
+    """FLOPs of the first layer for one latent of this shape; 0 if the head does not begin with a linear layer.
+
+    The parameters may be shapes.
+    """
+    name = first_layer_name(head)
+    if name is None:
+        return 0.0
+    layer = FirstLayer(np.zeros(params[name]["kernel"].shape), None, **_given(head, name, params, shape))
+    return float(flops(layer, jax.ShapeDtypeStruct((1, *shape), jnp.float32)))
 
 
 def split_head(module: nn.Module, params: Any, shape: tuple[int, ...], whole: Head, dtype: str, front: Any) -> Head:

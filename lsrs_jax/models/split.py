@@ -22,7 +22,7 @@ from lsrs_jax.layers.lipschitz import Materialized, materialize, project
 from lsrs_jax.models import batch_norm, custom, torch_head
 from lsrs_jax.models.custom import REGISTERED, is_code
 from lsrs_jax.models.encoders import BLOCKS, ENCODERS, Chain, Pair, blocks
-from lsrs_jax.models.first_layer import split_head
+from lsrs_jax.models.first_layer import first_layer_flops, split_head
 from lsrs_jax.models.flops import flops
 from lsrs_jax.models.heads import HEADS, BlocksHead, Head, Images, Latents, Logits
 from lsrs_jax.models.linear_head import project_linear_head
@@ -289,11 +289,27 @@ def cost(model: Model) -> Cost:
     return Cost(encoder, per_row(model.classify, latent.shape[1:]))
 
 
-def describe(model: Model) -> str:
-    """Two lines for the log: sizes of encoder, latent and head, and the FLOPs per sample."""
+def effective_flops(model: Model, images: int) -> float:
+    """FLOPs of the head per sample where its first layer runs in integers, once per noise vector for so many images.
+
+    Without such a layer these are all FLOPs of the head.
+    """
+    params, latent = model.shapes()
+    whole_head = not (model.smooths_input and model._has_encoder)
+    first = first_layer_flops(model.head, params["head"], latent.shape[1:]) if whole_head else 0.0
+    return cost(model).head - first * (1 - 1 / images)
+
+
+def describe(model: Model, images: int = 0) -> str:
+    """Two lines for the log: sizes of encoder, latent and head, and the FLOPs per sample.
+
+    With `images`, the size of a batch, also the effective FLOPs, if the head begins with a linear layer.
+    """
     (params, latent), found = model.shapes(), cost(model)
     encoder, head = (sum(leaf.size for leaf in jax.tree.leaves(params[part])) for part in ("encoder", "head"))
     price = f"{found.head / 1e6:.2f} MFLOP per sample"
+    if images and (effective := effective_flops(model, images)) < found.head:
+        price += f" (effective {effective / 1e6:.3f}: the first layer once for {images} images)"
     if not model.smooths_input:
         faster = f"{found.speedup:.1f}x as many samples per FLOP as with the noise on the image"
         price = f"{found.encoder / 1e6:.2f} MFLOP once per image, {price}: {faster}"

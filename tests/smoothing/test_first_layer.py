@@ -210,7 +210,17 @@ def test_what_does_not_fit_is_refused():
 
 # ------------------------------------------------------------------------------------------------- heads of the package
 
-SPLIT = {"mlp", "convnet", "convnet_light", "convnet_small", "resnet", "resnet_latent", "resnet10", "resnet18", "resnet50"}
+SPLIT = {
+    "mlp",
+    "convnet",
+    "convnet_light",
+    "convnet_small",
+    "resnet",
+    "resnet_latent",
+    "resnet10",
+    "resnet18",
+    "resnet50",
+}
 
 
 @pytest.mark.parametrize("name", ["mlp", "convnet_light", "resnet", "resnet50", "resnet18_tail"])
