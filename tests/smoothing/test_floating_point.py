@@ -7,6 +7,7 @@ noise, which certifies a large radius. Around any other point, however near, it 
 arithmetic the attack fails, because the same sums can be reached from every point.
 """
 
+import functools
 import itertools
 import time
 
@@ -18,6 +19,7 @@ import pytest
 from lsrs_jax import smoothing
 from lsrs_jax.smoothing import discrete_gaussian
 from lsrs_jax.smoothing.arithmetic import ARITHMETICS, Float32Arithmetic, GridArithmetic, make_arithmetic
+from lsrs_jax.smoothing.first_layer import FirstLayer, IntegerLayer
 from support import threefry
 
 SIGMAS = [0.12, 0.25, 0.5, 1.0]
@@ -119,6 +121,32 @@ AGAINST_SOUND = {
 }
 
 
+def exact_outputs(noisy, clean, along, sigma, weights):
+    """Whether some noise gives the outputs of a first layer whose sums are rounded once."""
+    with jax.enable_x64(True):
+        q, factor = discrete_gaussian.spacing(sigma), weights.astype(jnp.float64)
+        total = jnp.round(noisy.astype(jnp.float64) / (factor * q))
+        near = [(factor * (q * (total + offset))).astype(jnp.float32) == noisy for offset in range(-8, 9)]
+        return jnp.any(jnp.stack(near), axis=0).all(axis=1)
+
+
+def rounded_twice(noisy, clean, along, sigma, weights):
+    """Whether some noise gives the outputs of one whose products with latent and noise are rounded before the sum."""
+    with jax.enable_x64(True):
+        q, factor, start = discrete_gaussian.spacing(sigma), weights.astype(jnp.float64), clean.astype(jnp.float64)
+        steps = jnp.round((noisy.astype(jnp.float64) - start) / (factor * q))
+
+        def reached(offset):
+            bits = jax.lax.bitcast_convert_type((factor * (q * (steps + offset))).astype(jnp.float32), jnp.int32)
+            product = jax.lax.bitcast_convert_type(bits | (bits & 0), jnp.float32)  # the rounding must not be undone
+            return (start + product.astype(jnp.float64)).astype(jnp.float32) == noisy
+
+        return jnp.any(jnp.stack([reached(offset) for offset in range(-2, 3)]), axis=0).all(axis=1)
+
+
+FIRST_LAYER = (exact_outputs, rounded_twice)
+
+
 # ---------------------------------------------------------------------------------------------------------- the attack
 
 
@@ -147,8 +175,18 @@ def head_of(recogniser, clean, directions, sigma):
     return head
 
 
-def attack(recogniser, arithmetic, shape, sigma, count):
+def behind(weights, recogniser, clean, directions, sigma):
+    """`head_of` for outputs of a first layer that multiplies by `weights`; the recogniser sees outputs and weights."""
+    clean, watched = jnp.asarray(clean * weights, jnp.float32), jnp.asarray(weights[:WATCHED], jnp.float32)
+    directions = jnp.asarray(directions / weights, jnp.float32)
+    seen = functools.partial(recogniser, weights=watched) if recogniser in FIRST_LAYER else recogniser
+    return head_of(seen, clean, directions, sigma)
+
+
+def attack(recogniser, arithmetic, shape, sigma, count, weights=None):
     """Certifies `count` targets and tries one counterexample for each, at 0.3 to 0.95 of its radius.
+
+    With `weights`, one per coordinate, the head begins with a first layer that multiplies by them.
 
     Returns:
       ``(count, 3)``: radius, distance of the point that was tried (both in σ), and whether it is a counterexample.
@@ -164,6 +202,8 @@ def attack(recogniser, arithmetic, shape, sigma, count):
     directions = np.random.default_rng(8).standard_normal((count, np.prod(shape)))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     head = head_of(recogniser, placed(points), directions, sigma)
+    if weights is not None:
+        head = FirstLayer(np.diag(weights)), behind(weights, recogniser, placed(points), directions, sigma)
     common = {"sigma": sigma, "key": threefry(0), "arithmetic": arithmetic, "tile": (count, 8)}
     found = smoothing.certify(head, points, n=400, **common)
 
@@ -233,6 +273,40 @@ def test_sound_certificates_have_no_counterexamples(name, trials):
     # Most attacks had a certificate and a point within its radius.
     assert (radius > 0).mean() > 0.9
     assert (distance < radius).mean() > 0.9
+
+
+@pytest.mark.parametrize("name", ["exact_outputs", "rounded_twice", "float_sums", "parity", "float_bits"])
+@pytest.mark.parametrize("trials", TRIALS)
+def test_a_free_first_layer_has_no_counterexamples(name, trials):
+    """The attacks read the outputs of the layer; those on latents see them through weights of 1."""
+    recogniser = dict(zip(("exact_outputs", "rounded_twice"), FIRST_LAYER, strict=True)).get(name)
+    recogniser = recogniser or AGAINST_SOUND[name]
+    shapes = [(8,), (40,)] if trials == 100 else [(8,), (40,), (8, 8, 4), (28, 28, 1)]
+    families = [(shape, sigma) for shape in shapes for sigma in SIGMAS] if trials > 100 else [((40,), 0.25)]
+    parts = []
+    for shape, sigma in families:
+        count, size = max(trials // len(families), 2), int(np.prod(shape))
+        weights = np.random.default_rng(9).uniform(0.5, 2, size) if recogniser in FIRST_LAYER else np.ones(size)
+        parts.append(attack(recogniser, "sound", shape, sigma, count, weights.astype(np.float32)))
+    radius, distance, broken = np.concatenate(parts).T
+    assert not broken.any()
+    if recogniser is not rounded_twice:  # that one finds nothing, neither at the target nor beside it
+        assert (radius > 0).mean() > 0.9
+    assert (distance[radius > 0] < radius[radius > 0]).mean() > 0.9
+
+
+def test_a_first_layer_that_rounds_its_products_apart_is_broken(monkeypatch):
+    """The control: W·v and W·δ in float32, and their sum in float32."""
+
+    def product(self, steps, tables):
+        windows = self._windows(steps, jnp).astype(jnp.float32)
+        return jnp.dot(windows, jnp.asarray(tables.kernel, jnp.float32), precision="highest")
+
+    monkeypatch.setattr(IntegerLayer, "product", product)
+    monkeypatch.setattr(IntegerLayer, "agrees", lambda *_: True)
+    weights = np.random.default_rng(9).uniform(0.5, 2, 40).astype(np.float32)
+    broken = attack(rounded_twice, "sound", (40,), 0.25, 100, weights)[:, 2]
+    assert broken.sum() > 50
 
 
 def test_noise_on_a_coarser_grid_than_the_latents_is_caught(monkeypatch):
