@@ -303,7 +303,8 @@ class Sampler:
                 part = quantized[start : start + rows]
                 padded = np.pad(part, ((0, rows - len(part)), *[(0, 0)] * len(self.latent_shape)))
                 steps, tables = jnp.asarray(padded), _on_the_first(self._tables)
-                latents = self.rows(self.prepared(steps, tables), jnp.zeros_like(steps[:1]), tables)
+                zeros = jnp.zeros_like(steps[:, None] if self._noise == "independent" else steps[:1])
+                latents = self.rows(self.prepared(steps, tables), zeros, tables)
                 with calling("on latents without noise"):
                     found.append(np.asarray(self._checked.logits(latents), np.float32)[: len(part)].argmax(axis=-1))
         return np.concatenate(found)

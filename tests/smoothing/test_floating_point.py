@@ -137,14 +137,13 @@ def rounded_twice(noisy, clean, along, sigma, weights):
         steps = jnp.round((noisy.astype(jnp.float64) - start) / (factor * q))
 
         def reached(offset):
-            bits = jax.lax.bitcast_convert_type((factor * (q * (steps + offset))).astype(jnp.float32), jnp.int32)
-            product = jax.lax.bitcast_convert_type(bits | (bits & 0), jnp.float32)  # the rounding must not be undone
+            product = (factor * (q * (steps + offset))).astype(jnp.float32)
             return (start + product.astype(jnp.float64)).astype(jnp.float32) == noisy
 
         return jnp.any(jnp.stack([reached(offset) for offset in range(-2, 3)]), axis=0).all(axis=1)
 
 
-FIRST_LAYER = (exact_outputs, rounded_twice)
+FIRST_LAYER = {"exact_outputs": exact_outputs, "rounded_twice": rounded_twice}
 
 
 # ---------------------------------------------------------------------------------------------------------- the attack
@@ -179,7 +178,7 @@ def behind(weights, recogniser, clean, directions, sigma):
     """`head_of` for outputs of a first layer that multiplies by `weights`; the recogniser sees outputs and weights."""
     clean, watched = jnp.asarray(clean * weights, jnp.float32), jnp.asarray(weights[:WATCHED], jnp.float32)
     directions = jnp.asarray(directions / weights, jnp.float32)
-    seen = functools.partial(recogniser, weights=watched) if recogniser in FIRST_LAYER else recogniser
+    seen = functools.partial(recogniser, weights=watched) if recogniser in FIRST_LAYER.values() else recogniser
     return head_of(seen, clean, directions, sigma)
 
 
@@ -279,20 +278,18 @@ def test_sound_certificates_have_no_counterexamples(name, trials):
 @pytest.mark.parametrize("trials", TRIALS)
 def test_a_free_first_layer_has_no_counterexamples(name, trials):
     """The attacks read the outputs of the layer; those on latents see them through weights of 1."""
-    recogniser = dict(zip(("exact_outputs", "rounded_twice"), FIRST_LAYER, strict=True)).get(name)
-    recogniser = recogniser or AGAINST_SOUND[name]
-    shapes = [(8,), (40,)] if trials == 100 else [(8,), (40,), (8, 8, 4), (28, 28, 1)]
-    families = [(shape, sigma) for shape in shapes for sigma in SIGMAS] if trials > 100 else [((40,), 0.25)]
+    recogniser = FIRST_LAYER.get(name) or AGAINST_SOUND[name]
+    families = FAMILIES[:16] if trials == 1000 else [((40,), 0.25)]
     parts = []
     for shape, sigma in families:
-        count, size = max(trials // len(families), 2), int(np.prod(shape))
-        weights = np.random.default_rng(9).uniform(0.5, 2, size) if recogniser in FIRST_LAYER else np.ones(size)
-        parts.append(attack(recogniser, "sound", shape, sigma, count, weights.astype(np.float32)))
+        size = int(np.prod(shape))
+        weights = np.random.default_rng(9).uniform(0.5, 2, size) if name in FIRST_LAYER else np.ones(size)
+        parts.append(attack(recogniser, "sound", shape, sigma, -(-trials // len(families)), weights.astype(np.float32)))
     radius, distance, broken = np.concatenate(parts).T
+    print(f"\n{name}: {(radius > 0).sum()} of {len(radius)} certified, {broken.sum():.0f} with a counterexample")
     assert not broken.any()
-    if recogniser is not rounded_twice:  # that one finds nothing, neither at the target nor beside it
-        assert (radius > 0).mean() > 0.9
-    assert (distance[radius > 0] < radius[radius > 0]).mean() > 0.9
+    assert (radius > 0).mean() > 0.9
+    assert (distance < radius).mean() > 0.9
 
 
 def test_a_first_layer_that_rounds_its_products_apart_is_broken(monkeypatch):
@@ -306,6 +303,7 @@ def test_a_first_layer_that_rounds_its_products_apart_is_broken(monkeypatch):
     monkeypatch.setattr(IntegerLayer, "agrees", lambda *_: True)
     weights = np.random.default_rng(9).uniform(0.5, 2, 40).astype(np.float32)
     broken = attack(rounded_twice, "sound", (40,), 0.25, 100, weights)[:, 2]
+    print(f"\nrounded_twice against products in float32: {broken.sum():.0f} of 100 with a counterexample")
     assert broken.sum() > 50
 
 
