@@ -86,7 +86,7 @@ def certify(
     names = [field.name for field in dataclasses.fields(Certificates) if field.name != "samples"]
     chosen: dict[str, Any] = {name: getattr(certificates, name)[rows] for name in names}
     chosen |= {"labels": np.array([images[row].label for row in rows]), "class_names": dataset.class_names}
-    radii = tuple(config.certify.radii) if config.certify.schedule == "staged" else ()
+    radii = tuple(config.certify.radii) if config.certify.schedule != "fixed" else ()
     return Result(**chosen, sigma=classifier.sigma, folder=folder, radii=radii)
 
 

@@ -173,7 +173,7 @@ class Certification:
         if images:
             certificates = self.derivation.certificates(self.schedule, images)
             derivation = {"alpha": self.derivation.alpha, "bound": self.derivation.bound, "votes": counts.digests()}
-            if self.identity.schedule == "staged":
+            if self.identity.schedule in ("staged", "anytime"):
                 derivation |= {"radii": self.derivation.radii, "epsilon": self.derivation.epsilon}
             table = store.format_table(images, certificates, self.lipschitz.constant)
         store.write(self.folder, self.config, self.identity, self.lipschitz, self.record, derivation, table)

@@ -32,7 +32,8 @@ def headline(target: Target, schedule: Schedule, pending: int) -> str:
         return line
     radii = f"radii {', '.join(f'{radius:g}' for radius in certify.radii)} are decided"
     until = radii if certify.radii else f"the radius is known to {certify.epsilon:g} sigma / L"
-    return f"{line}\nstaged: {len(schedule.looks)} looks from {schedule.looks[0]:,} samples on, until {until}"
+    name = certify.schedule
+    return f"{line}\n{name}: {len(schedule.looks)} looks from {schedule.looks[0]:,} samples on, until {until}"
 
 
 def distances_kept(pipeline: Pipeline, images: Images) -> str:
@@ -94,5 +95,7 @@ def summary(
         between = "; a radius says only which of the radii asked for it reaches" if derivation.radii else ""
         most = f"the largest radius is {largest:.4f} instead of {fixed:.4f} with the fixed schedule"
         shrink = f"radii near it shrink, radii below {0.85 * fixed:.4f} hardly do{between}"
-        lines.append(f"staged: alpha is split over {len(schedule.looks)} looks, so {most}; {shrink}")
+        split = f"staged: alpha is split over {len(schedule.looks)} looks"
+        split = "anytime: the bounds hold at every number of samples" if schedule.anytime else split
+        lines.append(f"{split}, so {most}; {shrink}")
     return "\n".join(lines)

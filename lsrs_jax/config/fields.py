@@ -187,7 +187,10 @@ FIELDS: dict[str, Field] = {
         "binary", "binary", 'p_B is 1 - p_A ("binary"), or a bound of the rivals ("multiclass").', _one_of(*BOUNDS)
     ),
     "certify.schedule": Field(
-        "fixed", "fixed", 'All images get n samples ("fixed"), or stop when decided ("staged").', _one_of(*SCHEDULES)
+        "fixed",
+        "fixed",
+        'All images get n samples ("fixed"), or stop when decided ("staged", or "anytime").',
+        _one_of(*SCHEDULES),
     ),
     "certify.radii": Field(
         (), (), "Staged sampling stops when it is known which of these radii are certified.", _RADII

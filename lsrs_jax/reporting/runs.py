@@ -141,7 +141,7 @@ def _derivation_notes(table: Path, certified: np.ndarray) -> tuple[list[str], st
             unfinished = unknown
         elif missing := len(set(wanted) - found):
             staged = "; staged sampling decides the images without a certificate first"
-            staged = staged if identity.get("schedule") == "staged" else ""
+            staged = staged if identity.get("schedule") in ("staged", "anytime") else ""
             notes.append(
                 f"{missing:,} of the {len(wanted):,} images that were to be certified are not in its table: it is not "
                 f"finished, or they were left out{staged}. Its numbers are of the others only."

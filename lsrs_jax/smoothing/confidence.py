@@ -118,6 +118,10 @@ def trusted_upper(k: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> Float[np.ndar
     return bound[()]
 
 
+# A lower and an upper bound: functions of successes, samples and failure probability, which broadcast.
+Limits = tuple[Callable[..., np.ndarray], Callable[..., np.ndarray]]
+CLOPPER_PEARSON: Limits = (trusted_lower, trusted_upper)
+
 BOUNDS = ("binary", "multiclass")
 _MOST_GROUPS = 4  # buckets that the other rivals share; on-disk format
 _MOST_SINGLES = 16  # rivals in a bucket of their own; each costs a part of α, so a seventeenth would gain nothing
@@ -183,17 +187,19 @@ def share_of_alpha(alpha: float, count: np.ndarray) -> Float[np.ndarray, " image
     return np.where(count == 1, alpha, alpha / (1 + count))
 
 
-def bounds(counts: np.ndarray, bucket: np.ndarray, count: np.ndarray, alpha: float) -> tuple[np.ndarray, np.ndarray]:
+def bounds(
+    counts: np.ndarray, bucket: np.ndarray, count: np.ndarray, alpha: float, limits: Limits = CLOPPER_PEARSON
+) -> tuple[np.ndarray, np.ndarray]:
     """Lower bound of the candidate and upper bound of its strongest rival, per row of counts, together at level α."""
     n, each = counts.sum(axis=1), share_of_alpha(alpha, count)
-    p_a = trusted_lower(np.where(bucket == 0, counts, 0).sum(axis=1), n, each)
+    p_a = limits[0](np.where(bucket == 0, counts, 0).sum(axis=1), n, each)
     p_b = 1 - p_a
     several = np.flatnonzero(count > 1)
     largest = np.zeros(len(counts))
     for number in range(1, int(count[several].max(initial=0)) + 1):
         rows = several[count[several] >= number]
         samples = np.where(bucket[rows] == number, counts[rows], 0).sum(axis=1)
-        largest[rows] = np.maximum(largest[rows], trusted_upper(samples, n[rows], each[rows]))
+        largest[rows] = np.maximum(largest[rows], limits[1](samples, n[rows], each[rows]))
     p_b[several] = np.minimum(p_b[several], largest[several])
     return p_a, p_b
 

@@ -10,8 +10,8 @@ from scipy import special
 
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.format import FORMAT
-from lsrs_jax.runtime.validate import array, choice, numbers, real
-from lsrs_jax.smoothing import confidence
+from lsrs_jax.runtime.validate import array, choice, is_whole, numbers, real
+from lsrs_jax.smoothing import anytime, confidence
 from lsrs_jax.smoothing.counts import Counts, ImageCounts
 from lsrs_jax.smoothing.schedule import Schedule
 
@@ -20,7 +20,9 @@ _MARGIN = 1e-12  # on-disk format: tables are compared digit by digit
 _ABSOLUTE = 1e-14  # per unit of the quantiles; on-disk format
 _ENTRIES = 2**21  # counts of the images that are derived at once
 BLOCK_BYTES = 5 * 8 * _ENTRIES  # memory that this takes
-_FUTILITY = 0.01  # level of the optimistic limits; stopping too early costs radius, never the guarantee
+# Level of the optimistic limits; stopping too early costs radius, never the guarantee. At these levels both schedules
+# certify as many images (`benchmarks/schedules.py`): the anytime bounds are tighter where an image has all n samples.
+_FUTILITY = {"staged": 0.01, "anytime": 0.15}
 
 
 def check_sigma(sigma: Any) -> None:
@@ -116,7 +118,7 @@ class Derivation:
     """The settings that turn counts into certificates; `sigma`, `lipschitz` and `tau` as in `from_counts`."""
 
     sigma: float
-    alpha: float  # per image, divided evenly over the looks of the schedule
+    alpha: float  # per image; `Schedule.level` is the part of a look
     bound: str = "binary"
     lipschitz: float = 1.0
     tau: float = 0.0
@@ -147,9 +149,12 @@ class Derivation:
         size = _images_per_block(len(images[0].counts["selection"]), max(len(i.looks) for i in images))
         if len(images) > size:
             return _joined([self.certificates(schedule, images[a : a + size]) for a in range(0, len(images), size)])
-        selection, rows = np.stack([i.counts["selection"] for i in images]), np.concatenate([i.looks for i in images])
-        lengths, slack = np.array([len(i.looks) for i in images]), np.array([i.slack for i in images])
-        return self.derive(selection, rows, lengths, np.full(len(images), schedule.n), slack, len(schedule.looks))
+        # Anytime bounds of the last look alone: those of the looks before are hardly ever better, and cost time.
+        looks = [image.looks[-1:] if schedule.anytime else image.looks for image in images]
+        selection, rows = np.stack([i.counts["selection"] for i in images]), np.concatenate(looks)
+        lengths, slack = np.array([len(each) for each in looks]), np.array([i.slack for i in images])
+        horizon, level = np.full(len(images), schedule.n), schedule.level(self.alpha)
+        return self.derive(selection, rows, lengths, horizon, slack, level, schedule.limits)
 
     def derive(
         self,
@@ -158,12 +163,13 @@ class Derivation:
         lengths: Int[np.ndarray, " images"],
         horizon: Int[np.ndarray, " images"],
         slack: np.ndarray,
-        looks: int,
+        level: float,
+        limits: confidence.Limits,
     ) -> Certificates:
         """`from_counts` for arrays that were checked.
 
         `rows` are the cumulative estimation counts of all images, first the ``lengths[0]`` rows of image 0; `horizon`
-        is the number of estimation samples at the last look, `looks` the number of looks that share alpha.
+        is the number of estimation samples at the last look; the bounds of a row, by `limits`, share the `level`.
         """
         images, size = len(lengths), _images_per_block(selection.shape[1], int(lengths.max()))
         if images > size:
@@ -171,13 +177,13 @@ class Derivation:
             for a in range(0, images, size):
                 b = min(a + size, images)
                 own = selection[a:b], rows[ends[a] : ends[b]], lengths[a:b], horizon[a:b], slacks[a:b]
-                parts.append(self.derive(*own, looks))
+                parts.append(self.derive(*own, level, limits))
             return _joined(parts)
         owner, starts = np.repeat(np.arange(images), lengths), np.cumsum(lengths) - lengths
         # On-disk format: tables are compared digit by digit. With the factor, no rounding removes τ.
-        share, tau = self.alpha / looks, self.tau * (1 + 1e-9)
-        bucket, count = confidence.partition(selection, horizon, share, self.bound)
-        p_a, p_b = confidence.bounds(rows, bucket[owner], count[owner], share)
+        tau = self.tau * (1 + 1e-9)
+        bucket, count = confidence.partition(selection, horizon, level, self.bound)
+        p_a, p_b = confidence.bounds(rows, bucket[owner], count[owner], level, limits)
         p_a = np.maximum(np.maximum.reduceat(p_a, starts) - tau, 0.0)
         p_b = np.minimum(np.minimum.reduceat(p_b, starts) + tau, 1 - p_a)
         p_b = np.minimum(p_b + 1e-15, 1.0)
@@ -189,7 +195,7 @@ class Derivation:
     def decided(self, schedule: Schedule, images: Sequence[ImageCounts]) -> Bool[np.ndarray, " images"]:
         """Whether images at a look are decided: even in an optimistic future, more samples would not change the answer.
 
-        In that future the candidate's share of the samples to come is the upper limit of its probability (level .01).
+        In that future the candidate's share of the samples to come is the upper limit of its probability (`_FUTILITY`).
         Stopping early can shrink a radius but never falsify one, so this rule needs no part of α.
         """
         size = _images_per_block(len(images[0].counts["selection"]), len(schedule.looks)) if images else 1
@@ -214,28 +220,28 @@ class Derivation:
         self, schedule: Schedule, images: Sequence[ImageCounts], now: Certificates
     ) -> Float[np.ndarray, " images"]:
         """The radius after the last look in the optimistic future of `decided`; at least the radius of `now`."""
-        rows, n, level = np.arange(len(images)), schedule.n, _FUTILITY
+        rows, n, level = np.arange(len(images)), schedule.n, _FUTILITY["anytime" if schedule.anytime else "staged"]
         candidate = np.stack([image.counts["selection"] for image in images]).argmax(axis=1)
-        left, share = n - now.n, self.alpha / len(schedule.looks)
+        left, share, (lower, upper) = n - now.n, schedule.level(self.alpha), schedule.limits
         leading = now.counts[rows, candidate]
         hoped = leading + np.ceil(left * confidence.trusted_upper(leading, now.n, level)).astype(np.int64)
         hoped = np.minimum(hoped, leading + left)
-        p_a = np.maximum(now.p_a_lower, confidence.trusted_lower(hoped, n, share) - self.tau)
+        p_a = np.maximum(now.p_a_lower, lower(hoped, n, share) - self.tau)
         p_b = 1 - p_a
         if self.bound == "multiclass":
             rivals = now.counts.copy()
             rivals[rows, candidate] = -1
             strongest = rivals.max(axis=1)
             feared = strongest + np.floor(left * confidence.trusted_lower(strongest, now.n, level)).astype(np.int64)
-            p_b = np.minimum(p_b, confidence.trusted_upper(feared, n, share) + self.tau)
+            p_b = np.minimum(p_b, upper(feared, n, share) + self.tau)
         slack = np.array([image.slack for image in images])
         p_b = np.clip(p_b, 1e-15, 1.0)
         return np.maximum(now.radius, trusted_radius(p_a, p_b, self.sigma, self.lipschitz, slack))
 
     def largest_radius(self, schedule: Schedule, slack: float = 0.0) -> float:
         """The radius if all samples of the schedule agree."""
-        n, share = schedule.n, self.alpha / len(schedule.looks)
-        p_a = np.maximum(confidence.trusted_lower(n, n, share) - self.tau, 0.0)
+        n = schedule.n
+        p_a = np.maximum(schedule.limits[0](n, n, schedule.level(self.alpha)) - self.tau, 0.0)
         return float(trusted_radius(p_a, 1 - p_a, self.sigma, self.lipschitz, np.array(slack)))
 
 
@@ -247,6 +253,7 @@ def from_counts(
     alpha: float,
     bound: str = "binary",
     looks: Any = None,
+    horizon: Any = None,
     lipschitz: float = 1.0,
     slack: Any = 0.0,
     tau: float = 0.0,
@@ -263,20 +270,31 @@ def from_counts(
       bound: ``"binary"`` (p_B = 1 − p_A) or ``"multiclass"`` (class partitioning; Delattre et al. 2025): each bucket of
         rivals has an upper bound of its own.
       looks: all numbers of samples at which an image may have stopped, fixed beforehand; α is divided evenly over them,
-        and each image keeps the best bounds of the looks it reached. None: the sum of each row was fixed beforehand.
+        and each image keeps the best bounds of the looks it reached. None: the sum of each row was fixed beforehand, or
+        there is a `horizon`.
+      horizon: a number of samples, fixed beforehand, that no image exceeds; each may have stopped anywhere up to it.
+        The bounds are those of the schedule ``"anytime"`` (`smoothing.anytime`).
       tau: total variation between the sampled noise and the Gaussian; it worsens both probabilities.
 
     **Guarantee**: for each image separately, with probability at least 1 − alpha over the estimation samples, the
     smoothed classifier returns ``predict`` everywhere within ``radius`` of the image, or the row abstains. Assumes
     that the samples of an image are independent draws of one distribution, within `tau` of the Gaussian's, and that
     selection and estimation samples are independent. With `looks` it holds for any rule of stopping at one of them,
-    because all the bounds at all the looks hold together (union bound).
+    because all the bounds at all the looks hold together (union bound); with `horizon` for any rule of stopping.
     """
     derivation, slack = Derivation(sigma, alpha, bound, lipschitz, tau), numbers("slack", slack)
     selection = _counts("selection", selection)
+    level, limits = derivation.alpha, confidence.CLOPPER_PEARSON
     if looks is None:
         rows = _counts("estimation", estimation)
-        lengths, share, horizon = np.ones(len(rows), int), 1, rows.sum(axis=1)
+        lengths, last = np.ones(len(rows), int), rows.sum(axis=1)
+        if horizon is not None:
+            if not is_whole(horizon) or not last.max() <= horizon <= confidence.MAX_SAMPLES:
+                most = f"{last.max()} samples of an image, and at most 2**27"
+                raise UserError(f"horizon must be a whole number, at least the {most}, got {horizon!r}")
+            last, limits = np.full(len(rows), horizon), anytime.limits(horizon)
+    elif horizon is not None:
+        raise UserError("from_counts takes looks or a horizon, not both")
     else:
         found = array("looks", looks)
         if found.ndim != 1 or not found.size or found.dtype.kind not in "iu" or not (found[1:] > found[:-1]).all():
@@ -284,13 +302,13 @@ def from_counts(
         if found[-1] > confidence.MAX_SAMPLES:
             raise UserError(f"looks must not be above 2**27 samples, got {found[-1]}")
         rows, lengths = _rows_at_looks(estimation, found)
-        share, horizon = len(found), np.full(len(selection), found[-1])
+        level, last = derivation.alpha / len(found), np.full(len(selection), found[-1])
     shape = len(lengths), rows.shape[1]
     if selection.shape != shape:
         raise UserError(f"selection counts {selection.shape} and estimation counts {shape} differ in shape")
     if slack.shape not in ((), shape[:1]) or np.any(~((slack >= 0) & np.isfinite(slack))):
         raise UserError("slack must be finite and not negative, one number or one per image")
-    return derivation.derive(selection, rows, lengths, horizon, slack, share)
+    return derivation.derive(selection, rows, lengths, last, slack, level, limits)
 
 
 def _rows_at_looks(

@@ -5,11 +5,12 @@ import dataclasses
 import functools
 
 from lsrs_jax.runtime.errors import UserError
-from lsrs_jax.runtime.format import FIRST_LOOK, LOOK_GROWTH
+from lsrs_jax.runtime.format import ANYTIME_FIRST_LOOK, ANYTIME_LOOK_GROWTH, FIRST_LOOK, LOOK_GROWTH
 from lsrs_jax.runtime.validate import choice, is_whole
+from lsrs_jax.smoothing import anytime, confidence
 from lsrs_jax.smoothing.confidence import MAX_SAMPLES
 
-SCHEDULES = ("fixed", "staged")
+SCHEDULES = ("fixed", "staged", "anytime")
 
 
 def block_count(n: int, samples: int) -> int:
@@ -22,12 +23,14 @@ class Schedule:
     """The samples of an image: `n0` for the selection, then estimation samples with interim looks.
 
     Certificates may be derived at the looks, growing numbers of estimation samples. All but the last are multiples of
-    `samples`, the noise vectors per sample block. The fixed schedule has one look.
+    `samples`, the noise vectors per sample block. The fixed schedule has one look. The looks share alpha, but not if
+    the schedule is `anytime`: then the bounds of `smoothing.anytime` hold at all of them together.
     """
 
     n0: int
     looks: tuple[int, ...]
     samples: int
+    anytime: bool = False
 
     def __post_init__(self) -> None:
         for name, count in (("n0", self.n0), *(("n", look) for look in self.looks)):
@@ -49,6 +52,15 @@ class Schedule:
         """Whether there are interim looks."""
         return len(self.looks) > 1
 
+    def level(self, alpha: float) -> float:
+        """The part of alpha that the bounds at one look get."""
+        return alpha if self.anytime else alpha / len(self.looks)
+
+    @property
+    def limits(self) -> confidence.Limits:
+        """The lower and the upper bound of a probability at a look."""
+        return anytime.limits(self.n) if self.anytime else confidence.CLOPPER_PEARSON
+
     @functools.cached_property
     def totals(self) -> dict[str, int]:
         """Number of samples of each stream; the streams are in the order in which they are drawn."""
@@ -69,13 +81,14 @@ class Schedule:
 
 
 def make_schedule(kind: str, n0: int, n: int, samples: int) -> Schedule:
-    """The `Schedule` ``"fixed"`` (one look, at n samples) or ``"staged"`` (looks growing by `LOOK_GROWTH` up to n)."""
+    """The `Schedule` ``"fixed"`` (one look, at n samples), ``"staged"`` or ``"anytime"`` (looks that grow up to n)."""
     choice("schedule", kind, SCHEDULES)
     fixed = Schedule(n0, (n,), samples)
     if kind == "fixed":
         return fixed
-    looks, target = set[int](), float(FIRST_LOOK)
-    while target * LOOK_GROWTH**0.5 < n:
+    first, growth = (FIRST_LOOK, LOOK_GROWTH) if kind == "staged" else (ANYTIME_FIRST_LOOK, ANYTIME_LOOK_GROWTH)
+    looks, target = set[int](), float(first)
+    while target * growth**0.5 < n:
         looks.add(block_count(int(target), samples) * samples)
-        target *= LOOK_GROWTH
-    return Schedule(n0, (*sorted(look for look in looks if look < n), n), samples)
+        target *= growth
+    return Schedule(n0, (*sorted(look for look in looks if look < n), n), samples, kind == "anytime")
