@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 ABSENT = {"bound": "binary", "schedule": "fixed", "arithmetic": "float32", "noise": "shared", "head_dtype": "float32"}
 ABSENT |= {"certificate": "smoothed", "seed": -2}  # what a missing field of config.certify means
@@ -82,17 +82,19 @@ def lipschitz_constant(report: dict[str, Any]) -> float:
 def check_settings(document: dict[str, Any]) -> float:
     """Compares identity, configuration, derivation and latent; returns the least slack that an image can have."""
     identity, config, latent = document["identity"], document["config"], document["lipschitz"]["output_shape"]
-    certify, sigma, looks, target = config["certify"], config["sigma"], set[int](), 1000.0
+    certify, sigma, looks = config["certify"], config["sigma"], set[int]()
     need(2.0**-60 <= sigma <= 2.0**60 and 1e-100 <= certify["alpha"] < 1, "sigma or alpha is out of range")
     n0, n, (_, block), classes = certify["n0"], certify["n"], certify["tile"], identity["classes"]
     whole = all(type(size) is int and size >= 1 for size in (n0, n, block, classes, *latent))
     need(whole and max(n0, n) <= 2**27 and 2 <= classes <= 2**20, "n0, n, tile, classes or latent are out of range")
-    need({certify["schedule"], certify["bound"]} <= {"fixed", "staged", "binary", "multiclass"}, "unknown schedule")
-    while certify["schedule"] == "staged" and target * 1.3**0.5 < n:  # each look has 1.3 times as many samples
+    known = {"fixed", "staged", "anytime", "binary", "multiclass"}
+    need({certify["schedule"], certify["bound"]} <= known, "unknown schedule or bound")
+    target, growth = {"fixed": (n, 2), "staged": (1000.0, 1.3), "anytime": (100.0, 1.2)}[certify["schedule"]]
+    while target * growth**0.5 < n:
         looks.add(-(-int(target) // block) * block)
-        target *= 1.3
+        target *= growth
     digests = b"".join(str(identity[name].get("digest")).encode() for name in ("checkpoint", "data"))
-    seeds = {-1: int.from_bytes(sha256(digests).digest()[:4], "big"), -2: config["seed"]}
+    seed = {-1: int.from_bytes(sha256(digests).digest()[:4], "big"), -2: config["seed"]}
     facts, least = {"sigma": min(sigma, float(np.float32(sigma))), "tau": 0.0}, 10 * 2.0**-22 * sigma * (1 - 2.0**-24)
     if certify["arithmetic"] == "sound":  # exact grid arithmetic; the spacing is a power of two
         facts = {"sigma": sigma, "spacing": 2.0 ** (math.frexp(sigma)[1] - 15), "tau": math.prod(latent) * 2.0**-44}
@@ -101,7 +103,7 @@ def check_settings(document: dict[str, Any]) -> float:
     wanted |= {"stages": [*sorted(look for look in looks if look < n), n], "sigma": sigma, "prng": "threefry2x32"}
     wanted |= {
         "arithmetic": facts | {"name": certify["arithmetic"]},
-        "seed": seeds.get(certify["seed"], certify["seed"]),
+        "seed": seed.get(certify["seed"], certify["seed"]),
     }
     for name, value in wanted.items():
         stated = document["derivation" if name in ("alpha", "bound") else "identity"][name]
@@ -109,15 +111,12 @@ def check_settings(document: dict[str, Any]) -> float:
     return least * (1 - 1e-12)
 
 
-class Image:
-    """The counts of one image: of the selection, and of the estimation at every look that it has reached."""
-
+class Image:  # the counts of one image: of the selection, and of the estimation at every look that it has reached
     def __init__(self, label: int, slack: float, classes: int) -> None:
         self.label, self.slack, self.looks, self.seconds = label, slack, list[np.ndarray](), 0.0
         self.counts, self.done = np.zeros((2, classes), int), [0, 0]  # samples of the selection and the estimation
 
-    def add(self, row: tuple, identity: dict[str, Any]) -> None:
-        """Counts a row of a ledger: each sample block once, none over a look, the selection before the estimation."""
+    def add(self, row: tuple, identity: dict[str, Any]) -> None:  # each block once, none over a look, in order
         _, later, first, stop, label, slack, counts, seconds = row
         block, stops, start = identity["tile"][1], identity["stages"] if later else [identity["n0"]], self.done[later]
         following = first * block == start and first < stop and (stop - 1) * block < stops[-1]
@@ -173,17 +172,23 @@ def read_ledgers(folder: Path, votes: dict[str, Any], identity: dict[str, Any], 
     return {idx: image for idx, image in images.items() if image.done[1] in identity["stages"]}
 
 
-def clopper_pearson(k: Any, n: Any, level: Any, upper: bool) -> np.ndarray:
-    """One-sided bounds of Clopper and Pearson (1934), by bisection of the binomial tail, with the format's margin."""
-    columns = np.stack([part.ravel() for part in np.broadcast_arrays(k, n, level)]).astype(float)
+def bounds(k: Any, n: Any, level: Any, upper: bool, horizon: int = 0) -> np.ndarray:
+    """One-sided bounds with margins, by bisection: Clopper and Pearson's (1934), or those of bets up to a horizon."""
+    columns = np.stack([part.ravel() for part in np.broadcast_arrays(n - k if upper else k, n, level)]).astype(float)
     (k, n, level), inverse = np.unique(columns, axis=1, return_inverse=True)
-    low, high = np.zeros(len(k)), np.ones(len(k))
+    low, high, share = np.zeros(len(k)), np.ones(len(k)), np.where(n == horizon, 0.25, -1.0 if horizon else 1.0)
+    goal, half = -np.log(0.75 * level), 0.5 ** np.arange(16)[:, None]
     for _ in range(70):
         p = (low + high) / 2
-        refuted = (stats.binom.cdf(k, n, p) if upper else stats.binom.sf(k - 1, n, p)) <= level
-        low, high = np.where(refuted ^ upper, p, low), np.where(refuted ^ upper, high, p)
-    bound = np.where(k < n, np.minimum(high + 1e-10, 1.0), 1.0) if upper else low * (1 - 1e-10)
-    return bound[inverse.ravel()]
+        refuted = stats.binom.sf(k - 1, n, p) <= share * level
+        if horizon:
+            angle, stake = np.arcsin(np.sqrt(p)), half ** (1 / 3) / np.sum(half ** (1 / 3))
+            q = np.minimum(angle + np.sqrt((goal + 1.3) / (2 * horizon * half)), np.pi / 2)
+            won = special.xlogy(k, np.sin(q) / np.sin(angle)) + special.xlogy(n - k, np.cos(q) / np.cos(angle))
+            refuted |= special.logsumexp(2 * won, axis=0, b=stake) >= goal
+        low, high = np.where(refuted, p, low), np.where(refuted, high, p)
+    found = (low * (1 - 1e-10) if horizon or not upper else low)[inverse.ravel()]
+    return np.minimum(1 - found + 1e-10, 1.0) if upper else found
 
 
 def buckets(selection: np.ndarray, n: int, level: float, bound: str) -> tuple[np.ndarray, np.ndarray]:
@@ -202,8 +207,8 @@ def buckets(selection: np.ndarray, n: int, level: float, bound: str) -> tuple[np
         largest[row] = sums[1:].max(axis=0)
     of_option = np.array([max(option) for option in options])
     levels = np.where(of_option == 1, level, level / (1 + of_option))[:, None]
-    p_a = clopper_pearson(np.floor(shares[:, 0] * n), n, levels, upper=False).reshape(largest.shape)
-    p_b = clopper_pearson(np.floor(largest * n), n, levels, upper=True).reshape(largest.shape)
+    p_a = bounds(np.floor(shares[:, 0] * n), n, levels, upper=False).reshape(largest.shape)
+    p_b = bounds(np.floor(largest * n), n, levels, upper=True).reshape(largest.shape)
     best = (stats.norm.ppf(p_a) - stats.norm.ppf(np.minimum(1 - p_a, p_b))).argmax(axis=0)[inverse.ravel()]
     return np.take_along_axis(np.array(options)[best], np.argsort(order, axis=1), axis=1), of_option[best]
 
@@ -211,14 +216,15 @@ def buckets(selection: np.ndarray, n: int, level: float, bound: str) -> tuple[np
 def derive(images: list[Image], document: dict[str, Any], lipschitz: float) -> Any:
     """Candidate, radius, p_A and p_B of images that have reached a look."""
     derivation, looks, facts = document["derivation"], *map(document["identity"].get, ("stages", "arithmetic"))
-    level, tau = derivation["alpha"] / len(looks), facts["tau"] * (1 + 1e-9)
+    horizon, tau = looks[-1] * (document["identity"]["schedule"] == "anytime"), facts["tau"] * (1 + 1e-9)
+    level = derivation["alpha"] / (1 if horizon else len(looks))
     selection, slack = np.stack([image.counts[0] for image in images]), np.array([image.slack for image in images])
     bucket, of_image = buckets(selection, looks[-1], level, derivation["bound"])
-    owner = np.repeat(np.arange(len(images)), [len(image.looks) for image in images])
-    parts = [np.bincount(bucket[row], weights=look) for row, image in enumerate(images) for look in image.looks]
+    rows = [(row, look) for row, image in enumerate(images) for look in image.looks[-1 if horizon else 0 :]]
+    owner, parts = np.array([row for row, _ in rows]), [np.bincount(bucket[row], weights=look) for row, look in rows]
     n, levels = np.array([part.sum() for part in parts]), np.where(of_image == 1, level, level / (1 + of_image))[owner]
-    lower = clopper_pearson(np.array([part[0] for part in parts]), n, levels, upper=False)
-    above = clopper_pearson(np.array([part[1:].max() for part in parts]), n, levels, upper=True)
+    lower = bounds(np.array([part[0] for part in parts]), n, levels, False, horizon)
+    above = bounds(np.array([part[1:].max() for part in parts]), n, levels, True, horizon)
     above = np.where(of_image[owner] == 1, 1 - lower, np.minimum(1 - lower, above))
     starts = np.searchsorted(owner, np.arange(len(images)))  # the best bounds of the looks that an image has reached
     p_a = np.maximum(np.maximum.reduceat(lower, starts) - tau, 0.0)
@@ -289,8 +295,7 @@ def verify(folder: Path) -> int:
 def main(arguments: list[str]) -> int:
     try:
         need(len(arguments) == 1, "usage: python verify_certificates.py FOLDER")
-        with inside("error"):
-            return verify(Path(arguments[0]))
+        return inside("error")(verify)(Path(arguments[0]))
     except ValueError as problem:
         print("".join(letter if letter.isprintable() else "?" for letter in str(problem))[:1000], file=sys.stderr)
         return 2

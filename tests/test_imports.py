@@ -81,7 +81,7 @@ def test_the_statistics_work_without_jax_and_the_sampler_without_flax():
         "lsrs_jax.runtime",
         *(f"lsrs_jax.runtime.{name}" for name in ("errors", "format", "moved", "validate")),
         "lsrs_jax.smoothing",
-        *(f"lsrs_jax.smoothing.{name}" for name in ("confidence", "counts", "derivation", "schedule")),
+        *(f"lsrs_jax.smoothing.{name}" for name in ("anytime", "confidence", "counts", "derivation", "schedule")),
     }
     modules, unchanged = loaded("from lsrs_jax.smoothing import certify")
     assert unchanged

@@ -32,7 +32,7 @@ PARAMETERS = {
     "lsrs_jax.smoothing.certify": f"head latents sigma key {_SAMPLING} lipschitz slack {_WAYS} {_FLAGS} progress",
     "lsrs_jax.smoothing.predict": f"head latents sigma key n alpha {_WAYS} {_FLAGS}",
     "lsrs_jax.smoothing.certified_radius": "p_a_lower p_b_upper sigma lipschitz slack",
-    "lsrs_jax.smoothing.from_counts": "selection estimation sigma alpha bound looks lipschitz slack tau",
+    "lsrs_jax.smoothing.from_counts": "selection estimation sigma alpha bound looks horizon lipschitz slack tau",
     "lsrs_jax.margin.certified_margin": "logits weights lipschitz slack",
     "lsrs_jax.config.default": "",
     "lsrs_jax.training.fit": "config data test workdir class_names",

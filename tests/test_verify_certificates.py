@@ -128,7 +128,7 @@ def test_the_program_stands_alone(copy, tmp_path):
 GRID = [
     (bound, schedule, arithmetic, classes)
     for bound in ("binary", "multiclass")
-    for schedule in ("fixed", "staged")
+    for schedule in ("fixed", "staged", "anytime")
     for arithmetic, classes in (("sound", 3), ("sound", 40), ("float32", 10))
 ]
 
