@@ -82,29 +82,25 @@ def lipschitz_constant(report: dict[str, Any]) -> float:
 def check_settings(document: dict[str, Any]) -> float:
     """Compares identity, configuration, derivation and latent; returns the least slack that an image can have."""
     identity, config, latent = document["identity"], document["config"], document["lipschitz"]["output_shape"]
-    certify, sigma, looks = config["certify"], config["sigma"], set[int]()
+    certify, sigma, looks, seed = config["certify"], config["sigma"], set[int](), config["certify"]["seed"]
     need(2.0**-60 <= sigma <= 2.0**60 and 1e-100 <= certify["alpha"] < 1, "sigma or alpha is out of range")
     n0, n, (_, block), classes = certify["n0"], certify["n"], certify["tile"], identity["classes"]
     whole = all(type(size) is int and size >= 1 for size in (n0, n, block, classes, *latent))
     need(whole and max(n0, n) <= 2**27 and 2 <= classes <= 2**20, "n0, n, tile, classes or latent are out of range")
-    known = {"fixed", "staged", "anytime", "binary", "multiclass"}
-    need({certify["schedule"], certify["bound"]} <= known, "unknown schedule or bound")
-    target, growth = {"fixed": (n, 2), "staged": (1000.0, 1.3), "anytime": (100.0, 1.2)}[certify["schedule"]]
+    target, growth = {"fixed": (n, 2), "staged": (1e3, 1.3), "anytime": (1e2, 1.2)}.get(certify["schedule"], (0, 0))
+    need(target and certify["bound"] in ("binary", "multiclass"), "unknown schedule")
     while target * growth**0.5 < n:
         looks.add(-(-int(target) // block) * block)
         target *= growth
     digests = b"".join(str(identity[name].get("digest")).encode() for name in ("checkpoint", "data"))
-    seed = {-1: int.from_bytes(sha256(digests).digest()[:4], "big"), -2: config["seed"]}
+    seed = {-1: int.from_bytes(sha256(digests).digest()[:4], "big"), -2: config["seed"]}.get(seed, seed)
     facts, least = {"sigma": min(sigma, float(np.float32(sigma))), "tau": 0.0}, 10 * 2.0**-22 * sigma * (1 - 2.0**-24)
     if certify["arithmetic"] == "sound":  # exact grid arithmetic; the spacing is a power of two
         facts = {"sigma": sigma, "spacing": 2.0 ** (math.frexp(sigma)[1] - 15), "tau": math.prod(latent) * 2.0**-44}
         least = math.sqrt(math.prod(latent)) * facts["spacing"]
     wanted = {name: certify[name] for name in ("n0", "n", "schedule", "tile", "noise", "head_dtype", "alpha", "bound")}
     wanted |= {"stages": [*sorted(look for look in looks if look < n), n], "sigma": sigma, "prng": "threefry2x32"}
-    wanted |= {
-        "arithmetic": facts | {"name": certify["arithmetic"]},
-        "seed": seed.get(certify["seed"], certify["seed"]),
-    }
+    wanted |= {"arithmetic": facts | {"name": certify["arithmetic"]}, "seed": seed}
     for name, value in wanted.items():
         stated = document["derivation" if name in ("alpha", "bound") else "identity"][name]
         need(stated == value, f"its {name} is {stated!r}, the configuration gives {value!r}")
@@ -179,8 +175,7 @@ def bounds(k: Any, n: Any, level: Any, upper: bool, horizon: int = 0) -> np.ndar
     low, high, share = np.zeros(len(k)), np.ones(len(k)), np.where(n == horizon, 0.25, -1.0 if horizon else 1.0)
     goal, half = -np.log(0.75 * level), 0.5 ** np.arange(16)[:, None]
     for _ in range(70):
-        p = (low + high) / 2
-        refuted = stats.binom.sf(k - 1, n, p) <= share * level
+        refuted = stats.binom.sf(k - 1, n, p := (low + high) / 2) <= share * level
         if horizon:
             angle, stake = np.arcsin(np.sqrt(p)), half ** (1 / 3) / np.sum(half ** (1 / 3))
             q = np.minimum(angle + np.sqrt((goal + 1.3) / (2 * horizon * half)), np.pi / 2)
