@@ -31,6 +31,7 @@ PARAMETERS = {
     "lsrs_jax.models.register_head": "name make",
     "lsrs_jax.smoothing.certify": f"head latents sigma key {_SAMPLING} lipschitz slack {_WAYS} {_FLAGS} progress",
     "lsrs_jax.smoothing.predict": f"head latents sigma key n alpha {_WAYS} {_FLAGS}",
+    "lsrs_jax.smoothing.FirstLayer": "kernel bias strides padding",
     "lsrs_jax.smoothing.certified_radius": "p_a_lower p_b_upper sigma lipschitz slack",
     "lsrs_jax.smoothing.from_counts": "selection estimation sigma alpha bound looks horizon lipschitz slack tau",
     "lsrs_jax.margin.certified_margin": "logits weights lipschitz slack",
