@@ -97,6 +97,7 @@ PROBES += [
     "shard_map",
     "fixed",
     "staged",
+    "anytime",
     "binary",
     "multiclass",
     "shared",

@@ -85,7 +85,11 @@ BAD_CERTIFY = {
     "other noise": ([], "--config.certify.noise=independent", "noise was 'shared' and is now 'independent'"),
     "other head_dtype": ([], "--config.certify.head_dtype=bfloat16", "head_dtype was 'float32' and is now 'bfloat16'"),
     "unknown bound": ([], "--config.certify.bound=ternary", "certify.bound must be 'binary' or 'multiclass'"),
-    "unknown schedule": ([], "--config.certify.schedule=quick", "certify.schedule must be 'fixed' or 'staged'"),
+    "unknown schedule": (
+        [],
+        "--config.certify.schedule=quick",
+        "certify.schedule must be 'fixed', 'staged' or 'anytime'",
+    ),
     "negative radii": ([], "--config.certify.radii=(-1.0,)", "certify.radii must be numbers >= 0"),
     "words as radii": ([], "--config.certify.radii=('a',)", "certify.radii has the wrong type"),
     "n from counts": ([], ["--from-counts", "--config.certify.n=2000"], "were drawn with n 1000, not 2000"),

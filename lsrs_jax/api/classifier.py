@@ -134,12 +134,13 @@ class SmoothedClassifier:
           key: a typed threefry key, ``jax.random.key(seed, impl="threefry2x32")``. By default the seed is derived from
             the digests of parameters and inputs.
           n0: samples that choose the class.
-          n: fresh samples that certify it; with ``schedule="staged"`` the most that an input can get.
+          n: fresh samples that certify it; with another schedule than ``"fixed"`` the most that an input can get.
           alpha: failure probability per input.
           bound: ``"binary"``, or ``"multiclass"`` for larger radii where no class has half of the samples.
-          schedule: ``"fixed"``, or ``"staged"``: samples up to growing looks, until the answer is decided.
-          radii: if staged: the radii to decide (and always 0, any certificate). None: the radius itself.
-          epsilon: if staged without radii: how far the radius may stay below that of n samples, in sigma/lipschitz.
+          schedule: ``"fixed"``; or ``"staged"`` or ``"anytime"``: samples up to growing looks, until the answer is
+            decided. ``"anytime"`` needs fewer samples; its bounds hold wherever the sampling stopped.
+          radii: unless fixed: the radii to decide (and always 0, any certificate). None: the radius itself.
+          epsilon: unless fixed, without radii: how far the radius may stay below that of n samples, in sigma/lipschitz.
           slack: ℓ2 error of the latents, in their units, which is subtracted too: one number, or one per input.
           counts: ``samples`` of earlier certificates of the same head, latents, key and schedule, to be continued; only
             without `out`.

@@ -193,10 +193,10 @@ FIELDS: dict[str, Field] = {
         _one_of(*SCHEDULES),
     ),
     "certify.radii": Field(
-        (), (), "Staged sampling stops when it is known which of these radii are certified.", _RADII
+        (), (), "Staged and anytime sampling stop when it is known which of these radii are certified.", _RADII
     ),
     "certify.epsilon": Field(
-        0.05, 0.05, "Without radii, staged sampling stops at this precision, in sigma / L.", _POSITIVE
+        0.05, 0.05, "Without radii, staged and anytime sampling stop at this precision, in sigma / L.", _POSITIVE
     ),
     "certify.start": Field(0, REQUIRED, "The first certified image has this index.", _at_least(0)),
     "certify.stop": Field(0, REQUIRED, "Certification ends before this index; 0 means the end of the split.", _STOP),

@@ -42,10 +42,11 @@ def lower(k: ArrayLike, n: ArrayLike, alpha: ArrayLike, horizon: int) -> Float[n
     parts = np.broadcast_arrays(k, n, alpha)
     columns = np.stack([part.ravel() for part in parts]).astype(float)  # counts up to 2**27 are exact
     found, inverse = np.unique(columns, axis=1, return_inverse=True)
-    bound = _not_refuted(*found[:2], (1 - _AT_HORIZON) * found[2], horizon) * (1 - _MARGIN)
-    end = found[1] == horizon
-    counts = found[:2, end].astype(np.int64)
-    bound[end] = np.maximum(bound[end], confidence.trusted_lower(*counts, _AT_HORIZON * found[2, end]))
+    hits, size, level = found
+    bound = _not_refuted(hits, size, (1 - _AT_HORIZON) * level, horizon) * (1 - _MARGIN)
+    end = np.flatnonzero(size == horizon)
+    at_end = confidence.trusted_lower(hits[end].astype(np.int64), horizon, _AT_HORIZON * level[end])
+    bound[end] = np.maximum(bound[end], at_end)
     return bound[inverse.ravel()].reshape(parts[0].shape)
 
 
