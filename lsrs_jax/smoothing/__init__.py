@@ -13,11 +13,13 @@ from lsrs_jax.smoothing.derivation import Certificates, certified_radius, from_c
 
 if TYPE_CHECKING:
     from lsrs_jax.smoothing.api import certify, predict
+    from lsrs_jax.smoothing.composition import compose
     from lsrs_jax.smoothing.sampler import Sampler
 
-__all__ = ["Certificates", "Sampler", "certified_radius", "certify", "confidence", "from_counts", "predict"]
+__all__ = ["Certificates", "Sampler", "certified_radius", "certify", "compose", "confidence", "from_counts", "predict"]
 
 _LAZY = dict.fromkeys(("certify", "predict"), f"{__name__}.api") | {"Sampler": f"{__name__}.sampler"}
+_LAZY["compose"] = f"{__name__}.composition"
 _LAZY["SmoothedClassifier"] = "lsrs_jax.api.classifier"  # its place in earlier versions was here
 
 

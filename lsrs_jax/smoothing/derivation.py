@@ -20,7 +20,7 @@ _MARGIN = 1e-12  # on-disk format: tables are compared digit by digit
 _ABSOLUTE = 1e-14  # per unit of the quantiles; on-disk format
 _ENTRIES = 2**21  # counts of the images that are derived at once
 BLOCK_BYTES = 5 * 8 * _ENTRIES  # memory that this takes
-_FUTILITY = 0.01  # level of the optimistic limits; stopping too early costs radius, never the guarantee
+FUTILITY = 0.01  # level of the optimistic limits; stopping too early costs radius, never the guarantee
 
 
 def check_sigma(sigma: Any) -> None:
@@ -147,6 +147,9 @@ class Derivation:
         size = _images_per_block(len(images[0].counts["selection"]), max(len(i.looks) for i in images))
         if len(images) > size:
             return _joined([self.certificates(schedule, images[a : a + size]) for a in range(0, len(images), size)])
+        return self._of_one_block(schedule, images)
+
+    def _of_one_block(self, schedule: Schedule, images: Sequence[ImageCounts]) -> Certificates:
         selection, rows = np.stack([i.counts["selection"] for i in images]), np.concatenate([i.looks for i in images])
         lengths, slack = np.array([len(i.looks) for i in images]), np.array([i.slack for i in images])
         return self.derive(selection, rows, lengths, np.full(len(images), schedule.n), slack, len(schedule.looks))
@@ -214,7 +217,7 @@ class Derivation:
         self, schedule: Schedule, images: Sequence[ImageCounts], now: Certificates
     ) -> Float[np.ndarray, " images"]:
         """The radius after the last look in the optimistic future of `decided`; at least the radius of `now`."""
-        rows, n, level = np.arange(len(images)), schedule.n, _FUTILITY
+        rows, n, level = np.arange(len(images)), schedule.n, FUTILITY
         candidate = np.stack([image.counts["selection"] for image in images]).argmax(axis=1)
         left, share = n - now.n, self.alpha / len(schedule.looks)
         leading = now.counts[rows, candidate]
