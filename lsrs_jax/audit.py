@@ -28,7 +28,7 @@ from lsrs_jax.auditing.table import Attacked, Journal, Settings, attacked_rows, 
 from lsrs_jax.certification.store import Stored, read_folder
 from lsrs_jax.certification.table import read_table
 from lsrs_jax.certification.target import TrainedTarget, target_of_certificates
-from lsrs_jax.flags import config_of_training, given_data_dir
+from lsrs_jax.flags import config_of_training, given
 from lsrs_jax.models.custom import allowing
 from lsrs_jax.runtime import files, processes
 from lsrs_jax.runtime.errors import UserError
@@ -82,7 +82,7 @@ def _run(workdir: Path, settings: Settings, rest: list[str]) -> None:
     alpha = stored.settings.certify.alpha
     check_votes(settings, alpha)
     processes.cache_compilations()
-    target = target_of_certificates(folder, stored, given_data_dir(rest, asked))
+    target = target_of_certificates(folder, stored, given(rest, asked, "data.dir"))
     with files.locked(folder / ".audit.lock", f"auditing {folder}"):
         journal = Journal(folder, settings, stored.derivation["certificates"])
         _attack(target, settings, stored, journal)

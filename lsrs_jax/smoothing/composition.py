@@ -144,6 +144,8 @@ class Composed(Derivation):
         return Certificates(predict, radius, last, last.sum(axis=1), p_a, p_b, predict < 0)
 
     def _plan(self, schedule: Schedule, images: Sequence[ImageCounts]) -> _Plan:
+        if unknown := [image.idx for image in images if image.idx not in self.answers]:
+            raise UserError(f"there is no answer of the fallback at image {unknown[0]}")
         selection, rows = np.stack([i.counts["selection"] for i in images]), np.arange(len(images))
         fallback, margin = (np.array(column) for column in zip(*(self.answers[i.idx] for i in images), strict=True))
         leader, fallback = selection.argmax(axis=1), np.where(margin > 0, fallback, -1)
