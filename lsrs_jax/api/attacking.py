@@ -68,8 +68,9 @@ def _attack_all(
 ) -> Any:
     encoder, batch = classifier.encoder(inputs.shape[1:]), classifier.settings["tile"][0]
     sampler = classifier.sampler(encoder.report.output_shape, channels_last)
-    levels = {"lipschitz": encoder.report.constant, "alpha": alpha}
-    auditor = Auditor(encoder, classifier.head, sampler, settings=settings, seed=seed, **levels)
+    levels: dict[str, Any] = {"lipschitz": encoder.report.constant, "alpha": alpha}
+    levels |= {"seed": seed, "fallback": classifier.fallback}
+    auditor = Auditor(encoder, classifier.head, sampler, settings=settings, **levels)
     return attack_batches(auditor, table, np.arange(len(table.idx)), lambda idx: inputs[idx], batch, done, say)
 
 

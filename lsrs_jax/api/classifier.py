@@ -1,6 +1,5 @@
 """`SmoothedClassifier`: any JAX function as a certified classifier, in memory or with files."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +12,12 @@ from jaxtyping import Array, Float, Int
 
 from lsrs_jax.api.arguments import labels_of, reporter, seed_of
 from lsrs_jax.api.encoding import Encoding, all_positive
-from lsrs_jax.api.result import Prediction, Result, prediction
+from lsrs_jax.api.fallback import answers_of, fallback_of
+from lsrs_jax.api.result import Prediction, Result, prediction, result_of
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.rng import root_key
 from lsrs_jax.smoothing.api import Smoother, check_latents, check_slack
-from lsrs_jax.smoothing.confidence import leaders
+from lsrs_jax.smoothing.composition import leaders_of
 from lsrs_jax.smoothing.counts import Counts
 from lsrs_jax.smoothing.derivation import Certificates
 from lsrs_jax.smoothing.engine import Images
@@ -51,6 +51,10 @@ class SmoothedClassifier:
       spmd: ``"shard_map"`` or ``"pmap"``.
       devices: the local devices to use; all of them by default.
       channels_last: on a CPU, run NCHW convolutions of the head as NHWC ones, which is faster and rounds differently.
+      fallback: a deterministic classifier that answers where no class has more than half of the probability: the
+        workdir of a network with a linear head, or a function from inputs to scores ``(B, K)`` in the units of the
+        inputs, each 1-Lipschitz in ℓ2, no two of an input with a positive sum (`smoothing.compose`). That they are so
+        is your claim, tried at some inputs; lower them by their rounding. To audit, write it in JAX.
 
     The programs are compiled once per shape.
     """
@@ -69,6 +73,7 @@ class SmoothedClassifier:
         spmd: str = "shard_map",
         devices: Sequence[Any] | None = None,
         channels_last: bool = True,
+        fallback: Any = None,
     ) -> None:
         if not callable(head):
             kind = type(head).__name__
@@ -83,6 +88,7 @@ class SmoothedClassifier:
         self.class_names = None if class_names is None else tuple(map(str, class_names))
         self.settings: dict[str, Any] = {name: value for name, value in settings.items() if name != "devices"}
         self.settings["tile"] = tuple(tile)
+        self.fallback = fallback_of(fallback)
 
     @property
     def has_encoder(self) -> bool:
@@ -156,6 +162,8 @@ class SmoothedClassifier:
         own, say, slack = labels_of(labels, len(inputs)), reporter(progress), check_slack(slack, len(inputs))
         sampling = {"n0": n0, "n": n, "alpha": alpha, "bound": bound, "schedule": schedule, "epsilon": epsilon}
         if out is not None:
+            if self.fallback:
+                raise UserError("out takes no fallback: certify.fallback of lsrs certify writes such certificates")
             if own is None or counts is not None:
                 raise UserError("out needs labels" if own is None else "counts are for certificates without out")
             fields = sampling | {"radii": () if radii is None else radii, "name": name}
@@ -167,11 +175,12 @@ class SmoothedClassifier:
             sampler = self.sampler(latents.shape[1:])
             some = Images(range(len(own)), own.tolist(), [], sampler.quantize(latents))
             say(accuracy_under_noise(sampler, some))
-        key = root_key(self._derived_seed(inputs, own)) if key is None else key
-        given = {"radii": radii, "slack": total, "counts": counts, "progress": say}
+        answers = answers_of(self.fallback, inputs, self.sampler(latents.shape[1:]).num_classes)
+        key = root_key(self._derived_seed(inputs, own, answers)) if key is None else key
+        given = {"radii": radii, "slack": total, "counts": counts, "progress": say, "fallback": answers}
         found = self._smoother.certify(latents, key=key, **given, **sampling)
         decided = () if radii is None or schedule == "fixed" else tuple(map(float, radii))
-        return self._result(found, own, decided)
+        return result_of(found, own, self.class_names, self.sigma, decided)
 
     def _certify_into(
         self, out: Path, inputs: np.ndarray, labels: np.ndarray, slack: np.ndarray, key: Any, fields: Any, say: Any
@@ -197,16 +206,18 @@ class SmoothedClassifier:
           details: return a `Prediction`, with the counts and the reason of every abstention.
 
         Returns the class with the most samples, or −1 where the two-sided binomial test does not tell it from the
-        second. Raises UserError (a ValueError) for every bad input.
+        second. With a fallback: `composition.composed_leaders`. Raises UserError (a ValueError) for every bad input.
 
         **Guarantee**: for each input the class returned is that of the smoothed classifier with probability at least
         1 − alpha. (The test of the two leading classes is valid at this level although the samples chose them; Hung and
         Fithian 2019.)
         """
-        latents, _ = self._encoding.latents(check_latents(x, "x"), np.inf, self.sigma, self.settings["tile"][0])
+        inputs = check_latents(x, "x")
+        latents, _ = self._encoding.latents(inputs, np.inf, self.sigma, self.settings["tile"][0])
         counts = self._smoother.prediction_counts(latents, key, n, alpha)
-        classes = leaders(counts, float(alpha), self.sampler(latents.shape[1:]).tau)
-        return prediction(classes, counts) if details else classes
+        fallback = None if self.fallback is None else self.fallback.classes(inputs)
+        classes = leaders_of(counts, fallback, float(alpha), self.sampler(latents.shape[1:]).tau)
+        return prediction(classes, counts, self.fallback is not None) if details else classes
 
     def soft_logits(self, x: Any, key: jax.Array, samples: int) -> Float[Array, "inputs classes"]:
         """Log of the mean over noise of softmax(head(encoder(x) + δ)), differentiable in x (Salman et al. 2019).
@@ -288,6 +299,8 @@ class SmoothedClassifier:
             program = jax.export.deserialize(pathlib.Path(path).read_bytes())
             classes = program.call(x, jax.random.key_data(jax.random.key(seed, impl="threefry2x32")))
         """
+        if self.fallback:
+            raise UserError("export writes the votes alone: export a classifier without fallback")
         from lsrs_jax.api.export import export_predict
         from lsrs_jax.runtime.files import write_atomic
 
@@ -329,14 +342,9 @@ class SmoothedClassifier:
             if not sampler.is_current(self.head):
                 raise UserError("the head has changed since this object compiled it: make a new SmoothedClassifier")
 
-    def _derived_seed(self, inputs: np.ndarray, labels: np.ndarray | None) -> int:
+    def _derived_seed(self, inputs: np.ndarray, labels: np.ndarray | None, answers: Any) -> int:
         from lsrs_jax.certification.identity import derived_seed
 
         dataset = self.dataset(inputs, np.zeros(len(inputs), int) if labels is None else labels)
-        return derived_seed(self.identity(inputs.shape[1:]).parameters, dataset.digest())
-
-    def _result(self, found: Certificates, labels: np.ndarray | None, radii: tuple[float, ...]) -> Result:
-        fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
-        classes = found.counts.shape[1]
-        names = self.class_names or tuple(map(str, range(classes)))
-        return Result(**fields, labels=labels, class_names=names, sigma=self.sigma, radii=radii)
+        fallback = repr(answers) if answers else None
+        return derived_seed(self.identity(inputs.shape[1:]).parameters, dataset.digest(), fallback)

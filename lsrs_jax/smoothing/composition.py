@@ -92,6 +92,15 @@ def composed_leaders(
     return np.where(above, leader, np.where(below, fallback, -1))
 
 
+def leaders_of(
+    counts: Int[np.ndarray, "images classes"], fallback: Int[np.ndarray, " images"] | None, alpha: float, tau: float
+) -> Int[np.ndarray, " images"]:
+    """`composed_leaders`, or `confidence.leaders` without a fallback."""
+    if fallback is None:
+        return confidence.leaders(counts, alpha, tau)
+    return composed_leaders(counts, fallback, alpha, tau)
+
+
 def _tail(k: np.ndarray, n: np.ndarray, p: float) -> Float[np.ndarray, " images"]:
     """P[Binomial(n, p) >= k]."""
     return np.where(k > 0, special.betainc(np.maximum(k, 1), n - np.maximum(k, 1) + 1, min(p, 1.0)), 1.0)
