@@ -20,7 +20,6 @@ from lsrs_jax.smoothing.derivation import FUTILITY, Certificates, Derivation, tr
 from lsrs_jax.smoothing.schedule import Schedule
 
 _ROUNDING = 1e-15  # covers 1 - p in float64; on-disk format
-_SURE = 3, 4  # a leader with this share of the selection samples is certified alone; on-disk format
 Answers = Mapping[int, tuple[int, float]]  # idx -> class of the fallback, and its certified radius
 
 
@@ -111,11 +110,11 @@ class _Plan:
     """What is bounded, per image: it is fixed by the selection samples and the fallback alone."""
 
     leader: Int[np.ndarray, " images"]  # the class with the most selection samples
-    fallback: Int[np.ndarray, " images"]  # class of the fallback; −1 if it is not certified
+    fallback: Int[np.ndarray, " images"]  # class of the fallback
     margin: Float[np.ndarray, " images"]  # certified radius of the fallback
     agree: Bool[np.ndarray, " images"]  # leader and fallback are the same class
-    bucket: Int[np.ndarray, "images classes"]  # of every class that is bounded from above; −1 for the others
-    bounds: Int[np.ndarray, " images"]  # number of bounds, which share α
+    bucket: Int[np.ndarray, "images classes"]  # of every rival of the fallback, each bounded from above; −1: itself
+    level: Float[np.ndarray, " images"]  # of each bound
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +127,7 @@ class Composed(Derivation):
     binary radius of the same lower bound p_A.
 
     ``p_a_lower`` bounds the probability of the leader of the selection from below, ``p_b_upper`` those of all classes
-    but the fallback's from above; where only p_A is bounded, it is 1 − p_A.
+    but the fallback's from above.
     """
 
     answers: Answers = dataclasses.field(default_factory=dict)
@@ -142,12 +141,12 @@ class Composed(Derivation):
         rows, lengths = np.concatenate([i.looks for i in images]), np.array([len(i.looks) for i in images])
         slack, starts = np.array([i.slack for i in images]), np.cumsum(lengths) - lengths
         # On-disk format, as in `Derivation.derive`: tables are compared digit by digit.
-        share, tau = self.alpha / len(schedule.looks), self.tau * (1 + 1e-9)
+        tau = self.tau * (1 + 1e-9)
         plan, owner = self._plan(schedule, images), np.repeat(np.arange(len(images)), lengths)
-        p_a, p_b = _bounds(rows, plan, owner, share)
+        p_a, p_b = _bounds(rows, plan, owner)
         p_a = np.maximum(np.maximum.reduceat(p_a, starts) - tau, 0.0)
         p_b = np.minimum.reduceat(p_b, starts) + tau
-        p_b = np.minimum(np.where(plan.bounds > 1, p_b, 1 - p_a) + _ROUNDING, 1.0)
+        p_b = np.minimum(np.where(plan.agree, np.minimum(p_b, 1 - p_a), p_b) + _ROUNDING, 1.0)
         predict, radius = self._answers(plan, p_a, p_b, slack, self.rule)
         last = rows[starts + lengths - 1]
         return Certificates(predict, radius, last, last.sum(axis=1), p_a, p_b, predict < 0)
@@ -157,17 +156,13 @@ class Composed(Derivation):
             raise UserError(f"there is no answer of the fallback at image {unknown[0]}")
         selection, rows = np.stack([i.counts["selection"] for i in images]), np.arange(len(images))
         fallback, margin = (np.array(column) for column in zip(*(self.answers[i.idx] for i in images), strict=True))
-        leader, fallback = selection.argmax(axis=1), np.where(margin > 0, fallback, -1)
-        agree, share = leader == fallback, self.alpha / len(schedule.looks)
-        apart, others = np.flatnonzero(~agree & (fallback >= 0)), selection.copy()
-        others[apart, fallback[apart]] = 0  # it is bounded by nothing, so the buckets are divided without it
-        bucket, count = confidence.partition(others, np.full(len(rows), schedule.n), share, self.bound)
-        bucket[agree, leader[agree]] = -1
-        bucket[apart, fallback[apart]] = -1
-        sure = ~agree & ((fallback < 0) | (_SURE[1] * selection[rows, leader] >= _SURE[0] * schedule.n0))
-        alone = sure | (agree & (count == 1))
-        bucket[alone] = -1
-        return _Plan(leader, fallback, margin, agree, bucket, np.where(alone, 1, np.where(agree, 1, 2) + count))
+        leader, share = selection.argmax(axis=1), self.alpha / len(schedule.looks)
+        agree = leader == fallback
+        bucket, count = confidence.partition(selection, np.full(len(rows), schedule.n), share, self.bound)
+        bucket[rows, fallback] = -1
+        # Where they differ, the leader is bounded from both sides.
+        level = np.where(agree, confidence.share_of_alpha(share, count), share / (2 + count))
+        return _Plan(leader, fallback, margin, agree, bucket, level)
 
     def _answers(
         self, plan: _Plan, p_a: np.ndarray, p_b: np.ndarray, slack: np.ndarray, rule: int
@@ -176,7 +171,7 @@ class Composed(Derivation):
         scale = self.sigma, self.lipschitz, slack, rule
         votes = trusted_radius(p_a, np.minimum(1 - p_a + _ROUNDING, 1.0), *scale)
         silent = trusted_radius(np.maximum(1 - p_b - _ROUNDING, 0.0), p_b, *scale)
-        silent = np.where(plan.fallback >= 0, np.minimum(plan.margin, silent), 0.0)
+        silent = np.minimum(plan.margin, silent)
         radius = np.where(plan.agree | (votes <= 0), np.maximum(votes, silent), votes)
         predict = np.where(plan.agree | (votes > 0), plan.leader, plan.fallback)
         return np.where(radius > 0, predict, -1), radius
@@ -189,17 +184,16 @@ class Composed(Derivation):
         leading, rivals = now.counts[rows, plan.leader], now.counts.copy()
         hoped = leading + np.ceil(left * confidence.trusted_upper(leading, now.n, FUTILITY)).astype(np.int64)
         p_a = np.maximum(confidence.trusted_lower(np.minimum(hoped, leading + left), n, share) - self.tau, 0.0)
-        rivals[rows, np.where(plan.fallback >= 0, plan.fallback, plan.leader)] = -1
+        rivals[rows, plan.fallback] = -1
         strongest = rivals.max(axis=1)
         feared = strongest + np.floor(left * confidence.trusted_lower(strongest, now.n, FUTILITY)).astype(np.int64)
         p_b = np.clip(confidence.trusted_upper(feared, n, share) + self.tau, _ROUNDING, 1.0)
-        p_b = np.where(plan.bounds > 1, p_b, 1 - p_a)
         return np.maximum(now.radius, self._answers(plan, np.maximum(p_a, now.p_a_lower), p_b, slack, self.rule)[1])
 
 
-def _bounds(rows: np.ndarray, plan: _Plan, owner: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """Per row of counts: lower bound of the leader, upper bound of the strongest bucket (0 without one), at a level."""
-    n, each, bucket = rows.sum(axis=1), share / plan.bounds[owner], plan.bucket[owner]
+def _bounds(rows: np.ndarray, plan: _Plan, owner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lower bound of the leader and upper bound of the strongest rival of the fallback, per row of counts."""
+    n, each, bucket = rows.sum(axis=1), plan.level[owner], plan.bucket[owner]
     p_a = confidence.trusted_lower(rows[np.arange(len(rows)), plan.leader[owner]], n, each)
     largest = np.zeros(len(rows))
     for number in range(bucket.max(initial=-1) + 1):
