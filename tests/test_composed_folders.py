@@ -142,8 +142,8 @@ def test_another_fallback_cannot_continue_a_folder(home, capsys):
     assert "drawn with fallback True" in refused("certify", net, "--from-counts", "--config.certify.fallback=")
     assert fingerprint(folder_of(home)) == before
     linear.rename(home / "moved")
-    assert "is not here" in refused("certify", net, "--recast=3")
-    assert "is not here" in refused("audit", net)
+    assert "is not here" in refused("certify", net, "--recast=3", given)
+    assert "is not here" in refused("audit", net, given)
     run("certify", net, "--recast=3", f"--config.certify.fallback={home / 'moved'}")
 
 

@@ -15,9 +15,10 @@ PAGE = (ROOT / "docs" / "stability.md").read_text(encoding="utf-8")
 _SAMPLING = "n0 n alpha bound schedule radii epsilon"
 _ATTACKS = "fractions restarts steps samples votes"
 _WAYS = "arithmetic noise tile spmd"
+_MADE = f"head sigma encoder lipschitz class_names {_WAYS} devices channels_last fallback"
 PARAMETERS = {
-    "lsrs_jax.SmoothedClassifier": f"head sigma encoder lipschitz class_names {_WAYS} devices channels_last",
-    "lsrs_jax.smoothing.SmoothedClassifier": f"head sigma encoder lipschitz class_names {_WAYS} devices channels_last",
+    "lsrs_jax.SmoothedClassifier": _MADE,
+    "lsrs_jax.smoothing.SmoothedClassifier": _MADE,
     "lsrs_jax.SmoothedClassifier.certify": f"self x labels out key {_SAMPLING} slack counts name progress",
     "lsrs_jax.SmoothedClassifier.predict": "self x key n alpha details",
     "lsrs_jax.SmoothedClassifier.soft_logits": "self x key samples",
@@ -31,6 +32,7 @@ PARAMETERS = {
     "lsrs_jax.smoothing.certify": f"head latents sigma key {_SAMPLING} lipschitz slack {_WAYS} channels_last progress",
     "lsrs_jax.smoothing.predict": f"head latents sigma key n alpha {_WAYS} channels_last",
     "lsrs_jax.smoothing.certified_radius": "p_a_lower p_b_upper sigma lipschitz slack",
+    "lsrs_jax.smoothing.compose": "fallback first kappa",
     "lsrs_jax.smoothing.from_counts": "selection estimation sigma alpha bound looks lipschitz slack tau",
     "lsrs_jax.margin.certified_margin": "logits weights lipschitz slack",
     "lsrs_jax.config.default": "",
