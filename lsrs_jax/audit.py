@@ -85,14 +85,17 @@ def _run(workdir: Path, settings: Settings, rest: list[str]) -> None:
     processes.cache_compilations()
     target = target_of_certificates(folder, stored, given(rest, asked, "data.dir"))
     target.config.certify.fallback = given(rest, asked, "certify.fallback") or target.config.certify.fallback
+    composed = fallback.load(target.config, target.dataset, stored.identity.fallback)
     with files.locked(folder / ".audit.lock", f"auditing {folder}"):
         journal = Journal(folder, settings, stored.derivation["certificates"])
-        _attack(target, settings, stored, journal)
+        _attack(target, settings, stored, journal, composed)
         journal.finish()
         _conclude(journal.path)
 
 
-def _attack(target: TrainedTarget, settings: Settings, stored: Stored, journal: Journal) -> None:
+def _attack(
+    target: TrainedTarget, settings: Settings, stored: Stored, journal: Journal, composed: fallback.Fallback | None
+) -> None:
     table, config = read_table(target.folder / "certificates.tsv"), target.config
     rows = attacked_rows(settings.images, len(table))
     left = len(rows) - len(journal.done)
@@ -105,7 +108,6 @@ def _attack(target: TrainedTarget, settings: Settings, stored: Stored, journal: 
     encoder, head = target.parts
     sampler = target.sampler(stored.identity.channels_last)
     levels = {"lipschitz": stored.lipschitz.constant, "alpha": config.certify.alpha}
-    composed = fallback.load(config, target.dataset, stored.identity.fallback)
     whole = {"seed": stored.identity.seed or 0, "fallback": composed and composed.classifier}
     auditor = Auditor(encoder, head, sampler, settings=settings, **whole, **levels)
     columns = Attacked(*(getattr(table, name) for name in Attacked._fields))

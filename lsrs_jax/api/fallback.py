@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from lsrs_jax.runtime.errors import UserError, reason
 from lsrs_jax.runtime.rng import pinned
 from lsrs_jax.runtime.validate import numbers
-from lsrs_jax.smoothing.composition import check_scores
+from lsrs_jax.smoothing.composition import answers, check_scores
 
 _TRIED = 64  # inputs at which the Lipschitz constant is tried
 _STEP = 0.1  # of the norm of an input
@@ -63,8 +63,8 @@ class GivenFallback:
         return scores.argmax(axis=1), np.maximum(scores.max(axis=1), 0.0)
 
     def classes(self, images: Float[np.ndarray, "inputs *input"]) -> Int[np.ndarray, " inputs"]:
-        """The class with the largest score."""
-        return self._evaluated(images).argmax(axis=1)
+        """The classes with a positive score, −1 where there is none."""
+        return answers(self._evaluated(images))
 
     def scores(self, images: Float[Array, "inputs *input"]) -> Float[Array, "inputs classes"]:
         """The scores, where JAX traces the function."""

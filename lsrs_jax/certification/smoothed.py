@@ -228,6 +228,8 @@ def run(
             if composed:
                 known = fallback.read(target.folder, ((stored and stored.derivation) or {}).get("fallback"))
                 images = {*target.indices, *counts.images}
+                constant = composed.classifier.report.constant
+                say(f"fallback {config.certify.fallback}: Lipschitz constant {constant:.15g}")
                 certification.take_fallback(composed.answers(target.dataset, images, known))
         certification.catch_up(counts)
         pending = len(certification.pending(target.indices))

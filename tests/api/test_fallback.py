@@ -50,7 +50,7 @@ def test_certificates_are_those_of_the_composition(classifier, certified):
     alone = SmoothedClassifier(silent_right, sigma=SIGMA, tile=(8, 32)).certify(INPUTS, n=20_000)
     assert alone.predict.tolist() == [0, 0, -1, -1, -1]
     binary = certified_radius(certified.p_a_lower, 1 - certified.p_a_lower, SIGMA)
-    assert (certified.radius >= binary - 1e-6).all()
+    assert (certified.radius >= binary - 1e-4).all()  # less the slack of the grid
 
 
 def test_predictions_are_those_of_the_composition(classifier):
