@@ -1,8 +1,6 @@
 """Derives published certificates again from their ledgers: python verify_certificates.py <workdir>/certify/<name>
-
 Needs NumPy and SciPy alone. It shares no code with lsrs_jax, and executes nothing that it reads: it follows Cohen,
-Rosenfeld and Kolter (2019) and docs/format.md, which also explains the exit codes.
-"""
+Rosenfeld and Kolter (2019) and docs/format.md, which also explains the exit codes."""
 
 import contextlib
 import json
@@ -19,7 +17,7 @@ import numpy as np
 from scipy import special, stats
 
 ABSENT = {"bound": "binary", "schedule": "fixed", "arithmetic": "float32", "noise": "shared", "head_dtype": "float32"}
-ABSENT |= {"certificate": "smoothed", "seed": -2}  # what a missing field of config.certify means
+ABSENT |= {"certificate": "smoothed", "seed": -2, "fallback": ""}  # what a missing field of config.certify means
 NAMELESS = {"folder", "npz", "hf", "arrays"}  # sets whose name and split an identity may record in another way
 LEDGER = re.compile(r"votes\.(0|[1-9][0-9]{0,17})\.tsv")
 FORMS = {int: r"[0-9]{1,18}", float: r"[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?"}
@@ -44,8 +42,7 @@ def read(kind: Any, text: str) -> Any:
     return kind(text)
 
 
-def read_document(path: Path) -> dict[str, Any]:
-    """The content of certificates.json, whose digest covers all other fields, in any layout of the file."""
+def read_document(path: Path) -> tuple[dict[str, Any], float, float]:  # with Lipschitz constant and least slack
     document = json.loads(
         path.read_text(encoding="utf-8"),
         object_pairs_hook=lambda pairs: need(len(dict(pairs)) == len(pairs), "a field stands twice") or dict(pairs),
@@ -59,32 +56,23 @@ def read_document(path: Path) -> dict[str, Any]:
     need(known, f"its format is {version!r}, begun in {begun!r}; this program knows the formats 0, 1 and 2")
     need(begun == 1 or type(document["identity"].get("images")) is int, "it does not say how many images the split has")
     need(document["derivation"], "it describes samples, but no certificates yet")
-    document["config"]["certify"] = ABSENT | document["config"]["certify"]
-    identity, config = document["identity"], document["config"]
+    identity, config, report = document["identity"], document["config"], document["lipschitz"]
+    config["certify"] = ABSENT | config["certify"]
     model = {name: config["model"].get(name, own) for name, own in identity["model"].items()}
     own, claimed = ((re.split("[:/]", one["data"]["name"])[0], one["data"].get("split")) for one in (config, identity))
     kinds = {identity["certificate"], config["certify"]["certificate"]}
     same = model == identity["model"] and kinds in ({"smoothed"}, {"deterministic"})
     need(same and (own[0] in NAMELESS or own == claimed), "identity and configuration differ in kind, model or data")
-    return document
-
-
-def lipschitz_constant(report: dict[str, Any]) -> float:
-    """The claimed constant, which must be the product of the constants of all layers, rounded up."""
     factors, claimed = [layer["sigma_max"] for layer in report["layers"]], report["constant"]
     need(all(0 <= factor < math.inf for factor in factors) and 2.0**-200 <= claimed <= 2.0**200, "out of range")
     product = math.prod(map(Fraction, factors), start=Fraction(1))  # exact
     most = product * (1 + Fraction(len(factors) + 1, 10**15)) + Fraction(2, 10**12)
     need(product <= Fraction(claimed) <= most, f"the Lipschitz constant {claimed!r} is not the product of the layers'")
-    return float(claimed)
-
-
-def check_settings(document: dict[str, Any]) -> float:
-    """Compares identity, configuration, derivation and latent; returns the least slack that an image can have."""
-    identity, config, latent = document["identity"], document["config"], document["lipschitz"]["output_shape"]
-    certify, sigma, looks, seed = config["certify"], config["sigma"], set[int](), config["certify"]["seed"]
+    if identity["certificate"] != "smoothed":
+        return document, float(claimed), 0.0  # no samples
+    certify, sigma, latent = config["certify"], config["sigma"], report["output_shape"]
     need(2.0**-60 <= sigma <= 2.0**60 and 1e-100 <= certify["alpha"] < 1, "sigma or alpha is out of range")
-    n0, n, (_, block), classes = certify["n0"], certify["n"], certify["tile"], identity["classes"]
+    n0, n, (_, block), classes, looks = *map(certify.get, ("n0", "n", "tile")), identity["classes"], set[int]()
     whole = all(type(size) is int and size >= 1 for size in (n0, n, block, classes, *latent))
     need(whole and max(n0, n) <= 2**27 and 2 <= classes <= 2**20, "n0, n, tile, classes or latent are out of range")
     target, growth = {"fixed": (n, 2), "staged": (1e3, 1.3), "anytime": (1e2, 1.2)}.get(certify["schedule"], (0, 0))
@@ -92,27 +80,29 @@ def check_settings(document: dict[str, Any]) -> float:
     while target * growth**0.5 < n:
         looks.add(-(-int(target) // block) * block)
         target *= growth
-    digests = b"".join(str(identity[name].get("digest")).encode() for name in ("checkpoint", "data"))
-    seed = {-1: int.from_bytes(sha256(digests).digest()[:4], "big"), -2: config["seed"]}.get(seed, seed)
+    composed = {"fallback" in one for one in (identity, document["derivation"])} | {bool(certify["fallback"])}
+    need(composed in ({False}, {certify["bound"] == "multiclass"}), "its parts contradict each other on the fallback")
+    digests = "".join(identity.get(name, {}).get("digest", "") for name in ("checkpoint", "data", "fallback")).encode()
+    seeds, own = {-1: int.from_bytes(sha256(digests).digest()[:4], "big"), -2: config["seed"]}, certify["seed"]
     facts, least = {"sigma": min(sigma, float(np.float32(sigma))), "tau": 0.0}, 10 * 2.0**-22 * sigma * (1 - 2.0**-24)
     if certify["arithmetic"] == "sound":  # exact grid arithmetic; the spacing is a power of two
         facts = {"sigma": sigma, "spacing": 2.0 ** (math.frexp(sigma)[1] - 15), "tau": math.prod(latent) * 2.0**-44}
         least = math.sqrt(math.prod(latent)) * facts["spacing"]
     wanted = {name: certify[name] for name in ("n0", "n", "schedule", "tile", "noise", "head_dtype", "alpha", "bound")}
     wanted |= {"stages": [*sorted(look for look in looks if look < n), n], "sigma": sigma, "prng": "threefry2x32"}
-    wanted |= {"arithmetic": facts | {"name": certify["arithmetic"]}, "seed": seed}
+    wanted |= {"arithmetic": facts | {"name": certify["arithmetic"]}, "seed": seeds.get(own, own)}
     for name, value in wanted.items():
         stated = document["derivation" if name in ("alpha", "bound") else "identity"][name]
         need(stated == value, f"its {name} is {stated!r}, the configuration gives {value!r}")
-    return least * (1 - 1e-12)
+    return document, float(claimed), least * (1 - 1e-12)
 
 
-class Image:  # the counts of one image: of the selection, and of the estimation at every look that it has reached
+class Image:  # its counts: of the selection, and of the estimation at every look that it has reached
     def __init__(self, label: int, slack: float, classes: int) -> None:
-        self.label, self.slack, self.looks, self.seconds = label, slack, list[np.ndarray](), 0.0
+        self.label, self.slack, self.looks, self.seconds, self.fallback = label, slack, list[Any](), 0.0, (-1, 0.0)
         self.counts, self.done = np.zeros((2, classes), int), [0, 0]  # samples of the selection and the estimation
 
-    def add(self, row: tuple, identity: dict[str, Any]) -> None:  # each block once, none over a look, in order
+    def add(self, row: tuple, identity: dict[str, Any]) -> None:  # each block once, none over a look
         _, later, first, stop, label, slack, counts, seconds = row
         block, stops, start = identity["tile"][1], identity["stages"] if later else [identity["n0"]], self.done[later]
         following = first * block == start and first < stop and (stop - 1) * block < stops[-1]
@@ -140,7 +130,6 @@ def parse_row(text: str, run: str | bool) -> tuple:
 
 
 def read_ledgers(folder: Path, votes: dict[str, Any], identity: dict[str, Any], least: float) -> dict[int, Image]:
-    """Images at a look, by index, from all ledgers: rows may follow the recorded part, and a torn line is left out."""
     votes = {"votes.0.tsv": votes} if "sha256" in votes else votes  # the first sealed files named one ledger only
     run = identity.get("format", 1) > 1 and sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     header = "idx label slack purpose first stop votes seconds run crc\n".replace(" ", "\t")
@@ -151,7 +140,7 @@ def read_ledgers(folder: Path, votes: dict[str, Any], identity: dict[str, Any], 
     for name, path in found.items():
         with inside(path):
             content = path.read_bytes()
-            part = content[: votes.get(name, {"bytes": 0})["bytes"]]
+            part = content[: votes.get(name, {"bytes": 0})["bytes"]]  # rows may follow it
             digest = {"bytes": len(part), "sha256": sha256(part).hexdigest()}
             need(votes.get(name, digest) == digest, "it has changed: its digest is not the one in certificates.json")
             whole = content[: content.rfind(b"\n") + 1].decode("utf-8")
@@ -168,8 +157,7 @@ def read_ledgers(folder: Path, votes: dict[str, Any], identity: dict[str, Any], 
     return {idx: image for idx, image in images.items() if image.done[1] in identity["stages"]}
 
 
-def bounds(k: Any, n: Any, level: Any, upper: bool, horizon: int = 0) -> np.ndarray:
-    """One-sided bounds with margins, by bisection: Clopper and Pearson's (1934), or those of bets up to a horizon."""
+def bounds(k: Any, n: Any, level: Any, upper: bool, horizon: int = 0) -> np.ndarray:  # or of bets up to it
     columns = np.stack([part.ravel() for part in np.broadcast_arrays(n - k if upper else k, n, level)]).astype(float)
     (k, n, level), inverse = np.unique(columns, axis=1, return_inverse=True)
     low, high, share = np.zeros(len(k)), np.ones(len(k)), np.where(n == horizon, 0.25, -1.0 if horizon else 1.0)
@@ -186,8 +174,9 @@ def bounds(k: Any, n: Any, level: Any, upper: bool, horizon: int = 0) -> np.ndar
     return np.minimum(1 - found + 1e-10, 1.0) if upper else found
 
 
-def buckets(selection: np.ndarray, n: int, level: float, bound: str) -> tuple[np.ndarray, np.ndarray]:
-    """Bucket of every class (the candidate: 0) and number of buckets, per image: those that promise the most radius."""
+def buckets(
+    selection: np.ndarray, n: int, level: float, bound: str
+) -> tuple[np.ndarray, np.ndarray]:  # the candidate: 0
     rivals, order, options = selection.shape[1] - 1, np.argsort(-selection, axis=1, kind="stable"), []
     for alone in range(min(rivals, 17) if bound == "multiclass" else 1):
         for groups in range(1, 1 + (min(rivals - alone, 4) if bound == "multiclass" else 1)):
@@ -208,31 +197,37 @@ def buckets(selection: np.ndarray, n: int, level: float, bound: str) -> tuple[np
     return np.take_along_axis(np.array(options)[best], np.argsort(order, axis=1), axis=1), of_option[best]
 
 
-def derive(images: list[Image], document: dict[str, Any], lipschitz: float) -> Any:
-    """Candidate, radius, p_A and p_B of images that have reached a look."""
+def derive(images: list[Image], document: dict[str, Any], lipschitz: float) -> Any:  # class, radius, p_A, p_B
     derivation, looks, facts = document["derivation"], *map(document["identity"].get, ("stages", "arithmetic"))
     horizon, tau = looks[-1] * (document["identity"]["schedule"] == "anytime"), facts["tau"] * (1 + 1e-9)
-    level = derivation["alpha"] / (1 if horizon else len(looks))
+    level, composed = derivation["alpha"] / (1 if horizon else len(looks)), "fallback" in derivation
     selection, slack = np.stack([image.counts[0] for image in images]), np.array([image.slack for image in images])
-    bucket, of_image = buckets(selection, looks[-1], level, derivation["bound"])
-    rows = [(row, look) for row, image in enumerate(images) for look in image.looks[-1 if horizon else 0 :]]
-    owner, parts = np.array([row for row, _ in rows]), [np.bincount(bucket[row], weights=look) for row, look in rows]
-    n, levels = np.array([part.sum() for part in parts]), np.where(of_image == 1, level, level / (1 + of_image))[owner]
-    lower = bounds(np.array([part[0] for part in parts]), n, levels, False, horizon)
-    above = bounds(np.array([part[1:].max() for part in parts]), n, levels, True, horizon)
-    above = np.where(of_image[owner] == 1, 1 - lower, np.minimum(1 - lower, above))
+    answer, margin = map(np.array, zip(*(image.fallback for image in images), strict=True))
+    apart = composed & (answer != (leader := selection.argmax(axis=1)))  # the fallback has another class
+    bucket, count = buckets(selection, looks[-1], level, derivation["bound"])
+    reached = [image.looks[-1 if horizon else 0 :] for image in images]
+    owner = np.repeat(np.arange(len(images)), list(map(len, reached)))
+    counts, aside = np.concatenate(reached), np.flatnonzero(apart[owner])
+    levels, n = (level / np.where((count == 1) & ~apart, 1, 1 + count + apart))[owner], counts.sum(axis=1)
+    lower = bounds(counts[np.arange(len(owner)), leader[owner]], n, levels, False, horizon)
+    counts[aside, answer[owner[aside]]] = 0  # the class of the fallback needs no bound
+    largest = np.array([np.bincount(bucket[row], counts[i])[1 - apart[row] :].max() for i, row in enumerate(owner)])
+    above = np.where(apart[owner], above := bounds(largest, n, levels, True, horizon), np.minimum(1 - lower, above))
     starts = np.searchsorted(owner, np.arange(len(images)))  # the best bounds of the looks that an image has reached
     p_a = np.maximum(np.maximum.reduceat(lower, starts) - tau, 0.0)
-    p_b = np.minimum(np.minimum(np.minimum.reduceat(above, starts) + tau, 1 - p_a) + 1e-15, 1.0)
-    z_a, z_b = stats.norm.ppf(p_a), stats.norm.ppf(p_b)
-    sides = np.where(p_b < p_a, z_a - z_b, -np.inf)
-    absolute = 1e-14 * (np.abs(z_a) + np.abs(z_b)) if document["format"] >= 2 else 0.0
-    latent = facts["sigma"] / 2 * np.minimum(sides * (1 - 1e-12), sides - absolute) - slack
-    yield from zip(selection.argmax(axis=1), np.maximum(latent, 0.0) / lipschitz * (1 - 1e-12), p_a, p_b, strict=True)
+    p_b = np.minimum(np.minimum(np.minimum.reduceat(above, starts) + tau, np.where(apart, 1, 1 - p_a)) + 1e-15, 1.0)
+    both, radii = [(p_a, np.minimum(1 - p_a + 1e-15, 1.0)), (np.maximum(1 - p_b - 1e-15, 0.0), p_b)], []
+    for z_a, z_b in map(stats.norm.ppf, both if composed else [(p_a, p_b)]):
+        sides = np.where(z_b < z_a, z_a - z_b, -np.inf)
+        absolute = 1e-14 * (np.abs(z_a) + np.abs(z_b)) if document["format"] >= 2 else 0.0
+        latent = facts["sigma"] / 2 * np.minimum(sides * (1 - 1e-12), sides - absolute) - slack
+        radii.append(np.maximum(latent, 0.0) / lipschitz * (1 - 1e-12))
+    votes = apart & (radii[0] > 0)  # they answer another class than the fallback
+    radius = np.where(votes, radii[0], np.maximum(radii[0], np.minimum(margin, radii[-1])))
+    return zip(np.where(apart & ~votes, answer, leader), radius, p_a, p_b, strict=True)
 
 
 def check_table(text: str, document: dict[str, Any], lipschitz: float, images: dict[int, Image] | None) -> set[int]:
-    """Compares every line with what the counts give (without samples: with itself); returns the indices of images."""
     names = ["idx", "label", "predict", "radius", "correct", "time", "n"]
     names += ["lipschitz", "slack"] if images is None else ["p_a_lower", "p_b_upper", "lipschitz", "slack", "abstain"]
     first, _, rest = text.partition("\n")
@@ -261,16 +256,21 @@ def check_table(text: str, document: dict[str, Any], lipschitz: float, images: d
 
 
 def verify(folder: Path) -> int:
-    path, table, *ledgers = [folder / "certificates.json", folder / "certificates.tsv", *folder.glob("votes.*.tsv")]
-    odd = [str(file) for file in (path, table, *ledgers) if file.exists() and not file.is_file()]
+    path, table, answers = (folder / name for name in ("certificates.json", "certificates.tsv", "fallback.tsv"))
+    ledgers = list(folder.glob("votes.*.tsv"))
+    odd = [str(file) for file in (path, table, answers, *ledgers) if file.exists() and not file.is_file()]
     need(not odd, f"{odd} is not a file")  # a reader of a pipe would wait
     with inside(path):
-        document = read_document(path)
+        document, lipschitz, least = read_document(path)
         identity, derivation, certify = document["identity"], document["derivation"], document["config"]["certify"]
-        lipschitz, sampled = lipschitz_constant(document["lipschitz"]), identity["certificate"] == "smoothed"
-        need(sampled or not ledgers, "deterministic certificates have no ledger")
-        least = check_settings(document) if sampled else 0.0
-    images = read_ledgers(folder, derivation["votes"], identity, least) if sampled else None
+        need(least or not ledgers, "deterministic certificates have no ledger")
+    images = read_ledgers(folder, derivation["votes"], identity, least) if least else None
+    with inside(answers):  # rows may follow the recorded part
+        part = answers.read_bytes()[: derivation["fallback"]["bytes"]] if "fallback" in derivation else b""
+        need(not part or sha256(part).hexdigest() == derivation["fallback"]["sha256"], "it has changed: another digest")
+        for row in [line.split("\t") for line in part.decode("utf-8").splitlines()[1:]]:
+            if image := (images or {}).get(read(int, row[0])):
+                image.fallback = read(int, row[2]), read(float, row[3])
     with inside(table):
         need(sha256(table.read_bytes()).hexdigest() == derivation["certificates"], "it has changed: another digest")
         found = check_table(table.read_text(encoding="utf-8"), document, lipschitz, images)
@@ -279,7 +279,7 @@ def verify(folder: Path) -> int:
     wanted = range(certify["start"], min(certify["stop"] or size, size), certify["step"])
     missing = len(wanted) - (asked := sum(idx in wanted for idx in found))
     samples = sum(int(image.counts.sum()) for image in images.values()) if images else 0
-    proof = f"follow from {samples} samples" if sampled else "are unchanged; they are deterministic, without samples"
+    proof = f"follow from {samples} samples" if least else "are unchanged; they are deterministic, without samples"
     print(f"{len(found)} certificates {proof}; the Lipschitz constant {lipschitz} is the product of its layers")
     old = "; in format 1 nobody can: that no image of the split is missing; the run" * (identity.get("format", 1) == 1)
     print(f"not checked: that the network gives them (certify --recast=N); the audit (certify --verify){old}")

@@ -25,10 +25,11 @@ import numpy as np
 from lsrs_jax import cli
 from lsrs_jax.auditing.auditor import Auditor, attack_batches
 from lsrs_jax.auditing.table import Attacked, Journal, Settings, attacked_rows, check_votes, read_audit
+from lsrs_jax.certification import fallback
 from lsrs_jax.certification.store import Stored, read_folder
 from lsrs_jax.certification.table import read_table
 from lsrs_jax.certification.target import TrainedTarget, target_of_certificates
-from lsrs_jax.flags import config_of_training, given_data_dir
+from lsrs_jax.flags import config_of_training, given
 from lsrs_jax.models.custom import allowing
 from lsrs_jax.runtime import files, processes
 from lsrs_jax.runtime.errors import UserError
@@ -68,7 +69,7 @@ def run(arguments: list[str]) -> None:
 
 
 def _run(workdir: Path, settings: Settings, rest: list[str]) -> None:
-    asked = config_of_training(workdir, rest, "audit", ("certify.name", "data.dir"))
+    asked = config_of_training(workdir, rest, "audit", ("certify.name", "data.dir", "certify.fallback"))
     folder = workdir / "certify" / asked.certify.name
     stored, table = read_folder(folder, "to attack"), folder / "certificates.tsv"
     if stored.identity.certificate != "smoothed":
@@ -82,15 +83,19 @@ def _run(workdir: Path, settings: Settings, rest: list[str]) -> None:
     alpha = stored.settings.certify.alpha
     check_votes(settings, alpha)
     processes.cache_compilations()
-    target = target_of_certificates(folder, stored, given_data_dir(rest, asked))
+    target = target_of_certificates(folder, stored, given(rest, asked, "data.dir"))
+    target.config.certify.fallback = given(rest, asked, "certify.fallback") or target.config.certify.fallback
+    composed = fallback.load(target.config, target.dataset, stored.identity.fallback)
     with files.locked(folder / ".audit.lock", f"auditing {folder}"):
         journal = Journal(folder, settings, stored.derivation["certificates"])
-        _attack(target, settings, stored, journal)
+        _attack(target, settings, stored, journal, composed)
         journal.finish()
         _conclude(journal.path)
 
 
-def _attack(target: TrainedTarget, settings: Settings, stored: Stored, journal: Journal) -> None:
+def _attack(
+    target: TrainedTarget, settings: Settings, stored: Stored, journal: Journal, composed: fallback.Fallback | None
+) -> None:
     table, config = read_table(target.folder / "certificates.tsv"), target.config
     rows = attacked_rows(settings.images, len(table))
     left = len(rows) - len(journal.done)
@@ -104,7 +109,8 @@ def _attack(target: TrainedTarget, settings: Settings, stored: Stored, journal: 
     sampler = target.sampler(**stored.identity.flags)
     stored.identity.check_first_layer(sampler)
     levels = {"lipschitz": stored.lipschitz.constant, "alpha": config.certify.alpha}
-    auditor = Auditor(encoder, head, sampler, settings=settings, seed=stored.identity.seed or 0, **levels)
+    whole = {"seed": stored.identity.seed or 0, "fallback": composed and composed.classifier}
+    auditor = Auditor(encoder, head, sampler, settings=settings, **whole, **levels)
     columns = Attacked(*(getattr(table, name) for name in Attacked._fields))
     batch = config.certify.tile[0]
 

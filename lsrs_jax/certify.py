@@ -29,10 +29,10 @@ import sys
 from pathlib import Path
 
 from lsrs_jax import cli, models
-from lsrs_jax.certification import deterministic, smoothed, store, verify
+from lsrs_jax.certification import deterministic, fallback, from_counts, smoothed, store, verify
 from lsrs_jax.certification.target import load_target, target_of_certificates
 from lsrs_jax.config import load_config
-from lsrs_jax.flags import config_from_flags, config_of_training, given_data_dir
+from lsrs_jax.flags import config_from_flags, config_of_training, given
 from lsrs_jax.models.custom import allowing
 from lsrs_jax.runtime import profiling
 from lsrs_jax.runtime.errors import UserError
@@ -70,7 +70,7 @@ def run(arguments: list[str]) -> None:
         raise
 
 
-def _read(folder: Path, data_dir: str, options: argparse.Namespace) -> None:
+def _read(folder: Path, data_dir: str, fallback_dir: str, options: argparse.Namespace) -> None:
     """``--verify`` and ``--recast``; exits with 3 if something could not be checked."""
     with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
         stored, verdict = verify.run(folder, None if options.recast else data_dir)
@@ -78,7 +78,9 @@ def _read(folder: Path, data_dir: str, options: argparse.Namespace) -> None:
             from lsrs_jax.certification import resample  # it imports scipy.stats, which takes a second
 
             cache_compilations()
-            resample.run(target_of_certificates(folder, stored, data_dir), stored, options.recast, verdict)
+            target = target_of_certificates(folder, stored, data_dir)
+            target.config.certify.fallback = fallback_dir or target.config.certify.fallback
+            resample.run(target, stored, options.recast, verdict)
     print(json.dumps(verdict.to_dict()) if options.json else verdict)
     if not verdict.complete:
         sys.exit(3)
@@ -88,14 +90,14 @@ def _run(workdir: Workdir, process: Process, options: argparse.Namespace, rest: 
     reader = "--recast" if options.recast else "--verify" if options.verify else ""
     if options.json and not reader:
         raise UserError("--json is for --verify and --recast")
-    config = config_of_training(workdir.path, rest, reader, ("certify.name", "data.dir"))
+    config = config_of_training(workdir.path, rest, reader, ("certify.name", "data.dir", "certify.fallback"))
     folder = workdir.path / "certify" / config.certify.name
     if (reader or options.from_counts) and process.count > 1:
         remedy = "start it alone, or with JAX_DISTRIBUTED=off"
         raise UserError(f"--from-counts, --verify and --recast are for one process; {remedy}")
     if reader:
         with reading():
-            _read(folder, given_data_dir(rest, config), options)
+            _read(folder, given(rest, config, "data.dir"), given(rest, config, "certify.fallback"), options)
         return
     path = folder / "certificates.json"
     if path.exists():
@@ -110,10 +112,11 @@ def _run(workdir: Workdir, process: Process, options: argparse.Namespace, rest: 
                     print(f"{derived}, which holds unless --config.certify.{name} is given")
         config = config_from_flags(rest, base)
     if options.from_counts:
-        smoothed.from_counts(folder, config)
+        from_counts.derive(folder, config)
         return
     cache_compilations()
     with process.together("the start"):
+        fallback.check_settings(config)
         target = load_target(workdir.path, config)
     certify = config.certify
     free = certify.integer_first_layer and (certify.arithmetic, certify.noise) == ("sound", "shared")

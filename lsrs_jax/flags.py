@@ -90,6 +90,7 @@ def config_from_flags(rest: list[str], stored: Config | None = None) -> Config:
     # Convert to plain values and back, because this refuses a field that the project does not know.
     config = check_config(config_from_dict(plain))
     config.data.dir, config.train.start_from = _absolute_data(config.data), _absolute_start(config.train.start_from)
+    config.certify.fallback = _absolute(config.certify.fallback)
     return config
 
 
@@ -165,9 +166,9 @@ def _absolute_data(data: Mapping[str, Any]) -> str:
     return _absolute(path)
 
 
-def given_data_dir(rest: list[str], config: Config) -> str:
-    """``data.dir`` of a configuration if the arguments give it, otherwise ""."""
-    return config.data.dir if any(flag.startswith("--config.data.dir=") for flag in _normalised(rest)) else ""
+def given(rest: list[str], config: Config, name: str) -> str:
+    """The field `name` of a configuration if the arguments give it, otherwise ""."""
+    return value_of(config, name) if any(flag.startswith(f"--config.{name}=") for flag in _normalised(rest)) else ""
 
 
 def config_of_training(workdir: Path, rest: list[str], reader: str = "", fields: tuple[str, ...] = ()) -> Config:

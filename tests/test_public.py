@@ -16,9 +16,10 @@ _SAMPLING = "n0 n alpha bound schedule radii epsilon"
 _ATTACKS = "fractions restarts steps samples votes"
 _WAYS = "arithmetic noise tile spmd"
 _FLAGS = "channels_last integer_first_layer"
+_MADE = f"head sigma encoder lipschitz class_names {_WAYS} devices {_FLAGS} fallback"
 PARAMETERS = {
-    "lsrs_jax.SmoothedClassifier": f"head sigma encoder lipschitz class_names {_WAYS} devices {_FLAGS}",
-    "lsrs_jax.smoothing.SmoothedClassifier": f"head sigma encoder lipschitz class_names {_WAYS} devices {_FLAGS}",
+    "lsrs_jax.SmoothedClassifier": _MADE,
+    "lsrs_jax.smoothing.SmoothedClassifier": _MADE,
     "lsrs_jax.SmoothedClassifier.certify": f"self x labels out key {_SAMPLING} slack counts name progress",
     "lsrs_jax.SmoothedClassifier.predict": "self x key n alpha details",
     "lsrs_jax.SmoothedClassifier.soft_logits": "self x key samples",
@@ -33,6 +34,7 @@ PARAMETERS = {
     "lsrs_jax.smoothing.predict": f"head latents sigma key n alpha {_WAYS} {_FLAGS}",
     "lsrs_jax.smoothing.FirstLayer": "kernel bias strides padding",
     "lsrs_jax.smoothing.certified_radius": "p_a_lower p_b_upper sigma lipschitz slack",
+    "lsrs_jax.smoothing.compose": "fallback first kappa",
     "lsrs_jax.smoothing.from_counts": "selection estimation sigma alpha bound looks horizon lipschitz slack tau",
     "lsrs_jax.margin.certified_margin": "logits weights lipschitz slack",
     "lsrs_jax.config.default": "",

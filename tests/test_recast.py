@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lsrs_jax import certify
-from lsrs_jax.certification import resample, smoothed, store, target, verify
+from lsrs_jax.certification import from_counts, resample, store, target, verify
 from lsrs_jax.certification.identity import arithmetic_facts
 from lsrs_jax.config import config_from_dict
 from lsrs_jax.runtime.errors import UserError
@@ -53,7 +53,7 @@ def rederive(workdir, stored=None, name="default"):
         (folder / "certificates.json").write_text(json.dumps(stored))
     reseal(folder)
     stored = json.loads((folder / "certificates.json").read_text())
-    smoothed.from_counts(folder, config_from_dict(stored["config"]))
+    from_counts.derive(folder, config_from_dict(stored["config"]))
     verify.run(folder)
 
 

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from lsrs_jax.certification import smoothed, verify
+from lsrs_jax.certification import from_counts, verify
 from lsrs_jax.certification.table import read_table
 from lsrs_jax.config import config_from_dict
 from lsrs_jax.layers.lipschitz import LayerBound, LipschitzReport
@@ -179,7 +179,7 @@ def test_another_consistent_constant_is_found_by_the_weights(copy):
     (folder / "certificates.json").write_text(json.dumps(stored))
     reseal(folder)
     config = config_from_dict(stored["config"])
-    smoothed.from_counts(folder, config)  # the radii double, and all files agree
+    from_counts.derive(folder, config)  # the radii double, and all files agree
     with pytest.raises(UserError, match="the certificates claim"):
         check(copy)
 

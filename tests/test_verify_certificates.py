@@ -15,7 +15,7 @@ import pytest
 from scipy import stats
 
 import verify_certificates
-from lsrs_jax.certification import smoothed, store, verify
+from lsrs_jax.certification import from_counts, smoothed, store, verify
 from lsrs_jax.certification.identity import Identity
 from lsrs_jax.config import FIELDS, default
 from lsrs_jax.layers.lipschitz import LayerBound, LipschitzReport
@@ -390,7 +390,7 @@ def test_a_consistent_smaller_constant_needs_the_weights(copy, capsys):
     change(copy, lambda document: document.update(lipschitz=report.to_dict()))
     assert "radius is" in answer(copy, capsys)[1]
     stored = store.read(copy / "certificates.json")
-    smoothed.from_counts(copy, stored.settings)
+    from_counts.derive(copy, stored.settings)
     code, out = answer(copy, capsys)
     assert (code, "not checked: that the network gives them" in out) == (0, True)
 

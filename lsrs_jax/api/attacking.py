@@ -69,8 +69,9 @@ def _attack_all(
     sampler = classifier.sampler(encoder.report.output_shape, **(identity.flags if identity else {}))
     if identity is not None:
         identity.check_first_layer(sampler)
-    levels = {"lipschitz": encoder.report.constant, "alpha": alpha}
-    auditor = Auditor(encoder, classifier.head, sampler, settings=settings, seed=seed, **levels)
+    levels: dict[str, Any] = {"lipschitz": encoder.report.constant, "alpha": alpha}
+    levels |= {"seed": seed, "fallback": classifier.fallback}
+    auditor = Auditor(encoder, classifier.head, sampler, settings=settings, **levels)
     return attack_batches(auditor, table, np.arange(len(table.idx)), lambda idx: inputs[idx], batch, done, say)
 
 

@@ -1,6 +1,5 @@
 """`SmoothedClassifier`: any JAX function as a certified classifier, in memory or with files."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +12,12 @@ from jaxtyping import Array, Float, Int
 
 from lsrs_jax.api.arguments import labels_of, reporter, seed_of
 from lsrs_jax.api.encoding import Encoding, all_positive
-from lsrs_jax.api.result import Prediction, Result, prediction
+from lsrs_jax.api.fallback import answers_of, fallback_of
+from lsrs_jax.api.result import Prediction, Result, prediction, result_of
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.rng import root_key
 from lsrs_jax.smoothing.api import Smoother, check_latents, check_slack
-from lsrs_jax.smoothing.confidence import leaders
+from lsrs_jax.smoothing.composition import leaders_of
 from lsrs_jax.smoothing.counts import Counts
 from lsrs_jax.smoothing.derivation import Certificates
 from lsrs_jax.smoothing.engine import Images
@@ -49,14 +49,14 @@ class SmoothedClassifier:
       class_names: one per class; by default "0", "1", …
       arithmetic: ``"sound"`` (exact grid arithmetic) or ``"float32"`` (the classic).
       noise: ``"shared"`` by all inputs, or ``"independent"``, which costs more random numbers.
-      tile: ``(inputs, samples)`` evaluated at once; single inputs are padded.
-      spmd: ``"shard_map"`` or ``"pmap"``.
-      devices: the local devices to use; all of them by default.
+      tile: ``(inputs, samples)`` evaluated at once; single inputs are padded. Programs are compiled once per shape.
+      spmd, devices: ``"shard_map"`` or ``"pmap"``, over the local devices to use, by default all of them.
       channels_last: on a CPU, run NCHW convolutions of the head as NHWC ones, which is faster and rounds differently.
-      integer_first_layer: run the first layer of a pair with integer weights, which costs almost nothing per sample
-        (`first_layer.IntegerLayer`); off with independent noise, float32 arithmetic, and where it would not be exact.
-
-    The programs are compiled once per shape.
+      integer_first_layer: run the first layer of a pair with integer weights (`first_layer.IntegerLayer`), where that
+        is exact and the noise shared; it then costs almost nothing per sample.
+      fallback: a deterministic classifier that answers where no class has more than half of the probability: a workdir
+        with a linear head, or a function from inputs to scores as `smoothing.compose` takes them, ``(B, K)`` in units
+        of the inputs. That they are so is your claim, tried at some inputs; lower them by their rounding.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class SmoothedClassifier:
         devices: Sequence[Any] | None = None,
         channels_last: bool = True,
         integer_first_layer: bool = True,
+        fallback: Any = None,
     ) -> None:
         head = as_head(head)
         if not callable(head):
@@ -89,6 +90,7 @@ class SmoothedClassifier:
         self.class_names = None if class_names is None else tuple(map(str, class_names))
         self.settings: dict[str, Any] = {name: value for name, value in settings.items() if name != "devices"}
         self.settings["tile"] = tuple(tile)
+        self.fallback = fallback_of(fallback)
 
     @property
     def has_encoder(self) -> bool:
@@ -128,13 +130,11 @@ class SmoothedClassifier:
           x: the inputs. Without an encoder these are the latents, and rounding by an encoder of your own below float64
             is not covered: give it as `slack`.
           labels: ``(N,)`` whole numbers, for accuracies; needed for `out`.
-          out: a folder that gets what the command ``certify`` writes: ``<out>/certify/<name>`` with ledger, table and
-            identity. The same call continues what a kill has interrupted; ``lsrs certify --workdir=OUT --verify`` and
-            ``--from-counts`` and ``lsrs report OUT`` read it.
+          out: a folder that gets what the command ``certify`` writes, in ``<out>/certify/<name>``. The same call
+            resumes after a kill; ``lsrs certify --workdir=OUT --verify``, ``--from-counts`` and ``report`` read it.
           key: a typed threefry key, ``jax.random.key(seed, impl="threefry2x32")``. By default the seed is derived from
             the digests of parameters and inputs.
-          n0: samples that choose the class.
-          n: fresh samples that certify it; with another schedule than ``"fixed"`` the most that an input can get.
+          n0, n: samples that choose the class, and fresh ones that certify it (unless fixed: the most of an input).
           alpha: failure probability per input.
           bound: ``"binary"``, or ``"multiclass"`` for larger radii where no class has half of the samples.
           schedule: ``"fixed"``; or ``"staged"`` or ``"anytime"``: samples up to growing looks, until the answer is
@@ -142,8 +142,7 @@ class SmoothedClassifier:
           radii: unless fixed: the radii to decide (and always 0, any certificate). None: the radius itself.
           epsilon: unless fixed, without radii: how far the radius may stay below that of n samples, in sigma/lipschitz.
           slack: ℓ2 error of the latents, in their units, which is subtracted too: one number, or one per input.
-          counts: ``samples`` of earlier certificates of the same head, latents, key and schedule, to be continued; only
-            without `out`.
+          counts: ``samples`` of earlier certificates of the same head, latents, key and schedule, to be continued.
           name: the name of the certification in `out`.
           progress: ``print`` or another function of a line, or a bar such as ``tqdm(total=len(x))``.
 
@@ -163,6 +162,8 @@ class SmoothedClassifier:
         own, say, slack = labels_of(labels, len(inputs)), reporter(progress), check_slack(slack, len(inputs))
         sampling = {"n0": n0, "n": n, "alpha": alpha, "bound": bound, "schedule": schedule, "epsilon": epsilon}
         if out is not None:
+            if self.fallback:
+                raise UserError("out takes no fallback: certify.fallback of lsrs certify writes such certificates")
             if own is None or counts is not None:
                 raise UserError("out needs labels" if own is None else "counts are for certificates without out")
             fields = sampling | {"radii": () if radii is None else radii, "name": name}
@@ -170,15 +171,16 @@ class SmoothedClassifier:
         latents, total = self._encoding.latents(inputs, slack, self.sigma, self.settings["tile"][0])
         if own is not None:
             self._check_classes(own, latents.shape[1:])
-        if own is not None and progress is not None:
-            sampler = self.sampler(latents.shape[1:])
-            some = Images(range(len(own)), own.tolist(), [], sampler.quantize(latents))
-            say(accuracy_under_noise(sampler, some))
-        key = root_key(self._derived_seed(inputs, own)) if key is None else key
-        given = {"radii": radii, "slack": total, "counts": counts, "progress": say}
+            if progress is not None:
+                sampler = self.sampler(latents.shape[1:])
+                some = Images(range(len(own)), own.tolist(), [], sampler.quantize(latents))
+                say(accuracy_under_noise(sampler, some))
+        answers = answers_of(self.fallback, inputs, self.sampler(latents.shape[1:]).num_classes)
+        key = root_key(self._derived_seed(inputs, own, answers)) if key is None else key
+        given = {"radii": radii, "slack": total, "counts": counts, "progress": say, "fallback": answers}
         found = self._smoother.certify(latents, key=key, **given, **sampling)
         decided = () if radii is None or schedule == "fixed" else tuple(map(float, radii))
-        return self._result(found, own, decided)
+        return result_of(found, own, self.class_names, self.sigma, decided)
 
     def _certify_into(
         self, out: Path, inputs: np.ndarray, labels: np.ndarray, slack: np.ndarray, key: Any, fields: Any, say: Any
@@ -204,16 +206,18 @@ class SmoothedClassifier:
           details: return a `Prediction`, with the counts and the reason of every abstention.
 
         Returns the class with the most samples, or −1 where the two-sided binomial test does not tell it from the
-        second. Raises UserError (a ValueError) for every bad input.
+        second. With a fallback: `composition.composed_leaders`. Raises UserError (a ValueError) for every bad input.
 
         **Guarantee**: for each input the class returned is that of the smoothed classifier with probability at least
         1 − alpha. (The test of the two leading classes is valid at this level although the samples chose them; Hung and
         Fithian 2019.)
         """
-        latents, _ = self._encoding.latents(check_latents(x, "x"), np.inf, self.sigma, self.settings["tile"][0])
+        inputs = check_latents(x, "x")
+        latents, _ = self._encoding.latents(inputs, np.inf, self.sigma, self.settings["tile"][0])
         counts = self._smoother.prediction_counts(latents, key, n, alpha)
-        classes = leaders(counts, float(alpha), self.sampler(latents.shape[1:]).tau)
-        return prediction(classes, counts) if details else classes
+        fallback = None if self.fallback is None else self.fallback.classes(inputs)
+        classes = leaders_of(counts, fallback, float(alpha), self.sampler(latents.shape[1:]).tau)
+        return prediction(classes, counts, self.fallback is not None) if details else classes
 
     def soft_logits(self, x: Any, key: jax.Array, samples: int) -> Float[Array, "inputs classes"]:
         """Log of the mean over noise of softmax(head(encoder(x) + δ)), differentiable in x (Salman et al. 2019).
@@ -295,6 +299,8 @@ class SmoothedClassifier:
             program = jax.export.deserialize(pathlib.Path(path).read_bytes())
             classes = program.call(x, jax.random.key_data(jax.random.key(seed, impl="threefry2x32")))
         """
+        if self.fallback:
+            raise UserError("export writes the votes alone: export a classifier without fallback")
         from lsrs_jax.api.export import export_predict
         from lsrs_jax.runtime.files import write_atomic
 
@@ -336,14 +342,9 @@ class SmoothedClassifier:
             if not sampler.is_current(self.head):
                 raise UserError("the head has changed since this object compiled it: make a new SmoothedClassifier")
 
-    def _derived_seed(self, inputs: np.ndarray, labels: np.ndarray | None) -> int:
+    def _derived_seed(self, inputs: np.ndarray, labels: np.ndarray | None, answers: Any) -> int:
         from lsrs_jax.certification.identity import derived_seed
 
         dataset = self.dataset(inputs, np.zeros(len(inputs), int) if labels is None else labels)
-        return derived_seed(self.identity(inputs.shape[1:]).parameters, dataset.digest())
-
-    def _result(self, found: Certificates, labels: np.ndarray | None, radii: tuple[float, ...]) -> Result:
-        fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
-        classes = found.counts.shape[1]
-        names = self.class_names or tuple(map(str, range(classes)))
-        return Result(**fields, labels=labels, class_names=names, sigma=self.sigma, radii=radii)
+        fallback = repr(answers) if answers else None
+        return derived_seed(self.identity(inputs.shape[1:]).parameters, dataset.digest(), fallback)

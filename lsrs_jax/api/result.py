@@ -22,12 +22,16 @@ class Prediction(NamedTuple):
     reasons: tuple[str, ...]  # why it abstains; "" where it does not
 
 
-def prediction(classes: np.ndarray, counts: np.ndarray) -> Prediction:
-    """The `Prediction` of these classes and counts."""
+def prediction(classes: np.ndarray, counts: np.ndarray, composed: bool = False) -> Prediction:
+    """The `Prediction` of these classes and counts, of votes alone or of a composition."""
     order, reasons = np.argsort(-counts, axis=1, kind="stable")[:, :2], []
     for found, (first, second), own in zip(classes, order, counts, strict=True):
-        near = f"classes {first} and {second} have {own[first]:,} and {own[second]:,} of {own.sum():,} samples"
-        reasons.append("" if found >= 0 else f"{near}, too close to tell apart: more samples may decide")
+        if composed:
+            near = f"class {first} has {own[first]:,} of {own.sum():,} samples, too close to one half"
+        else:
+            near = f"classes {first} and {second} have {own[first]:,} and {own[second]:,} of {own.sum():,} samples"
+            near += ", too close to tell apart"
+        reasons.append("" if found >= 0 else f"{near}: more samples may decide")
     return Prediction(classes, counts, tuple(reasons))
 
 
@@ -87,6 +91,15 @@ class Result(Certificates):
         return "\n".join([*lines, str(self.folder)] if self.folder else lines)
 
     __repr__ = __str__
+
+
+def result_of(
+    found: Certificates, labels: Any, names: tuple[str, ...] | None, sigma: float, radii: tuple[float, ...]
+) -> Result:
+    """The `Result` of these certificates; classes without names are numbered."""
+    fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+    names = names or tuple(map(str, range(found.counts.shape[1])))
+    return Result(**fields, labels=labels, class_names=names, sigma=sigma, radii=radii)
 
 
 def _grid(largest: float) -> list[float]:

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from lsrs_jax.smoothing.composition import composed_scores
+
 Images = Float[Array, "images *image"]
 Classes = Int[Array, " images"]
 PerImage = Float[Array, " images"]
@@ -23,6 +25,8 @@ class Smoothed(NamedTuple):
     encode: Callable  # images (B, …) -> latents (B, …)
     head: Callable  # latents (B, …) -> logits (B, K)
     sigma: float
+    fallback: Callable | None = None  # of a composition: images (B, …) -> scores (B, K), as in `composition.compose`
+    unit: float = 1.0  # σ/L, in which the votes of a composition are compared with the fallback
 
     def _logits(self, images: Images, key: jax.Array, samples: int) -> Float[Array, "samples images classes"]:
         """Logits under noise; all images get the same noise."""
@@ -37,11 +41,18 @@ class Smoothed(NamedTuple):
         return jax.nn.logsumexp(log_soft, axis=0) - jnp.log(samples)
 
     def log_probability(self, images: Images, classes: Classes, key: jax.Array, samples: int) -> PerImage:
-        """The soft logit of one class per image."""
-        return jnp.take_along_axis(self.soft_logits(images, key, samples), classes[:, None], axis=1)[:, 0]
+        """What lowers one class per image: its soft logit; in a composition, its score with soft votes."""
+        found = self.soft_logits(images, key, samples)
+        if self.fallback is not None:
+            odds = found - jnp.log(jnp.maximum(-jnp.expm1(found), 1e-7))  # positive where a class has more than half
+            found = composed_scores(self.fallback(images), self.unit * odds)
+        return jnp.take_along_axis(found, classes[:, None], axis=1)[:, 0]
 
     def share(self, images: Images, classes: Classes, key: jax.Array, samples: int, rounds: int = 1) -> PerImage:
-        """Share of the samples for a class minus the share of the strongest other class: positive if the class wins."""
+        """Share of the samples for a class minus the share of the strongest other class: positive if the class wins.
+
+        In a composition: the score of the class, with these shares less one half as the votes.
+        """
 
         def shares(number: jax.Array) -> jax.Array:
             logits = self._logits(images, jax.random.fold_in(key, number), samples)
@@ -49,6 +60,9 @@ class Smoothed(NamedTuple):
 
         # `rounds` batches of `samples`, one after the other, to save memory
         mean = jax.lax.map(shares, jnp.arange(rounds)).mean(axis=0)
+        if self.fallback is not None:
+            scores = composed_scores(self.fallback(images), self.unit * (mean - 0.5))
+            return jnp.take_along_axis(scores, classes[:, None], axis=1)[:, 0]
         own = jax.nn.one_hot(classes, mean.shape[1], dtype=bool)
         return (mean * own).sum(axis=1) - jnp.where(own, -1.0, mean).max(axis=1)
 

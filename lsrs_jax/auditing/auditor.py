@@ -3,6 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,9 @@ class Auditor:
     """Attacks on one classifier (from `models.Model.for_certification`), compiled once for a batch of images.
 
     The predictions of the certification's `sampler` at level `alpha` judge the attacks. `lipschitz` is the constant
-    that the certificates claim, `seed` the seed of the certification (attacks draw from a domain of their own).
+    that the certificates claim, `seed` the seed of the certification (attacks draw from a domain of their own). With a
+    `fallback` (`certification.linear.LinearClassifier`, or another object with its `classes` and `scores`) the attacks
+    are on the composition.
     """
 
     def __init__(
@@ -79,13 +82,18 @@ class Auditor:
         alpha: float,
         settings: Settings,
         seed: int,
+        fallback: Any = None,
     ) -> None:
+        self._fallback = fallback
         self._settings, self._sampler, self._alpha = settings, sampler, alpha
         self._unit, self._batch = sampler.arithmetic.sigma / lipschitz, sampler.tile[0]
         self._encode = Float64Encoder(encoder, self._batch)
         self._key, self._predict_key = domain_key(seed, "audit"), root_key(seed)
         params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), encoder.params)
-        target = attacks.Smoothed(lambda x: encoder.apply(params, x), head, sampler.arithmetic.sigma)
+        scores = fallback.scores if fallback else None
+        target = attacks.Smoothed(
+            lambda x: encoder.apply(params, x), head, sampler.arithmetic.sigma, scores, self._unit
+        )
         steps, samples = settings.steps, settings.samples
 
         def descend(images: jax.Array, classes: jax.Array, radius: jax.Array, key: jax.Array) -> jax.Array:
@@ -106,7 +114,8 @@ class Auditor:
 
     def _predict(self, images: np.ndarray) -> np.ndarray:
         latents, n = self._encode(images), self._settings.votes
-        return self._sampler.predict(latents, self._predict_key, n, self._alpha)
+        fallback = self._fallback and self._fallback.classes(images)
+        return self._sampler.predict(latents, self._predict_key, n, self._alpha, fallback)
 
     def _fill(self, values: np.ndarray) -> np.ndarray:
         """Fills the batch with repetitions of the last image."""

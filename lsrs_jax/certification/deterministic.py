@@ -10,18 +10,15 @@ from typing import Any
 import numpy as np
 
 from lsrs_jax.certification import OTHER_NAME, store
-from lsrs_jax.certification.encode import encode_batches
-from lsrs_jax.certification.margin import certified_margin, float64_slack
-from lsrs_jax.certification.platform_check import check_encoder
+from lsrs_jax.certification.linear import LinearClassifier
 from lsrs_jax.certification.table import Table, parse_number, read_table
 from lsrs_jax.certification.target import TrainedTarget
-from lsrs_jax.layers.lipschitz import Float64Encoder, LipschitzReport
+from lsrs_jax.layers.lipschitz import LipschitzReport
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.files import fields_of
 from lsrs_jax.runtime.format import FIELD_COLUMNS
 from lsrs_jax.runtime.progress import duration, print_now
 
-_BATCH = 50
 _COLUMNS = (*FIELD_COLUMNS, "n", "lipschitz", "slack")
 _BESIDE = "-margin"  # what `beside` adds to the name of a certification
 _SAME = 1e-9  # relative: how far a radius may differ between two machines
@@ -92,20 +89,10 @@ def _complete(target: TrainedTarget, path: Path) -> Table | None:
 
 def _compute(target: TrainedTarget, indices: np.ndarray, say: Say) -> tuple[LipschitzReport, dict[str, Any]]:
     """The report of the encoder, and predictions, radii, Lipschitz constant and slack of some images."""
-    encoder, weights, bias = target.model.with_linear_head(target.params)
-    dataset = target.dataset
-    say(str(encoder.report))
+    classifier, dataset = LinearClassifier(target.model, target.params), target.dataset
+    say(str(classifier.report))
     say(f"{dataset.name} {dataset.split}: {len(indices):,} images, no noise")
-    encode = Float64Encoder(encoder, min(_BATCH, len(indices)))
-    check_encoder(encoder, encode)
-    batches = zip(*encode_batches(dataset, indices, encode, _BATCH), strict=True)
-    latents, norms = (np.concatenate(parts) for parts in batches)
-    latents = latents.reshape(len(latents), -1)
-    logits, lipschitz = latents @ weights + bias, encoder.report.constant
-    _, reach = certified_margin(logits, weights, lipschitz=lipschitz)  # without slack, the radii are largest
-    slack = float64_slack(encoder.report.rounding(norms + reach), latents, weights, bias, lipschitz * reach)
-    predict, radius = certified_margin(logits, weights, lipschitz=lipschitz, slack=slack)
-    return encoder.report, {"predict": predict, "radius": radius, "lipschitz": lipschitz, "slack": slack}
+    return classifier.report, classifier.certificates(dataset, indices)
 
 
 def check_form(path: Path, text: str, lipschitz: float) -> None:

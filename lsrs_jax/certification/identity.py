@@ -60,6 +60,7 @@ class Identity:
     arithmetic: dict[str, Any] | None = None  # its name, sigma, tau and, on a grid, spacing
     program: str | None = None  # of the head, as in `Sampler`; None for "plain"
     first_layer: str | None = None  # of the head: "integer" as in `Sampler`, or None
+    fallback: dict[str, Any] | None = None  # step and digest of the fallback of a composition; None without one
 
     def sampled(self, config: Config, arithmetic: Arithmetic, latent_shape: tuple[int, ...]) -> "Identity":
         """This identity with the facts of the sampling."""
@@ -72,7 +73,8 @@ class Identity:
         facts |= {"tile": list(config.certify.tile), "stages": list(schedule_of(config).looks)}
         seed = {SEED_OF_TRAINING: config.seed}.get(config.certify.seed, config.certify.seed)
         if seed == SEED_DERIVED:
-            seed = derived_seed(self.checkpoint["digest"], self.data.get("digest"))
+            digests = self.data.get("digest"), (self.fallback or {}).get("digest")
+            seed = derived_seed(self.checkpoint["digest"], *digests)
         return facts | {"sigma": config.sigma, "seed": seed}
 
     @property
@@ -125,7 +127,7 @@ class Identity:
             "data": ("name", "version", "split", "digest", "class_names"),
             "model": model,
         }
-        known |= {"arithmetic": ("name", "spacing", "sigma", "tau")}
+        known |= {"arithmetic": ("name", "spacing", "sigma", "tau"), "fallback": ("step", "digest")}
         refuse_unknown(values, known, "identity.")
         return cls(**{"classes": None, **values, "model": upgrade_section(values["model"], "model.")})
 
@@ -148,10 +150,10 @@ class Identity:
         return " and ".join(clauses)
 
 
-def derived_seed(parameters: str, data: str | None) -> int:
-    """The seed of the noise that follows from the digests of parameters and images."""
-    both = f"{parameters}{data}".encode(errors="surrogatepass")
-    return int.from_bytes(hashlib.sha256(both).digest()[:4], "big")
+def derived_seed(parameters: str, data: str | None, fallback: str | None = None) -> int:
+    """The seed of the noise that follows from the digests of parameters, images and, if there is one, the fallback."""
+    digests = f"{parameters}{data}{fallback or ''}".encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.sha256(digests).digest()[:4], "big")
 
 
 def _clause(new: Identity, name: str, was: Any, now: Any) -> str:
@@ -162,6 +164,9 @@ def _clause(new: Identity, name: str, was: Any, now: Any) -> str:
         return "the parameters of the classifier have changed"
     if name == "checkpoint.digest":
         return f"the weights in the checkpoint of step {new.checkpoint['step']} have changed"
+    if name.partition(".")[0] == "fallback":
+        another = "another fallback, or another checkpoint of it," if was and now else "a fallback" if was else "none"
+        return f"certify.fallback named {another} there"
     if name == "data.class_names" and (clause := other_class(was or [], now or [])):
         return f"{clause} now"
     if name == "data.digest":
@@ -177,10 +182,10 @@ _UNNAMED = (*SOURCES, "arrays")
 
 def names_its_data(config: Config) -> bool:
     """Whether the data set and the split in an identity must be those in its configuration."""
-    return _base(config.data.name) not in _UNNAMED
+    return base_name(config.data.name) not in _UNNAMED
 
 
-def _base(name: str) -> str:
+def base_name(name: str) -> str:
     """The name of a data set without its version and the configuration of its builder."""
     return name.partition(":")[0].partition("/")[0]
 
@@ -195,13 +200,15 @@ def contradiction(identity: Identity, config: Config) -> str | None:
         return f"identity.certificate is {kinds[0]!r}, that of its configuration {kinds[1]!r}"
     if identity.certificate == "smoothed" and identity.prng != PRNG:
         return f"identity.prng is {identity.prng!r}, and every version draws with {PRNG!r}"
+    if bool(identity.fallback) != bool(config.certify.fallback):
+        return "only one of identity.fallback and certify.fallback names a fallback"
     model = config_to_dict(config)["model"]
     if {name: identity.model.get(name) for name in model} != model:
         return "identity.model is not the model of its configuration"
     if not names_its_data(config):
         return None
     for field, own, claimed in (
-        ("name", _base(config.data.name), _base(str(identity.data.get("name")))),
+        ("name", base_name(config.data.name), base_name(str(identity.data.get("name")))),
         ("split", config.data.split, identity.data.get("split")),
     ):
         if own != claimed:

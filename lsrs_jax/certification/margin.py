@@ -41,10 +41,10 @@ def certified_margin(
         raise UserError(f"logits must be finite numbers of shape (images, classes >= 2), <= 1e300, got {logits.shape}")
     if slack.shape not in ((), logits.shape[:1]) or np.any(~((slack >= 0) & np.isfinite(slack))):
         raise UserError("slack must be finite and not negative, one number or one per image")
-    distances = _distances(weights, logits.shape[1])
+    apart = distances(weights, logits.shape[1])
     predict, rows = logits.argmax(axis=1), np.arange(len(logits))
     with np.errstate(over="ignore"):
-        latent = (logits[rows, predict, None] - logits) / distances[predict]
+        latent = (logits[rows, predict, None] - logits) / apart[predict]
         latent[rows, predict] = np.inf
         nearest = latent.min(axis=1)
         # Floating-point numbers next to 0 are too far apart for this rounding down.
@@ -61,22 +61,22 @@ def _scaled(weights: np.ndarray) -> tuple[float, np.ndarray]:
     return scale, weights / scale
 
 
-def _distances(weights: Any, classes: int) -> Float[np.ndarray, "classes classes"]:
+def distances(weights: Any, classes: int) -> Float[np.ndarray, "classes classes"]:
     """‖w_i − w_j‖ ``(K, K)``, rounded up; ∞ on the diagonal."""
     if weights is None:
-        distances = np.full((classes, classes), np.sqrt(2.0))
+        found = np.full((classes, classes), np.sqrt(2.0))
     else:
         weights = numbers("weights", weights)
         fits = weights.ndim == 2 and weights.shape[1] == classes and len(weights)
         if not fits or not np.all(np.abs(weights) <= _LARGEST):
             raise UserError(f"weights must be finite numbers of shape (d, {classes}), <= 1e300, got {weights.shape}")
         scale, weights = _scaled(weights)
-        distances = np.stack([np.linalg.norm(weights - column[:, None], axis=0) for column in weights.T])
-        distances = np.where(distances > _SMALLEST, scale * distances, 0.0)
-    np.fill_diagonal(distances, np.inf)
-    if not np.all(distances > 1e-290):
+        found = np.stack([np.linalg.norm(weights - column[:, None], axis=0) for column in weights.T])
+        found = np.where(found > _SMALLEST, scale * found, 0.0)
+    np.fill_diagonal(found, np.inf)
+    if not np.all(found > 1e-290):
         raise UserError("two classes have equal weights in the last layer: no finite margin separates them")
-    return distances * (1 + _MARGIN)
+    return found * (1 + _MARGIN)
 
 
 def float64_slack(
@@ -100,4 +100,4 @@ def float64_slack(
     scale, scaled = _scaled(weights)
     terms = scale * np.linalg.norm(scaled, axis=0).max() * farthest + np.abs(bias).max()
     rounded = 8 * (len(weights) + 1) * (2.0**-53 * terms + 2.0**-1074)  # 2⁻¹⁰⁷⁴ for products that underflow
-    return 2 * rounding + rounded / _distances(weights, weights.shape[1]).min()
+    return 2 * rounding + rounded / distances(weights, weights.shape[1]).min()

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lsrs_jax.certification import comparison, deterministic, fresh, ledger, scan
+from lsrs_jax.certification import comparison, deterministic, fallback, fresh, ledger, scan
 from lsrs_jax.certification.encode import Pipeline
 from lsrs_jax.certification.smoothed import Certification, check_labels, reopen
 from lsrs_jax.certification.store import Stored
@@ -66,6 +66,11 @@ def run(target: TrainedTarget, stored: Stored, count: int, verdict: Verdict) -> 
     check_dataset(target, verdict, np.array(indices))
     if missing := len(set(target.indices) - set(known)):
         print(f"note: {missing:,} of the {len(target.indices):,} images that were to be certified are not in the table")
+    composed = fallback.load(target.config, target.dataset, identity.fallback)
+    if composed and certification.fallback:
+        composed.check(folder, target.dataset, np.array(indices), certification.fallback)
+        verdict.checked.append(f"the answers of the fallback at {len(indices):,} images")
+        verdict.beyond.pop("fallback", None)
     print(f"sampling {len(indices):,} of {len(known):,} images again; compiling encoder and head ...", flush=True)
     if (here := target.identity("smoothed").platform) != identity.platform:
         print(f"note: the folder says that it was made on {identity.platform!r}; this is {here!r}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lsrs_jax.certification import OTHER_NAME, ledger, store, summary
+from lsrs_jax.certification import OTHER_NAME, fallback, ledger, store, summary
 from lsrs_jax.certification.encode import Pipeline
 from lsrs_jax.certification.identity import Identity, arithmetic_facts, schedule_of
 from lsrs_jax.certification.table import LAST_DIGITS, read_table
@@ -23,6 +23,7 @@ from lsrs_jax.runtime.processes import ALONE, Process
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.runtime.workdir import Workdir
 from lsrs_jax.smoothing.arithmetic import make_arithmetic
+from lsrs_jax.smoothing.composition import Composed
 from lsrs_jax.smoothing.counts import Counts, ImageCounts
 from lsrs_jax.smoothing.derivation import Certificates, Derivation
 from lsrs_jax.smoothing.engine import Engine, Status
@@ -60,9 +61,16 @@ class Certification:
         settings = {"lipschitz": lipschitz.constant, "radii": tuple(certify.radii) or None, "epsilon": certify.epsilon}
         settings |= {"sigma": arithmetic["sigma"], "tau": arithmetic["tau"]}
         self.derivation = Derivation(alpha=certify.alpha, bound=certify.bound, rule=rule, **settings)
+        self.fallback: fallback.Answers | None = None
         self.process, self.record, self.decided_images = process, list[dict[str, Any]](), set[int]()
         self._say = say
         self.stored: store.Stored | None = None  # certificates.json of the session before
+
+    def take_fallback(self, answers: fallback.Answers | None) -> None:
+        """Derives the certificates of a composition from now on, if there are answers of a fallback."""
+        if answers is not None:
+            settings = {field.name: getattr(self.derivation, field.name) for field in dataclasses.fields(Derivation)}
+            self.fallback, self.derivation = answers, Composed(**settings, answers=answers.by_image)
 
     def open_ledger(self, lost: bool = False) -> ledger.Ledger:
         """Opens the ledger of this process; its file is made if missing.
@@ -173,6 +181,9 @@ class Certification:
         if images:
             certificates = self.derivation.certificates(self.schedule, images)
             derivation = {"alpha": self.derivation.alpha, "bound": self.derivation.bound, "votes": counts.digests()}
+            if self.fallback:
+                self.fallback.write(self.folder)
+                derivation["fallback"] = self.fallback.digest()
             if self.identity.schedule in ("staged", "anytime"):
                 derivation |= {"radii": self.derivation.radii, "epsilon": self.derivation.epsilon}
             table = store.format_table(images, certificates, self.lipschitz.constant)
@@ -203,7 +214,9 @@ def run(
     with process.together("the preparation of the samples"):  # finds errors before any sample is drawn
         report = target.encoder().report
         arithmetic = make_arithmetic(config.certify.arithmetic, config.sigma)
-        identity = target.identity("smoothed").sampled(config, arithmetic, report.output_shape)
+        composed = fallback.load(config, target.dataset, fallback.begun(target.folder))
+        facts_of_target = dataclasses.replace(target.identity("smoothed"), fallback=composed and composed.identity)
+        identity = facts_of_target.sampled(config, arithmetic, report.output_shape)
         certification = Certification(target.folder, config, identity, report, process, say=say)
         certification.resume()
         stored = certification.stored
@@ -214,6 +227,12 @@ def run(
         with process.together("the ledgers"):
             check_labels(target.folder, counts, target.dataset)
             target.check_slack(counts.images.values())
+            if composed:
+                known = fallback.read(target.folder, ((stored and stored.derivation) or {}).get("fallback"))
+                images = {*target.indices, *counts.images}
+                constant = composed.classifier.report.constant
+                say(f"fallback {config.certify.fallback}: Lipschitz constant {constant:.15g}")
+                certification.take_fallback(composed.answers(target.dataset, images, known))
         certification.catch_up(counts)
         pending = len(certification.pending(target.indices))
         say(str(pipeline.report))
@@ -298,33 +317,6 @@ def _sample(
     session["seconds"] = round(time.monotonic() - start, 3)
 
 
-def from_counts(folder: Path, config: Config) -> None:
-    """Derives new certificates from the ledgers in a folder, without model, data or samples.
-
-    Raises UserError if the ledgers do not have the samples that the configuration asks for.
-    """
-    certify, stored = config.certify, store.read_folder(folder, "to derive from")
-    held = stored.identity.certificate
-    if held != "smoothed" or certify.certificate != "smoothed":
-        wrong = f"{folder} holds {held} ones" if held != "smoothed" else "leave --config.certify.certificate out"
-        raise UserError(f"--from-counts is for smoothed certificates: {wrong}")
-    certification = reopen(folder, config, stored)
-    certification.note_format()
-    if not ledger.has_rows(folder):
-        raise UserError(f"{folder} holds no samples; restore {ledger.name('*')}")
-    with certification.open_ledger() as counts:
-        chosen = [idx for idx in counts.images if counts.at_a_look(idx)]
-        indices = range(certify.start, certify.stop or max(chosen, default=0) + 1, certify.step)
-        if not any(idx in indices for idx in chosen):
-            none = f"no chosen image in {folder} has enough samples for a certificate"
-            raise UserError(f"{none}; run certify without --from-counts first")
-        found = certification.derive(counts, chosen)
-    print(f"alpha {certify.alpha}, {certify.bound} bound, from the samples of {len(chosen):,} images")
-    if left_out := len(counts.images) - len(chosen):
-        print(f"note: {left_out:,} images whose sampling was interrupted are left out; certify resumes them")
-    print(certification.summary(*found, indices))
-
-
 def reopen(folder: Path, config: Config, stored: store.Stored, rule: int = FORMAT) -> Certification:
     """The `Certification` of the ledgers in a folder, from its certificates.json. `rule` is that of `Certification`.
 
@@ -334,6 +326,7 @@ def reopen(folder: Path, config: Config, stored: store.Stored, rule: int = FORMA
     identity, certify, facts = stored.identity, config.certify, stored.identity.arithmetic or {}
     wanted = identity.sampling_facts(config) | {"arithmetic": certify.arithmetic}
     drawn = {name: getattr(identity, name) for name in wanted} | {"arithmetic": facts.get("name")}
+    wanted, drawn = wanted | {"fallback": bool(certify.fallback)}, drawn | {"fallback": bool(identity.fallback)}
     own, claimed = (
         {"data": {name: one["data"][name] for name in ("name", "split", "size")}, "model": one["model"]}
         for one in (config_to_dict(stored.settings), config_to_dict(config))
@@ -348,5 +341,6 @@ def reopen(folder: Path, config: Config, stored: store.Stored, rule: int = FORMA
         why = "its arithmetic does not fit the configuration and the latent"
         raise UserError(f"{folder / 'certificates.json'} is damaged ({why}); restore it, or {OTHER_NAME}")
     certification = Certification(folder, config, identity, stored.lipschitz, rule=rule)
+    certification.take_fallback(fallback.read(folder, (stored.derivation or {}).get("fallback")))
     certification.record, certification.stored = stored.record, stored
     return certification

@@ -26,6 +26,7 @@ from lsrs_jax.runtime.types import Config
 from lsrs_jax.smoothing.counts import ImageCounts
 from lsrs_jax.smoothing.derivation import Certificates
 
+_PART = {"bytes": int, "sha256": str}  # of a file that only grows
 _MOST = 2**20  # classes, or pixels in a row
 
 
@@ -37,7 +38,7 @@ class Stored:
     identity: Identity
     # The other facts on which the table depends; None before there is a table. ``certificates`` is the digest of the
     # table; there is ``bound``, and for smoothed certificates ``alpha``, ``votes`` (size and digest of each ledger;
-    # None in old files) and the settings of the staged schedule.
+    # None in old files), the settings of the staged schedule, and size and digest of fallback.tsv if there is one.
     derivation: dict[str, Any] | None
     lipschitz: LipschitzReport
     config: Config | None  # None in old files
@@ -66,7 +67,7 @@ def read(path: Path) -> Stored:
 
 def check_files(folder: Path) -> None:
     """Raises UserError for a pipe, a folder or another thing in the place of a file, on which a reader could wait."""
-    for name in ("certificates.json", "certificates.tsv", "audit.json", "audit.tsv"):
+    for name in ("certificates.json", "certificates.tsv", "fallback.tsv", "audit.json", "audit.tsv"):
         if (path := folder / name).exists() and not path.is_file():
             raise UserError(f"{path} is not a file; remove it, or {OTHER_NAME}")
 
@@ -93,7 +94,7 @@ def require_sealed(path: Path) -> Stored:
 
 def _parse(content: dict[str, Any]) -> Stored:
     """Raises UserError, ValueError, KeyError or TypeError for content that no version has written."""
-    derived = ("alpha", "bound", "radii", "epsilon", "certificates", "votes")
+    derived = ("alpha", "bound", "radii", "epsilon", "certificates", "votes", "fallback")
     known: dict[str, Any] = dict.fromkeys(("format", "identity", "config", "training", "record", "digest"))
     known |= {"derivation": derived, "lipschitz": ("layers", "input_shape", "output_shape", "constant")}
     documents.refuse_unknown(content, known)
@@ -122,6 +123,10 @@ def _parse(content: dict[str, Any]) -> Stored:
         _check_types(content, {"identity": {"arithmetic": {"name": str}}})
         if derivation is not None:
             derivation = derivation | {"votes": _parse_votes(content)} if sealed else {"votes": None} | derivation
+            if bool(identity.fallback) != bool(derivation.get("fallback")):
+                raise ValueError("only one of identity and derivation names a fallback")
+            if identity.fallback:
+                _check_types(derivation, {"fallback": _PART}, "derivation.")
     training, record = content.get("training"), content["record"]
     return Stored(content["format"], identity, derivation, lipschitz, config, training, record, sealed)
 
@@ -137,7 +142,7 @@ def _parse_votes(content: dict[str, Any]) -> dict[str, dict]:
     for name, digest in votes.items():
         if not ledger.is_name(name):
             raise ValueError(f"{name[:40]!r} is no ledger")
-        _check_types(digest, {"bytes": int, "sha256": str}, f"derivation.votes.{name}.")
+        _check_types(digest, _PART, f"derivation.votes.{name}.")
     return votes
 
 

@@ -114,7 +114,7 @@ def load_target(
     indices = chosen_images(config, len(dataset)) or range(0)
     if not indices:
         raise UserError(f"no image to certify: certify.start={certify.start} in a split of {len(dataset)}")
-    _check_images(workdir, trained_on(workdir), dataset)
+    check_images(workdir, trained_on(workdir), dataset)
     model = models.build(config.model, dataset.shape, len(dataset.class_names))
     check_dtype(model.head, "certify.head_dtype", certify.head_dtype)
     params, meta = restore(workdir, model, step)
@@ -134,7 +134,7 @@ def _refuse_caller(config: Config, folder: Path) -> None:
     )
 
 
-def _check_images(workdir: Path, trained: dict[str, Any], dataset: Dataset) -> None:
+def check_images(workdir: Path, trained: dict[str, Any], dataset: Dataset) -> None:
     """Raises UserError unless the images have the shape and the classes of the training.
 
     Convolutions take images of another shape without an error. `trained` comes from `checkpoint.trained_on`, and is

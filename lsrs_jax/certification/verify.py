@@ -110,6 +110,8 @@ def run(folder: Path, data_dir: str | None = None) -> tuple[store.Stored, Verdic
         verdict.samples = sum(image.total for image in counts.images.values())
         verdict.checked.append("every radius from its samples")
         verdict.beyond["samples"] = "that the network gives these samples for these images and labels (--recast=N)"
+        if identity.fallback:
+            verdict.beyond["fallback"] = "that the fallback gives the answers in fallback.tsv (--recast=N)"
         if identity.run is None:
             verdict.unchecked["run"] = "that all samples are of this run (in format 1 they do not name it)"
     elif derivation["bound"] != "margin" or ledger.files(folder):

@@ -58,6 +58,7 @@ _SIGMA = _between(2.0**-60, 2.0**60, "a positive number (between 1e-18 and 1e18)
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:\w[\w.-]*)?")
 _DATA = Limit("the name of a data set, as in 'cifar10' or 'folder:PATH'", lambda name, _: bool(_NAME.fullmatch(name)))
 _LOCAL = Limit("a folder of this machine, or torch:FILE", lambda path, _: "://" not in path)
+_HERE = Limit("a folder of this machine", lambda path, _: "://" not in path)
 _SHARE = Limit("strictly between 0 and 1", lambda share, _: 0 < share < 1)
 _CROP = Limit(
     "at least 0, and 0 if data.size is given, because data.area then says how training images are cut",
@@ -191,6 +192,9 @@ FIELDS: dict[str, Field] = {
         "fixed",
         'All images get n samples ("fixed"), or stop when decided ("staged", or "anytime").',
         _one_of(*SCHEDULES),
+    ),
+    "certify.fallback": Field(
+        "", "", "The deterministic classifier of this workdir answers where the votes do not.", _HERE
     ),
     "certify.radii": Field(
         (), (), "Staged and anytime sampling stop when it is known which of these radii are certified.", _RADII

@@ -99,7 +99,8 @@ class Model:
     def statistics(self, params: Params, noisy: Latents) -> Params:
         """Means and variances in the batch normalisation of a model `in_training`, for one batch."""
         latents, collection = self._latents_of_head(params, noisy), batch_norm.STATISTICS
-        return self.head.apply({"params": params["head"]}, latents, mutable=[collection])[1][collection]
+        state: Any = self.head.apply({"params": params["head"]}, latents, mutable=[collection])[1]
+        return state[collection]
 
     def classify(self, params: Params, noisy: Latents) -> Logits:
         """The base classifier on noisy latents (under ISRS on noisy images)."""

@@ -13,6 +13,7 @@ from lsrs_jax.smoothing.derivation import Certificates, certified_radius, from_c
 
 if TYPE_CHECKING:
     from lsrs_jax.smoothing.api import certify, predict
+    from lsrs_jax.smoothing.composition import compose
     from lsrs_jax.smoothing.first_layer import FirstLayer
     from lsrs_jax.smoothing.sampler import Sampler
 
@@ -22,6 +23,7 @@ __all__ = [
     "Sampler",
     "certified_radius",
     "certify",
+    "compose",
     "confidence",
     "from_counts",
     "predict",
@@ -30,6 +32,7 @@ __all__ = [
 _LAZY = dict.fromkeys(("certify", "predict"), f"{__name__}.api") | {
     "Sampler": f"{__name__}.sampler",
     "FirstLayer": f"{__name__}.first_layer",
+    "compose": f"{__name__}.composition",
 }
 _LAZY["SmoothedClassifier"] = "lsrs_jax.api.classifier"  # its place in earlier versions was here
 

@@ -15,6 +15,7 @@ from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.rng import check_key
 from lsrs_jax.runtime.validate import array, numbers
 from lsrs_jax.smoothing import confidence
+from lsrs_jax.smoothing.composition import Answers, Composed
 from lsrs_jax.smoothing.counts import Counts
 from lsrs_jax.smoothing.derivation import Certificates, Derivation, check_lipschitz
 from lsrs_jax.smoothing.engine import Engine, Images, Status
@@ -106,11 +107,13 @@ class Smoother:
         slack: Any = 0.0,
         counts: Counts | None = None,
         progress: Callable[[str], object] | None = None,
+        fallback: Answers | None = None,
     ) -> Certificates:
         """Certifies latents ``(N, …)``, floating point.
 
         The arguments are those of `lsrs_jax.SmoothedClassifier.certify`. The key is needed, and `progress` is a
-        function of a line of text, called every few seconds.
+        function of a line of text, called every few seconds. With the answers of a `fallback` at the latents, by their
+        positions, the certificates are those of `composition.Composed`.
 
         Returns `Certificates` with all counts in ``samples``. Raises UserError (a ValueError) for every bad input.
 
@@ -124,7 +127,10 @@ class Smoother:
         radii = None if radii is None else tuple(np.ravel(numbers("radii", radii)).tolist())
         if progress is not None and not callable(progress):
             raise UserError(f"progress must be a function of a line of text, got {progress!r}")
-        derivation = Derivation(self.sigma, alpha, bound, self.lipschitz, radii=radii, epsilon=epsilon)
+        settings: dict[str, Any] = {"lipschitz": self.lipschitz, "radii": radii, "epsilon": epsilon}
+        derivation = Derivation(self.sigma, alpha, bound, **settings)
+        if fallback is not None:
+            derivation = Composed(self.sigma, alpha, bound, **settings, answers=fallback)
         looks = make_schedule(schedule, n0, n, self._settings["tile"][1])
         check_key(key)
         say = progress or (lambda line: None)

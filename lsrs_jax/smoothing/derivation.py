@@ -20,9 +20,6 @@ _MARGIN = 1e-12  # on-disk format: tables are compared digit by digit
 _ABSOLUTE = 1e-14  # per unit of the quantiles; on-disk format
 _ENTRIES = 2**21  # counts of the images that are derived at once
 BLOCK_BYTES = 5 * 8 * _ENTRIES  # memory that this takes
-# Level of the optimistic limits; stopping too early costs radius, never the guarantee. At these levels both schedules
-# certify as many images (`benchmarks/schedules.py`): the anytime bounds are tighter where an image has all n samples.
-_FUTILITY = {"staged": 0.01, "anytime": 0.15}
 
 
 def check_sigma(sigma: Any) -> None:
@@ -149,8 +146,10 @@ class Derivation:
         size = _images_per_block(len(images[0].counts["selection"]), max(len(i.looks) for i in images))
         if len(images) > size:
             return _joined([self.certificates(schedule, images[a : a + size]) for a in range(0, len(images), size)])
-        # Anytime bounds of the last look alone: those of the looks before are hardly ever better, and cost time.
-        looks = [image.looks[-1:] if schedule.anytime else image.looks for image in images]
+        return self._of_one_block(schedule, images)
+
+    def _of_one_block(self, schedule: Schedule, images: Sequence[ImageCounts]) -> Certificates:
+        looks = [schedule.bounded(image.looks) for image in images]
         selection, rows = np.stack([i.counts["selection"] for i in images]), np.concatenate(looks)
         lengths, slack = np.array([len(each) for each in looks]), np.array([i.slack for i in images])
         horizon, level = np.full(len(images), schedule.n), schedule.level(self.alpha)
@@ -195,7 +194,8 @@ class Derivation:
     def decided(self, schedule: Schedule, images: Sequence[ImageCounts]) -> Bool[np.ndarray, " images"]:
         """Whether images at a look are decided: even in an optimistic future, more samples would not change the answer.
 
-        In that future the candidate's share of the samples to come is the upper limit of its probability (`_FUTILITY`).
+        In that future the candidate's share of the samples to come is the upper limit of its probability, at the level
+        `Schedule.futility`.
         Stopping early can shrink a radius but never falsify one, so this rule needs no part of α.
         """
         size = _images_per_block(len(images[0].counts["selection"]), len(schedule.looks)) if images else 1
@@ -220,7 +220,7 @@ class Derivation:
         self, schedule: Schedule, images: Sequence[ImageCounts], now: Certificates
     ) -> Float[np.ndarray, " images"]:
         """The radius after the last look in the optimistic future of `decided`; at least the radius of `now`."""
-        rows, n, level = np.arange(len(images)), schedule.n, _FUTILITY["anytime" if schedule.anytime else "staged"]
+        rows, n, level = np.arange(len(images)), schedule.n, schedule.futility
         candidate = np.stack([image.counts["selection"] for image in images]).argmax(axis=1)
         left, share, (lower, upper) = n - now.n, schedule.level(self.alpha), schedule.limits
         leading = now.counts[rows, candidate]

@@ -20,7 +20,8 @@ from lsrs_jax.runtime.format import KEY_DOMAINS, NOISE_OFFSETS, STREAMS
 from lsrs_jax.runtime.mesh import AXIS
 from lsrs_jax.runtime.validate import array
 from lsrs_jax.smoothing.arithmetic import make_arithmetic
-from lsrs_jax.smoothing.confidence import MAX_SAMPLES, leaders
+from lsrs_jax.smoothing.composition import leaders_of
+from lsrs_jax.smoothing.confidence import MAX_SAMPLES
 from lsrs_jax.smoothing.coupling_check import CouplingCheck, Evaluated
 from lsrs_jax.smoothing.first_layer import INTEGER, SplitHead, as_head, integer_layer, put
 from lsrs_jax.smoothing.head_check import Head, check_head, check_logits, fingerprint
@@ -327,10 +328,15 @@ class Sampler:
         return np.concatenate([self.one_batch(latents[part], key, "prediction", n, part) for part in parts])
 
     def predict(
-        self, latents: Float[np.ndarray, "images *latent"], key: jax.Array, n: int, alpha: float
+        self,
+        latents: Float[np.ndarray, "images *latent"],
+        key: jax.Array,
+        n: int,
+        alpha: float,
+        fallback: Int[np.ndarray, " images"] | None = None,
     ) -> Int[np.ndarray, " images"]:
-        """`api.SmoothedClassifier.predict` for float64 latents."""
-        return leaders(self.prediction_counts(latents, key, n), alpha, self.tau)
+        """`api.SmoothedClassifier.predict` for float64 latents, at which a fallback has these classes."""
+        return leaders_of(self.prediction_counts(latents, key, n), fallback, alpha, self.tau)
 
 
 def _on_the_first(arrays: Any) -> Any:

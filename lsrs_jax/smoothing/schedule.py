@@ -4,6 +4,9 @@ import bisect
 import dataclasses
 import functools
 
+import numpy as np
+from jaxtyping import Int
+
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.format import ANYTIME_FIRST_LOOK, ANYTIME_LOOK_GROWTH, FIRST_LOOK, LOOK_GROWTH
 from lsrs_jax.runtime.validate import choice, is_whole
@@ -55,6 +58,22 @@ class Schedule:
     def level(self, alpha: float) -> float:
         """The part of alpha that the bounds at one look get."""
         return alpha if self.anytime else alpha / len(self.looks)
+
+    @property
+    def futility(self) -> float:
+        """The level of the optimistic limits that say when more samples would not change an answer.
+
+        Stopping too early costs radius, never the guarantee. At these levels staged and anytime sampling certify as
+        many images (`benchmarks/schedules.py`): anytime bounds are tighter where an image has all n samples.
+        """
+        return 0.15 if self.anytime else 0.01
+
+    def bounded(self, looks: Int[np.ndarray, "looks classes"]) -> Int[np.ndarray, "some classes"]:
+        """The rows of the counts at the looks of an image from which its bounds are derived.
+
+        Anytime bounds come from the last look alone: those of the looks before are hardly ever better, and cost time.
+        """
+        return looks[-1:] if self.anytime else looks
 
     @property
     def limits(self) -> confidence.Limits:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lsrs_jax.certification import smoothed, store
+from lsrs_jax.certification import from_counts, store
 from lsrs_jax.certification.identity import Identity
 from lsrs_jax.runtime.errors import UserError
 from support.hostile import JSON, STRANGE, changed, examples, json_text, places, sealed
@@ -78,5 +78,5 @@ def test_a_table_of_other_bytes_is_written_anew(certification):
     home, config, stored, table = certification
     (home / "certificates.json").write_text(json.dumps(stored))
     (home / "certificates.tsv").write_bytes(b"\xff\xfe")
-    smoothed.from_counts(home, config)
+    from_counts.derive(home, config)
     assert (home / "certificates.tsv").read_bytes() == table

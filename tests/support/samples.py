@@ -6,7 +6,7 @@ import types
 import numpy as np
 
 from lsrs_jax import report
-from lsrs_jax.certification import smoothed, store, verify
+from lsrs_jax.certification import from_counts, store, verify
 from lsrs_jax.certification.identity import Identity
 from lsrs_jax.certification.ledger import Ledger, _header
 from lsrs_jax.certification.store import format_table
@@ -117,7 +117,7 @@ def certified(home):
     with Ledger(home / "votes.0.tsv", SCHEDULE, 3, identity.run) as ledger:
         ledger.append(ROWS)
     store.write(home, config, identity, lipschitz, [store.new_session(2)])
-    smoothed.from_counts(home, config)
+    from_counts.derive(home, config)
     stored = json.loads((home / "certificates.json").read_text())
     assert read_table(home / "certificates.tsv").radius.min() > 0
     return home, config, stored, (home / "certificates.tsv").read_bytes()
@@ -148,7 +148,7 @@ def derive(certification, text):
     (home / "certificates.tsv").write_bytes(table)
     answer(verify.run, home)
     (home / "certificates.tsv").unlink()
-    answer(smoothed.from_counts, home, config)
+    answer(from_counts.derive, home, config)
     if (home / "certificates.tsv").exists():
         assert (home / "certificates.tsv").read_bytes() == table
         return True
