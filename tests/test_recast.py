@@ -304,7 +304,7 @@ def test_every_image_is_equally_likely_to_be_chosen(copy, monkeypatch):
         pass
 
     class Pipeline:
-        sampler = types.SimpleNamespace(keys=lambda key: {})
+        sampler = types.SimpleNamespace(keys=lambda key: {}, first_layer="integer")
 
         def __init__(self, *_):
             pass
