@@ -304,9 +304,8 @@ def _sample(
     engine = Engine(pipeline.sampler, rng.root_key(seed), counts, decided, status, first)
     for number, images in enumerate(pipeline.encoded(share, {i: image.slack for i, image in counts.images.items()})):
         if number == 0:
-            say(accuracy_under_noise(pipeline.sampler, images))
-            if kept := summary.distances_kept(pipeline, images):
-                say(kept)
+            found = accuracy_under_noise(pipeline.sampler, images), summary.distances_kept(pipeline, images)
+            say("\n".join(filter(None, found)))
         engine.run(images)
     status.show()
     counts.flush()
