@@ -167,6 +167,7 @@ def test_scores_that_prove_nothing_are_refused(a, b, kappa, words):
 # -------------------------------------------------------------------------------------------------- from counts
 N0, N, ALPHA = 50, 2000, 0.05
 SCHEDULES = {"fixed": Schedule(N0, (N,), 16), "staged": Schedule(N0, (208, 496, 1008, N), 16)}
+SCHEDULES["anytime"] = Schedule(N0, (208, 496, 1008, N), 16, anytime=True)
 
 
 def sampled(rng, p, trials, schedule, decided=None):
@@ -239,7 +240,7 @@ def test_coverage_holds(case, kind, trials):
     wrong = wrong_share(found, p, fallback, margin)
     print(f"{case}, {kind}: {wrong / trials:.4f} wrong at alpha {ALPHA}")
     assert stats.binom.sf(wrong - 1, trials, ALPHA) >= 1e-6
-    assert (found[0] >= 0).any()
+    assert case == "one half" or (found[0] >= 0).any()  # at one half every answer is wrong
 
 
 def test_an_answer_that_is_chosen_after_the_samples_without_a_share_of_alpha_is_caught():
@@ -295,7 +296,7 @@ def test_the_program_that_stands_alone_derives_the_same(kind):
         row = verify_certificates.Image(0, image.slack, 6)
         row.counts[0], row.looks, row.fallback = image.counts["selection"], list(image.looks), given[image.idx]
         rows.append(row)
-    identity = {"stages": schedule.looks, "arithmetic": {"sigma": 0.5, "tau": 1e-7}}
+    identity = {"stages": schedule.looks, "schedule": kind, "arithmetic": {"sigma": 0.5, "tau": 1e-7}}
     document = {"derivation": {"alpha": 0.001, "bound": "multiclass", "fallback": {}}, "identity": identity}
     columns = zip(*verify_certificates.derive(rows, document | {"format": 2}, 1.25), strict=True)
     predict, radius, p_a, p_b = map(np.array, columns)
