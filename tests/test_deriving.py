@@ -10,6 +10,7 @@ import pytest
 import yaml
 from scipy import special, stats
 
+import verify_certificates
 from lsrs_jax import certify, data, models, report, smoothing
 from lsrs_jax.certification.table import read_table
 from lsrs_jax.config import load_config
@@ -104,6 +105,27 @@ def test_a_staged_certification_and_what_can_be_derived_from_it(copy, tmp_path):
     derivation = json.loads((folder / "certificates.json").read_text())["derivation"]
     assert (derivation["alpha"], derivation["bound"]) == (0.05, "multiclass")
     assert (folder / "votes.0.tsv").read_bytes() == ledger
+
+
+def test_an_anytime_certification_is_continued_derived_anew_and_verified_by_both_programs(copy, tmp_path):
+    flags = [f"--workdir={copy}", "--config.certify.name=anytime", "--config.certify.schedule=anytime"]
+    flags += ["--config.certify.n=2000", "--config.certify.radii=(0.1,0.3)"]
+    run("certify", *flags, "--config.certify.stop=8")
+    out = run("certify", *flags, "--config.certify.stop=30")
+    assert "8 of them done" in out
+    assert "anytime: the bounds hold at every number of samples, so the largest radius is" in out
+    folder = copy / "certify" / "anytime"
+    assert set(columns(folder / "certificates.tsv", "n")[0]) <= set(make_schedule("anytime", 100, 2000, 32).looks)
+    before = read_table(folder / "certificates.tsv")
+    for change in ([], ["--config.certify.alpha=0.05"], ["--config.certify.bound=multiclass"]):
+        out = run("certify", *flags, "--config.certify.stop=30", "--from-counts", *change)
+        assert "samples/s" not in out
+        assert "verified: 30 certificates" in run(
+            "certify", f"--workdir={copy}", "--verify", "--config.certify.name=anytime"
+        )
+        assert verify_certificates.main([str(folder)]) == 0
+    assert read_table(folder / "certificates.tsv").average_certified_radius > before.average_certified_radius
+    assert "staged to decide the radii 0.1, 0.3" in run("report", folder, f"--out={tmp_path / 'report'}")
 
 
 def test_interrupted_images_are_left_out_of_what_is_derived(copy, certified):

@@ -21,6 +21,8 @@ PINNED = {
     "NOISE_OFFSETS": {"shared": 0, "independent": 16},
     "FIRST_LOOK": 1000,
     "LOOK_GROWTH": 1.3,
+    "ANYTIME_FIRST_LOOK": 100,
+    "ANYTIME_LOOK_GROWTH": 1.2,
     "COLUMN_BITS": 18,
     "THRESHOLD_BITS": 45,
     "GRID_BITS": 15,
@@ -47,6 +49,22 @@ def test_looks_grow_as_they_did():
     schedule = make_schedule("staged", 100, 100_000, 8)
     assert schedule.looks[:6] == (1000, 1304, 1696, 2200, 2856, 3712)
     assert schedule.looks[-3:] == (66_544, 86_504, 100_000)
+    assert make_schedule("anytime", 100, 1000, 8).looks == (
+        104,
+        120,
+        144,
+        176,
+        208,
+        248,
+        304,
+        360,
+        432,
+        520,
+        624,
+        744,
+        896,
+        1000,
+    )
 
 
 def test_blocks_of_noise_are_the_same_bits_as_ever():
