@@ -276,7 +276,7 @@ def test_a_head_that_knows_the_noise_of_the_seed_is_found(home, monkeypatch):
     folder, honest = folder_of(home), Model.for_certification
     stored = store.read(folder / "certificates.json")
     made = target.target_of_certificates(folder, stored, "")
-    pipeline = encode.Pipeline(made, False)
+    pipeline = encode.Pipeline(made, {"channels_last": False})
     sampler, images = pipeline.sampler, next(iter(pipeline.encoded([0, 1, 2], {})))
     keys = sampler.keys(root_key(stored.identity.seed))
     weights = np.random.default_rng(0).normal(size=math.prod(sampler.latent_shape)).astype(np.float32)
