@@ -27,7 +27,6 @@ from lsrs_jax.smoothing.composition import Composed
 from lsrs_jax.smoothing.counts import Counts, ImageCounts
 from lsrs_jax.smoothing.derivation import Certificates, Derivation
 from lsrs_jax.smoothing.engine import Engine, Status
-from lsrs_jax.smoothing.noise_check import accuracy_under_noise
 from lsrs_jax.smoothing.sampler import Sampler
 from lsrs_jax.smoothing.settings import FLAGS
 
@@ -304,8 +303,7 @@ def _sample(
     engine = Engine(pipeline.sampler, rng.root_key(seed), counts, decided, status, first)
     for number, images in enumerate(pipeline.encoded(share, {i: image.slack for i, image in counts.images.items()})):
         if number == 0:
-            found = accuracy_under_noise(pipeline.sampler, images), summary.distances_kept(pipeline, images)
-            say("\n".join(filter(None, found)))
+            say(summary.before_sampling(pipeline, images))
         engine.run(images)
     status.show()
     counts.flush()

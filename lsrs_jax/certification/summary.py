@@ -14,6 +14,7 @@ from lsrs_jax.runtime.processes import devices
 from lsrs_jax.smoothing.counts import ImageCounts
 from lsrs_jax.smoothing.derivation import Certificates, Derivation
 from lsrs_jax.smoothing.engine import Images
+from lsrs_jax.smoothing.noise_check import accuracy_under_noise
 from lsrs_jax.smoothing.schedule import Schedule, make_schedule
 
 _PAIRED = 200  # images whose distances are compared
@@ -36,7 +37,13 @@ def headline(target: Target, schedule: Schedule, pending: int) -> str:
     return f"{line}\n{name}: {len(schedule.looks)} looks from {schedule.looks[0]:,} samples on, until {until}"
 
 
-def distances_kept(pipeline: Pipeline, images: Images) -> str:
+def before_sampling(pipeline: Pipeline, images: Images) -> str:
+    """What the first images say of the classifier: its accuracy under the noise, and the distances it keeps."""
+    lines = accuracy_under_noise(pipeline.sampler, images), _distances_kept(pipeline, images)
+    return "\n".join(filter(None, lines))
+
+
+def _distances_kept(pipeline: Pipeline, images: Images) -> str:
     """The `Selectivity` of the encoder on some images; "" without an encoder, or if they are not of several classes."""
     if not pipeline.report.layers:
         return ""
