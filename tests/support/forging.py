@@ -4,7 +4,7 @@ import hashlib
 import json
 import zlib
 
-from lsrs_jax.certification import resample, smoothed, target, verify
+from lsrs_jax.certification import from_counts, resample, target, verify
 from lsrs_jax.config import config_from_dict
 from lsrs_jax.runtime import documents
 
@@ -67,7 +67,7 @@ def change_stored(folder, change):
 def rederive(folder):
     reseal(folder)
     stored = json.loads((folder / "certificates.json").read_text())
-    smoothed.from_counts(folder, config_from_dict(stored["config"]))
+    from_counts.derive(folder, config_from_dict(stored["config"]))
 
 
 def renew_digests(folder):
