@@ -39,7 +39,7 @@ EXPERIMENTS = {
     ),
     "cifar10-small": Experiment(
         "cifar10_mlp",
-        "CIFAR-10, 200 of the first 1,000 images of the test set",
+        "CIFAR-10 (some of the first 1,000 of its test set)",
         "The encoder runs once per image; the head has one hidden layer. Photos of other objects get one of the ten "
         "classes as well.",
         ("data.split=test_exact", "seed=0", "train.ema=0.999", "model.head_norm=batch"),
