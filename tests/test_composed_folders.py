@@ -65,6 +65,7 @@ def test_every_reader_accepts_the_folder_and_a_resume_keeps_it(home, capsys):
     assert verdict["verdict"] == "intact"
     assert any("fallback.tsv" in text for text in verdict["beyond"])
     assert verify_certificates.main([str(folder)]) == 0
+    assert "net/default (with a fallback)" in run("report", str(home / "net"), f"--out={home / 'report'}")
     before, rows = without_time(folder / "certificates.tsv"), (folder / fallback.FILE).read_text()
     certify(home)
     assert without_time(folder / "certificates.tsv") == before

@@ -30,6 +30,7 @@ class Run:
     notes: Sequence[str] = ()  # what a reader must know about it
     unfinished: str = ""  # as "78 of 360" images; "78 of ?" if nothing says how many there should be
     pixels: bool = True  # whether a radius is in units of pixels in [0, 1], and not of a caller's inputs
+    composed: bool = False  # whether a fallback answers where the samples do not
     sampling: Sampling | None = None  # None if nothing says how it was sampled, and for deterministic certificates
 
     @property
@@ -39,9 +40,10 @@ class Run:
 
     @property
     def mark(self) -> str:
-        """Words for a run of which images are known to be missing, or which needs no samples."""
+        """Words for a run of which images are known to be missing, which needs no samples, or has a fallback."""
         missing = "not finished" if self.unfinished and not self.unfinished.endswith("?") else ""
-        return ", ".join(filter(None, [missing, "no samples, no alpha" if self.deterministic else ""]))
+        kind = "no samples, no alpha" if self.deterministic else "with a fallback" if self.composed else ""
+        return ", ".join(filter(None, [missing, kind]))
 
     @property
     def images(self) -> str:
@@ -85,7 +87,8 @@ def _read(file: Path, label: str) -> Run:
         notes.append(_describe(audit, table))
     elif file.with_name("audit.tsv").exists():
         notes.append("its audit is not finished and left out; the same audit command continues it.")
-    return Run(label, table, audit, notes, unfinished, not _of_caller(content), sampling_of(content))
+    composed = isinstance(content.get("identity"), dict) and "fallback" in content["identity"]
+    return Run(label, table, audit, notes, unfinished, not _of_caller(content), composed, sampling_of(content))
 
 
 def _of_caller(content: dict[str, Any]) -> bool:
