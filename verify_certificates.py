@@ -75,7 +75,7 @@ def read_document(path: Path) -> tuple[dict[str, Any], float, float]:  # with Li
     n0, n, (_, block), classes, looks = *map(certify.get, ("n0", "n", "tile")), identity["classes"], set[int]()
     whole = all(type(size) is int and size >= 1 for size in (n0, n, block, classes, *latent))
     need(whole and max(n0, n) <= 2**27 and 2 <= classes <= 2**20, "n0, n, tile, classes or latent are out of range")
-    target, growth = {"fixed": (n, 2), "staged": (1e3, 1.3), "anytime": (1e2, 1.2)}.get(certify["schedule"], (0, 0))
+    target, growth = {"fixed": (n, 2), "staged": (1e3, 1.3), "anytime": (1e2, 1.1)}.get(certify["schedule"], (0, 0))
     need(target and certify["bound"] in ("binary", "multiclass"), "unknown schedule")
     while target * growth**0.5 < n:
         looks.add(-(-int(target) // block) * block)
@@ -165,8 +165,8 @@ def bounds(k: Any, n: Any, level: Any, upper: bool, horizon: int = 0) -> np.ndar
     for _ in range(70):
         refuted = stats.binom.sf(k - 1, n, p := (low + high) / 2) <= share * level
         if horizon:
-            angle, stake = np.arcsin(np.sqrt(p)), half ** (1 / 3) / np.sum(half ** (1 / 3))
-            q = np.minimum(angle + np.sqrt((goal + 1.3) / (2 * horizon * half)), np.pi / 2)
+            angle, stake = np.arcsin(np.sqrt(p)), np.sqrt(half) / np.sum(np.sqrt(half))
+            q = np.minimum(angle + np.sqrt((goal + 3) / (2 * horizon * half)), np.pi / 2)
             won = special.xlogy(k, np.sin(q) / np.sin(angle)) + special.xlogy(n - k, np.cos(q) / np.cos(angle))
             refuted |= special.logsumexp(2 * won, axis=0, b=stake) >= goal
         low, high = np.where(refuted, p, low), np.where(refuted, high, p)

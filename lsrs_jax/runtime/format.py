@@ -21,7 +21,7 @@ NOISE_OFFSETS = {"shared": 0, "independent": 16}  # on-disk format
 # Looks of the staged schedule: FIRST_LOOK samples, then LOOK_GROWTH times as many each time, in whole sample blocks.
 FIRST_LOOK, LOOK_GROWTH = 1000, 1.3  # on-disk format
 # Those of the anytime schedule, whose looks cost no part of alpha.
-ANYTIME_FIRST_LOOK, ANYTIME_LOOK_GROWTH = 100, 1.2  # on-disk format
+ANYTIME_FIRST_LOOK, ANYTIME_LOOK_GROWTH = 100, 1.1  # on-disk format
 
 # Sampling of the rounded Gaussian: 64 uniform bits choose a column of the alias table, a threshold and a sign.
 COLUMN_BITS, THRESHOLD_BITS = 18, 45  # on-disk format

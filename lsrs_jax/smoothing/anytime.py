@@ -6,11 +6,11 @@ wealth of every such bet is a martingale, and so is the wealth M_n(p) of a mixtu
 reaches 1/α with probability at most α (Ville 1939). The lower bound after n samples is the smallest p that these n
 samples do not refute, that is with M_n(p) < 1/α.
 
-A bet at q is best against a p where the samples give it log(1/α) in as few as possible. Bet j = 0, 1, … is made for
-m = horizon / 2^j samples: with the angles p = sin²a and q = sin²(a + h), a sample is worth about 2h² on average for
-every p, so h = √((log(1/α) + 1.3) / 2m). Its stake is proportional to the cube root of m: most samples are spent on
-images that need many. The selection samples have no part in it. They are too few: a prior from 100 of them (a mixture
-of Beta distributions around their share) saved nothing in simulations on published logs.
+A bet at q is best against a p where the samples give it log(1/α) in as few as possible. Bet j = 0, 1, … is made for m =
+horizon / 2^j samples: with the angles p = sin²a and q = sin²(a + h), a sample is worth about 2h² on average for every
+p, so h = √((log(1/α) + 3) / 2m). Its stake is proportional to √m: most samples are spent on images that need many. The
+selection samples have no part in it. They are too few: a prior from 100 of them (a mixture of Beta distributions around
+their share) saved nothing in simulations on published logs.
 """
 
 import functools
@@ -23,7 +23,7 @@ from lsrs_jax.smoothing import confidence
 
 # All on-disk format: tables are compared digit by digit.
 _BETS = 16  # the last one is made for horizon / 2^15 samples
-_MORE = 1.3  # what a bet has to win beyond log(1/α), because its stake is a part of 1
+_MORE = 3.0  # what a bet has to win beyond log(1/α), because its stake is a part of 1
 _AT_HORIZON = 0.25  # of α: for the bound of Clopper and Pearson at the horizon, the one number that is fixed beforehand
 _MARGIN = 1e-10  # relative; far above the rounding errors of the wealth, far below what changes a printed radius
 _HALVINGS = 64
@@ -78,7 +78,7 @@ def _not_refuted(k: np.ndarray, n: np.ndarray, alpha: np.ndarray, horizon: int) 
 def _log_wealth(angle: np.ndarray, k: np.ndarray, n: np.ndarray, need: np.ndarray, horizon: int) -> np.ndarray:
     """log M_n(sin² angle) of bets that are to win exp(need)."""
     number = np.arange(_BETS)[:, None]
-    stakes = 0.5 ** (number / 3)
+    stakes = 0.5 ** (number / 2)
     turn = np.minimum(np.sqrt((need + _MORE) / (2 * horizon * 0.5**number)), np.pi / 2)
     sin, cos, small = np.sin(angle), np.cos(angle), 2 * np.sin(turn / 2) ** 2  # 1 − cos(turn), without cancellation
     certain = angle + turn >= np.pi / 2  # the bet is at q = 1

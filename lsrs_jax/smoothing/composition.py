@@ -181,7 +181,7 @@ class Composed(Derivation):
         self, schedule: Schedule, images: Sequence[ImageCounts], now: Certificates
     ) -> Float[np.ndarray, " images"]:
         plan, rows, share = self._plan(schedule, images), np.arange(len(images)), schedule.level(self.alpha)
-        level, (lower, upper) = schedule.futility, schedule.limits
+        level, (lower, upper) = schedule.futility(now.n), schedule.limits
         slack, n, left = np.array([image.slack for image in images]), schedule.n, schedule.n - now.n
         leading, rivals = now.counts[rows, plan.leader], now.counts.copy()
         hoped = leading + np.ceil(left * confidence.trusted_upper(leading, now.n, level)).astype(np.int64)

@@ -220,7 +220,7 @@ class Derivation:
         self, schedule: Schedule, images: Sequence[ImageCounts], now: Certificates
     ) -> Float[np.ndarray, " images"]:
         """The radius after the last look in the optimistic future of `decided`; at least the radius of `now`."""
-        rows, n, level = np.arange(len(images)), schedule.n, schedule.futility
+        rows, n, level = np.arange(len(images)), schedule.n, schedule.futility(now.n)
         candidate = np.stack([image.counts["selection"] for image in images]).argmax(axis=1)
         left, share, (lower, upper) = n - now.n, schedule.level(self.alpha), schedule.limits
         leading = now.counts[rows, candidate]

@@ -25,8 +25,8 @@ def bets(alpha, horizon):
     """Stake and turn of each bet, from the text of docs/format.md."""
     goal = np.log(1 / (anytime_share() * alpha))
     horizons = [horizon / 2**j for j in range(16)]
-    stakes = [m ** (1 / 3) for m in horizons]
-    turns = [min(np.sqrt((goal + 1.3) / (2 * m)), np.pi / 2) for m in horizons]
+    stakes = [m**0.5 for m in horizons]
+    turns = [min(np.sqrt((goal + 3) / (2 * m)), np.pi / 2) for m in horizons]
     return [(stake / sum(stakes), turn) for stake, turn in zip(stakes, turns, strict=True)]
 
 
@@ -189,7 +189,7 @@ def test_a_senseless_horizon_is_refused(change, why):
 def test_looks_are_many_and_share_no_alpha():
     schedule = make_schedule("anytime", 100, 100_000, 16)
     assert (schedule.looks[0], schedule.looks[-1]) == (112, 100_000)
-    assert np.divide(schedule.looks[1:], schedule.looks[:-1]).min() > 1.1
+    assert 70 < len(schedule.looks) < 80
     assert schedule.level(0.001) == 0.001
     kinds = [make_schedule(kind, 100, 100_000, 16) for kind in ("staged", "anytime", "fixed")]
     largest = [Derivation(0.5, 0.001).largest_radius(kind) for kind in kinds]
