@@ -53,6 +53,17 @@ def section(name, found):
     return "\n\n".join([*parts, f"![{name}]({home}/{name}.png)"])
 
 
+def _interval(own, base):
+    """The middle 95 % of the difference of two means over (seeds, images), if seeds and images are drawn again."""
+    rng, differences = np.random.default_rng(0), []
+    for _ in range(2000):
+        images = rng.integers(own.shape[1], size=own.shape[1])
+        means = (part[rng.integers(len(part), size=len(part))][:, images].mean() for part in (own, base))
+        differences.append(next(means) - next(means))
+    low, high = np.quantile(differences, (0.025, 0.975))
+    return f"{low:+.3f} to {high:+.3f}"
+
+
 def _means(found, references):
     """A table of means over seeds, each compared with the references over the seeds that both have."""
     groups = {}
@@ -70,11 +81,12 @@ def _means(found, references):
         own, base = radii(label, seeds), radii(reference, seeds)
         difference = own.mean(axis=0) - base.mean(axis=0)
         error = difference.std(ddof=1) / np.sqrt(len(difference))
-        return f"{own.mean() / base.mean():.1%}, {difference.mean():+.4f} ({error:.4f})"
+        return f"{own.mean() / base.mean():.1%}, {difference.mean():+.4f} ({error:.4f}); {_interval(own, base)}"
 
     header = ["mean of the seeds", "seeds", *(f"r={radius:g}" for radius in results.RADII)]
     header += ["ACR (standard deviation over seeds)"]
-    header += [f"ACR over that of {label}, same seeds; difference (standard error over images)" for label in references]
+    columns = "difference (standard error over images); 95 % over seeds and images"
+    header += [f"ACR over that of {label}, same seeds; {columns}" for label in references]
     rows = []
     for label, tables in groups.items():
         own = radii(label, tables)

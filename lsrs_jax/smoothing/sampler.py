@@ -99,10 +99,11 @@ class Sampler:
         with pinned_flags():
             asked = head if integer_first_layer else None
             self._integer = integer_layer(asked, self.arithmetic, noise, self.latent_shape, self.tile, self._mesh)
-            self.first_layer = INTEGER if self._integer else None
-            shape = self._integer.shape if self._integer else self.latent_shape
-            self._batch_shape = (math.prod(self.tile), *shape)  # of what the head, or its rest, receives
-            traced = TracedHead(self.behind(head), self._channels_last)
+        self.first_layer = INTEGER if self._integer else None
+        shape = self._integer.shape if self._integer else self.latent_shape
+        self._batch_shape = (math.prod(self.tile), *shape)  # of what the head, or its rest, receives
+        traced = TracedHead(self.behind(head), self._channels_last)  # keeps the caller's mesh, which pinned flags drop
+        with pinned_flags():
             with jax.default_device(self._mesh.devices.flat[0]):
                 self._checked = check_head(traced, self._batch_shape)
             self.num_classes, self.head_digest = self._checked.num_classes, self._checked.digest
@@ -128,9 +129,10 @@ class Sampler:
         head = as_head(head)
         if self._integer and not (isinstance(head, SplitHead) and head.first.digest == self._integer.digest):
             return False
+        traced = TracedHead(self.behind(head), self._channels_last)
         try:
             with pinned_flags():
-                program = TracedHead(self.behind(head), self._channels_last).trace(self._batch_shape).jaxpr
+                program = traced.trace(self._batch_shape).jaxpr
         except Exception:  # whatever the caller's function raises
             return False
         same = self._mesh == mesh.local_mesh(self._devices)
