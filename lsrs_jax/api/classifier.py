@@ -175,7 +175,7 @@ class SmoothedClassifier:
                 sampler = self.sampler(latents.shape[1:])
                 some = Images(range(len(own)), own.tolist(), [], sampler.quantize(latents))
                 say(accuracy_under_noise(sampler, some))
-        answers = answers_of(self.fallback, inputs, self.sampler(latents.shape[1:]).num_classes)
+        answers = self.fallback and answers_of(self.fallback, inputs, self.sampler(latents.shape[1:]).num_classes)
         key = root_key(self._derived_seed(inputs, own, answers)) if key is None else key
         given = {"radii": radii, "slack": total, "counts": counts, "progress": say, "fallback": answers}
         found = self._smoother.certify(latents, key=key, **given, **sampling)

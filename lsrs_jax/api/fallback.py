@@ -71,10 +71,8 @@ class GivenFallback:
         return jnp.asarray(self._function(images), jnp.float32)
 
 
-def answers_of(fallback: Fallback | None, inputs: np.ndarray, most: int) -> dict[int, tuple[int, float]] | None:
+def answers_of(fallback: Fallback, inputs: np.ndarray, most: int) -> dict[int, tuple[int, float]]:
     """Classes and radii of a fallback, by the position of the input; raises UserError for a class that is not there."""
-    if fallback is None:
-        return None
     classes, radii = fallback.certified(inputs)
     if classes.max() >= most:
         raise UserError(f"the fallback answers class {classes.max()}, and the head has {most} classes")

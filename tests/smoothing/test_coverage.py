@@ -243,7 +243,7 @@ def certify(classifier, name, bound, schedule, calls):
     p, wrong, certified = np.array(HEADS[name]), 0, 0
     rival = strongest_rival(p)
     for seed in range(calls):
-        n = {"fixed": 1000, "staged": 2000}[schedule]
+        n = {"fixed": 1000, "staged": 2000, "anytime": 2000}[schedule]
         found = classifier.certify(latents(), key=threefry(seed), n=n, alpha=ALPHA, bound=bound, schedule=schedule)
         bounds = (found.p_a_lower > p[found.predict]) | (found.p_b_upper < rival[found.predict])
         radii = wrong_ones(found.predict, found.radius * LIPSCHITZ, p, SIGMA)

@@ -340,9 +340,9 @@ SECTION = PAGE.partition("## Heads from Flax Linen, NNX and Equinox")[2]
 RECIPES = re.findall(r"^```python\n(.*?)^```", SECTION.partition("\n## ")[0], re.M | re.S)
 
 
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", range(6))
 def test_a_recipe_of_the_guide_runs(number, capsys):
-    assert len(RECIPES) == 5
+    assert len(RECIPES) == 6
     if "import equinox" in RECIPES[number]:
         pytest.importorskip("equinox")
     exec(compile(RECIPES[number], f"recipe {number}", "exec"), {"__name__": "__main__"})
