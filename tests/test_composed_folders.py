@@ -10,6 +10,7 @@ import verify_certificates
 from lsrs_jax.auditing.table import read_audit
 from lsrs_jax.certification import fallback, store
 from lsrs_jax.certification.table import read_table
+from lsrs_jax.runtime import documents
 from support.commands import QUICK, fingerprint, refused, run, without_time
 from support.forging import reseal
 
@@ -47,7 +48,9 @@ def certify(home, *flags):
 def test_the_fallback_answers_where_the_votes_abstain(originals):
     table = read_table(folder_of(originals) / "certificates.tsv")
     votes = read_table(originals / "net" / "certify" / "votes" / "certificates.tsv")
-    answers = fallback.read(folder_of(originals), store.read_folder(folder_of(originals), "").derivation["fallback"])
+    answers = fallback.read(
+        folder_of(originals), store.read_folder(folder_of(originals), "").derivation["fallback"], 10
+    )
     classes = np.array([answers.by_image[idx][0] for idx in table.idx.tolist()])
     assert answers.by_image.keys() == set(range(30))
     assert table.abstention < votes.abstention
@@ -107,11 +110,31 @@ def changed(home, capsys, words):
     capsys.readouterr()
 
 
+def test_samples_without_a_table_yet_give_no_certificates_of_the_votes_alone(home):
+    folder = folder_of(home)
+    before = without_time(folder / "certificates.tsv")
+    stored = json.loads((folder / "certificates.json").read_text()) | {"derivation": None}
+    (folder / "certificates.json").write_text(json.dumps(stored | {"digest": documents.digest(stored)}))
+    (folder / "certificates.tsv").unlink()
+    (folder / fallback.FILE).unlink()
+    assert "has a fallback and no certificates yet" in refused("certify", f"--workdir={home / 'net'}", "--from-counts")
+    certify(home)
+    assert without_time(folder / "certificates.tsv") == before
+    assert json.loads(run("certify", f"--workdir={home / 'net'}", "--verify", "--json"))["verdict"] == "intact"
+
+
+def test_the_margin_beside_a_composition_is_a_run_of_its_own(home):
+    named = "--config.certify.name=both"
+    run("certify", f"--workdir={home / 'linear'}", *COMPOSED, f"--config.certify.fallback={home / 'linear'}", named)
+    found = run("certify", f"--workdir={home / 'linear'}", "--verify", "--json", f"{named}-margin")
+    assert json.loads(found)["verdict"] == "intact"
+
+
 def test_a_changed_answer_is_found(home, capsys):
     folder = folder_of(home)
     path, text = folder / fallback.FILE, (folder / fallback.FILE).read_text()
     table = read_table(folder / "certificates.tsv")
-    answers = fallback.read(folder, store.read_folder(folder, "").derivation["fallback"])
+    answers = fallback.read(folder, store.read_folder(folder, "").derivation["fallback"], 10)
     limited = next(i for i in range(30) if answers.by_image[i] == (table.predict[i], table.radius[i]))
     rows = [line.split("\t") for line in text.splitlines()]
     rows[1 + limited][3] = repr(2 * float(rows[1 + limited][3]))

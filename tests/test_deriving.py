@@ -88,7 +88,7 @@ def test_a_staged_certification_and_what_can_be_derived_from_it(copy, tmp_path):
     exact = recomputed(folder, 0.001, looks)
     np.testing.assert_allclose(p_a, [exact[i] for i in idx], rtol=1e-8)
 
-    assert "staged to decide the radii 0.1, 0.3" in run("report", folder, f"--out={tmp_path / 'report'}")
+    assert "sampled to decide the radii 0.1, 0.3" in run("report", folder, f"--out={tmp_path / 'report'}")
 
     # Other bounds follow from the same counts, without checkpoint and without data.
     shutil.rmtree(copy / "checkpoints")
@@ -125,7 +125,7 @@ def test_an_anytime_certification_is_continued_derived_anew_and_verified_by_both
         )
         assert verify_certificates.main([str(folder)]) == 0
     assert read_table(folder / "certificates.tsv").average_certified_radius > before.average_certified_radius
-    assert "staged to decide the radii 0.1, 0.3" in run("report", folder, f"--out={tmp_path / 'report'}")
+    assert "sampled to decide the radii 0.1, 0.3" in run("report", folder, f"--out={tmp_path / 'report'}")
 
 
 def test_interrupted_images_are_left_out_of_what_is_derived(copy, certified):

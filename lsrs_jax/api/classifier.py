@@ -222,7 +222,7 @@ class SmoothedClassifier:
     def soft_logits(self, x: Any, key: jax.Array, samples: int) -> Float[Array, "inputs classes"]:
         """Log of the mean over noise of softmax(head(encoder(x) + δ)), differentiable in x (Salman et al. 2019).
 
-        For attacks and thresholds: float32, with `samples` noise vectors that all inputs share. It proves nothing.
+        For attacks and thresholds: float32, with `samples` noise vectors for all inputs, without a fallback. No proof.
         """
         from lsrs_jax.auditing.attacks import Smoothed
 

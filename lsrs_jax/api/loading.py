@@ -69,7 +69,7 @@ def _classifier(config: Config, model: models.Model, params: Any, class_names: t
     certify = config.certify
     encoder, head = model.for_certification(params, certify.head_dtype)
     settings: dict[str, Any] = {name: certify[name] for name in ("arithmetic", "noise", "spmd", *FLAGS)}
-    settings["tile"] = tuple(certify.tile)
+    settings |= {"tile": tuple(certify.tile), "fallback": certify.fallback or None}
     given = encoder if encoder.report.layers else None
     made = SmoothedClassifier(head, sigma=config.sigma, encoder=given, class_names=class_names, **settings)
     made.takes_pixels = True

@@ -68,6 +68,7 @@ def beside(target: TrainedTarget) -> str:
     """
     config = target.config.copy_and_resolve_references()
     config.certify.certificate, config.certify.name = "deterministic", f"{target.folder.name}{_BESIDE}"
+    config.certify.fallback = ""
     own = dataclasses.replace(target, config=config, folder=target.folder.with_name(config.certify.name))
     path = own.folder / "certificates.tsv"
     try:

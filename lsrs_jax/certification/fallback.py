@@ -29,7 +29,6 @@ from lsrs_jax.training.checkpoint import restore, trained_on
 FILE = "fallback.tsv"
 _COLUMNS = (*FIELD_COLUMNS, "n", "lipschitz", "slack")  # on-disk format
 _SAME = 1e-9  # relative: how far a radius may differ between two machines
-_SCHEDULES = ("fixed", "staged")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +87,6 @@ def check_settings(config: Config) -> None:
         raise UserError("certify.fallback is for smoothed certificates: leave it out")
     if certify.bound != "multiclass":
         raise UserError("certify.fallback needs a bound of every rival: give --config.certify.bound=multiclass")
-    if certify.schedule not in _SCHEDULES:
-        raise UserError(f"certify.fallback takes the schedules {' and '.join(_SCHEDULES)}, not {certify.schedule}")
 
 
 def begun(folder: Path) -> dict[str, Any] | None:
@@ -122,12 +119,14 @@ def load(config: Config, dataset: Dataset, begun: Mapping[str, Any] | None = Non
     params, meta = restore(workdir, model, begun["step"] if begun else None)
     section = without_absent(documents.plain(own.model.to_dict()), "model.")
     identity = {"step": meta["step"], "digest": documents.digest({"parameters": meta["digest"], "model": section})}
+    if not hasattr(model.head, "matrix"):
+        raise UserError(f"the fallback {workdir} has the head {own.model.head}, and a fallback needs a linear head")
     if begun and identity != begun:
         raise UserError(f"the fallback {workdir} is not the one of these certificates: give that one, or {OTHER_NAME}")
     return Fallback(LinearClassifier(model, params), identity)
 
 
-def read(folder: Path, recorded: dict[str, Any] | None) -> Answers | None:
+def read(folder: Path, recorded: dict[str, Any] | None, classes: int | None) -> Answers | None:
     """The part of fallback.tsv from which certificates were derived, by its recorded digest; None without one.
 
     Rows may follow that an interrupted session has written; they are left out. Raises UserError if the part has
@@ -153,6 +152,8 @@ def read(folder: Path, recorded: dict[str, Any] | None) -> Answers | None:
             idx, radius = int(row["idx"]), parse_number(row["radius"])
             if idx in by_image or not 0 <= radius < math.inf:
                 raise ValueError("the image is there twice, or its radius is out of range")
+            if not 0 <= int(row["predict"]) < (classes or 0):
+                raise ValueError(f"there is no class {row['predict']}")
             by_image[idx] = int(row["predict"]), radius
         except ValueError as error:
             raise UserError(f"{path} line {number} cannot be of a fallback: {error}") from error

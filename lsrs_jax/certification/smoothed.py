@@ -174,6 +174,8 @@ class Certification:
         Returns the counts and the certificates of these images; without images, the certificates are None.
         """
         counts.flush()  # the samples of a certificate must be on disk before it
+        if self.fallback:
+            self.fallback.write(self.folder)
         images = [counts.images[idx] for idx in sorted(chosen)]
         self.check_slack(images)
         certificates = derivation = table = None
@@ -181,7 +183,6 @@ class Certification:
             certificates = self.derivation.certificates(self.schedule, images)
             derivation = {"alpha": self.derivation.alpha, "bound": self.derivation.bound, "votes": counts.digests()}
             if self.fallback:
-                self.fallback.write(self.folder)
                 derivation["fallback"] = self.fallback.digest()
             if self.identity.schedule in ("staged", "anytime"):
                 derivation |= {"radii": self.derivation.radii, "epsilon": self.derivation.epsilon}
@@ -227,7 +228,8 @@ def run(
             check_labels(target.folder, counts, target.dataset)
             target.check_slack(counts.images.values())
             if composed:
-                known = fallback.read(target.folder, ((stored and stored.derivation) or {}).get("fallback"))
+                recorded = ((stored and stored.derivation) or {}).get("fallback")
+                known = fallback.read(target.folder, recorded, identity.classes)
                 images = {*target.indices, *counts.images}
                 constant = composed.classifier.report.constant
                 say(f"fallback {config.certify.fallback}: Lipschitz constant {constant:.15g}")
@@ -338,6 +340,9 @@ def reopen(folder: Path, config: Config, stored: store.Stored, rule: int = FORMA
         why = "its arithmetic does not fit the configuration and the latent"
         raise UserError(f"{folder / 'certificates.json'} is damaged ({why}); restore it, or {OTHER_NAME}")
     certification = Certification(folder, config, identity, stored.lipschitz, rule=rule)
-    certification.take_fallback(fallback.read(folder, (stored.derivation or {}).get("fallback")))
+    answers = fallback.read(folder, (stored.derivation or {}).get("fallback"), identity.classes)
+    if identity.fallback and answers is None:
+        raise UserError(f"{folder} has a fallback and no certificates yet: run certify without --from-counts first")
+    certification.take_fallback(answers)
     certification.record, certification.stored = stored.record, stored
     return certification

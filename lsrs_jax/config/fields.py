@@ -182,7 +182,9 @@ FIELDS: dict[str, Field] = {
         "smoothed", "smoothed", 'Certificates are "smoothed", or "deterministic" for a linear head.', _KIND
     ),
     "certify.n0": Field(100, REQUIRED, "This many samples select the class.", _SAMPLES),
-    "certify.n": Field(100_000, REQUIRED, "This many samples certify the class, or fewer if staged.", _SAMPLES),
+    "certify.n": Field(
+        100_000, REQUIRED, "This many samples certify the class, or fewer if staged or anytime.", _SAMPLES
+    ),
     "certify.alpha": Field(0.001, REQUIRED, "The certificate of an image fails with at most this probability.", _ALPHA),
     "certify.bound": Field(
         "binary", "binary", 'p_B is 1 - p_A ("binary"), or a bound of the rivals ("multiclass").', _one_of(*BOUNDS)

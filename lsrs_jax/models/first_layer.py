@@ -16,12 +16,12 @@ from lsrs_jax.smoothing.first_layer import FirstLayer, SplitHead
 
 def first_layer_name(head: nn.Module) -> str | None:
     """The name of the linear layer that alone reads the latent; None if the head does not begin with one."""
-    if isinstance(head, MLPHead) and head.widths:
+    if type(head) is MLPHead and head.widths:  # a subclass may do something else first
         return "Dense_0"
-    if isinstance(head, BlocksHead):  # space-to-depth may come first
+    if type(head) is BlocksHead:  # space-to-depth may come first
         begins = bool(head.widths) and head.strides[0] == 1 and head.widths[0] > 0
     else:
-        begins = isinstance(head, ConvHead) or (isinstance(head, ResNetHead | BottleneckHead) and head.stem)
+        begins = type(head) is ConvHead or (type(head) in (ResNetHead, BottleneckHead) and getattr(head, "stem", False))
     return "Conv_0" if begins else None
 
 
@@ -89,4 +89,5 @@ def _folded(layer: FirstLayer, front: Normalize, shape: tuple[int, ...]) -> Firs
     kernel = layer.kernel * (scale.reshape(-1, 1) if dense else scale[0, 0][:, None])
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
         constant = np.asarray(FirstLayer(kernel, None, layer.strides, layer.padding)(jnp.asarray(mean[None])))[0]
-    return FirstLayer(kernel, layer.bias - constant, layer.strides, layer.padding)
+    # Rounded, so that the order in which a machine adds does not matter.
+    return FirstLayer(kernel, (layer.bias - constant).astype(np.float32), layer.strides, layer.padding)

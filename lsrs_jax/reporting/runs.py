@@ -155,7 +155,7 @@ def _derivation_notes(table: Path, certified: np.ndarray) -> tuple[list[str], st
     radii = derivation.get("radii")  # another program may have written anything here
     if radii and isinstance(radii, list) and all(0 <= real(radius) <= 1e300 for radius in radii):
         decided = ", ".join(f"{radius:g}" for radius in radii)
-        notes.append(f"staged to decide the radii {decided}; at other radii, and in its ACR, it is a lower bound.")
+        notes.append(f"sampled to decide the radii {decided}; at other radii, and in its ACR, it is a lower bound.")
     return notes, unfinished
 
 

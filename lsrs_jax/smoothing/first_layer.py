@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Float32, Float64, Int
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.format import COLUMN_BITS
 from lsrs_jax.runtime.mesh import replicated
-from lsrs_jax.runtime.validate import array, choice
+from lsrs_jax.runtime.validate import choice, is_whole, numbers
 from lsrs_jax.smoothing.arithmetic import Arithmetic, GridArithmetic
 from lsrs_jax.smoothing.discrete_gaussian import MAX_LATENT
 
@@ -48,13 +48,17 @@ class FirstLayer:
     padding: str | Sequence[tuple[int, int]] = "SAME"
 
     def __post_init__(self) -> None:
-        kernel = np.asarray(array("kernel", self.kernel), np.float64)
-        bias = np.zeros(kernel.shape[-1:]) if self.bias is None else np.asarray(array("bias", self.bias), np.float64)
-        if kernel.ndim not in (2, 4) or bias.shape[-1:] != kernel.shape[-1:]:
+        kernel = numbers("kernel", self.kernel)
+        bias = np.zeros(kernel.shape[-1:]) if self.bias is None else numbers("bias", self.bias)
+        if kernel.ndim not in (2, 4) or not kernel.size or bias.shape[-1:] != kernel.shape[-1:]:
             shapes = f"got {kernel.shape} and {bias.shape}"
             raise UserError(f"a first layer has a kernel (d, m) or (h, w, c, m) and a bias (m,), {shapes}")
-        if isinstance(self.padding, str):
+        named = isinstance(self.padding, str)
+        if named:
             choice("padding", self.padding, ("SAME", "VALID"))
+        if not _is_pair(self.strides, 1) or not (named or _is_pair_of_pairs(self.padding)):
+            wanted = "strides are two whole numbers >= 1, and padding two pairs of whole numbers >= 0"
+            raise UserError(f"of a first layer, {wanted}: got {self.strides!r} and {self.padding!r}")
         if not (np.isfinite(kernel).all() and np.isfinite(bias).all()):
             raise UserError("the weights of a first layer must be finite")
         object.__setattr__(self, "kernel", kernel)
@@ -86,6 +90,15 @@ class SplitHead:
 
     def __call__(self, latents: Float[Array, "B *latent"]) -> Float[Array, "B classes"]:
         return self.whole(latents) if self.whole else self.rest(self.first(latents))
+
+
+def _is_pair(value: Any, least: int) -> bool:
+    two = isinstance(value, tuple | list) and len(value) == 2
+    return two and all(is_whole(size) and size >= least for size in value)
+
+
+def _is_pair_of_pairs(value: Any) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2 and all(_is_pair(each, 0) for each in value)
 
 
 def as_head(head: Any) -> Any:
@@ -135,6 +148,9 @@ class IntegerLayer:
             if isinstance(edges, str):
                 edges = jax.lax.padtype_to_pads(latent_shape[:2], self._window, self._strides, edges)
             self._padding = [(int(low), int(high)) for low, high in edges]
+            room = [size + sum(edge) for size, edge in zip(latent_shape[:2], self._padding, strict=True)]
+            if any(size < window for size, window in zip(room, self._window, strict=True)):
+                raise UserError(f"the window {self._window} of the first layer is larger than latents {latent_shape}")
             places = self._windows(np.zeros((1, *latent_shape), np.int32), np).shape[1:3]
         self.shape = (*places, outputs)
         if bias.shape not in ((outputs,), self.shape):
@@ -209,7 +225,10 @@ def put(arrays: Any, sharding: Any) -> Any:
 
 def _whole(kernel: np.ndarray, bias: np.ndarray, spacing: float) -> Tables:
     """Weights and bias as integers on one scale per output, with as many bits as the sums allow."""
-    sizes = np.abs(bias).reshape(-1, bias.shape[-1]).max(axis=0) / spacing + REACH * np.abs(kernel).sum(axis=0)
+    with np.errstate(over="ignore"):
+        sizes = np.abs(bias).reshape(-1, bias.shape[-1]).max(axis=0) / spacing + REACH * np.abs(kernel).sum(axis=0)
+    if not np.isfinite(sizes).all():
+        raise UserError("the weights of the first layer are too large for float32")
     least, most = (int(math.log2(spacing)) + limit for limit in (-74, 126))  # normal float32 factors, finite outputs
     bits = np.minimum(54 - np.frexp(sizes)[1], most)
     while True:

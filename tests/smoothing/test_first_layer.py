@@ -298,3 +298,31 @@ def test_trained_networks_are_certified_and_drawn_again(tmp_path, copy):
     assert identity.first_layer == "integer"
     out = run("certify", f"--workdir={copy}", "--config.certify.name=own", "--recast=4")
     assert "0 differ" in out
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"strides": (0, 1)},
+        {"strides": 2},
+        {"strides": (1.5, 1)},
+        {"padding": ((1, 1),)},
+        {"padding": 1},
+        {"padding": ((-1, 0), (0, 0))},
+    ],
+    ids=str,
+)
+def test_strides_and_padding_that_fit_no_layer_are_refused(wrong):
+    with pytest.raises(UserError, match="of a first layer, strides are two whole numbers >= 1, and padding two pairs"):
+        FirstLayer(np.ones((3, 3, 2, 4)), **wrong)
+
+
+def test_kernels_that_no_float32_layer_can_have_are_refused():
+    with pytest.raises(UserError, match="kernel"):
+        FirstLayer(np.ones((3, 2)) * 1j)
+    with pytest.raises(UserError, match="has a kernel"):
+        FirstLayer(np.ones((3, 0)))
+    with pytest.raises(UserError, match="too large for float32"):
+        IntegerLayer(FirstLayer(np.full((3, 2), 1e305)), 2.0**-16, (3,))
+    with pytest.raises(UserError, match="is larger than latents"):
+        IntegerLayer(FirstLayer(np.ones((5, 5, 2, 4)), padding="VALID"), 2.0**-16, (3, 3, 2))

@@ -68,7 +68,7 @@ def test_a_foreign_file_beside_a_table_says_nothing_or_is_refused_in_one_line(fo
         return
     labels, notes = found
     assert labels == ["peer"]
-    assert all("staged to decide the radii" in note for note in notes)
+    assert all("sampled to decide the radii" in note for note in notes)
     if notes:
         assert where == "radii"
         assert all(type(radius) in (int, float) and 0 <= radius <= 1e300 for radius in value)
