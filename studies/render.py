@@ -143,9 +143,9 @@ def deciding(found, path):
         ends = np.array([[np.mean(accuracy) - min(accuracy)], [max(accuracy) - np.mean(accuracy)]])
         name = f"{label} ({len(runs)} seeds)" if len(runs) > 1 else label
         axes.errorbar(np.mean(flops) / 1e6, np.mean(accuracy), yerr=ends, marker=marker, capsize=3, ls="", label=name)
-    left, right = axes.get_xlim()
+    (left, right), top = axes.get_xlim(), axes.get_ylim()[1]
     axes.set(xscale="log", xlabel="MFLOP per image to decide it (encoder and all samples)")
-    axes.set(xlim=(left / 10, right * 10), ylim=(0, None), ylabel=f"certified accuracy at r = {radius:g}")
+    axes.set(xlim=(left / 10, right * 10), ylim=(0, 1.2 * top), ylabel=f"certified accuracy at r = {radius:g}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=130)
