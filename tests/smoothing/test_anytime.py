@@ -69,23 +69,24 @@ def test_the_wealth_is_a_fair_game_that_starts_at_one():
         assert after == pytest.approx(value(p, k, n), rel=1e-9)
 
 
-def chance_of_an_error(p, lower, horizon):
-    """P[lower(k, n) > p for some n ≤ horizon], exactly: the chances of all counts that no error has ended."""
+def chance_of_an_error(p, bounds):
+    """P[bounds[n - 1][k] > p after some number n of samples], exactly, from the chances of all counts before."""
     alive, failed = np.array([1.0]), 0.0
-    for n in range(1, horizon + 1):
+    for bound in bounds:
         alive = np.append(alive * (1 - p), 0) + np.append(0, alive * p)
-        wrong = lower(np.arange(n + 1), n) > p
-        failed += alive[wrong].sum()
-        alive = np.where(wrong, 0, alive)
+        failed += alive[bound > p].sum()
+        alive = np.where(bound > p, 0, alive)
     return failed
 
 
 def test_the_chance_of_an_error_at_any_number_of_samples_is_at_most_alpha_and_a_wrong_bound_is_caught():
-    everywhere = [anytime.lower(np.arange(n + 1), n, ALPHA, HORIZON) for n in range(1, HORIZON + 1)]
+    sizes = range(1, HORIZON + 1)
+    n, k = np.repeat(sizes, [size + 1 for size in sizes]), np.concatenate([np.arange(size + 1) for size in sizes])
+    ends = np.cumsum([size + 1 for size in sizes])[:-1]
+    everywhere = np.split(anytime.lower(k, n, ALPHA, HORIZON), ends)
     for p in (0.02, 0.3, 0.5, 0.8, 0.95, 0.99, 0.9999):
-        assert chance_of_an_error(p, lambda _, n: everywhere[n - 1], HORIZON) <= ALPHA
-    fixed = chance_of_an_error(0.8, lambda k, n: confidence.lower(k, n, ALPHA), HORIZON)
-    assert fixed > 2 * ALPHA
+        assert chance_of_an_error(p, everywhere) <= ALPHA
+    assert chance_of_an_error(0.8, np.split(confidence.lower(k, n, ALPHA), ends)) > 2 * ALPHA
 
 
 @pytest.mark.parametrize("trials", TRIALS)
