@@ -26,9 +26,9 @@ WRONG = {
     "lsrs train": "unknown command 'lsrs'",
     "--version": "unknown command '--version': choose one of train",
     # the experiment
-    "train --workdir={new}": "give --config=NAME, a file or one of cifar10, cifar10_orthogonal",
+    "train --workdir={new}": "give --config=NAME, a file or one of cifar10, cifar10_mlp, cifar10_orthogonal",
     "train --workdir={new} --config=digit": "no configuration file 'digit'; did you mean digits?",
-    "train --workdir={new} --config=configs/nothing.py": "or one of cifar10, cifar10_orthogonal",
+    "train --workdir={new} --config=configs/nothing.py": "or one of cifar10, cifar10_mlp, cifar10_orthogonal",
     "train --workdir={new} --config=digits.py:isr": "no configuration file 'digits.py'; did you mean digits?",
     "train --workdir={new} --config=digits:isr": "unknown variant 'isr': choose one of lsrs, cayley",
     "train --workdir={new} --config=": "no configuration file ''",

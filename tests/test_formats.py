@@ -53,7 +53,7 @@ def test_every_committed_certificate_is_read_and_reported(path, tmp_path, capsys
 def test_the_committed_files_include_every_old_kind():
     stored = [store.read(path) for path in COMMITTED]
     unsealed = [one for one in stored if not one.sealed]
-    assert len(COMMITTED) == 81
+    assert len(COMMITTED) == 87
     assert len(unsealed) == 31
     assert all(one.config is None for one in unsealed)
     smoothed = [one for one in unsealed if one.identity.certificate == "smoothed"]

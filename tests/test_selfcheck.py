@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lsrs_jax import certify, layers
-from lsrs_jax.certification import deterministic, encode, platform_check
+from lsrs_jax.certification import encode, linear, platform_check
 from lsrs_jax.layers.lipschitz import Float64Encoder, materialize
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.smoothing.arithmetic import Float32Arithmetic, GridArithmetic
@@ -150,7 +150,7 @@ def test_certification_refuses_such_a_platform_and_leaves_nothing_behind(tmp_pat
         def __init__(self, encoder, batch):
             super().__init__(encoder._replace(params=jax.tree.map(in_tf32, encoder.params)), batch)
 
-    for module in (encode, deterministic):
+    for module in (encode, linear):
         monkeypatch.setattr(module, "Float64Encoder", Tensorcores)
     flags = [f"--workdir={workdir}", f"--config.certify.certificate={certificate}"]
     with pytest.raises(UserError, match="this platform computes the encoder with an error of"):

@@ -88,7 +88,7 @@ BAD_CERTIFY = {
     "unknown schedule": (
         [],
         "--config.certify.schedule=quick",
-        "certify.schedule must be 'fixed', 'staged' or 'anytime'",
+        "certify.schedule must be 'fixed' or 'staged' or 'anytime'",
     ),
     "negative radii": ([], "--config.certify.radii=(-1.0,)", "certify.radii must be numbers >= 0"),
     "words as radii": ([], "--config.certify.radii=('a',)", "certify.radii has the wrong type"),
