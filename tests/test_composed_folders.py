@@ -15,6 +15,7 @@ from support.commands import QUICK, fingerprint, refused, run, without_time
 from support.forging import reseal
 
 COMPOSED = ["--config.certify.bound=multiclass", "--config.certify.n=2000", "--config.certify.stop=30"]
+ANYTIME = ["--config.certify.name=anytime", "--config.certify.schedule=anytime"]
 LINEAR = [*QUICK, "--config.model.head=normalized", "--config.train.loss=margin", "--config.train.radius=0.5"]
 
 
@@ -185,3 +186,10 @@ def test_a_fallback_that_proves_nothing_is_refused_in_one_line(originals, flags,
     given = [f"--config.certify.fallback={originals / 'linear'}", "--config.certify.name=new"]
     flags = [flag.format(home=originals) for flag in flags]
     assert words in refused("certify", f"--workdir={originals / 'net'}", *COMPOSED, *given, *flags)
+
+
+def test_a_composition_under_the_anytime_schedule_is_derived_alike_by_both_programs(home):
+    run("certify", f"--workdir={home / 'net'}", *COMPOSED, f"--config.certify.fallback={home / 'linear'}", *ANYTIME)
+    verdict = json.loads(run("certify", f"--workdir={home / 'net'}", "--verify", "--json", ANYTIME[0]))
+    assert verdict["verdict"] == "intact"
+    assert verify_certificates.main([str(home / "net" / "certify" / "anytime")]) == 0
