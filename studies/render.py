@@ -77,6 +77,8 @@ def _means(found, references):
         return np.array([np.where(table.predict == table.label, table.radius, 0.0) for table in tables])
 
     def compared(label, reference):
+        if label == reference:
+            return "-"
         seeds = [seed for seed in groups[label] if seed in groups[reference]]
         own, base = radii(label, seeds), radii(reference, seeds)
         difference = own.mean(axis=0) - base.mean(axis=0)

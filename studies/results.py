@@ -6,12 +6,12 @@ import shutil
 
 import jax
 import numpy as np
-from scipy.spatial.distance import pdist
 
 from lsrs_jax import models
 from lsrs_jax.certification.table import Table, read_table
 from lsrs_jax.config import config_to_dict, load_config
 from lsrs_jax.data import load_split
+from lsrs_jax.layers import encoder_selectivity
 from lsrs_jax.models.encoders import BLOCKS
 from lsrs_jax.reporting.sampling import sampling_of
 from lsrs_jax.runtime import documents
@@ -104,10 +104,8 @@ def _distances(model, workdir, dataset):
     some = np.linspace(0, len(dataset) - 1, min(PAIRED, len(dataset))).astype(int)
     images, labels = dataset.read(some, np.float32)
     latents = np.asarray(jax.jit(model.encode)(restore(workdir, model)[0], images), np.float64)
-    before, after = pdist(images.reshape(len(some), -1)), pdist(latents.reshape(len(some), -1))
-    ratio = after[before > 0] / before[before > 0]
-    same = (pdist(labels[:, None]) == 0)[before > 0]
-    return {"same_class": float(np.median(ratio[same])), "other_class": float(np.median(ratio[~same]))}
+    found = encoder_selectivity(images, latents, labels)
+    return {"same_class": found.within, "other_class": found.between}
 
 
 def _training(path):

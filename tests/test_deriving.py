@@ -18,6 +18,7 @@ from lsrs_jax.layers.lipschitz import Float64Encoder
 from lsrs_jax.reporting.sampling import Sampling
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.rng import pinned, root_key
+from lsrs_jax.smoothing import anytime
 from lsrs_jax.smoothing.schedule import make_schedule
 from lsrs_jax.training import checkpoint
 from support.commands import QUICK, fingerprint, refused, run, without_time
@@ -125,6 +126,10 @@ def test_an_anytime_certification_is_continued_derived_anew_and_verified_by_both
         )
         assert verify_certificates.main([str(folder)]) == 0
     assert read_table(folder / "certificates.tsv").average_certified_radius > before.average_certified_radius
+    sampling = report.load_runs([str(folder)])[0].sampling
+    sigma = json.loads((folder / "certificates.json").read_text())["identity"]["arithmetic"]["sigma"]
+    most = sigma * special.ndtri(anytime.lower(2000, 2000, sampling.alpha, 2000))  # no alpha is split over the looks
+    assert sampling.cap == pytest.approx(float(most), rel=1e-6)
     assert "sampled to decide the radii 0.1, 0.3" in run("report", folder, f"--out={tmp_path / 'report'}")
 
 

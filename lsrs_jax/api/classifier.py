@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from lsrs_jax.api.arguments import labels_of, reporter, seed_of
 from lsrs_jax.api.encoding import Encoding, all_positive
-from lsrs_jax.api.fallback import answers_of, fallback_of
+from lsrs_jax.api.fallback import answers_of, classes_of, fallback_of
 from lsrs_jax.api.result import Prediction, Result, prediction, result_of
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.rng import root_key
@@ -152,8 +152,8 @@ class SmoothedClassifier:
         classifier keeps the class within the radius. The grid (`arithmetic.GridArithmetic`), the total variation of the
         drawn noise, and the slack are subtracted. Assumed is that the head is the function that was compiled, with
         independent, deterministic rows (`head_check.check_head` says what it finds), and, of an encoder that is not
-        proven, the constant and the rounding (`layers.claimed`). With shared noise, failures of different inputs are
-        correlated. Counts of another head are refused, if its logits differ at some random latents.
+        proven (`layers.claimed`) and of a fallback's scores, the constants and the rounding. With shared noise,
+        failures of different inputs are correlated. Counts of another head are refused if its logits differ somewhere.
         """
         inputs = check_latents(x, "x")
         if self.takes_pixels and not (inputs.min() >= 0 and inputs.max() <= 1):
@@ -215,7 +215,7 @@ class SmoothedClassifier:
         inputs = check_latents(x, "x")
         latents, _ = self._encoding.latents(inputs, np.inf, self.sigma, self.settings["tile"][0])
         counts = self._smoother.prediction_counts(latents, key, n, alpha)
-        fallback = None if self.fallback is None else self.fallback.classes(inputs)
+        fallback = classes_of(self.fallback, inputs, counts.shape[1])
         classes = leaders_of(counts, fallback, float(alpha), self.sampler(latents.shape[1:]).tau)
         return prediction(classes, counts, self.fallback is not None) if details else classes
 

@@ -51,8 +51,9 @@ def export_predict(
     encoder = classifier.encoder(input_shape)
     latent_shape = tuple(encoder.report.output_shape)
     sampler = classifier.sampler(latent_shape)
-    if sampler.first_layer and any(name != jax.default_backend() for name in platforms or ()):
-        only = f"its integer first layer was checked on {jax.default_backend()} only"
+    own = export.default_export_platform()
+    if sampler.first_layer and set(platforms or ()) - {own}:
+        only = f"its integer first layer was checked on {own} only"
         raise UserError(f"the program is not for other platforms: {only}; give integer_first_layer=False")
     needed = _needed(n, sampler.num_classes, alpha, sampler.tau)
     counts_of = _counter(classifier, sampler, latent_shape, batch, n)

@@ -21,6 +21,8 @@ _ROUNDING = 1e-4  # relative: float32 scores of an input and of another one
 class Fallback(Protocol):
     """What a composition needs of a deterministic classifier."""
 
+    num_classes: int
+
     def certified(self, images: Float[np.ndarray, "inputs *input"]) -> tuple[np.ndarray, np.ndarray]: ...
     def classes(self, images: Float[np.ndarray, "inputs *input"]) -> Int[np.ndarray, " inputs"]: ...
     def scores(self, images: Float[Array, "inputs *input"]) -> Float[Array, "inputs classes"]: ...
@@ -33,7 +35,7 @@ class GivenFallback:
     """
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
-        self._function = function
+        self._function, self.num_classes = function, 0  # known when it has been called
 
     def _evaluated(self, inputs: np.ndarray) -> Float[np.ndarray, "inputs classes"]:
         try:
@@ -45,6 +47,7 @@ class GivenFallback:
         check_scores("fallback", found)
         if len(found) != len(inputs):
             raise UserError(f"fallback returns scores of {len(found)} inputs for {len(inputs)}")
+        self.num_classes = found.shape[1]
         return found
 
     def certified(self, images: Float[np.ndarray, "inputs *input"]) -> tuple[np.ndarray, np.ndarray]:
@@ -71,11 +74,24 @@ class GivenFallback:
         return jnp.asarray(self._function(images), jnp.float32)
 
 
+def classes_of(fallback: Fallback | None, inputs: np.ndarray, classes: int) -> np.ndarray | None:
+    """Classes of a fallback, None without one; raises UserError for a fallback of another number of classes."""
+    if fallback is None:
+        return None
+    found = fallback.classes(inputs)
+    _check_classes(fallback, classes)
+    return found
+
+
+def _check_classes(fallback: Fallback, classes: int) -> None:
+    if fallback.num_classes != classes:
+        raise UserError(f"the fallback has {fallback.num_classes} classes, and the head has {classes}")
+
+
 def answers_of(fallback: Fallback, inputs: np.ndarray, most: int) -> dict[int, tuple[int, float]]:
-    """Classes and radii of a fallback, by the position of the input; raises UserError for a class that is not there."""
+    """Classes and radii of a fallback, by the position of the input; raises UserError as `classes_of` does."""
     classes, radii = fallback.certified(inputs)
-    if classes.max() >= most:
-        raise UserError(f"the fallback answers class {classes.max()}, and the head has {most} classes")
+    _check_classes(fallback, most)
     return dict(enumerate(zip(classes.tolist(), radii.tolist(), strict=True)))
 
 

@@ -19,9 +19,9 @@ from lsrs_jax.runtime.files import fields_of
 from lsrs_jax.runtime.format import FIELD_COLUMNS
 from lsrs_jax.runtime.progress import duration, print_now
 
-_COLUMNS = (*FIELD_COLUMNS, "n", "lipschitz", "slack")
+COLUMNS = (*FIELD_COLUMNS, "n", "lipschitz", "slack")
 _BESIDE = "-margin"  # what `beside` adds to the name of a certification
-_SAME = 1e-9  # relative: how far a radius may differ between two machines
+SAME = 1e-9  # relative: how far a radius may differ between two machines
 Say = Callable[[str], object]
 
 
@@ -99,13 +99,13 @@ def _compute(target: TrainedTarget, indices: np.ndarray, say: Say) -> tuple[Lips
 def check_form(path: Path, text: str, lipschitz: float) -> None:
     """Raises UserError, which names the line, for a table that `run` cannot have written."""
     first, *lines = text.split("\n")
-    if first.split("\t") != list(_COLUMNS):
-        raise UserError(f"{path} line 1: its columns are {first[:80]!r}, not {' '.join(_COLUMNS)}")
+    if first.split("\t") != list(COLUMNS):
+        raise UserError(f"{path} line 1: its columns are {first[:80]!r}, not {' '.join(COLUMNS)}")
     if lines[-1:] != [""]:
         raise UserError(f"{path} line {len(lines) + 1} does not end: the end of the table is missing; restore it")
     for number, line in enumerate(lines[:-1], start=2):
         try:
-            row = fields_of(line, _COLUMNS)
+            row = fields_of(line, COLUMNS)
             own = {"correct": int(row["predict"] == row["label"]), "n": 0, "lipschitz": lipschitz}
             for name, value in own.items():
                 if row[name] != repr(value):
@@ -128,12 +128,12 @@ def check(target: TrainedTarget, count: int | None = None) -> np.ndarray:
     if table.idx.max() >= len(target.dataset) or (target.dataset.labels[table.idx] != table.label).any():
         raise UserError(f"{path} does not fit the data: an image has another label")
     _, found = _compute(target, table.idx[rows], print_now)
-    near = _SAME * (found["radius"] + found["slack"] / found["lipschitz"])
+    near = SAME * (found["radius"] + found["slack"] / found["lipschitz"])
     wrong = np.abs(found["radius"] - table.radius[rows]) > near
     wrong |= (found["predict"] != table.predict[rows]) & (found["radius"] > 0)
     cells = np.array([line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()])
     for name, expected in (("lipschitz", found["lipschitz"]), ("slack", found["slack"])):
-        written = cells[1:, _COLUMNS.index(name)].astype(np.float64)[rows]
+        written = cells[1:, COLUMNS.index(name)].astype(np.float64)[rows]
         if not np.allclose(written, expected, rtol=1e-6, atol=0):
             raise UserError(f"{path}: the column {name} is not that of the network")
     for row in np.flatnonzero(wrong)[:1]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from lsrs_jax import models
 from lsrs_jax.certification import OTHER_NAME, ledger, store
+from lsrs_jax.certification.deterministic import COLUMNS, SAME
 from lsrs_jax.certification.identity import base_name
 from lsrs_jax.certification.linear import LinearClassifier
 from lsrs_jax.certification.table import parse_number
@@ -22,13 +23,10 @@ from lsrs_jax.config import load_config, without_absent
 from lsrs_jax.data import Dataset
 from lsrs_jax.runtime import documents, files
 from lsrs_jax.runtime.errors import NotHere, UserError
-from lsrs_jax.runtime.format import FIELD_COLUMNS
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.training.checkpoint import restore, trained_on
 
 FILE = "fallback.tsv"
-_COLUMNS = (*FIELD_COLUMNS, "n", "lipschitz", "slack")  # on-disk format
-_SAME = 1e-9  # relative: how far a radius may differ between two machines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +71,7 @@ class Fallback:
         slack = found["slack"] / found["lipschitz"]
         for idx, own, radius, near in zip(indices.tolist(), found["predict"], found["radius"], slack, strict=True):
             claimed, claims = known.by_image[idx]
-            if abs(claims - radius) > _SAME * (radius + near) or (claimed != own and radius > 0):
+            if abs(claims - radius) > SAME * (radius + near) or (claimed != own and radius > 0):
                 there = f"image {idx} has class {claimed} and radius {claims!r} there"
                 raise UserError(f"{folder / FILE}: {there}, the fallback gives {own} and {float(radius)!r}")
 
@@ -148,7 +146,7 @@ def read(folder: Path, recorded: dict[str, Any] | None, classes: int | None) -> 
         raise UserError(f"{path} is not a table of a fallback; restore it, or {OTHER_NAME}")
     for number, line in enumerate(text.splitlines()[1:], start=2):
         try:
-            row = files.fields_of(line, _COLUMNS)
+            row = files.fields_of(line, COLUMNS)
             idx, radius = int(row["idx"]), parse_number(row["radius"])
             if idx in by_image or not 0 <= radius < math.inf:
                 raise ValueError("the image is there twice, or its radius is out of range")
@@ -161,4 +159,4 @@ def read(folder: Path, recorded: dict[str, Any] | None, classes: int | None) -> 
 
 
 def _header() -> str:
-    return "\t".join(_COLUMNS) + "\n"
+    return "\t".join(COLUMNS) + "\n"

@@ -26,6 +26,7 @@ class LinearClassifier:
     def __init__(self, model: models.Model, params: Any) -> None:
         self._encoder, self._weights, self._bias = model.with_linear_head(params)
         self.report, self._encode = self._encoder.report, Float64Encoder(self._encoder, _BATCH)
+        self.num_classes = len(self._bias)
         self._distances = distances(self._weights, self._weights.shape[1])
         check_encoder(self._encoder, self._encode)
 

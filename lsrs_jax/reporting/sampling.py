@@ -27,7 +27,8 @@ def sampling_of(content: dict[str, Any]) -> Sampling | None:
         facts = identity["arithmetic"]
         settings = {"sigma": facts["sigma"], "tau": facts["tau"], "lipschitz": content["lipschitz"]["constant"]}
         derivation = Derivation(alpha=derived["alpha"], bound=derived["bound"], **settings)
-        schedule = Schedule(identity["n0"], tuple(identity["stages"]), identity["tile"][1])
+        anytime = identity["schedule"] == "anytime"
+        schedule = Schedule(identity["n0"], tuple(identity["stages"]), identity["tile"][1], anytime)
     except (LookupError, TypeError, UserError):
         return None
     return Sampling(schedule.n, derivation.alpha, derivation.largest_radius(schedule))

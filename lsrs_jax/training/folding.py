@@ -10,7 +10,7 @@ from lsrs_jax.data import Dataset, training_batches
 from lsrs_jax.models import batch_norm
 from lsrs_jax.models.heads import Images
 from lsrs_jax.models.split import Model, Params
-from lsrs_jax.runtime.mesh import from_own_rows, own_rows, replicated
+from lsrs_jax.runtime.mesh import from_own_rows, own_rows, replicated, reshard
 from lsrs_jax.runtime.rng import domain_key
 from lsrs_jax.runtime.types import Config
 
@@ -48,7 +48,6 @@ class Folding:
                 )
                 for step, batch in enumerate(batches, first)
             ]
-        whole = jax.device_get(jax.jit(lambda head: head, out_shardings=replicated(self._mesh))(params["head"]))
-        return params | {
-            "head": jax.device_put(batch_norm.fold(whole, batch_norm.pooled(found)), replicated(self._mesh))
-        }
+        everywhere = replicated(self._mesh)
+        head = jax.device_get(reshard(params["head"], everywhere))
+        return params | {"head": jax.device_put(batch_norm.fold(head, batch_norm.pooled(found)), everywhere)}

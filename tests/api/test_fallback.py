@@ -115,3 +115,11 @@ def test_binary_bounds_files_and_programs_take_no_fallback(classifier, tmp_path)
         classifier.certify(INPUTS, CLASSES, n=100, out=tmp_path)
     with pytest.raises(UserError, match="without fallback"):
         classifier.export(tmp_path / "program", (2,))
+
+
+def test_a_fallback_of_other_classes_than_the_head_is_refused():
+    """With fewer classes it would answer, and fail only in an audit."""
+    two = SmoothedClassifier(silent_right, sigma=SIGMA, tile=(8, 32), fallback=lambda x: margins(x)[:, 2:])
+    for call in (lambda: two.certify(INPUTS, bound="multiclass"), lambda: two.predict(INPUTS, key=threefry(1), n=100)):
+        with pytest.raises(UserError, match="the fallback has 2 classes, and the head has 4"):
+            call()
