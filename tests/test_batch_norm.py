@@ -1,7 +1,5 @@
 """Batch normalisation in heads: folding it away, and trainings with it."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,12 +126,11 @@ def test_statistics_are_synchronised_over_devices(tmp_path):
     """Every device holds one row: statistics of a device's own rows would have no variance."""
     model, found, config, dataset = trained(tmp_path)
     assert jax.device_count() == 8 == config.data.batch_size
-    one = dataclasses.replace(model)
-    step = loop.step_function(one, config, loop.make_optimizer(config.train).update)
-    params = one.in_training.init(loop.domain_key(config.seed, "init"))
+    step = loop.step_function(model, config, loop.make_optimizer(config.train).update)
+    params = model.in_training.init(loop.domain_key(config.seed, "init"))
     state = loop.State(params, loop.make_optimizer(config.train).init(params), None)
     with loop.pinned():
         for number, batch in enumerate(loop.training_batches(dataset, config.data, config.seed, 0, 8)):
             state, _ = step(state, *batch, loop.domain_key(config.seed, "train"), np.uint32(number))
-        on_one = loop.Folding(one, config, dataset, loop.global_mesh())(state.result)
+        on_one = loop.Folding(model, config, dataset, loop.global_mesh())(state.result)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), on_one, found)

@@ -12,11 +12,10 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from lsrs_jax.models.heads import NORM_SUFFIX
+from lsrs_jax.models.heads import NORM_EPSILON, NORM_SUFFIX
 from lsrs_jax.runtime.errors import UserError
 
 STATISTICS = "batch_stats"  # the collection of Flax
-_EPSILON = 1e-5  # of flax.linen.BatchNorm
 
 
 def is_training(head: nn.Module) -> bool:
@@ -49,8 +48,8 @@ def pooled(batches: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, np.ndarr
 def fold(params: Mapping[str, Any], statistics: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:
     """The parameters of the certified head, float32, from those of the trained one and `pooled` statistics.
 
-    With scale γ, shift β, mean μ and variance v of a channel, and s = γ/√(v + 1e-5), its kernel W becomes sW and its
-    bias b becomes s(b − μ) + β (computed in float64).
+    With scale γ, shift β, mean μ and variance v of a channel, and s = γ/√(v + `NORM_EPSILON`), its kernel W becomes sW
+    and its bias b becomes s(b − μ) + β (computed in float64).
     """
     folded = {name: dict(layer) for name, layer in params.items() if not name.endswith(NORM_SUFFIX)}
     for name, found in statistics.items():
@@ -58,7 +57,7 @@ def fold(params: Mapping[str, Any], statistics: Mapping[str, Mapping[str, np.nda
         kernel, scale, shift = (
             np.asarray(values, np.float64) for values in (layer["kernel"], params[name]["scale"], params[name]["bias"])
         )
-        scale = scale / np.sqrt(found["var"] + _EPSILON)
+        scale = scale / np.sqrt(found["var"] + NORM_EPSILON)
         bias = scale * (np.asarray(layer.get("bias", 0.0), np.float64) - found["mean"]) + shift
         layer |= {"kernel": (kernel * scale).astype(np.float32), "bias": bias.astype(np.float32)}
     return folded

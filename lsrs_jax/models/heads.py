@@ -19,7 +19,7 @@ Latents = Float[jax.Array, "B ..."]
 Images = Float[jax.Array, "B H W C"]  # latents with the layout of images
 Logits = Float[jax.Array, "B K"]
 Head = Callable[[Latents], Logits]  # a head with its parameters
-NORM_SUFFIX = "_norm"  # of the name of the batch normalisation after a layer
+NORM_SUFFIX, NORM_EPSILON = "_norm", 1e-5  # of the batch normalisation after a layer: of its name, and of its variance
 Matrix = tuple[Float64[np.ndarray, "d K"], Float64[np.ndarray, " K"]]  # weights and bias on the flattened latent
 
 
@@ -43,7 +43,8 @@ class _Normalizable(_Classifier, kw_only=True):
         z = layer(z)
         if self.norm != "batch":
             return z
-        return nn.BatchNorm(use_running_average=False, momentum=0.0, name=f"{layer.name}{NORM_SUFFIX}")(z)
+        name = f"{layer.name}{NORM_SUFFIX}"
+        return nn.BatchNorm(use_running_average=False, momentum=0.0, epsilon=NORM_EPSILON, name=name)(z)
 
 
 class MLPHead(_Normalizable):
