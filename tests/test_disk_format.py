@@ -86,7 +86,7 @@ def test_blocks_of_noise_are_the_same_bits_as_ever():
         keys, ids, total = sampler.keys(threefry(7)), jax.numpy.asarray([4, 9]), hashlib.sha256()
         for stream in constants.STREAMS:
             for block in (0, 1, 5):
-                drawn = sampler._block_noise(keys[stream], ids, block, sampler._tables)
+                drawn = sampler.blocks.noise(keys[stream], ids, block, sampler._tables)
                 total.update(np.asarray(drawn).tobytes())
         assert total.hexdigest()[:16] == expected, noise
 

@@ -287,7 +287,7 @@ def test_a_head_that_knows_the_noise_of_the_seed_is_found(home, monkeypatch):
     seen = []
     for stream, total in (("selection", stored.identity.n0), ("estimation", stored.identity.n)):
         for block in range(-(-total // sampler.tile[1])):
-            noise = sampler._block_noise(keys[stream], jnp.arange(3), block, sampler._tables)
+            noise = sampler.blocks.noise(keys[stream], jnp.arange(3), block, sampler._tables)
             seen += [codes(sampler.arithmetic.add(jnp.asarray(latent), noise)) for latent in images.latents]
     table = np.sort(np.concatenate(seen))
 

@@ -91,13 +91,13 @@ def _counter(
     def block(key: Array, prepared: Any, number: Array) -> Int[Array, "batch classes"]:
         def draw(own: Array) -> Array:
             key, size = jax.random.fold_in(own, number), (samples, *latent_shape)
-            return sampler.arithmetic.draw(key, size, jnp.asarray(sampler.tables[0]))
+            return sampler.arithmetic.draw(key, size, jnp.asarray(sampler.blocks.tables[0]))
 
         if offset:  # independent noise: every input has a key of its own
             noise = jax.vmap(draw)(jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch)))
         else:
             noise = draw(key)
-        logits = head(sampler.rows(prepared, noise, sampler.tables))
+        logits = head(sampler.blocks.rows(prepared, noise, sampler.blocks.tables))
         chosen = jnp.where(jnp.isnan(logits).any(axis=-1), classes, jnp.argmax(logits, axis=-1))
         valid = number * samples + jnp.arange(samples, dtype=jnp.int32) < n
         hits = chosen.reshape(batch, samples, 1) == jnp.arange(classes, dtype=chosen.dtype)
@@ -107,7 +107,7 @@ def _counter(
         key = jax.random.wrap_key_data(key_data, impl=PRNG)
         key = jax.random.fold_in(jax.random.fold_in(key, KEY_DOMAINS["certify"]), STREAMS["prediction"] + offset)
 
-        prepared = sampler.prepared(latents, sampler.tables)
+        prepared = sampler.blocks.prepared(latents, sampler.blocks.tables)
 
         def step(number: Array, total: Array) -> Array:
             return total + block(key, prepared, number)

@@ -19,12 +19,10 @@ from types import ModuleType
 from typing import Any
 
 import flax.linen as nn
-from flax import nnx
 
 from lsrs_jax.config import TORCH
 from lsrs_jax.models import torch_head
 from lsrs_jax.models.heads import HEADS
-from lsrs_jax.models.nnx_head import NnxModule
 from lsrs_jax.runtime.errors import UserError, reason
 from lsrs_jax.runtime.types import Config
 
@@ -103,10 +101,13 @@ def make(model: Config, part: str, **offered: Any) -> nn.Module:
     made = resolve(chosen)
     given = arguments(model[f"{part}_args"])
     with errors_of(f"model.{part}={name}"):
-        is_nnx = isinstance(made, type) and issubclass(made, nnx.Module)
+        nnx = sys.modules.get("flax.nnx")  # imported if a class of it was; it takes 0.2 s
+        is_nnx = nnx is not None and isinstance(made, type) and issubclass(made, nnx.Module)
         accepted = inspect.signature(made.__init__ if is_nnx else made).parameters
         given = {key: value for key, value in offered.items() if key in accepted} | given
         if is_nnx:
+            from lsrs_jax.models.nnx_head import NnxModule
+
             return NnxModule(made, tuple(sorted(given.items())))
         if is_torch:
             built = functools.partial(made, **given)

@@ -76,8 +76,7 @@ class Model:
 
     def shapes(self, batch: int = 1) -> tuple[Params, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of the parameters, and of a batch of the latents (under ISRS images) that get the noise."""
-        image = jax.ShapeDtypeStruct((batch, *self.input_shape), jnp.float32)
-        return (params := _parameter_shapes(self)), jax.eval_shape(self.encode, params, image)
+        return _parameter_shapes(self), _latents(self, batch)
 
     def _encoded(self, params: Any, x: Any) -> Any:
         normalized = x if self.normalize is None else self.normalize.apply({}, x)
@@ -160,6 +159,12 @@ class Model:
 @functools.lru_cache(32)  # a command asks for the shapes several times, and tracing takes tenths of a second
 def _parameter_shapes(model: Model) -> Params:
     return jax.eval_shape(model.init, jax.random.key(0))
+
+
+@functools.lru_cache(32)
+def _latents(model: Model, batch: int) -> jax.ShapeDtypeStruct:
+    image = jax.ShapeDtypeStruct((batch, *model.input_shape), jnp.float32)
+    return jax.eval_shape(model.encode, _parameter_shapes(model), image)
 
 
 @functools.lru_cache(32)

@@ -40,6 +40,11 @@ def split(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(AXIS))
 
 
+def on_the_first(arrays: Any) -> Any:
+    """The copies of replicated arrays on the first device."""
+    return jax.tree.map(lambda array: array.addressable_data(0), arrays)
+
+
 def sharded(mesh: Mesh, tree: Any) -> Any:
     """Divides each array along its longest axis that is divisible by the number of devices; replicates the others."""
 

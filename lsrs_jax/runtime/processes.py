@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from lsrs_jax.runtime import cache
 from lsrs_jax.runtime.errors import OthersLost, UserError, first_line
 from lsrs_jax.runtime.signals import Interrupted
 
@@ -147,6 +148,8 @@ def _arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
 def cache_compilations() -> None:
     """Lets XLA keep compiled programs between runs, in $JAX_COMPILATION_CACHE_DIR or the user's cache folder.
 
+    Tables of noise are kept there too.
+
     A resumed run then executes exactly the program of its first half, even if an autotuner would choose another one.
     What a kill or a full disk has cut off there is compiled again, without a warning.
     """
@@ -155,9 +158,10 @@ def cache_compilations() -> None:
     from lsrs_jax.runtime.logs import ignore_warnings
 
     ignore_warnings("Error (reading|writing) persistent compilation cache entry")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lsrs_jax"
+    cache.folder = home / "tables"
     if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
-        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(home / "lsrs_jax"))
+        jax.config.update("jax_compilation_cache_dir", str(home))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 

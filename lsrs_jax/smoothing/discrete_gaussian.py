@@ -9,11 +9,15 @@ every platform.
 import decimal
 import fractions
 import functools
+import hashlib
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from lsrs_jax.runtime import format
+from lsrs_jax.runtime.cache import cached
 from lsrs_jax.runtime.format import COLUMN_BITS, GRID_BITS, THRESHOLD_BITS
 
 LIMIT = 2**24  # float32 holds every integer up to here
@@ -45,11 +49,18 @@ def spacing(sigma: float) -> float:
 
 @functools.lru_cache(maxsize=8)
 def grid(sigma: float) -> Grid:
-    """The `Grid` for a σ; takes a second."""
-    masses = _masses(fractions.Fraction(sigma) / fractions.Fraction(spacing(sigma)))
-    thresholds, aliases = _alias(masses)
+    """The `Grid` for a σ; takes half a second, if its table is not in `runtime.cache`."""
+    steps = fractions.Fraction(sigma) / fractions.Fraction(spacing(sigma))
+    code = hashlib.sha256(Path(__file__).read_bytes() + Path(format.__file__).read_bytes()).hexdigest()[:16]
+    content = cached(f"noise-{float(steps).hex()}-{code}", lambda: _table(steps).astype("<u4").tobytes())
+    return Grid(spacing(sigma), np.frombuffer(content, "<u4").reshape(2, -1).astype(np.uint32))
+
+
+def _table(steps: fractions.Fraction) -> np.ndarray:
+    """The alias table for σ/q = `steps`."""
+    thresholds, aliases = _alias(_masses(steps))
     high, low = thresholds >> 32, thresholds & 0xFFFFFFFF
-    return Grid(spacing(sigma), np.stack([high << COLUMN_BITS | aliases, low]).astype(np.uint32))
+    return np.stack([high << COLUMN_BITS | aliases, low])
 
 
 _FIXED = 128  # fractional bits; with up to 2**19 steps of a recurrence the error stays below 2**-90

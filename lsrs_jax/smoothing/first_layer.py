@@ -180,9 +180,12 @@ class IntegerLayer:
             return self.product(latents, tables) + tables.bias
 
     def rows(self, of_images: Any, of_noise: Any, tables: Tables) -> Float32[Array, "rows *outputs"]:
-        """The outputs for image after image, one row per noise vector; of `of_images` and `product` of the noise."""
+        """The outputs for image after image, one row per noise vector.
+
+        They follow from `of_images` and from `product` of the noise, ``(1 or images, samples, *outputs)``.
+        """
         with jax.enable_x64(True):
-            sums = (of_images[:, None] + of_noise[None]).astype(jnp.float32)
+            sums = (of_images[:, None] + of_noise).astype(jnp.float32)
         return sums.reshape(-1, *self.shape) * tables.scale
 
     def agrees(self, tile: tuple[int, int], devices: Mesh) -> bool:
@@ -207,7 +210,7 @@ class IntegerLayer:
         expected = sums.astype(np.float32) * self.tables.scale[channels]
 
         def some(latents: Any, noise: Any, tables: Tables) -> Any:
-            found = self.rows(self.of_images(latents, tables), self.product(noise, tables), tables)
+            found = self.rows(self.of_images(latents, tables), self.product(noise, tables)[None], tables)
             found = found.reshape(*tile, *self.shape)[images][:, samples]
             return found.reshape(-1, *self.shape)[..., channels]
 

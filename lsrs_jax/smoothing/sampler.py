@@ -1,31 +1,31 @@
 """The compiled sampling loop: counts of a head's classes under Gaussian noise. Only integers leave the device."""
 
 import contextlib
-import functools
 import hashlib
 import math
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Float, Int, Num
 
 from lsrs_jax.runtime import mesh, rng
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.format import KEY_DOMAINS, NOISE_OFFSETS, STREAMS
-from lsrs_jax.runtime.mesh import AXIS
 from lsrs_jax.runtime.validate import array
-from lsrs_jax.smoothing.arithmetic import make_arithmetic
+from lsrs_jax.smoothing.blocks import NoisyBlocks
 from lsrs_jax.smoothing.composition import leaders_of
 from lsrs_jax.smoothing.confidence import MAX_SAMPLES
 from lsrs_jax.smoothing.coupling_check import CouplingCheck, Evaluated
-from lsrs_jax.smoothing.first_layer import INTEGER, SplitHead, as_head, integer_layer, put
-from lsrs_jax.smoothing.head_check import Head, check_head, check_logits, fingerprint
+from lsrs_jax.smoothing.first_layer import INTEGER, SplitHead, as_head, put
+from lsrs_jax.smoothing.head_check import Head, check_head, fingerprint
 from lsrs_jax.smoothing.head_trace import TracedHead, calling
+from lsrs_jax.smoothing.loop import Loop
+from lsrs_jax.smoothing.packing import Packing, Waste
 from lsrs_jax.smoothing.schedule import block_count
 from lsrs_jax.smoothing.settings import FLAGS, check_settings
 
@@ -43,6 +43,24 @@ def pinned_flags() -> Iterator[None]:
     finite = jax.debug_nans(False), jax.debug_infs(False)
     with rng.pinned(), precision, reuse, finite[0], finite[1], jax.transfer_guard("allow"):
         yield
+
+
+class Batch(NamedTuple):
+    """Up to a batch of images on the devices: latents and ids."""
+
+    images: int
+    plain: tuple[jax.Array, jax.Array]  # the other slots are 0
+    packed: tuple[jax.Array, jax.Array] | None  # the other slots hold copies; None if they are too few, or not exact
+
+
+class Launched(NamedTuple):
+    """A launch that has been started."""
+
+    counts: jax.Array
+    evaluated: Evaluated | None
+    packing: Packing | None  # of a packed launch
+    unpacked: Packing | None  # how a plain one could have been packed
+    began: float
 
 
 class Sampler:
@@ -92,42 +110,48 @@ class Sampler:
         if entries > _MAX_ENTRIES:
             gigabytes = f"{entries // 2**28:,} GiB"
             raise UserError(f"the tile {self.tile} needs {gigabytes} for its noisy latents alone; make it smaller")
-        self.arithmetic, self.traces = make_arithmetic(arithmetic, sigma), 0
         self._noise, self._mesh = noise, mesh.local_mesh(devices)
         self._channels_last = channels_last and self._mesh.devices.flat[0].platform == "cpu"
         self._launcher, self._devices = ThreadPoolExecutor(1, "launch"), devices
+        asked, settings = (
+            head if integer_first_layer else None,
+            {"sigma": sigma, "arithmetic": arithmetic, "noise": noise},
+        )
         with pinned_flags():
-            asked = head if integer_first_layer else None
-            self._integer = integer_layer(asked, self.arithmetic, noise, self.latent_shape, self.tile, self._mesh)
-        self.first_layer = INTEGER if self._integer else None
-        shape = self._integer.shape if self._integer else self.latent_shape
-        self._batch_shape = (math.prod(self.tile), *shape)  # of what the head, or its rest, receives
+            self.blocks = NoisyBlocks(asked, self.latent_shape, **settings, tile=self.tile, devices=self._mesh)
+        self.arithmetic, self.first_layer = self.blocks.arithmetic, INTEGER if self.blocks.integer else None
+        self._batch_shape = (math.prod(self.tile), *self.blocks.shape)  # of what the head, or its rest, receives
         traced = TracedHead(self.behind(head), self._channels_last)  # keeps the caller's mesh, which pinned flags drop
         with pinned_flags():
             with jax.default_device(self._mesh.devices.flat[0]):
                 self._checked = check_head(traced, self._batch_shape)
             self.num_classes, self.head_digest = self._checked.num_classes, self._checked.digest
-            if self._integer:
-                self.head_digest = hashlib.sha256((self.head_digest + self._integer.digest).encode()).hexdigest()
-            self.tables = self.arithmetic.tables, self._integer and self._integer.tables
-            self._tables = self._put(self.tables)
+            if self.blocks.integer:
+                self.head_digest = hashlib.sha256((self.head_digest + self.blocks.integer.digest).encode()).hexdigest()
+            self._tables = self._put(self.blocks.tables)
+            self._loop = Loop(traced, self._checked, self.blocks, self.tile, self._mesh, spmd)
             with calling("in its last call, when the sampling loop was compiled"):
                 try:
-                    self._call, self._rows = self._compile(traced, spmd)
+                    self._call = self._loop.compile(self._example())
                 except ValueError as error:
                     if isinstance(error, UserError) or traced.depends_on_mesh:
                         raise
                     # Flax applies rules for logical axes as soon as there is a mesh, and that of the loop does not have
                     # the axes that they name. Without a mesh, the head can be traced.
                     traced.depends_on_mesh = True
-                    self._call, self._rows = self._compile(traced, spmd)
+                    self._call = self._loop.compile(self._example())
+            self._rows = self._loop.compile_rows(self._example())
+        self._packed: Any = None  # compiled when it pays
+        self._waste, self._collected = Waste(), -math.inf
         self.program = traced.program
         self._check = CouplingCheck(self.tile, self.num_classes, self._checked.tolerance, self._mesh.size)
 
     def is_current(self, head: Head) -> bool:
         """Whether `head` still is the function that was compiled, and the devices are the same."""
         head = as_head(head)
-        if self._integer and not (isinstance(head, SplitHead) and head.first.digest == self._integer.digest):
+        if self.blocks.integer and not (
+            isinstance(head, SplitHead) and head.first.digest == self.blocks.integer.digest
+        ):
             return False
         traced = TracedHead(self.behind(head), self._channels_last)
         try:
@@ -140,7 +164,7 @@ class Sampler:
 
     def behind(self, head: Any) -> Any:
         """The part of the head that receives `rows`: all of it, or what follows its integer layer."""
-        return head.rest if self._integer else head
+        return head.rest if self.blocks.integer else head
 
     @property
     def tau(self) -> float:
@@ -153,78 +177,15 @@ class Sampler:
             domain, offset = jax.random.fold_in(rng.check_key(key), KEY_DOMAINS["certify"]), NOISE_OFFSETS[self._noise]
             return self._put({name: jax.random.fold_in(domain, number + offset) for name, number in STREAMS.items()})
 
-    def _block_noise(self, key: jax.Array, ids: Int[Array, " images"], block: Any, tables: Any) -> Num[Array, "..."]:
-        """Noise of one block: ``(samples, *latent_shape)``, or one such array per image of `ids`."""
-        size = (self.tile[1], *self.latent_shape)
-        if self._noise == "shared":
-            return self.arithmetic.draw(jax.random.fold_in(key, block), size, tables[0])
+    def _example(self) -> tuple[Any, ...]:
+        """What the programs are compiled for."""
+        plain = self.put(self.quantize(np.zeros((1, *self.latent_shape)))).plain
+        return *plain, self._put(rng.domain_key(0, "probe")), self._tables
 
-        def draw(identifier: jax.Array) -> jax.Array:
-            own = jax.random.fold_in(jax.random.fold_in(key, identifier), block)
-            return self.arithmetic.draw(own, size, tables[0])
-
-        return jax.vmap(draw)(ids)
-
-    def prepared(self, latents: Any, tables: Any) -> Any:
-        """What `rows` needs of a batch of latents; computed once per launch."""
-        return self._integer.of_images(latents, tables[1]) if self._integer else latents
-
-    def rows(self, prepared: Any, noise: Any, tables: Any) -> Float[Array, "rows *latent"]:
-        """Noisy latents, or the integer layer's outputs for them: for image after image, one row per sample."""
-        if self._integer:
-            return self._integer.rows(prepared, self._integer.product(noise, tables[1]), tables[1])
-        per_image = 0 if self._noise == "independent" else None
-        noisy = jax.vmap(self.arithmetic.add, (0, per_image))(prepared, noise)
-        return noisy.reshape(-1, *self.latent_shape)
-
-    def _device_counts(
-        self, device: Any, latents: Any, ids: Any, key: Any, tables: Any, first: Any, stop: Any, n: Any
-    ) -> Int[Array, "1 images classes+1"]:
-        """Counts of this device's share of the blocks [first, stop); the last column counts NaN rows.
-
-        `device` is the index of this device, of shape (1,) under shard_map and () under pmap.
-        """
-        self.traces += 1
-        (images, samples), devices = self.tile, jax.lax.axis_size(AXIS)
-        start, prepared = first + device.reshape(()), self.prepared(latents, tables)
-
-        def block_counts(step: jax.Array, counts: jax.Array) -> jax.Array:
-            block = start + step * devices
-            logits = self._head(self.rows(prepared, self._block_noise(key, ids, block, tables), tables))
-            check_logits(logits.shape, (images * samples, self.num_classes))
-            predicted = jnp.where(jnp.isnan(logits).any(axis=-1), self.num_classes, jnp.argmax(logits, axis=-1))
-            valid = block * samples + jnp.arange(samples, dtype=jnp.int32) < n
-            hits = predicted.reshape(images, samples, 1) == jnp.arange(self.num_classes + 1, dtype=predicted.dtype)
-            return counts + jnp.sum(hits & valid[:, None], axis=1, dtype=jnp.int32)
-
-        steps = jnp.maximum(0, (stop - start + devices - 1) // devices)
-        zeros = jnp.zeros((images, self.num_classes + 1), jnp.int32)
-        counts = jax.lax.fori_loop(0, steps, block_counts, jax.lax.pcast(zeros, AXIS, to="varying"))
-        return counts[None]  # the host adds: without a collective, devices never wait for each other
-
-    def _compile(self, traced: TracedHead, spmd: str) -> tuple[Any, Any]:
-        """Compiles the loop, and a program for the first device that puts the noisy latents of a block in any order."""
-        devices = self._mesh.devices.reshape(-1)
-        self._head = traced.for_loop(self._batch_shape)
-        if spmd == "pmap":
-            axes = (0, *[None] * 7)
-            call: Any = jax.pmap(self._device_counts, AXIS, in_axes=axes, out_axes=0, devices=list(devices))
-        else:
-            # A trace of a head that is run again does not know which numbers vary over the devices.
-            specs = {"in_specs": (P(AXIS), *[P()] * 7), "out_specs": P(AXIS), "check_vma": not traced.is_replayed}
-            call = jax.jit(jax.shard_map(self._device_counts, mesh=self._mesh, **specs))
-        index = jax.device_put(np.arange(len(devices), dtype=np.int32), mesh.split(self._mesh))
-        batch = self.put(self.quantize(np.zeros((1, *self.latent_shape))))
-        key = self._put(rng.domain_key(0, "probe"))
-        # Compile in the caller's thread and context, so that the compiled head is the one that was checked.
-        program = call.lower(index, *batch, key, self._tables, *self._numbers(0, 1, 1)).compile()
-
-        def rows(latents: Any, ids: Any, key: Any, tables: Any, block: Any, source: Any) -> jax.Array:
-            noise = self._block_noise(key, ids, block, tables)
-            return self.rows(self.prepared(latents, tables), noise, tables).at[source].get(mode="promise_in_bounds")
-
-        arguments = (*batch, key, self._tables, *self._put([np.int32(0), np.zeros(math.prod(self.tile), np.int32)]))
-        return functools.partial(program, index), jax.jit(rows).lower(*_on_the_first(arguments)).compile()
+    @property
+    def traces(self) -> int:
+        """Number of traces of the loop."""
+        return self._loop.traces
 
     def _put(self, arrays: Any) -> Any:
         return put(arrays, mesh.replicated(self._mesh))
@@ -241,46 +202,68 @@ class Sampler:
             raise UserError("latents must be finite; a NaN never certifies")
         return self.arithmetic.quantize(latents)
 
-    def put(self, quantized: Num[np.ndarray, "images *latent"], ids: Any = None) -> tuple[jax.Array, jax.Array]:
+    def put(self, quantized: Num[np.ndarray, "images *latent"], ids: Any = None) -> Batch:
         """Pads latents from `quantize` to a batch and puts them on the devices.
 
         With independent noise, `ids` are the indices of the images, all different.
         """
-        size = self.tile[0]
-        if not 1 <= len(quantized) <= size or quantized.dtype != self.arithmetic.dtype:
+        size, images = self.tile[0], len(quantized)
+        if not 1 <= images <= size or quantized.dtype != self.arithmetic.dtype:
             raise UserError(f"this sampler takes 1 to {size} latents as `quantize` returned them")
-        ids = np.zeros(len(quantized)) if ids is None else np.asarray(ids)
-        distinct = len(np.unique(ids)) == len(quantized)
+        ids = np.zeros(images) if ids is None else np.asarray(ids)
+        distinct = len(np.unique(ids)) == images
         if self._noise == "independent" and (not distinct or ids.min() < 0 or ids.max() >= 2**31):
             raise UserError("independent noise needs a different id, a whole number below 2**31, for every image")
-        padding = ((0, size - len(quantized)), *[(0, 0)] * len(self.latent_shape))
-        return self._put((np.pad(quantized, padding), np.pad(ids.astype(np.int32), padding[0])))
+        ids, padding = ids.astype(np.int32), ((0, size - images), *[(0, 0)] * len(self.latent_shape))
+        plain = self._put((np.pad(quantized, padding), np.pad(ids, padding[0])))
+        copies = np.arange(size) % images
+        packed = (quantized[copies], ids[copies]) if self.blocks.exact and 2 * images <= size else None
+        return Batch(images, plain, packed and self._put(packed))
 
-    def launch(self, batch: tuple[jax.Array, jax.Array], key: jax.Array, first: int, stop: int, n: int) -> Future:
+    def launch(self, batch: Batch, key: jax.Array, first: int, stop: int, n: int) -> Future:
         """Starts the blocks [first, stop) of n samples for a batch from `put`; returns a future for `collect`.
 
         `key` is the key of a stream, from `keys`. A thread starts the launches, because a GPU asks its host before
-        every round of such a loop; meanwhile the caller counts the samples of the launch before.
+        every round of such a loop; meanwhile the caller counts the samples of the launch before. Batches with free
+        slots are packed, as soon as compiling the program for that costs less than the free slots did.
         """
         blocks = block_count(n, self.tile[1])
         if not 1 <= n <= MAX_SAMPLES:
             raise UserError(f"the number of samples must lie between 1 and 2**27, got {n}")
         if not 0 <= first < stop <= blocks:
             raise UserError(f"blocks [{first}, {stop}) are not among the {blocks} of {n} samples")
-        return self._launcher.submit(pinned_flags()(self._start), batch, key, first, stop, n)
+        packing = Packing(self.tile[0], batch.images, -(-(stop - first) // self._mesh.size)) if batch.packed else None
+        packing = packing if packing and packing.blocks > 1 else None
+        if packing and self._packed is None and self._waste.exceeds(self._loop.seconds):
+            self.pack()
+        return self._launcher.submit(
+            pinned_flags()(self._start), batch, packing, self._packed, key, (first, stop, n), time.monotonic()
+        )
+
+    def pack(self) -> bool:
+        """Compiles the program for packed launches; returns whether there is one."""
+        if self._packed is None:
+            with pinned_flags():
+                self._packed = self._loop.compile_packed(self._example()) or False
+        return bool(self._packed)
 
     def _start(
-        self, batch: tuple[jax.Array, jax.Array], key: jax.Array, first: int, stop: int, n: int
-    ) -> tuple[jax.Array, Evaluated | None]:
-        """Starts the blocks [first, stop), and the check of the first of them if one is due."""
-        evaluated, arguments = None, (*batch, key, self._tables)
+        self, batch: Batch, packing: Packing | None, packed: Any, key: jax.Array, numbers: tuple[int, ...], began: float
+    ) -> Launched:
+        """Starts a launch, and the check of its first block if one is due."""
+        first, stop, _ = numbers
+        others, evaluated = (key, self._tables), None
         if self._check.due(stop - first):
-            block, sources = self._put(np.int32(first)), self._check.sources()
-            inputs = [_on_the_first((*arguments, block, self._put(source))) for source in sources]
+            plain, block, sources = (*batch.plain, *others), self._put(np.int32(first)), self._check.sources()
+            inputs = [mesh.on_the_first((*plain, block, self._put(source))) for source in sources]
             logits = [self._checked.logits(self._rows(*each)) for each in inputs]
             whole = self._numbers(first, first + 1, (first + 1) * self.tile[1])
-            evaluated = Evaluated(sources, logits, self._call(*arguments, *whole))
-        return self._call(*arguments, *self._numbers(first, stop, n)), evaluated
+            evaluated = Evaluated(sources, logits, self._call(*plain, *whole))
+        if packing and packed and batch.packed:
+            lanes = self._put((packing.lanes, np.int32(packing.blocks)))
+            counts = packed(*batch.packed, *others, *self._numbers(*numbers), *lanes)
+            return Launched(counts, evaluated, packing, None, began)
+        return Launched(self._call(*batch.plain, *others, *self._numbers(*numbers)), evaluated, None, packing, began)
 
     def collect(self, launched: Future, images: int) -> Int[np.ndarray, "images classes"]:
         """Waits for a launch and returns its counts.
@@ -288,9 +271,14 @@ class Sampler:
         Raises UserError if any logit was NaN, or if the check of the launch refuses the head.
         """
         with calling("on noisy latents, while samples were drawn"):
-            found, evaluated = jax.device_get(launched.result())
-        per_device = np.asarray(found, np.int64)
-        counts = per_device.reshape(-1, self.tile[0], self.num_classes + 1).sum(axis=0)[:images]
+            found: Launched = launched.result()
+            per_device, evaluated = jax.device_get((found.counts, found.evaluated))
+        slots = np.asarray(per_device, np.int64).reshape(-1, self.tile[0], self.num_classes + 1).sum(axis=0)
+        counts = found.packing.summed(slots) if found.packing else slots[:images]
+        now = time.monotonic()
+        if found.unpacked:
+            self._waste.add(now - max(found.began, self._collected), found.unpacked)
+        self._collected = now
         if counts[:, -1].any():
             number = counts[:, -1].sum()
             raise UserError(f"the head returned NaN logits for {number} noisy samples; a NaN never certifies")
@@ -301,13 +289,17 @@ class Sampler:
     def without_noise(self, quantized: Num[np.ndarray, "images *latent"]) -> Int[np.ndarray, " images"]:
         """The classes that the head gives latents from `quantize` without noise."""
         found, rows = [], self._batch_shape[0]
+
+        @jax.jit
+        def noiseless(steps: Any, tables: Any) -> Any:
+            zeros = jnp.zeros_like(steps[:, None] if self._noise == "independent" else steps[:1])
+            return self.blocks.rows(self.blocks.prepared(steps, tables), zeros, tables)
+
         with pinned_flags(), jax.default_device(self._mesh.devices.flat[0]):
             for start in range(0, len(quantized), rows):
                 part = quantized[start : start + rows]
                 padded = np.pad(part, ((0, rows - len(part)), *[(0, 0)] * len(self.latent_shape)))
-                steps, tables = jnp.asarray(padded), _on_the_first(self._tables)
-                zeros = jnp.zeros_like(steps[:, None] if self._noise == "independent" else steps[:1])
-                latents = self.rows(self.prepared(steps, tables), zeros, tables)
+                latents = noiseless(padded, mesh.on_the_first(self._tables))
                 with calling("on latents without noise"):
                     found.append(np.asarray(self._checked.logits(latents), np.float32)[: len(part)].argmax(axis=-1))
         return np.concatenate(found)
@@ -339,8 +331,3 @@ class Sampler:
     ) -> Int[np.ndarray, " images"]:
         """`api.SmoothedClassifier.predict` for float64 latents, at which a fallback has these classes."""
         return leaders_of(self.prediction_counts(latents, key, n), fallback, alpha, self.tau)
-
-
-def _on_the_first(arrays: Any) -> Any:
-    """The copies of replicated arrays on the first device."""
-    return jax.tree.map(lambda array: array.addressable_data(0), arrays)

@@ -169,7 +169,7 @@ def test_certify_traces_the_loop_once():
 def drawn(loop, stream, block, ids=(0,)):
     """The noise of one sample block, in units of sigma."""
     key, ids = loop.keys(threefry(0))[stream], jnp.asarray(ids, jnp.int32)
-    noise = np.asarray(loop._block_noise(key, ids, block, loop._tables), np.float64)
+    noise = np.asarray(loop.blocks.noise(key, ids, block, loop._tables), np.float64)
     return noise * loop.arithmetic.identity.get("spacing", 1.0) / 0.5
 
 
