@@ -193,8 +193,8 @@ def test_a_head_without_such_convolutions_keeps_its_program(spmd):
     assert on.program == off.program == "plain"
     assert on.head_digest == off.head_digest
     texts = [re.sub("metadata={.*?}", "", sampler._call.func.as_text()) for sampler in (on, off)]
-    assert texts[0] == texts[1]
-    assert on._call.func.as_text()
+    found = [[line for line in text.splitlines() if " = " in line] for text in texts]  # without the names of files
+    assert found[0] == found[1] != []
 
 
 def test_the_sampling_loop_has_no_slow_convolution(network):
