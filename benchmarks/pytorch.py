@@ -87,11 +87,10 @@ def convolutions(seconds, batch=128):
     works[name, "PyTorch"] = _repeated(torch, lambda: square @ square)
     found = measuring.rates(works, seconds, "convolutions")
     speeds = {key: rate * cost[key[0]] / 1e9 for key, rate in found.items()}
-    rows = [
-        [name, *(f"{speeds[name, library]:.0f}" for library in ("XLA", "PyTorch"))]
-        + [f"{speeds[name, 'XLA'] / speeds[name, 'PyTorch']:.2f}x"]
-        for name in cost
-    ]
+    rows = []
+    for name in cost:
+        xla, other = speeds[name, "XLA"], speeds[name, "PyTorch"]
+        rows.append([name, f"{xla:.0f}", f"{other:.0f}", f"{xla / other:.2f}x"])
     print(table("layer, batch 128|XLA, GFLOP/s|PyTorch, GFLOP/s|XLA over PyTorch", rows))
 
 
