@@ -118,7 +118,7 @@ def _same_noise(
     again = Counts(certification.schedule, certification.num_classes)
 
     def decided(images: list[ImageCounts]) -> np.ndarray:
-        return np.array([len(image.looks) == len(recorded.images[image.idx].looks) for image in images])
+        return np.array([image.reached == recorded.images[image.idx].reached for image in images])
 
     total = sum(len(images.idx) for images in chunks)
     status = Status(certification.schedule, total, lambda line: print(line, flush=True))
