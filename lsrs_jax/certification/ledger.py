@@ -241,7 +241,7 @@ class Ledger(Counts, contextlib.AbstractContextManager["Ledger"]):
         """Releases the file."""
         self._open.close()
 
-    def _news(self) -> Parts:
+    def _news(self) -> dict[Path, tuple[int, int]]:
         """Where the complete lines of the other files are that were not counted yet."""
         news, header = {}, len(header_of(self._run))
         for path in files(self.path.parent):

@@ -55,7 +55,7 @@ class ImageCounts:
         return found
 
     def _take(self, rows: Int[np.ndarray, "rows classes"]) -> None:
-        classes = rows.any(axis=0).nonzero()[0]
+        classes = np.flatnonzero(rows.any(axis=0))
         packed = np.empty((1 + len(rows), len(classes)), np.int32)  # no count is above 2**27
         packed[0], packed[1:] = classes, rows[:, classes]
         self.reached, self._packed = len(rows) - 2, packed.tobytes()

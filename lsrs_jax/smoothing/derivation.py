@@ -108,10 +108,10 @@ def _joined(parts: Iterable[Certificates], images: int) -> Certificates:
     """The certificates of so many images, without a second copy of their counts at any time."""
     joined, start = dict[str, Any](), 0
     for part in parts:
-        for field in dataclasses.fields(Certificates)[:-1]:  # not `samples`
-            found = getattr(part, field.name)
-            whole = joined.setdefault(field.name, np.empty((images, *found.shape[1:]), found.dtype))
-            whole[start : start + len(found)] = found
+        for name, found in list(vars(part).items())[:-1]:  # not `samples`
+            joined.setdefault(name, np.empty((images, *found.shape[1:]), found.dtype))[start : start + len(part)] = (
+                found
+            )
         start += len(part)
     return Certificates(**joined)
 
@@ -149,10 +149,9 @@ class Derivation:
 
         **Guarantee**: the same as of `from_counts`, for any rule that decides at which look an image stops.
         """
-        size = _images_per_block(images[0].classes, max(i.reached for i in images))
-        if len(images) > size:
-            blocks = (images[a : a + size] for a in range(0, len(images), size))
-            return _joined((self.certificates(schedule, block) for block in blocks), len(images))
+        total, size = len(images), _images_per_block(images[0].classes, max(i.reached for i in images))
+        if total > size:
+            return _joined((self.certificates(schedule, images[a : a + size]) for a in range(0, total, size)), total)
         return self._of_one_block(schedule, images)
 
     def _of_one_block(self, schedule: Schedule, images: Sequence[ImageCounts]) -> Certificates:
