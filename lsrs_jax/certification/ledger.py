@@ -13,7 +13,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -146,10 +146,6 @@ def _extent(path: Path, run: str | None, most: int | None = None) -> int:
     raise UserError(f"{path} is not a ledger: its first line is another one; restore or remove the file")
 
 
-class _Twice(ValueError):
-    """Blocks that stand in two ledgers."""
-
-
 def _overlap(one: Row, other: Row) -> bool:
     """Whether the later of two sorted rows repeats blocks of the other."""
     return (one.idx, one.stream) == (other.idx, other.stream) and other.first < one.stop
@@ -165,17 +161,25 @@ def _check_classes(lines: Lines, num_classes: int) -> None:
 def _count(counts: Counts, parts: Parts, run: str | None) -> None:
     """Counts the rows of ledgers. Rows of one image may lie in several files, in any order."""
     lines, before = Lines(counts, run), None
-    try:
+    with explained(lines):
         lines.find(parts)
         _check_classes(lines, counts.num_classes)
         for row in lines:
             if before and before[1] != lines.path and _overlap(before[0], row):
-                raise _Twice(f"{before[1]} and {lines.path} both hold samples of image {row.idx}")
+                twice = f"{before[1]} and {lines.path} both hold samples of image {row.idx}"
+                remedy = "ledgers of one run can be put together if they certified different images"
+                raise UserError(f"{twice}; {remedy}; remove one of the files")
             before = row, lines.path
             counts.count(row)
-    except _Twice as error:
-        remedy = "ledgers of one run can be put together if they certified different images"
-        raise UserError(f"{error}; {remedy}; remove one of the files") from error
+
+
+@contextlib.contextmanager
+def explained(lines: Lines) -> Iterator[None]:
+    """A block that reads lines of ledgers: an error becomes a UserError that names the line."""
+    try:
+        yield
+    except UserError:
+        raise
     except OtherRun as error:
         remedy = f"remove the file if it does not belong here, restore it, or {OTHER_NAME}"
         raise UserError(f"{lines.place} is of another run: {error}; {remedy}") from error
@@ -189,7 +193,8 @@ class Ledger(Counts, contextlib.AbstractContextManager["Ledger"]):
     The file at `path` is made if missing. The processes of a run wait until each has locked its file, and only then
     read the others; the first process also locks ledgers that an earlier run with more processes left.
 
-    `run` is the name of the run that every row carries; None in folders that were begun in format 1.
+    `run` is the name of the run that every row carries; None in folders that were begun in format 1. `size` is that of
+    the file, in bytes.
 
     Raises UserError for a malformed row, a row of another run, blocks counted twice or left out, or counts that do not
     add up. A half-written last line (a kill during a write) is cut off instead; its blocks are sampled again.
@@ -222,11 +227,11 @@ class Ledger(Counts, contextlib.AbstractContextManager["Ledger"]):
             for other in files(self.path.parent) if self.path.name == name(0) else ():
                 if other.name not in own:
                     lock(opened.enter_context(other.open("r+b")), f"writing {other}")
-            self._size = _extent(self.path, run)
+            self.size = _extent(self.path, run)
             process.wait("ledgers")
-            _count(self, {self.path: (len(header), self._size)} | self._news(), run)
-            self._file.truncate(self._size)  # after all checks, so that a refused ledger stays as it is
-            if not self._size:
+            _count(self, {self.path: (len(header), self.size)} | self._news(), run)
+            self._file.truncate(self.size)  # after all checks, so that a refused ledger stays as it is
+            if not self.size:
                 self._write(header)
             self._open = opened.pop_all()
 
@@ -262,13 +267,23 @@ class Ledger(Counts, contextlib.AbstractContextManager["Ledger"]):
             super().append(rows)
         except ValueError as error:
             raise UserError(f"{self.path} does not fit the new samples ({error}); {OTHER_NAME}") from error
+        self.write(rows)
+
+    def write(self, rows: Iterable[Row]) -> None:
+        """Writes rows to disk that are counted, now or with a later call."""
         self._unwritten += [line_of(row, self._run) for row in rows]
         if time.monotonic() - self._written > _SECONDS_PER_WRITE:
             self.flush()
 
+    def cut(self, size: int) -> None:
+        """Removes the rows after the first `size` bytes, and those that are still in memory; they stay counted."""
+        self._unwritten = []
+        self._file.truncate(size)
+        self.size = size
+
     def digests(self) -> dict[str, dict[str, Any]]:
         """File name → size and SHA-256 of the part that was counted and is on disk; rows may follow it later."""
-        sizes = self._sizes | {self.path: self._size}
+        sizes = self._sizes | {self.path: self.size}
         return {path.name: _digest_of(path, sizes[path]) for path in sorted(sizes)}
 
     def flush(self) -> None:
@@ -280,4 +295,4 @@ class Ledger(Counts, contextlib.AbstractContextManager["Ledger"]):
         self._written = time.monotonic()
 
     def _write(self, text: str) -> None:
-        self._size = write_all(self._file, self.path, text, self._size)
+        self.size = write_all(self._file, self.path, text, self.size)

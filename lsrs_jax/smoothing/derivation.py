@@ -241,8 +241,7 @@ class Derivation:
             strongest = rivals.max(axis=1)
             feared = strongest + np.floor(left * confidence.trusted_lower(strongest, now.n, level)).astype(np.int64)
             p_b = np.minimum(p_b, upper(feared, n, share) + self.tau)
-        slack = np.array([image.slack for image in images])
-        p_b = np.clip(p_b, 1e-15, 1.0)
+        slack, p_b = np.array([image.slack for image in images]), np.clip(p_b, 1e-15, 1.0)
         return np.maximum(now.radius, trusted_radius(p_a, p_b, self.sigma, self.lipschitz, slack))
 
     def largest_radius(self, schedule: Schedule, slack: float = 0.0) -> float:
@@ -290,8 +289,7 @@ def from_counts(
     because all the bounds at all the looks hold together (union bound); with `horizon` for any rule of stopping.
     """
     derivation, slack = Derivation(sigma, alpha, bound, lipschitz, tau), numbers("slack", slack)
-    selection = _counts("selection", selection)
-    level, limits = derivation.alpha, confidence.CLOPPER_PEARSON
+    selection, level, limits = _counts("selection", selection), derivation.alpha, confidence.CLOPPER_PEARSON
     if looks is None:
         rows = _counts("estimation", estimation)
         lengths, last = np.ones(len(rows), int), rows.sum(axis=1)
