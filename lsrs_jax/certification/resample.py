@@ -11,7 +11,8 @@ import numpy as np
 
 from lsrs_jax.certification import comparison, deterministic, fallback, fresh, ledger, scan
 from lsrs_jax.certification.encode import Pipeline
-from lsrs_jax.certification.smoothed import Certification, check_labels, reopen
+from lsrs_jax.certification.reopened import reopen
+from lsrs_jax.certification.smoothed import Certification, check_labels
 from lsrs_jax.certification.store import Stored
 from lsrs_jax.certification.table import read_table
 from lsrs_jax.certification.target import TrainedTarget, make_sampler

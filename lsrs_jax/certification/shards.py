@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from lsrs_jax.certification import OTHER_NAME, fallback, ledger, smoothed, store
+from lsrs_jax.certification import OTHER_NAME, fallback, ledger, store
+from lsrs_jax.certification.reopened import reopen
 from lsrs_jax.certification.rows import Lines
 from lsrs_jax.certification.smoothed import Certification
 from lsrs_jax.certification.target import TrainedTarget
@@ -76,7 +77,7 @@ def merge(folder: Path, parts: Sequence[Path]) -> None:
     stored = {part: store.read_folder(part, "to merge") for part in parts}
     _check_same(stored, ("alpha", "bound", "radii", "epsilon"))
     _check_same(({folder: before} if before else {}) | stored, ("start", "stop", "step"))
-    opened = [smoothed.reopen(part, own.settings, own) for part, own in stored.items()]
+    opened = [reopen(part, own.settings, own) for part, own in stored.items()]
     joined = _joined(folder, before, opened)
     with joined.open_ledger() as counts:
         size = counts.size
@@ -105,6 +106,8 @@ def _check_same(stored: Mapping[Path, store.Stored], settings: tuple[str, ...]) 
     for folder, own in stored.items():
         if own.identity.certificate != "smoothed":
             raise UserError(f"{folder} holds deterministic certificates, which have no samples to join")
+        if "inputs" in (own.derivation or {}):
+            raise UserError(f"{folder} is of inputs that were given in batches in Python, where there are no shards")
         if difference := base.identity.how_it_differs(own.identity):
             raise UserError(f"{folder} is of another run than {first}: {difference}; leave it out, or certify it again")
         for name in settings:
@@ -121,7 +124,7 @@ def _check_same(stored: Mapping[Path, store.Stored], settings: tuple[str, ...]) 
 
 def _joined(folder: Path, before: store.Stored | None, parts: list[Certification]) -> Certification:
     """The certification in `folder`, which may have been begun `before`; it takes over all of the parts but samples."""
-    held = [smoothed.reopen(folder, before.settings, before)] if before else []
+    held = [reopen(folder, before.settings, before)] if before else []
     config, everywhere = (held or parts)[0].config.copy_and_resolve_references(), [*held, *parts]
     with config.unlocked():
         config.certify.name = folder.name

@@ -104,7 +104,7 @@ def _images_per_block(classes: int, looks: int) -> int:
     return max(1, _ENTRIES // (classes * looks))
 
 
-def _joined(parts: Iterable[Certificates], images: int) -> Certificates:
+def joined(parts: Iterable[Certificates], images: int) -> Certificates:
     """The certificates of so many images, without a second copy of their counts at any time."""
     joined, start = dict[str, Any](), 0
     for part in parts:
@@ -151,7 +151,7 @@ class Derivation:
         """
         total, size = len(images), _images_per_block(images[0].classes, max(i.reached for i in images))
         if total > size:
-            return _joined((self.certificates(schedule, images[a : a + size]) for a in range(0, total, size)), total)
+            return joined((self.certificates(schedule, images[a : a + size]) for a in range(0, total, size)), total)
         return self._of_one_block(schedule, images)
 
     def _of_one_block(self, schedule: Schedule, images: Sequence[ImageCounts]) -> Certificates:
@@ -184,7 +184,7 @@ class Derivation:
                 own = selection[a:b], rows[ends[a] : ends[b]], lengths[a:b], horizon[a:b], slacks[a:b]
                 return self.derive(*own, level, limits)
 
-            return _joined((block(a, min(a + size, images)) for a in range(0, images, size)), images)
+            return joined((block(a, min(a + size, images)) for a in range(0, images, size)), images)
         owner, starts = np.repeat(np.arange(images), lengths), np.cumsum(lengths) - lengths
         # On-disk format: tables are compared digit by digit. With the factor, no rounding removes τ.
         tau = self.tau * (1 + 1e-9)
