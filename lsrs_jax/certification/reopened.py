@@ -42,7 +42,7 @@ def reopen(folder: Path, config: Config, stored: store.Stored, rule: int = FORMA
     if identity.fallback and answers is None:
         raise UserError(f"{folder} has a fallback and no certificates yet: run certify without --from-counts first")
     certification.take_fallback(answers)
-    if recorded := (stored.derivation or {}).get("inputs"):
-        certification.inputs = Inputs(folder, recorded)
+    if identity.streamed:
+        certification.inputs = Inputs(folder, (stored.derivation or {}).get("inputs"))
     certification.record, certification.stored = stored.record, stored
     return certification

@@ -106,7 +106,7 @@ def _check_same(stored: Mapping[Path, store.Stored], settings: tuple[str, ...]) 
     for folder, own in stored.items():
         if own.identity.certificate != "smoothed":
             raise UserError(f"{folder} holds deterministic certificates, which have no samples to join")
-        if "inputs" in (own.derivation or {}):
+        if own.identity.streamed:
             raise UserError(f"{folder} is of inputs that were given in batches in Python, where there are no shards")
         if difference := base.identity.how_it_differs(own.identity):
             raise UserError(f"{folder} is of another run than {first}: {difference}; leave it out, or certify it again")

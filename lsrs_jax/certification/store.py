@@ -114,8 +114,8 @@ def _parse(content: dict[str, Any]) -> Stored:
     begun, images = identity.format, identity.images
     if type(begun) is not int or not 1 <= begun <= max(content["format"], 1):
         raise ValueError(f"its folder cannot have been begun in format {begun!r}")
-    streamed = images is None and identity.data.get("name") == "arrays"  # they came in batches
-    if begun > 1 and not streamed and (type(images) is not int or not 1 <= images < 2**53):
+    unknown = identity.streamed and identity.data.get("name") == "arrays"
+    if begun > 1 and not unknown and (type(images) is not int or not 1 <= images < 2**53):
         raise ValueError("identity.images is missing")
     derivation = content["derivation"]
     if derivation is not None:
@@ -129,7 +129,7 @@ def _parse(content: dict[str, Any]) -> Stored:
             for name in ("fallback", "inputs"):
                 if name in derivation:
                     _check_types(derivation, {name: _PART}, "derivation.")
-            if begun > 1 and (images is None) != ("inputs" in derivation):
+            if identity.streamed != ("inputs" in derivation):
                 raise ValueError("only one of identity and derivation says that inputs came in batches")
     training, record = content.get("training"), content["record"]
     return Stored(content["format"], identity, derivation, lipschitz, config, training, record, sealed)
