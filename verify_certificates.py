@@ -54,8 +54,9 @@ def read_document(path: Path) -> tuple[dict[str, Any], float, float]:  # with Li
     version, begun = document.setdefault("format", 0), document["identity"].get("format", 1)
     known = type(version) is int and 0 <= version <= 2 and type(begun) is int and 1 <= begun <= max(version, 1)
     need(known, f"its format is {version!r}, begun in {begun!r}; this program knows the formats 0, 1 and 2")
-    need(begun == 1 or type(document["identity"].get("images")) is int, "it does not say how many images the split has")
-    need(document["derivation"], "it describes samples, but no certificates yet")
+    need(derivation := document["derivation"], "it describes samples, but no certificates yet")
+    sized = begun == 1 or (type(document["identity"].get("images")) is int) != ("inputs" in derivation)
+    need(sized, "it does not say how many images the split has")
     identity, config, report = document["identity"], document["config"], document["lipschitz"]
     config["certify"] = ABSENT | config["certify"]
     model = {name: config["model"].get(name, own) for name, own in identity["model"].items()}
@@ -174,9 +175,7 @@ def bounds(k: Any, n: Any, level: Any, upper: bool, horizon: int = 0) -> np.ndar
     return np.minimum(1 - found + 1e-10, 1.0) if upper else found
 
 
-def buckets(
-    selection: np.ndarray, n: int, level: float, bound: str
-) -> tuple[np.ndarray, np.ndarray]:  # the candidate: 0
+def buckets(selection: np.ndarray, n: int, level: float, bound: str) -> tuple[np.ndarray, np.ndarray]:  # candidate: 0
     rivals, order, options = selection.shape[1] - 1, np.argsort(-selection, axis=1, kind="stable"), []
     for alone in range(min(rivals, 17) if bound == "multiclass" else 1):
         for groups in range(1, 1 + (min(rivals - alone, 4) if bound == "multiclass" else 1)):
@@ -256,21 +255,22 @@ def check_table(text: str, document: dict[str, Any], lipschitz: float, images: d
 
 
 def verify(folder: Path) -> int:
-    path, table, answers = (folder / name for name in ("certificates.json", "certificates.tsv", "fallback.tsv"))
-    ledgers = list(folder.glob("votes.*.tsv"))
-    odd = [str(file) for file in (path, table, answers, *ledgers) if file.exists() and not file.is_file()]
+    path, table, ledgers = folder / "certificates.json", folder / "certificates.tsv", list(folder.glob("votes.*.tsv"))
+    odd = [str(file) for file in (path, *folder.glob("*.tsv")) if file.exists() and not file.is_file()]
     need(not odd, f"{odd} is not a file")  # a reader of a pipe would wait
     with inside(path):
         document, lipschitz, least = read_document(path)
         identity, derivation, certify = document["identity"], document["derivation"], document["config"]["certify"]
         need(least or not ledgers, "deterministic certificates have no ledger")
     images = read_ledgers(folder, derivation["votes"], identity, least) if least else None
-    with inside(answers):  # rows may follow the recorded part
-        part = answers.read_bytes()[: derivation["fallback"]["bytes"]] if "fallback" in derivation else b""
-        need(not part or sha256(part).hexdigest() == derivation["fallback"]["sha256"], "it has changed: another digest")
-        for row in [line.split("\t") for line in part.decode("utf-8").splitlines()[1:]]:
-            if image := (images or {}).get(read(int, row[0])):
-                image.fallback = read(int, row[2]), read(float, row[3])
+    for name in [name for name in ("fallback", "inputs") if name in derivation]:
+        with inside(file := folder / f"{name}.tsv"):  # rows may follow the recorded part
+            part = file.read_bytes()[: derivation[name]["bytes"]]
+            need(sha256(part).hexdigest() == derivation[name]["sha256"], "it has changed: another digest")
+            for idx, label, *answer in [line.split("\t") for line in part.decode("utf-8").splitlines()[1:]]:
+                if image := (images or {}).get(read(int, idx)):
+                    need(read(int, label) == image.label, f"image {idx} has another label there")
+                    image.fallback = (read(int, answer[0]), read(float, answer[1])) if answer[1:] else (-1, 0.0)
     with inside(table):
         need(sha256(table.read_bytes()).hexdigest() == derivation["certificates"], "it has changed: another digest")
         found = check_table(table.read_text(encoding="utf-8"), document, lipschitz, images)

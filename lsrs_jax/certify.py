@@ -12,9 +12,10 @@ another alpha or bound, without the model or the data. With --verify it derives 
 and names the first line that differs; exit code 0 means that all is intact, 2 that something is wrong, 3 that nothing
 wrong was found but images are missing or something could not be checked, as the verdict says. With --recast=N it does
 the same, and then samples N images again from their pixels; it chooses them at random each time. With --json both print
-the verdict as JSON. Deterministic certificates take no samples: they are the margins of a linear head (model.head
-linear, normalized or orthogonal). The smoothed certification of such a head also writes them, into
-<workdir>/certify/<name>-margin.
+the verdict as JSON. With --shard=i/N, processes that know nothing of each other certify one part each, on other
+machines or at other times; lsrs merge joins the parts. Deterministic certificates take no samples: they are the margins
+of a linear head (model.head linear, normalized or orthogonal). The smoothed certification of such a head also writes
+them, into <workdir>/certify/<name>-margin.
 """
 
 if __name__ == "__main__":
@@ -29,7 +30,7 @@ import sys
 from pathlib import Path
 
 from lsrs_jax import cli, models
-from lsrs_jax.certification import deterministic, fallback, from_counts, smoothed, store, verify
+from lsrs_jax.certification import deterministic, fallback, from_counts, shards, smoothed, store, verify
 from lsrs_jax.certification.target import load_target, target_of_certificates
 from lsrs_jax.config import load_config
 from lsrs_jax.flags import config_from_flags, config_of_training, given
@@ -40,6 +41,7 @@ from lsrs_jax.runtime.processes import Process, cache_compilations, started
 from lsrs_jax.runtime.progress import print_now
 from lsrs_jax.runtime.rng import pinned
 from lsrs_jax.runtime.signals import reading
+from lsrs_jax.runtime.types import Config
 from lsrs_jax.runtime.workdir import Workdir, opened
 
 
@@ -56,6 +58,8 @@ def run(arguments: list[str]) -> None:
     instead.add_argument("--recast", type=number, metavar="N", help="do --verify, then sample N images again")
     cli.add_profile(instead)
     cli.add_allow_code(parser)
+    shard = cli.checked(shards.shard_of, lambda _: True, "i/N with 0 <= i < N, as in 0/8")
+    parser.add_argument("--shard", type=shard, metavar="i/N", help="certify part i of N parts; merge joins them")
     parser.add_argument("--json", action="store_true", help="print the verdict of --verify or --recast as JSON")
     try:
         options, rest = parser.parse_known_args(arguments)
@@ -86,12 +90,24 @@ def _read(folder: Path, data_dir: str, fallback_dir: str, options: argparse.Name
         sys.exit(3)
 
 
+def _check_shard(process: Process, options: argparse.Namespace, config: Config) -> None:
+    if options.verify or options.recast or options.from_counts:
+        raise UserError("--shard is for sampling: merge joins the shards first")
+    if config.certify.certificate != "smoothed":
+        raise UserError("--shard divides samples, and deterministic certificates take none: leave it out")
+    if process.count > 1:
+        raise UserError("a shard is certified by one process: leave --shard out, or set JAX_DISTRIBUTED=off")
+
+
 def _run(workdir: Workdir, process: Process, options: argparse.Namespace, rest: list[str]) -> None:
     reader = "--recast" if options.recast else "--verify" if options.verify else ""
     if options.json and not reader:
         raise UserError("--json is for --verify and --recast")
     config = config_of_training(workdir.path, rest, reader, ("certify.name", "data.dir", "certify.fallback"))
-    folder = workdir.path / "certify" / config.certify.name
+    folder, shard = workdir.path / "certify" / config.certify.name, options.shard
+    if shard:
+        _check_shard(process, options, config)
+        folder = shard.folder(workdir.path, config.certify.name)
     if (reader or options.from_counts) and process.count > 1:
         remedy = "start it alone, or with JAX_DISTRIBUTED=off"
         raise UserError(f"--from-counts, --verify and --recast are for one process; {remedy}")
@@ -118,14 +134,16 @@ def _run(workdir: Workdir, process: Process, options: argparse.Namespace, rest: 
     with process.together("the start"):
         fallback.check_settings(config)
         target = load_target(workdir.path, config)
+        if shard:
+            target = shards.part_of(target, shard, folder)
     certify = config.certify
     free = certify.integer_first_layer and (certify.arithmetic, certify.noise) == ("sound", "shared")
     print(models.describe(target.model, certify.tile[0] if free else 0))
     if config.certify.certificate == "smoothed":
         profile = options.profile if process.leads else None
         with profiling.captured(profile, workdir.path / "profile") as tick:
-            smoothed.run(target, process, workdir, print_now, tick)
-        if not hasattr(target.model.head, "matrix"):
+            smoothed.run(target, process, workdir, print_now, tick, {"shard": str(shard)} if shard else None)
+        if shard or not hasattr(target.model.head, "matrix"):
             return
     if process.leads and config.certify.certificate == "smoothed":
         print(deterministic.beside(target))

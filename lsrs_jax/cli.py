@@ -22,6 +22,7 @@ from lsrs_jax.runtime.errors import UserError, first_line, out_of_memory
 COMMANDS = {  # name -> module, what it does
     "train": ("train", "train a split classifier"),
     "certify": ("certify", "certify images, verify certificates"),
+    "merge": ("merge", "join the shards of a certification (certify --shard=i/N)"),
     "certify-torch": ("certify_torch", "certify a published PyTorch checkpoint"),
     "audit": ("audit", "attack the certificates of a workdir"),
     "report": ("report", "compare certified classifiers: a table and a curve"),

@@ -6,10 +6,24 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.rng import check_key
 from lsrs_jax.runtime.validate import array
+
+
+def are_batches(x: Any) -> bool:
+    """Whether an argument gives batches: it can be iterated, and is neither an array nor a sequence."""
+    return hasattr(x, "__iter__") and not any(hasattr(x, name) for name in ("__array__", "__getitem__", "__dlpack__"))
+
+
+def check_pixels(inputs: Float[np.ndarray, "inputs *input"], pixels: bool) -> Float[np.ndarray, "inputs *input"]:
+    """Returns inputs; raises UserError if they should be `pixels` in [0, 1] and are not."""
+    if pixels and not (inputs.min() >= 0 and inputs.max() <= 1):
+        found = f"{inputs.min():g} to {inputs.max():g}"
+        raise UserError(f"this network takes pixels in [0, 1], got {found}: scale them, as pixels / 255")
+    return inputs
 
 
 def labels_of(labels: Any, inputs: int) -> np.ndarray | None:
@@ -25,7 +39,11 @@ def labels_of(labels: Any, inputs: int) -> np.ndarray | None:
 
 
 def seed_of(key: Any) -> int:
-    """The seed of a key that a file can hold."""
+    """The seed of a key that a file can hold; that of no key is derived."""
+    if key is None:
+        from lsrs_jax.config import SEED_DERIVED  # loads much more
+
+        return SEED_DERIVED
     high, low = map(int, np.asarray(jax.random.key_data(check_key(key))).tolist())
     if high:
         raise UserError("with out, the key must be jax.random.key(seed, impl='threefry2x32') with a seed below 2**32")

@@ -10,21 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lsrs_jax.api.arguments import labels_of, reporter, seed_of
-from lsrs_jax.api.encoding import Encoding, all_positive
-from lsrs_jax.api.fallback import answers_of, classes_of, fallback_of
+from lsrs_jax.api.arguments import are_batches, check_pixels, labels_of, reporter, seed_of
+from lsrs_jax.api.batches import certificates, certify
+from lsrs_jax.api.encoding import Encoding
+from lsrs_jax.api.fallback import classes_of, fallback_of
 from lsrs_jax.api.result import Prediction, Result, prediction, result_of
 from lsrs_jax.runtime.errors import UserError
-from lsrs_jax.runtime.rng import root_key
 from lsrs_jax.smoothing.api import Smoother, check_latents, check_slack
 from lsrs_jax.smoothing.composition import leaders_of
 from lsrs_jax.smoothing.counts import Counts
 from lsrs_jax.smoothing.derivation import Certificates
-from lsrs_jax.smoothing.engine import Images
 from lsrs_jax.smoothing.first_layer import as_head
 from lsrs_jax.smoothing.head_check import Head
 from lsrs_jax.smoothing.head_identity import ProgramIdentity, head_identity
-from lsrs_jax.smoothing.noise_check import accuracy_under_noise
 from lsrs_jax.smoothing.sampler import Sampler
 
 if TYPE_CHECKING:
@@ -82,11 +80,11 @@ class SmoothedClassifier:
             raise UserError(
                 f"head must be a function of latents, got {kind}: for scikit-learn write z @ coef_.T + intercept_"
             )
-        self._encoding, self.takes_pixels = Encoding(encoder, lipschitz), False
+        self.encoding, self.takes_pixels = Encoding(encoder, lipschitz), False
         settings = {"arithmetic": arithmetic, "noise": noise, "tile": tile, "spmd": spmd}
         settings |= {"channels_last": channels_last, "integer_first_layer": integer_first_layer, "devices": devices}
-        self._smoother = Smoother(head, sigma=sigma, lipschitz=self._encoding.lipschitz, **settings)
-        self.head, self.sigma, self.lipschitz = head, sigma, self._encoding.lipschitz
+        self.smoother = Smoother(head, sigma=sigma, lipschitz=self.encoding.lipschitz, **settings)
+        self.head, self.sigma, self.lipschitz = head, sigma, self.encoding.lipschitz
         self.class_names = None if class_names is None else tuple(map(str, class_names))
         self.settings: dict[str, Any] = {name: value for name, value in settings.items() if name != "devices"}
         self.settings["tile"] = tuple(tile)
@@ -95,15 +93,15 @@ class SmoothedClassifier:
     @property
     def has_encoder(self) -> bool:
         """Whether there is an encoder in front of the noise."""
-        return bool(self._encoding)
+        return bool(self.encoding)
 
     def encoder(self, shape: Sequence[int], low_precision: bool = True) -> "Materialized":
         """The encoder for inputs of this shape, with its Lipschitz constant; see `Encoding.materialized`."""
-        return self._encoding.materialized(shape, low_precision)
+        return self.encoding.materialized(shape, low_precision)
 
     def sampler(self, latent_shape: Sequence[int], **flags: bool) -> Sampler:
         """The compiled `Sampler` for latents of this shape, without the batch axis; see `Smoother.sampler`."""
-        return self._smoother.sampler(latent_shape, **flags)
+        return self.smoother.sampler(latent_shape, **flags)
 
     def certify(
         self,
@@ -128,7 +126,10 @@ class SmoothedClassifier:
 
         Args:
           x: the inputs. Without an encoder these are the latents, and rounding by an encoder of your own below float64
-            is not covered: give it as `slack`.
+            is not covered: give it as `slack`. Or an iterator (or a data loader) of batches of inputs, or of pairs
+            ``(inputs, labels)``: one batch is in memory at a time, and by default the seed follows from the parameters
+            and the shape alone. `out` keeps the digest of each input, refuses another one when the call is repeated,
+            and does not encode decided inputs again.
           labels: ``(N,)`` whole numbers, for accuracies; needed for `out`.
           out: a folder that gets what the command ``certify`` writes, in ``<out>/certify/<name>``. The same call
             resumes after a kill; ``lsrs certify --workdir=OUT --verify``, ``--from-counts`` and ``report`` read it.
@@ -155,44 +156,27 @@ class SmoothedClassifier:
         proven (`layers.claimed`) and of a fallback's scores, the constants and the rounding. With shared noise,
         failures of different inputs are correlated. Counts of another head are refused if its logits differ somewhere.
         """
-        inputs = check_latents(x, "x")
-        if self.takes_pixels and not (inputs.min() >= 0 and inputs.max() <= 1):
-            found = f"{inputs.min():g} to {inputs.max():g}"
-            raise UserError(f"this network takes pixels in [0, 1], got {found}: scale them, as pixels / 255")
-        own, say, slack = labels_of(labels, len(inputs)), reporter(progress), check_slack(slack, len(inputs))
         sampling = {"n0": n0, "n": n, "alpha": alpha, "bound": bound, "schedule": schedule, "epsilon": epsilon}
+        sampling |= {"radii": radii}
+        say = None if progress is None else reporter(progress)
+        if out is not None and self.fallback:
+            raise UserError("out takes no fallback: certify.fallback of lsrs certify writes such certificates")
+        if are_batches(x):
+            if labels is not None or counts is not None:
+                raise UserError("batches bring their labels, as pairs (inputs, labels), and take no counts")
+            return certify(self, x, out, key, slack, sampling | {"name": name}, say)
+        inputs = check_pixels(check_latents(x, "x"), self.takes_pixels)
+        own, slack = labels_of(labels, len(inputs)), check_slack(slack, len(inputs))
         if out is not None:
-            if self.fallback:
-                raise UserError("out takes no fallback: certify.fallback of lsrs certify writes such certificates")
             if own is None or counts is not None:
                 raise UserError("out needs labels" if own is None else "counts are for certificates without out")
-            fields = sampling | {"radii": () if radii is None else radii, "name": name}
-            return self._certify_into(Path(out).expanduser(), inputs, own, slack, key, fields, say)
-        latents, total = self._encoding.latents(inputs, slack, self.sigma, self.settings["tile"][0])
-        if own is not None:
-            self._check_classes(own, latents.shape[1:])
-            if progress is not None:
-                sampler = self.sampler(latents.shape[1:])
-                some = Images(range(len(own)), own.tolist(), [], sampler.quantize(latents))
-                say(accuracy_under_noise(sampler, some))
-        answers = self.fallback and answers_of(self.fallback, inputs, self.sampler(latents.shape[1:]).num_classes)
-        key = root_key(self._derived_seed(inputs, own, answers)) if key is None else key
-        given = {"radii": radii, "slack": total, "counts": counts, "progress": say, "fallback": answers}
-        found = self._smoother.certify(latents, key=key, **given, **sampling)
+            from lsrs_jax.api.folder import certify_arrays
+
+            fields = sampling | {"name": name, "seed": seed_of(key)}
+            return certify_arrays(self, inputs, own, slack, Path(out).expanduser(), fields, say)
+        found = certificates(self, inputs, own, key, slack, say, 0, sampling, counts)
         decided = () if radii is None or schedule == "fixed" else tuple(map(float, radii))
         return result_of(found, own, self.class_names, self.sigma, decided)
-
-    def _certify_into(
-        self, out: Path, inputs: np.ndarray, labels: np.ndarray, slack: np.ndarray, key: Any, fields: Any, say: Any
-    ) -> Result:
-        from lsrs_jax.api import folder
-        from lsrs_jax.config import SEED_DERIVED
-
-        slack = np.broadcast_to(slack, len(inputs))
-        self.encoder(inputs.shape[1:], all_positive(slack))  # refuses one whose rounding is not covered
-        dataset = self.dataset(inputs, labels)
-        fields["seed"] = SEED_DERIVED if key is None else seed_of(key)
-        return folder.certify(self, dataset, slack, out, fields, say)
 
     def predict(
         self, x: Any, *, key: jax.Array, n: int = 1000, alpha: float = 0.001, details: bool = False
@@ -213,8 +197,8 @@ class SmoothedClassifier:
         Fithian 2019.)
         """
         inputs = check_latents(x, "x")
-        latents, _ = self._encoding.latents(inputs, np.inf, self.sigma, self.settings["tile"][0])
-        counts = self._smoother.prediction_counts(latents, key, n, alpha)
+        latents, _ = self.encoding.latents(inputs, np.inf, self.sigma, self.settings["tile"][0])
+        counts = self.smoother.prediction_counts(latents, key, n, alpha)
         fallback = classes_of(self.fallback, inputs, counts.shape[1])
         classes = leaders_of(counts, fallback, float(alpha), self.sampler(latents.shape[1:]).tau)
         return prediction(classes, counts, self.fallback is not None) if details else classes
@@ -226,7 +210,7 @@ class SmoothedClassifier:
         """
         from lsrs_jax.auditing.attacks import Smoothed
 
-        target = Smoothed(self._encoding.in_float32, self.head, self.sigma)
+        target = Smoothed(self.encoding.in_float32, self.head, self.sigma)
         return target.soft_logits(jnp.asarray(x, jnp.float32), key, samples)
 
     def audit(
@@ -308,9 +292,9 @@ class SmoothedClassifier:
         write_atomic(path := Path(path).expanduser(), bytes(program.serialize()))
         return path
 
-    def _check_classes(self, labels: np.ndarray, latent_shape: Sequence[int]) -> tuple[str, ...]:
-        """The names of the classes; raises UserError unless they and the labels fit the head."""
-        classes = self.sampler(latent_shape).num_classes
+    def names_of_classes(self, labels: np.ndarray, shape: Sequence[int]) -> tuple[str, ...]:
+        """The names of the classes; raises UserError unless they and the labels of such inputs fit the head."""
+        classes = self.sampler(self._latent_shape(shape)).num_classes
         names = self.class_names or tuple(map(str, range(classes)))
         if len(names) != classes:
             raise UserError(f"the head has {classes} classes, and class_names has {len(names)}")
@@ -323,7 +307,7 @@ class SmoothedClassifier:
         """Inputs and labels as a data set; raises UserError unless the labels fit the head."""
         from lsrs_jax.data.images import Arrays
 
-        names = self._check_classes(labels, self._latent_shape(inputs.shape[1:]))
+        names = self.names_of_classes(labels, inputs.shape[1:])
         return Arrays("arrays", "", "given", inputs, labels.astype(np.int32), names, max_value=1)
 
     def _latent_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
@@ -332,7 +316,7 @@ class SmoothedClassifier:
     def identity(self, shape: Sequence[int], low_precision: bool = True) -> ProgramIdentity:
         """What identifies encoder and head, for inputs of this shape, between sessions."""
         head = head_identity(self.head, (math.prod(self.settings["tile"]), *self._latent_shape(shape)))
-        encoder = self._encoding.identity(shape, low_precision)
+        encoder = self.encoding.identity(shape, low_precision)
         return head.with_encoder(encoder) if encoder else head
 
     def require_current(self, shape: Sequence[int]) -> None:
@@ -341,10 +325,3 @@ class SmoothedClassifier:
             sampler = self.sampler(self._latent_shape(shape))
             if not sampler.is_current(self.head):
                 raise UserError("the head has changed since this object compiled it: make a new SmoothedClassifier")
-
-    def _derived_seed(self, inputs: np.ndarray, labels: np.ndarray | None, answers: Any) -> int:
-        from lsrs_jax.certification.identity import derived_seed
-
-        dataset = self.dataset(inputs, np.zeros(len(inputs), int) if labels is None else labels)
-        fallback = repr(answers) if answers else None
-        return derived_seed(self.identity(inputs.shape[1:]).parameters, dataset.digest(), fallback)

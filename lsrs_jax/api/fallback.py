@@ -88,11 +88,11 @@ def _check_classes(fallback: Fallback, classes: int) -> None:
         raise UserError(f"the fallback has {fallback.num_classes} classes, and the head has {classes}")
 
 
-def answers_of(fallback: Fallback, inputs: np.ndarray, most: int) -> dict[int, tuple[int, float]]:
-    """Classes and radii of a fallback, by the position of the input; raises UserError as `classes_of` does."""
+def answers_of(fallback: Fallback, inputs: np.ndarray, most: int, first: int) -> dict[int, tuple[int, float]]:
+    """Classes and radii of a fallback, by the index of the input (from `first` on); raises as `classes_of` does."""
     classes, radii = fallback.certified(inputs)
     _check_classes(fallback, most)
-    return dict(enumerate(zip(classes.tolist(), radii.tolist(), strict=True)))
+    return dict(enumerate(zip(classes.tolist(), radii.tolist(), strict=True), first))
 
 
 def fallback_of(given: Any) -> Fallback | None:

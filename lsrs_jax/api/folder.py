@@ -9,10 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from lsrs_jax.api.batches import Batches
 from lsrs_jax.api.classifier import SmoothedClassifier
 from lsrs_jax.api.encoding import all_positive
 from lsrs_jax.api.result import Result
 from lsrs_jax.certification import smoothed, store
+from lsrs_jax.certification.identity import Identity
+from lsrs_jax.certification.inputs import Inputs
 from lsrs_jax.certification.target import Target
 from lsrs_jax.config import CALLER, check_config, chosen_images, config_to_dict, default, load_config, save_config
 from lsrs_jax.data import Dataset
@@ -46,13 +49,48 @@ class GivenTarget(Target):
         return self.given_slack[indices]
 
 
+@dataclasses.dataclass(frozen=True)
+class BatchTarget(GivenTarget):
+    """A `GivenTarget` whose inputs come in batches; `given_slack` is one number for all."""
+
+    dataset: Batches  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def slack(self, indices: list[int]) -> np.ndarray:
+        return np.full(len(indices), self.given_slack)
+
+    def identity(self, certificate: str) -> Identity:
+        return dataclasses.replace(super().identity(certificate), images=None)  # nobody knows how many will come
+
+    def inputs(self) -> Inputs:
+        return self.dataset.known
+
+    def arriving(self) -> Iterator[range]:
+        for indices in self.dataset.arriving():
+            self.config.certify.stop = len(self.dataset)
+            yield indices
+
+
+def certify_arrays(
+    classifier: SmoothedClassifier,
+    inputs: np.ndarray,
+    labels: np.ndarray,
+    slack: np.ndarray,
+    out: Path,
+    fields: dict[str, Any],
+    say: smoothed.Say | None,
+) -> Result:
+    """`certify` for a caller's arrays."""
+    slack = np.broadcast_to(slack, len(inputs))
+    return certify(classifier, classifier.dataset(inputs, labels), slack, out, fields, say)
+
+
 def certify(
     classifier: SmoothedClassifier,
     dataset: Dataset,
     slack: np.ndarray,
     out: Path,
     fields: dict[str, Any],
-    say: smoothed.Say,
+    say: smoothed.Say | None,
     data: Config | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> Result:
@@ -60,7 +98,7 @@ def certify(
 
     Args:
       dataset: the whole split; its images are read when they are needed.
-      slack: the caller's, per image of the split.
+      slack: the caller's, per image of the split; one number for `Batches`.
       fields: values of the section ``certify``; start, stop and step choose the images.
       data: the section ``data`` that names the split; None for a caller's arrays.
       facts: for the entry of this session in the record, besides the program of the head.
@@ -68,21 +106,26 @@ def certify(
     Returns the certificates of the chosen images, in the order of the split. Raises UserError for a folder of another
     classifier, other images or other settings.
     """
-    config = _config(classifier, out, fields, data)
+    low_precision = all_positive(slack)
+    classifier.encoder(dataset.shape, low_precision)  # refuses one whose rounding is not covered
+    fields = fields | ({} if fields.get("radii") is not None else {"radii": ()})
+    config, batches = _config(classifier, out, fields, data), isinstance(dataset, Batches)
     indices = chosen_images(config, len(dataset)) or range(0)
-    if not indices:
+    if not (indices or batches):
         raise UserError(f"no image to certify: start={config.certify.start} in a split of {len(dataset)}")
     folder = out / "certify" / config.certify.name
-    identity = classifier.identity(dataset.shape, all_positive(slack))
+    identity = classifier.identity(dataset.shape, low_precision)
     classifier.require_current(dataset.shape)
     _check_program(folder, identity, config)
     meta = {"step": 0, "digest": identity.parameters}
-    target = GivenTarget(config, folder, dataset, indices, meta, classifier, slack)
+    kind: Any = BatchTarget if batches else GivenTarget
+    target = kind(config, folder, dataset, indices, meta, classifier, slack)
     facts = {"program": identity.program} | dict(facts or {})
     with pinned(), contextlib.nullcontext() if data else _for_callers():
-        images, certificates = smoothed.run(target, ALONE, Workdir(out), say, lambda: None, facts) or ([], None)
+        found = smoothed.run(target, ALONE, Workdir(out), say or (lambda line: None), lambda: None, facts)
+    images, certificates = found or ([], None)
     assert certificates is not None, "this process derives, and there are images"
-    rows = [row for row, image in enumerate(images) if image.idx in indices]
+    rows = [row for row, image in enumerate(images) if batches or image.idx in indices]
     names = [field.name for field in dataclasses.fields(Certificates) if field.name != "samples"]
     chosen: dict[str, Any] = {name: getattr(certificates, name)[rows] for name in names}
     chosen |= {"labels": np.array([images[row].label for row in rows]), "class_names": dataset.class_names}

@@ -12,7 +12,6 @@ All tests together refuse an honest folder with probability below 1 in 1,000, if
 image to either side with equal probability.
 """
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -110,12 +109,12 @@ def allowance(rounding: Rounding, n: np.ndarray, looks: int) -> Float[np.ndarray
 
 def most_looks(images: Sequence[ImageCounts]) -> int:
     """The number of looks that the image with most samples has reached."""
-    return max(len(image.looks) for image in images)
+    return max(image.reached for image in images)
 
 
 def at_look(image: ImageCounts, look: int) -> Int[np.ndarray, " classes"]:
     """The estimation counts of an image at a look, or at its last look if it stopped before."""
-    return image.looks[min(look, len(image.looks) - 1)]
+    return image.looks[min(look, image.reached - 1)]
 
 
 def sizes_at_looks(images: Sequence[ImageCounts]) -> Int[np.ndarray, "looks images"]:
@@ -178,9 +177,7 @@ def radius_gain(
 
     Both sides have the recorded selection, of which `first_wrong` allows few samples to differ.
     """
-    again = [copy.copy(image) for image in again]
-    for new, old in zip(again, recorded, strict=True):
-        new.counts = new.counts | {"selection": old.counts["selection"]}
+    again = [new.changed({"selection": old.counts["selection"]}) for new, old in zip(again, recorded, strict=True)]
     n = sizes_at_looks(again)
 
     def radii(images: Sequence[ImageCounts]) -> Float[np.ndarray, " images"]:
@@ -215,9 +212,7 @@ def moved(images: Sequence[ImageCounts], sizes: Float[np.ndarray, "looks images"
             share = np.minimum(share, looks[:, label])
             looks[:, label] -= share
             looks[:, int(np.where(others, looks[-1], -1).argmax())] += share
-        other = copy.copy(image)
-        other.looks = looks
-        changed.append(other)
+        changed.append(image.changed(looks=looks))
     return changed
 
 

@@ -2,11 +2,12 @@
 
 import codecs
 import collections
+import contextlib
 import csv
 import re
 from pathlib import Path
 
-from lsrs_jax.certification.table import Row, Table, parse_number, parse_row, table_of
+from lsrs_jax.certification.table import Row, Table, parse_number, parse_row, read_table, table_of
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.format import FIELD_COLUMNS
 
@@ -25,6 +26,8 @@ def read_log(path: Path | str) -> tuple[Table, list[str]]:
     A table that `read_table` reads comes back as the same table, without notes. Raises UserError naming line, field and
     value of what has no clear meaning. A cut-off last line is left out; `Table.truncated`.
     """
+    with contextlib.suppress(UserError):
+        return read_table(path), []
     path, found = Path(path), collections.Counter[str]()
     text = _text(path, found)
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lsrs_jax.certification import ledger, store
-from lsrs_jax.certification.smoothed import reopen
+from lsrs_jax.certification.reopened import reopen
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.types import Config
 

@@ -83,6 +83,11 @@ class Identity:
         return digest(self.to_dict())[:16] if self.format > 1 else None
 
     @property
+    def streamed(self) -> bool:
+        """Whether the images came in batches, so that nobody knew their number beforehand."""
+        return self.format > 1 and self.images is None
+
+    @property
     def flags(self) -> dict[str, bool]:
         """The flags of a `Sampler` with which the samples were drawn."""
         return dict(zip(FLAGS, (self.program == CHANNELS_LAST, self.first_layer == INTEGER), strict=True))

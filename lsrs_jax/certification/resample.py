@@ -11,7 +11,8 @@ import numpy as np
 
 from lsrs_jax.certification import comparison, deterministic, fallback, fresh, ledger, scan
 from lsrs_jax.certification.encode import Pipeline
-from lsrs_jax.certification.smoothed import Certification, check_labels, reopen
+from lsrs_jax.certification.reopened import reopen
+from lsrs_jax.certification.smoothed import Certification, check_labels
 from lsrs_jax.certification.store import Stored
 from lsrs_jax.certification.table import read_table
 from lsrs_jax.certification.target import TrainedTarget, make_sampler
@@ -118,7 +119,7 @@ def _same_noise(
     again = Counts(certification.schedule, certification.num_classes)
 
     def decided(images: list[ImageCounts]) -> np.ndarray:
-        return np.array([len(image.looks) == len(recorded.images[image.idx].looks) for image in images])
+        return np.array([image.reached == recorded.images[image.idx].reached for image in images])
 
     total = sum(len(images.idx) for images in chunks)
     status = Status(certification.schedule, total, lambda line: print(line, flush=True))

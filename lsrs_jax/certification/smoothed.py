@@ -10,13 +10,13 @@ import numpy as np
 
 from lsrs_jax.certification import OTHER_NAME, fallback, ledger, store, summary
 from lsrs_jax.certification.encode import Pipeline
-from lsrs_jax.certification.identity import Identity, arithmetic_facts, schedule_of
+from lsrs_jax.certification.identity import Identity, schedule_of
+from lsrs_jax.certification.inputs import Inputs
 from lsrs_jax.certification.table import LAST_DIGITS, read_table
 from lsrs_jax.certification.target import Target
-from lsrs_jax.config import config_to_dict
 from lsrs_jax.data import Dataset
 from lsrs_jax.layers.lipschitz import LipschitzReport
-from lsrs_jax.runtime import documents, rng
+from lsrs_jax.runtime import rng
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.format import FORMAT
 from lsrs_jax.runtime.processes import ALONE, Process
@@ -61,6 +61,7 @@ class Certification:
         settings |= {"sigma": arithmetic["sigma"], "tau": arithmetic["tau"]}
         self.derivation = Derivation(alpha=certify.alpha, bound=certify.bound, rule=rule, **settings)
         self.fallback: fallback.Answers | None = None
+        self.inputs: Inputs | None = None  # of images that came in batches
         self.process, self.record, self.decided_images = process, list[dict[str, Any]](), set[int]()
         self._say = say
         self.stored: store.Stored | None = None  # certificates.json of the session before
@@ -94,6 +95,8 @@ class Certification:
         path = self.folder / "certificates.tsv"
         if not path.exists():
             return
+        from lsrs_jax.certification.reopened import reopen  # which imports this module
+
         table, derivation = read_table(path), reopen(self.folder, stored.settings, stored).derivation
         derivation = dataclasses.replace(derivation, rule=stored.format)
         n = table.samples if table.samples is not None else np.zeros(len(table))
@@ -128,10 +131,14 @@ class Certification:
             self.decided(waiting)
 
     def check_slack(self, images: Collection[ImageCounts]) -> None:
-        """Raises UserError for an image whose slack is less than the rounding of the smallest latent."""
+        """Raises UserError for an image with less slack than the smallest latent needs, or without its input."""
         arithmetic = make_arithmetic(self.config.certify.arithmetic, self.config.sigma)
         least = float(arithmetic.slack(np.zeros((1, *self.lipschitz.output_shape)))[0])
         for image in images:
+            if self.inputs is not None and (
+                image.idx >= len(self.inputs) or self.inputs.labels[image.idx] != image.label
+            ):
+                raise UserError(f"{self.inputs.path} does not have image {image.idx} with its label; restore it")
             if image.slack < least:
                 wrong = f"image {image.idx} has the slack {image.slack}, less than the rounding of its latent"
                 raise UserError(f"{self.folder}: {wrong}; restore the ledger, or {OTHER_NAME}")
@@ -184,6 +191,8 @@ class Certification:
             derivation = {"alpha": self.derivation.alpha, "bound": self.derivation.bound, "votes": counts.digests()}
             if self.fallback:
                 derivation["fallback"] = self.fallback.digest()
+            if self.inputs is not None:
+                derivation["inputs"] = self.inputs.digest()
             if self.identity.schedule in ("staged", "anytime"):
                 derivation |= {"radii": self.derivation.radii, "epsilon": self.derivation.epsilon}
             table = store.format_table(images, certificates, self.lipschitz.constant)
@@ -218,6 +227,7 @@ def run(
         facts_of_target = dataclasses.replace(target.identity("smoothed"), fallback=composed and composed.identity)
         identity = facts_of_target.sampled(config, arithmetic, report.output_shape)
         certification = Certification(target.folder, config, identity, report, process, say=say)
+        certification.inputs = target.inputs()
         certification.resume()
         stored = certification.stored
         flags = stored.identity.flags if stored else {name: config.certify[name] for name in FLAGS}
@@ -238,13 +248,13 @@ def run(
         pending = len(certification.pending(target.indices))
         say(str(pipeline.report))
         say(summary.headline(target, certification.schedule, pending))
-        if pending:
+        if pending or certification.inputs is not None:
             session = store.new_session(pending) | dict(facts or {})
             _sample(pipeline, certification, counts, session, workdir, say, tick)
         if not process.leads:
             return None
         found = certification.derive(counts, certification.decided_images)
-    say(certification.summary(*found, target.indices))
+    say(certification.summary(*found, target.indices if certification.inputs is None else range(len(target.dataset))))
     return found
 
 
@@ -265,8 +275,11 @@ def _sample(
     tick: Callable[[], None],
 ) -> None:
     process, start, indices = certification.process, time.monotonic(), pipeline.target.indices
-    pending = certification.pending(indices)
-    share, derived = pending[process.index :: process.count], start
+    share, derived, pause = (
+        certification.pending(indices)[process.index :: process.count],
+        start,
+        _SECONDS_PER_DERIVATION,
+    )
 
     def begin() -> None:
         """Called with the first samples, not before, so that a head that cannot be certified leaves nothing behind."""
@@ -282,16 +295,19 @@ def _sample(
         certification.catch_up(counts)
 
     def decided(images: list[ImageCounts]) -> np.ndarray:
-        nonlocal derived
+        nonlocal derived, pause
         found = certification.decided(images)
-        if process.leads and time.monotonic() - derived > _SECONDS_PER_DERIVATION:
+        if process.leads and (begun := time.monotonic()) - derived > pause:
             adopt()
             certification.derive(counts, certification.decided_images)
             derived = time.monotonic()
+            pause = max(_SECONDS_PER_DERIVATION, 20 * (derived - begun))  # a table of a million images takes a minute
         return found
 
     def report(line: str) -> None:
         tick()
+        if certification.inputs is not None:  # nobody knows how many come
+            line = f"{len(certification.decided_images):>6,} of {len(certification.inputs):,} inputs so far decided"
         say(line if process.count == 1 else f"{line} (of this process's share)")
 
     status, first = Status(certification.schedule, len(indices), report), begin
@@ -302,11 +318,16 @@ def _sample(
                 begin()
         status, first = Status(certification.schedule, len(share), report), lambda: None
     seed = certification.identity.sampling_facts(certification.config)["seed"]
-    engine = Engine(pipeline.sampler, rng.root_key(seed), counts, decided, status, first)
-    for number, images in enumerate(pipeline.encoded(share, {i: image.slack for i, image in counts.images.items()})):
-        if number == 0:
-            say(summary.before_sampling(pipeline, images))
-        engine.run(images)
+    engine, begun = Engine(pipeline.sampler, rng.root_key(seed), counts, decided, status, first), False
+    for portion in pipeline.target.arriving():
+        share = certification.pending(portion)[process.index :: process.count]
+        session["images"] += 0 if certification.inputs is None else len(share)
+        slack = {idx: counts.images[idx].slack for idx in share if idx in counts.images}
+        for images in pipeline.encoded(share, slack):
+            if not begun:
+                say(summary.before_sampling(pipeline, images))
+            begun = True
+            engine.run(images)
     status.show()
     counts.flush()
     workdir.push()
@@ -314,35 +335,3 @@ def _sample(
     if process.leads:
         adopt()
     session["seconds"] = round(time.monotonic() - start, 3)
-
-
-def reopen(folder: Path, config: Config, stored: store.Stored, rule: int = FORMAT) -> Certification:
-    """The `Certification` of the ledgers in a folder, from its certificates.json. `rule` is that of `Certification`.
-
-    Raises UserError if the samples were drawn under another configuration, or if numbers that determine the radii
-    contradict each other.
-    """
-    identity, certify, facts = stored.identity, config.certify, stored.identity.arithmetic or {}
-    wanted = identity.sampling_facts(config) | {"arithmetic": certify.arithmetic}
-    drawn = {name: getattr(identity, name) for name in wanted} | {"arithmetic": facts.get("name")}
-    wanted, drawn = wanted | {"fallback": bool(certify.fallback)}, drawn | {"fallback": bool(identity.fallback)}
-    own, claimed = (
-        {"data": {name: one["data"][name] for name in ("name", "split", "size")}, "model": one["model"]}
-        for one in (config_to_dict(stored.settings), config_to_dict(config))
-    )
-    derivable = f"only alpha, bound, radii and epsilon can be derived anew; {OTHER_NAME}"
-    for was, now, remedy in ((drawn, wanted, derivable), (own, claimed, "leave that flag out")):
-        if difference := documents.first_difference(was, now):
-            name, old, new = difference
-            raise UserError(f"the samples in {folder} were drawn with {name} {old!r}, not {new!r}: {remedy}")
-    arithmetic = make_arithmetic(certify.arithmetic, config.sigma)
-    if facts != arithmetic_facts(arithmetic, stored.lipschitz.output_shape):
-        why = "its arithmetic does not fit the configuration and the latent"
-        raise UserError(f"{folder / 'certificates.json'} is damaged ({why}); restore it, or {OTHER_NAME}")
-    certification = Certification(folder, config, identity, stored.lipschitz, rule=rule)
-    answers = fallback.read(folder, (stored.derivation or {}).get("fallback"), identity.classes)
-    if identity.fallback and answers is None:
-        raise UserError(f"{folder} has a fallback and no certificates yet: run certify without --from-counts first")
-    certification.take_fallback(answers)
-    certification.record, certification.stored = stored.record, stored
-    return certification

@@ -67,7 +67,7 @@ def read(path: Path) -> Stored:
 
 def check_files(folder: Path) -> None:
     """Raises UserError for a pipe, a folder or another thing in the place of a file, on which a reader could wait."""
-    for name in ("certificates.json", "certificates.tsv", "fallback.tsv", "audit.json", "audit.tsv"):
+    for name in ("certificates.json", "certificates.tsv", "fallback.tsv", "inputs.tsv", "audit.json", "audit.tsv"):
         if (path := folder / name).exists() and not path.is_file():
             raise UserError(f"{path} is not a file; remove it, or {OTHER_NAME}")
 
@@ -94,7 +94,7 @@ def require_sealed(path: Path) -> Stored:
 
 def _parse(content: dict[str, Any]) -> Stored:
     """Raises UserError, ValueError, KeyError or TypeError for content that no version has written."""
-    derived = ("alpha", "bound", "radii", "epsilon", "certificates", "votes", "fallback")
+    derived = ("alpha", "bound", "radii", "epsilon", "certificates", "votes", "fallback", "inputs")
     known: dict[str, Any] = dict.fromkeys(("format", "identity", "config", "training", "record", "digest"))
     known |= {"derivation": derived, "lipschitz": ("layers", "input_shape", "output_shape", "constant")}
     documents.refuse_unknown(content, known)
@@ -114,7 +114,8 @@ def _parse(content: dict[str, Any]) -> Stored:
     begun, images = identity.format, identity.images
     if type(begun) is not int or not 1 <= begun <= max(content["format"], 1):
         raise ValueError(f"its folder cannot have been begun in format {begun!r}")
-    if begun > 1 and (type(images) is not int or not 1 <= images < 2**53):
+    unknown = identity.streamed and identity.data.get("name") == "arrays"
+    if begun > 1 and not unknown and (type(images) is not int or not 1 <= images < 2**53):
         raise ValueError("identity.images is missing")
     derivation = content["derivation"]
     if derivation is not None:
@@ -125,8 +126,11 @@ def _parse(content: dict[str, Any]) -> Stored:
             derivation = derivation | {"votes": _parse_votes(content)} if sealed else {"votes": None} | derivation
             if bool(identity.fallback) != bool(derivation.get("fallback")):
                 raise ValueError("only one of identity and derivation names a fallback")
-            if identity.fallback:
-                _check_types(derivation, {"fallback": _PART}, "derivation.")
+            for name in ("fallback", "inputs"):
+                if name in derivation:
+                    _check_types(derivation, {name: _PART}, "derivation.")
+            if identity.streamed != ("inputs" in derivation):
+                raise ValueError("only one of identity and derivation says that inputs came in batches")
     training, record = content.get("training"), content["record"]
     return Stored(content["format"], identity, derivation, lipschitz, config, training, record, sealed)
 

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from lsrs_jax import models
 from lsrs_jax.certification import OTHER_NAME
 from lsrs_jax.certification.identity import Identity
+from lsrs_jax.certification.inputs import Inputs
 from lsrs_jax.certification.store import Stored
 from lsrs_jax.config import CALLER, chosen_images
 from lsrs_jax.data import Dataset, load_split
@@ -53,6 +54,14 @@ class Target(abc.ABC):
     @abc.abstractmethod
     def sampler(self, **flags: bool) -> Sampler:
         """The compiled sampler of the head; `flags` are values of `settings.FLAGS`."""
+
+    def inputs(self) -> Inputs | None:
+        """What inputs.tsv says of images that come in batches; None where the data set knows all of its images."""
+        return None
+
+    def arriving(self) -> Iterator[range]:
+        """The images to certify, one portion that can be read after another."""
+        yield self.indices
 
     def slack(self, indices: list[int]) -> np.ndarray:
         """ℓ2 errors of the latents of some images, which are subtracted besides the rounding of the encoder."""

@@ -12,7 +12,8 @@ from lsrs_jax import models
 from lsrs_jax.auditing.table import Attacked, check_attacked, read_finished
 from lsrs_jax.certification import deterministic, ledger, store
 from lsrs_jax.certification.identity import names_its_data
-from lsrs_jax.certification.smoothed import Certification, reopen
+from lsrs_jax.certification.reopened import reopen
+from lsrs_jax.certification.smoothed import Certification
 from lsrs_jax.certification.table import LAST_DIGITS, parse_number, read_table
 from lsrs_jax.certification.target import Target, target_of_certificates
 from lsrs_jax.config import CALLER, SEED_DERIVED, SEED_OF_TRAINING, config_to_dict, load_config, other_training

@@ -108,8 +108,9 @@ class Smoother:
         counts: Counts | None = None,
         progress: Callable[[str], object] | None = None,
         fallback: Answers | None = None,
+        first: int = 0,
     ) -> Certificates:
-        """Certifies latents ``(N, …)``, floating point.
+        """Certifies latents ``(N, …)``, floating point, with the indices `first`, `first` + 1, …
 
         The arguments are those of `lsrs_jax.SmoothedClassifier.certify`. The key is needed, and `progress` is a
         function of a line of text, called every few seconds. With the answers of a `fallback` at the latents, by their
@@ -137,7 +138,7 @@ class Smoother:
         if (latents.shape[1:], *self._flags.values()) not in self._samplers:
             say("compiling the head ...")
         sampler = self.sampler(latents.shape[1:])
-        quantized, indices = sampler.quantize(latents), range(len(latents))
+        quantized, indices = sampler.quantize(latents), range(first, first + len(latents))
         slacks = (sampler.arithmetic.slack(latents) + slack).tolist()
         facts = (sampler.head_digest, sampler.arithmetic.identity, self._settings["noise"], float(self.sigma))
         facts += () if sampler.program == "plain" else (sampler.program,)

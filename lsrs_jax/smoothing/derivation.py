@@ -1,7 +1,7 @@
 """Derives certificates from counts, and decides when an image needs no more samples. NumPy only."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -104,9 +104,15 @@ def _images_per_block(classes: int, looks: int) -> int:
     return max(1, _ENTRIES // (classes * looks))
 
 
-def _joined(parts: Sequence[Certificates]) -> Certificates:
-    names = [field.name for field in dataclasses.fields(Certificates) if field.name != "samples"]
-    joined: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+def joined(parts: Iterable[Certificates], images: int) -> Certificates:
+    """The certificates of so many images, without a second copy of their counts at any time."""
+    joined, start = dict[str, Any](), 0
+    for part in parts:
+        for name, found in list(vars(part).items())[:-1]:  # not `samples`
+            joined.setdefault(name, np.empty((images, *found.shape[1:]), found.dtype))[start : start + len(part)] = (
+                found
+            )
+        start += len(part)
     return Certificates(**joined)
 
 
@@ -143,9 +149,9 @@ class Derivation:
 
         **Guarantee**: the same as of `from_counts`, for any rule that decides at which look an image stops.
         """
-        size = _images_per_block(len(images[0].counts["selection"]), max(len(i.looks) for i in images))
-        if len(images) > size:
-            return _joined([self.certificates(schedule, images[a : a + size]) for a in range(0, len(images), size)])
+        total, size = len(images), _images_per_block(images[0].classes, max(i.reached for i in images))
+        if total > size:
+            return joined((self.certificates(schedule, images[a : a + size]) for a in range(0, total, size)), total)
         return self._of_one_block(schedule, images)
 
     def _of_one_block(self, schedule: Schedule, images: Sequence[ImageCounts]) -> Certificates:
@@ -172,12 +178,13 @@ class Derivation:
         """
         images, size = len(lengths), _images_per_block(selection.shape[1], int(lengths.max()))
         if images > size:
-            ends, slacks, parts = [0, *np.cumsum(lengths).tolist()], np.broadcast_to(slack, images), []
-            for a in range(0, images, size):
-                b = min(a + size, images)
+            ends, slacks = [0, *np.cumsum(lengths).tolist()], np.broadcast_to(slack, images)
+
+            def block(a: int, b: int) -> Certificates:
                 own = selection[a:b], rows[ends[a] : ends[b]], lengths[a:b], horizon[a:b], slacks[a:b]
-                parts.append(self.derive(*own, level, limits))
-            return _joined(parts)
+                return self.derive(*own, level, limits)
+
+            return joined((block(a, min(a + size, images)) for a in range(0, images, size)), images)
         owner, starts = np.repeat(np.arange(images), lengths), np.cumsum(lengths) - lengths
         # On-disk format: tables are compared digit by digit. With the factor, no rounding removes τ.
         tau = self.tau * (1 + 1e-9)
@@ -198,10 +205,10 @@ class Derivation:
         `Schedule.futility`.
         Stopping early can shrink a radius but never falsify one, so this rule needs no part of α.
         """
-        size = _images_per_block(len(images[0].counts["selection"]), len(schedule.looks)) if images else 1
+        size = _images_per_block(images[0].classes, len(schedule.looks)) if images else 1
         if len(images) > size:
             return np.concatenate([self.decided(schedule, images[a : a + size]) for a in range(0, len(images), size)])
-        done = np.array([len(image.looks) == len(schedule.looks) for image in images])
+        done = np.array([image.reached == len(schedule.looks) for image in images])
         rest = np.flatnonzero(~done)
         if len(rest):
             some = [images[int(i)] for i in rest]
@@ -234,8 +241,7 @@ class Derivation:
             strongest = rivals.max(axis=1)
             feared = strongest + np.floor(left * confidence.trusted_lower(strongest, now.n, level)).astype(np.int64)
             p_b = np.minimum(p_b, upper(feared, n, share) + self.tau)
-        slack = np.array([image.slack for image in images])
-        p_b = np.clip(p_b, 1e-15, 1.0)
+        slack, p_b = np.array([image.slack for image in images]), np.clip(p_b, 1e-15, 1.0)
         return np.maximum(now.radius, trusted_radius(p_a, p_b, self.sigma, self.lipschitz, slack))
 
     def largest_radius(self, schedule: Schedule, slack: float = 0.0) -> float:
@@ -283,8 +289,7 @@ def from_counts(
     because all the bounds at all the looks hold together (union bound); with `horizon` for any rule of stopping.
     """
     derivation, slack = Derivation(sigma, alpha, bound, lipschitz, tau), numbers("slack", slack)
-    selection = _counts("selection", selection)
-    level, limits = derivation.alpha, confidence.CLOPPER_PEARSON
+    selection, level, limits = _counts("selection", selection), derivation.alpha, confidence.CLOPPER_PEARSON
     if looks is None:
         rows = _counts("estimation", estimation)
         lengths, last = np.ones(len(rows), int), rows.sum(axis=1)

@@ -15,6 +15,7 @@ from lsrs_jax.smoothing import anytime, confidence
 from lsrs_jax.smoothing.confidence import MAX_SAMPLES
 
 SCHEDULES = ("fixed", "staged", "anytime")
+CERTIFYING = ("selection", "estimation")  # of the samples of a certificate, in the order in which they are drawn
 
 
 def block_count(n: int, samples: int) -> int:
@@ -83,7 +84,7 @@ class Schedule:
     @functools.cached_property
     def totals(self) -> dict[str, int]:
         """Number of samples of each stream; the streams are in the order in which they are drawn."""
-        return {"selection": self.n0, "estimation": self.n}
+        return dict(zip(CERTIFYING, (self.n0, self.n), strict=True))
 
     @functools.cached_property
     def stops(self) -> dict[str, tuple[int, ...]]:

@@ -287,9 +287,7 @@ def test_the_program_that_stands_alone_derives_the_same(kind):
     images, given = many_images()
     schedule, settings = SCHEDULES[kind], {"lipschitz": 1.25, "tau": 1e-7}
     if kind == "fixed":
-        images = [image for image in images if image.looks[-1].sum() == N]
-        for image in images:
-            image.looks = image.looks[-1:]
+        images = [image.changed(looks=image.looks[-1:]) for image in images if image.looks[-1].sum() == N]
     found = Composed(0.5, 0.001, "multiclass", answers=given, **settings).certificates(schedule, images)
     rows = []
     for image in images:

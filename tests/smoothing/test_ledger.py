@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from lsrs_jax.certification.ledger import Ledger, _crc, _line
+from lsrs_jax.certification.ledger import Ledger
+from lsrs_jax.certification.rows import crc_of, line_of
 from lsrs_jax.certification.table import read_table
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.smoothing.counts import Row
@@ -55,7 +56,7 @@ def test_any_torn_tail_is_cut_off_and_nothing_else(path):
     for size in range(len(content)):
         path.write_bytes(content[:size])
         with open_ledger(path) as ledger:
-            kept = sum(len(image.next) and sum(image.next.values()) > 0 for image in ledger.images.values())
+            kept = sum(sum(image.done) > 0 for image in ledger.images.values())
         whole = content[:size].count(b"\n")
         expected = b"".join(lines[: max(whole, 1)])
         assert path.read_bytes() == expected
@@ -89,7 +90,7 @@ def test_any_changed_character_is_found(path):
         ("2\t1\t2e-06\testimation\t4\t7\t1:36\t0.1", "label or slack changes"),
         ("5\t1\t1e-06\tselection\t0\t1\t1:10", "9 columns"),
         (f"5\t1\t1e-06\tselection\t0\t1\t1:10\t0.1\t{RUN}\t0000000X", "checksum"),
-        (_line(rows(5)[0], RUN).strip() + "\rX", "checksum"),
+        (line_of(rows(5)[0], RUN).strip() + "\rX", "checksum"),
         (f"5\t1\t1e-06\tselection\t0\t1\t1:{'9' * 30}\t0.1", "not a natural number"),
         ("", "1 columns"),
         ("\xff", "line 7"),
@@ -98,8 +99,8 @@ def test_any_changed_character_is_found(path):
 def test_damaged_rows_are_refused_and_the_file_is_kept(path, line, why):
     checked = line and line.isascii() and not line.endswith("X")
     named = f"{line}\t{RUN}"
-    line = f"{named}\t{_crc(named)}".encode("latin-1") if checked else line.encode("latin-1")
-    path.write_bytes(path.read_bytes() + line + b"\n" + _line(rows(9)[0], RUN).encode())
+    line = f"{named}\t{crc_of(named)}".encode("latin-1") if checked else line.encode("latin-1")
+    path.write_bytes(path.read_bytes() + line + b"\n" + line_of(rows(9)[0], RUN).encode())
     before = path.read_bytes()
     with pytest.raises(UserError, match=why) as caught:
         open_ledger(path)
@@ -121,7 +122,7 @@ def test_rows_of_another_run_are_refused_wherever_they_are(path):
     before = path.read_bytes()
     other = path.with_name("votes.1.tsv")
     other.write_text(before.decode().split("\n")[0] + "\n")
-    line = _line(rows(7)[0], "f" * 16)
+    line = line_of(rows(7)[0], "f" * 16)
     path.write_bytes(before + line.encode())
     with pytest.raises(UserError, match=r"line 7 is of another run: it names 'f{16}', the run of this folder is '0123"):
         open_ledger(path)
@@ -183,7 +184,7 @@ def test_both_time_formats_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [1, 3, 8, 12, 20])
-def test_truncated_tables_are_read_without_their_last_line(tmp_path, cut):
+def test_truncated_tables_are_read_without_their_lastline_of(tmp_path, cut):
     whole = HEADER + "0\t3\t3\t0.512\t1\t0:00:14.25\n20\t1\t1\t0.25\t1\t0:00:15.25\n"
     path = tmp_path / "log"
     path.write_text(whole[:-cut])

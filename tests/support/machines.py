@@ -5,8 +5,6 @@ Another machine adds a rounding error to every margin: a part that is the same f
 of its own for each sample.
 """
 
-import copy
-
 import numpy as np
 
 from lsrs_jax.certification import comparison, scan
@@ -46,19 +44,17 @@ class World:
         found = []
         for idx, (first, rest) in enumerate(zip(selection, estimation, strict=True)):
             row = Row(idx, 0, 0.0, "selection", 0, 1, classes(first), 0.0)
-            image = ImageCounts(row, self.schedule, 3)
-            image.counts = {"selection": classes(first), "estimation": classes(rest)}
-            image.looks = np.stack([classes(rest[:look]) for look in self.schedule.looks])
-            found.append(image)
+            counts = {"selection": classes(first), "estimation": classes(rest)}
+            looks = np.stack([classes(rest[:look]) for look in self.schedule.looks])
+            found.append(ImageCounts(row, self.schedule, 3).changed(counts, looks))
         return found
 
     def stopped(self, images):
         """The images at the look at which the staged schedule stops them."""
         found = []
         for image in images:
-            for look in range(1, len(image.looks) + 1):
-                early = copy.copy(image)
-                early.looks = image.looks[:look]
+            for look in range(1, image.reached + 1):
+                early = image.changed(looks=image.looks[:look])
                 if self.derivation.decided(self.schedule, [early])[0]:
                     break
             found.append(early)
@@ -73,8 +69,7 @@ class World:
             recorded = self.images(*(self.rounded(m, self.error, 1) for m in (selection, estimation)))
         if self.schedule.staged:
             recorded = self.stopped(recorded)
-            for new, old in zip(again, recorded, strict=True):
-                new.looks = new.looks[: len(old.looks)]
+            again = [new.changed(looks=new.looks[: old.reached]) for new, old in zip(again, recorded, strict=True)]
         return recorded, again, *self.fresh(recorded)
 
     def fresh(self, images, segments=32):
@@ -167,13 +162,12 @@ def moved_to_the_first_look(images):
     """Images that selected their label, and whose rivals give it all samples of the first look that it has later."""
     found = []
     for image in images:
-        other = copy.copy(image)
-        other.looks = image.looks.copy()
+        looks = image.looks.copy()
         left = int(image.looks[-1, 0] - image.looks[0, 0]) * (image.counts["selection"].argmax() == 0)
         for rival in (1, 2):
             size = min(int(image.looks[0, rival]), left)
-            other.looks[:-1, 0] += size
-            other.looks[:-1, rival] -= size
+            looks[:-1, 0] += size
+            looks[:-1, rival] -= size
             left -= size
-        found.append(other)
+        found.append(image.changed(looks=looks))
     return found

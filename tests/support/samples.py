@@ -8,7 +8,8 @@ import numpy as np
 from lsrs_jax import report
 from lsrs_jax.certification import from_counts, store, verify
 from lsrs_jax.certification.identity import Identity
-from lsrs_jax.certification.ledger import Ledger, _header
+from lsrs_jax.certification.ledger import Ledger
+from lsrs_jax.certification.rows import header_of
 from lsrs_jax.certification.store import format_table
 from lsrs_jax.certification.table import read_table
 from lsrs_jax.config import check_config, config_from_dict, config_to_dict, default, load_config
@@ -70,7 +71,7 @@ def read(path, content, reader=read_table):
 
 SCHEDULE = Schedule(10, (100,), 16)
 RUN = "0123456789abcdef"  # the name of a run
-HEADER = _header(RUN)
+HEADER = header_of(RUN)
 ROWS = [
     Row(idx, 1, 1e-3, stream, first, stop, np.array(samples), 0.25)
     for idx in (4, 2)
