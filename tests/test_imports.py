@@ -15,7 +15,18 @@ PACKAGE = ROOT / "lsrs_jax"
 HEAVY = ("orbax", "tensorstore", "tensorflow_datasets", "tensorflow", "grain", "matplotlib", "sklearn", "PIL")
 # Each entry may import only entries after it. `config` and the commands are files, the others are folders.
 ORDER = [
-    *("__main__", "train", "audit", "certify", "certify_torch", "report", "export", "show_config", "show_data"),
+    *(
+        "__main__",
+        "sweep",
+        "train",
+        "audit",
+        "certify",
+        "certify_torch",
+        "report",
+        "export",
+        "show_config",
+        "show_data",
+    ),
     *("flags", "cli"),
     *("api", "reporting", "certification", "auditing", "training", "data", "models", "pytorch", "layers"),
     "orthogonal",
