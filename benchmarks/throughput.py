@@ -18,8 +18,9 @@ from lsrs_jax.flags import config_from_flags
 from lsrs_jax.layers.lipschitz import Float64Encoder
 from lsrs_jax.runtime.rng import domain_key
 from lsrs_jax.smoothing.derivation import Derivation
-from lsrs_jax.smoothing.engine import Engine, Images, Status
+from lsrs_jax.smoothing.engine import Engine, Images
 from lsrs_jax.smoothing.schedule import make_schedule
+from lsrs_jax.smoothing.status import Status
 from lsrs_jax.training import loop
 
 IMAGE, CLASSES = (32, 32, 3), 10

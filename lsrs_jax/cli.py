@@ -25,6 +25,7 @@ COMMANDS = {  # name -> module, what it does
     "merge": ("merge", "join the shards of a certification (certify --shard=i/N)"),
     "certify-torch": ("certify_torch", "certify a published PyTorch checkpoint"),
     "audit": ("audit", "attack the certificates of a workdir"),
+    "sweep": ("sweep", "train, certify and compare a grid of classifiers"),
     "report": ("report", "compare certified classifiers: a table and a curve"),
     "export": ("export", "write a trained classifier for use without this package"),
     "config": ("show_config", "print every field of a configuration, or the names of the experiments"),

@@ -56,7 +56,7 @@ def config_from_flags(rest: list[str], stored: Config | None = None) -> Config:
     NAME is a file, or one of `experiments`. If a `stored` configuration is given, it takes its place, and flags
     override its fields. Relative paths in the result are made absolute.
     """
-    given, file = _normalised(rest), ""
+    given, file = normalised(rest), ""
     named = [flag for flag in given if flag.startswith("--config=")]
     if len(named) > 1:
         raise UserError(f"two configurations: {' and '.join(named)}; give one")
@@ -94,7 +94,7 @@ def config_from_flags(rest: list[str], stored: Config | None = None) -> Config:
     return config
 
 
-def _normalised(rest: list[str]) -> list[str]:
+def normalised(rest: list[str]) -> list[str]:
     """The arguments as ``--config…=value``; raises UserError for one that is none, with the right spelling."""
     found = []
     for argument in rest:
@@ -168,7 +168,7 @@ def _absolute_data(data: Mapping[str, Any]) -> str:
 
 def given(rest: list[str], config: Config, name: str) -> str:
     """The field `name` of a configuration if the arguments give it, otherwise ""."""
-    return value_of(config, name) if any(flag.startswith(f"--config.{name}=") for flag in _normalised(rest)) else ""
+    return value_of(config, name) if any(flag.startswith(f"--config.{name}=") for flag in normalised(rest)) else ""
 
 
 def config_of_training(workdir: Path, rest: list[str], reader: str = "", fields: tuple[str, ...] = ()) -> Config:

@@ -17,6 +17,7 @@ HEAVY = ("orbax", "tensorstore", "tensorflow_datasets", "tensorflow", "grain", "
 ORDER = [
     *(
         "__main__",
+        "sweep",
         "train",
         "audit",
         "certify",

@@ -22,8 +22,9 @@ from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.format import PRNG
 from lsrs_jax.runtime.progress import Progress
 from lsrs_jax.smoothing.counts import Counts, ImageCounts
-from lsrs_jax.smoothing.engine import Engine, Images, Status
+from lsrs_jax.smoothing.engine import Engine, Images
 from lsrs_jax.smoothing.sampler import Sampler
+from lsrs_jax.smoothing.status import Status
 
 _LEVEL = 0.05  # probability that the chosen images miss the share of other samples that is printed
 _SEGMENTS = 32  # of the fresh samples; their spread shows how images that share their noise vary together

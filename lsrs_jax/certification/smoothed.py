@@ -26,9 +26,10 @@ from lsrs_jax.smoothing.arithmetic import make_arithmetic
 from lsrs_jax.smoothing.composition import Composed
 from lsrs_jax.smoothing.counts import Counts, ImageCounts
 from lsrs_jax.smoothing.derivation import Certificates, Derivation
-from lsrs_jax.smoothing.engine import Engine, Status
+from lsrs_jax.smoothing.engine import Engine
 from lsrs_jax.smoothing.sampler import Sampler
 from lsrs_jax.smoothing.settings import FLAGS
+from lsrs_jax.smoothing.status import Status
 
 DERIVED = ("alpha", "bound", "radii", "epsilon")  # fields of config.certify on which no sample depends
 _SECONDS_PER_DERIVATION = 60.0

@@ -18,11 +18,12 @@ from lsrs_jax.smoothing import confidence
 from lsrs_jax.smoothing.composition import Answers, Composed
 from lsrs_jax.smoothing.counts import Counts
 from lsrs_jax.smoothing.derivation import Certificates, Derivation, check_lipschitz
-from lsrs_jax.smoothing.engine import Engine, Images, Status
+from lsrs_jax.smoothing.engine import Engine, Images
 from lsrs_jax.smoothing.head_check import Head
 from lsrs_jax.smoothing.sampler import Sampler
 from lsrs_jax.smoothing.schedule import make_schedule
 from lsrs_jax.smoothing.settings import FLAGS, check_settings
+from lsrs_jax.smoothing.status import Status
 
 # The last classifier of `certify` or `predict`; one only, because its programs and its head take memory.
 _LATEST: "list[Smoother]" = []

@@ -8,13 +8,14 @@ from scipy import stats
 
 from lsrs_jax import smoothing
 from lsrs_jax.runtime.errors import UserError
-from lsrs_jax.smoothing import engine
+from lsrs_jax.smoothing import status as status_module
 from lsrs_jax.smoothing.confidence import leaders
 from lsrs_jax.smoothing.counts import Counts
 from lsrs_jax.smoothing.derivation import Derivation
-from lsrs_jax.smoothing.engine import Engine, Images, Status
+from lsrs_jax.smoothing.engine import Engine, Images
 from lsrs_jax.smoothing.sampler import Sampler
 from lsrs_jax.smoothing.schedule import make_schedule
+from lsrs_jax.smoothing.status import Status
 from support import threefry
 from support.heads import BIAS, DIM, LATENTS, W, linear_head, network
 
@@ -105,7 +106,7 @@ def test_batches_are_full_at_every_look_and_progress_is_reported():
 def test_the_time_left_is_that_of_whole_batches(monkeypatch):
     """Near the end few images are left in a batch, which takes as long as a full one."""
     clock, lines, schedule = [0.0], [], make_schedule("staged", 100, N, 16)
-    monkeypatch.setattr(engine, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(status_module, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
     status = Status(schedule, 34, lines.append)
 
     def images(numbers, n):
