@@ -1,4 +1,4 @@
-"""Compare certified classifiers: a table in Markdown and a curve as PNG and SVG.
+"""Compare certified classifiers: a table in Markdown, a curve as PNG and SVG, and a page for the browser.
 
   lsrs report runs/digits --out=report
   lsrs report runs/digits runs/digits_isrs --out=report
@@ -9,6 +9,10 @@ correct time), also a published log; LABEL=RUN names its row and curve. Logs of 
 format where their meaning is clear; a note says how. If certificates have been audited, a dashed curve shows the
 accuracy that the attacks left. The command writes report.md, curve.png and curve.svg, and with --board=DATA:TITLE
 (CIFAR-10:My paper) board.yml, entries for the leaderboard of certified robustness.
+
+It also writes report.html, one file that works without a network: a sortable table, curves, cost against accuracy, and
+the certified images of workdirs. Images of the embedded digits are put into it by default, those of other data sets
+with --images, because whoever gets the page gets them.
 """
 
 if __name__ == "__main__":
@@ -41,8 +45,11 @@ _LEGEND = (
 )
 
 
-def markdown(runs: Sequence[Run], radii: Sequence[float]) -> str:
-    """The table: certified accuracy per radius, of the worst class too, abstention, ACR with its cap and n, cost."""
+def cells(runs: Sequence[Run], radii: Sequence[float]) -> list[list[str]]:
+    """The table, its header first.
+
+    Columns: certified accuracy per radius, of the worst class too, abstention, ACR with its cap and n, cost.
+    """
     middle = 0.5 if 0.5 in radii else sorted(radii)[len(radii) // 2]
     header = ["run", "images", *(f"r={radius:g}" for radius in radii), f"worst class at r={middle:g}", "abstain"]
     header += ["expected invalid", "ACR", "cap", "n", "samples/image", "time/image"]
@@ -50,23 +57,29 @@ def markdown(runs: Sequence[Run], radii: Sequence[float]) -> str:
     for run in runs:
         table, sampling = run.table, run.sampling
         accuracy, worst = table.worst_class(middle)
-        cells = [f"{share:.3f}" for share in map(table.certified_accuracy, radii)]
-        cells += [f"{accuracy:.3f} (class {worst})", f"{table.abstention:.3f}"]
+        row = [f"{share:.3f}" for share in map(table.certified_accuracy, radii)]
+        row += [f"{accuracy:.3f} (class {worst})", f"{table.abstention:.3f}"]
         acr = f"{table.average_certified_radius:.3f}"
         if run.deterministic:
             capped = f" ({table.capped_radius(min(caps)):.3f} if capped at {min(caps):.3f})" if caps else ""
-            cells += ["0", f"{acr}{capped}", "none", "0"]
+            row += ["0", f"{acr}{capped}", "none", "0"]
         elif sampling:
-            cells += [f"{sampling.alpha * len(table):.2g}", acr, f"{sampling.cap:.3f}", f"{sampling.n:,}"]
+            row += [f"{sampling.alpha * len(table):.2g}", acr, f"{sampling.cap:.3f}", f"{sampling.n:,}"]
         else:
-            cells += ["?", acr, "?", "?"]
+            row += ["?", acr, "?", "?"]
         samples = "-" if table.samples is None else f"{table.samples.mean():,.0f}"
         seconds = float(table.seconds.mean())
         time = "-" if math.isnan(seconds) else duration(seconds)
         name = f"{run.label} ({run.mark})" if run.mark else run.label
-        rows.append([name, run.images, *cells, samples, time])
+        rows.append([name, run.images, *row, samples, time])
+    return rows
+
+
+def markdown(runs: Sequence[Run], radii: Sequence[float]) -> str:
+    """The table of `cells`."""
+    rows = cells(runs, radii)
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
 def notes(runs: Sequence[Run]) -> list[str]:
@@ -108,18 +121,34 @@ def _draw(runs: Sequence[Run], paths: Sequence[Path]) -> str:
     return ""
 
 
+def _write_page(path: Path, runs: Sequence[Run], radii: Sequence[float], found: Sequence[str], embed: bool) -> None:
+    """Writes the page, or prints why there is none; `found` are the notes about the runs."""
+    try:
+        from lsrs_jax.reporting import page
+
+        content, lacking = page.build(runs, radii, cells(runs, radii), found, _LEGEND.format(unit=unit(runs)), embed)
+    except Exception as error:  # whatever it is, the table and the pictures are there
+        old = f"; {path} is of an earlier report" if path.exists() else ""
+        print(f"no page: {type(error).__name__}: {first_line(error)}{old}")
+        return
+    files.write_atomic(path, content)
+    print("\n".join([*(f"note: {note}" for note in lacking), f"page: {path}"]))
+
+
 def run(arguments: list[str]) -> None:
     """The command; see the module's docstring."""
-    parser = cli.parser("report", __doc__, (), "[LABEL=]RUN ... --out=DIR [--radii=R,R,...] [--board=DATA:TITLE]")
+    parser = cli.parser("report", __doc__, (), "[LABEL=]RUN ... --out=DIR [--radii=R,R,...] [--images] [...]")
     parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN")
     parser.add_argument("--out", required=True, type=cli.folder, help="folder for report.md and the curve")
     radii = cli.checked(cli.numbers, lambda found: all(0 <= radius < math.inf for radius in found), "numbers >= 0")
     parser.add_argument("--radii", type=radii, help="radii of the table, e.g. 0,0.25,0.5")
     parser.add_argument("--board", type=_board, metavar="DATA:TITLE", help="write board.yml, for the leaderboard")
+    parser.add_argument("--images", action="store_true", help="put the images of any data set into report.html")
     options = parser.parse_args(arguments)
     runs = load_runs(options.runs)
     grid = options.radii or radius_grid(runs)
-    table, below = markdown(runs, grid), [f"- {note}" for note in notes(runs)]
+    found = notes(runs)
+    table, below = markdown(runs, grid), [f"- {note}" for note in found]
     before, paths = ["# Certified accuracy", table, "\n".join(below)], [options.out / f"curve.{k}" for k in _FORMATS]
     options.out.mkdir(parents=True, exist_ok=True)
     if options.board:
@@ -131,6 +160,7 @@ def run(arguments: list[str]) -> None:
     if failed := _draw(runs, paths):
         old = f"; {paths[0]} is of an earlier report" if paths[0].exists() else ""
         print(f"no curve: {failed}{old}")
-        return
-    _write(options.out, [*before, "![certified accuracy over the radius](curve.svg)", legend])
-    print(f"curve: {paths[0]}")
+    else:
+        _write(options.out, [*before, "![certified accuracy over the radius](curve.svg)", legend])
+        print(f"curve: {paths[0]}")
+    _write_page(options.out / "report.html", runs, grid, found, options.images)

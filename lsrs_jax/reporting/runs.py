@@ -32,6 +32,7 @@ class Run:
     pixels: bool = True  # whether a radius is in units of pixels in [0, 1], and not of a caller's inputs
     composed: bool = False  # whether a fallback answers where the samples do not
     sampling: Sampling | None = None  # None if nothing says how it was sampled, and for deterministic certificates
+    file: Path | None = dataclasses.field(default=None, compare=False)  # of the table, if there are files beside it
 
     @property
     def deterministic(self) -> bool:
@@ -88,7 +89,7 @@ def _read(file: Path, label: str) -> Run:
     elif file.with_name("audit.tsv").exists():
         notes.append("its audit is not finished and left out; the same audit command continues it.")
     composed = isinstance(content.get("identity"), dict) and "fallback" in content["identity"]
-    return Run(label, table, audit, notes, unfinished, not _of_caller(content), composed, sampling_of(content))
+    return Run(label, table, audit, notes, unfinished, not _of_caller(content), composed, sampling_of(content), file)
 
 
 def _of_caller(content: dict[str, Any]) -> bool:
