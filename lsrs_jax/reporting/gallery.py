@@ -3,11 +3,11 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lsrs_jax.certification import ledger, store
+from lsrs_jax.certification import ledger
 from lsrs_jax.data import Dataset, load_split
 from lsrs_jax.reporting.pictures import Sheets, make_sheets
 from lsrs_jax.reporting.runs import Run
@@ -15,6 +15,9 @@ from lsrs_jax.runtime import documents
 from lsrs_jax.runtime.errors import UserError, first_line
 from lsrs_jax.smoothing.counts import ImageCounts
 from lsrs_jax.smoothing.schedule import Schedule
+
+if TYPE_CHECKING:  # it loads JAX, which a report of tables alone does not need
+    from lsrs_jax.certification.store import Stored
 
 SHIPPED = ("digits",)  # sets that come with a library: everybody has them, so that their images may be embedded
 _MOST = 20_000  # images on a page
@@ -50,7 +53,8 @@ def collect(runs: Sequence[Run], embed: bool) -> tuple[list[Pictures], list[Gall
     """
     loaded: dict[str, Dataset] = {}  # by digest
     known: dict[str, Dataset | str] = {}  # by what names it: the set, or why it cannot be read
-    found, reasons = list[tuple[str, store.Stored] | None](), dict[str, list[str]]()
+    found: list[tuple[str, Stored] | None] = []
+    reasons: dict[str, list[str]] = {}
     for run in runs:
         try:
             stored = _stored(run)
@@ -83,11 +87,13 @@ def _reason(error: Exception) -> str:
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
 
 
-def _stored(run: Run) -> store.Stored:
+def _stored(run: Run) -> "Stored":
     """What certificates.json beside the table of a run says; raises UserError if it names no images."""
     document = run.file and run.file.with_name("certificates.json")
     if not document or not document.exists() or not _is_ours(document):
         raise UserError("nothing beside the table says which images it is about")
+    from lsrs_jax.certification import store
+
     stored = store.read(document)
     if stored.config is None or not stored.identity.data.get("digest"):
         raise UserError("an old version wrote its certificates.json, which does not say where the images are")
@@ -99,7 +105,7 @@ def _is_ours(document: Path) -> bool:
     return isinstance(content, dict) and "identity" in content and "record" in content
 
 
-def _dataset(stored: store.Stored, embed: bool, known: dict[str, Dataset | str]) -> Dataset:
+def _dataset(stored: "Stored", embed: bool, known: dict[str, Dataset | str]) -> Dataset:
     """The data set of a certification; `known` keeps what was read, and why a set could not be read."""
     data = stored.settings.data
     if data.name not in SHIPPED and not embed:
@@ -122,7 +128,7 @@ def _chosen(runs: Sequence[Run], found: Sequence[Any], digest: str) -> np.ndarra
     return np.unique(np.concatenate(tables))
 
 
-def _gallery(run: Run, stored: store.Stored, pictures: int, idx: np.ndarray, every: int, notes: list[str]) -> Gallery:
+def _gallery(run: Run, stored: "Stored", pictures: int, idx: np.ndarray, every: int, notes: list[str]) -> Gallery:
     order = np.argsort(run.table.idx, kind="stable")
     rows = order[np.isin(run.table.idx[order], idx)]
     shown = run.table.idx[rows]
@@ -140,7 +146,7 @@ def _gallery(run: Run, stored: store.Stored, pictures: int, idx: np.ndarray, eve
     return Gallery(pictures, every, rows, np.searchsorted(idx, shown), votes, samples, flips)
 
 
-def _counts(run: Run, stored: store.Stored) -> dict[int, ImageCounts]:
+def _counts(run: Run, stored: "Stored") -> dict[int, ImageCounts]:
     """The counts of the ledgers beside a table, by image; none for a deterministic certification."""
     identity, derivation = stored.identity, stored.derivation
     if identity.certificate != "smoothed" or not run.file or not derivation:

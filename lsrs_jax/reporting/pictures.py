@@ -1,7 +1,6 @@
 """Small pictures of many images: sheets of them, as files that a browser shows."""
 
 import io
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,10 +10,9 @@ from lsrs_jax.data import Dataset
 
 LOSSLESS = 1000  # images; more than these are stored as JPEG
 SIDE = 64  # pixels; larger images are scaled down
-_PIXELS = 10_000 * SIDE**2  # of all images together: more than 10,000 are scaled down further
-_BYTES = 7_500_000  # of all sheets together; as base64 they have a third more
-_QUALITIES = (88, 75, 60, 45, 30)  # of JPEG: the first with which the sheets fit into `_BYTES`
-_BLOCK = 16  # pixels; JPEG compresses blocks of this size, so that an image never shares one with its neighbour
+_BYTES = 7_500_000  # of all sheets together, if they are JPEG; as base64 they have a third more
+_QUALITIES = (88, 70, 50, 30)  # of JPEG: the first with which the sheets fit into `_BYTES`
+_BLOCK = 8  # pixels; JPEG compresses blocks of this size, so that an image never shares one with its neighbour
 _COLUMNS, _ROWS = 20, 20  # of a sheet
 _BATCH = 256  # images that are read at a time
 
@@ -33,25 +31,24 @@ class Sheets(NamedTuple):
 
 
 def make_sheets(parts: Sequence[tuple[Dataset, np.ndarray]]) -> list[Sheets]:
-    """The sheets of some images of each data set: PNG without loss if they are at most `LOSSLESS` together."""
-    total = sum(len(idx) for _, idx in parts)
-    lossless = total <= LOSSLESS
-    side = min(SIDE, math.isqrt(_PIXELS // max(total, 1)))
-    drawn = [_draw(dataset, idx, side, 1 if lossless else _BLOCK) for dataset, idx in parts]
-    kind, found = "png" if lossless else "jpeg", list[list[bytes]]()
-    for quality in (None,) if lossless else _QUALITIES:
-        found = [[_encode(sheet, quality) for sheet in sheets] for sheets, _, _ in drawn]
-        if sum(len(file) for files in found for file in files) <= _BYTES:
-            break
-    return [
-        Sheets(width, height, (sheets[0].shape[1] // _COLUMNS, sheets[0].shape[0] // _ROWS), _COLUMNS, _ROWS, kind,
-               max(dataset.shape[:2]) > max(width, height), files)
-        for (dataset, _), (sheets, width, height), files in zip(parts, drawn, found, strict=True)
-    ]  # fmt: skip
+    """The sheets of some images of each data set: PNG without loss if they are at most `LOSSLESS` together.
+
+    Otherwise JPEG of at most `_BYTES`; images that do not fit with the lowest quality are made smaller.
+    """
+    if sum(len(idx) for _, idx in parts) <= LOSSLESS:
+        return [_encoded(*_draw(*part, SIDE, 1), None) for part in parts]
+    side = SIDE
+    while True:
+        drawn = [_draw(*part, side, _BLOCK) for part in parts]
+        for quality in _QUALITIES:
+            found = [_encoded(*sheets, quality) for sheets in drawn]
+            if side == 1 or sum(len(file) for sheets in found for file in sheets.files) <= _BYTES:
+                return found
+        side //= 2
 
 
-def _draw(dataset: Dataset, idx: np.ndarray, side: int, block: int) -> tuple[list[np.ndarray], int, int]:
-    """``(sheets, width, height)``: uint8 arrays with the images `idx`, at most `side` pixels wide and high.
+def _draw(dataset: Dataset, idx: np.ndarray, side: int, block: int) -> tuple[Sheets, list[np.ndarray]]:
+    """The sheets as uint8 arrays, with the images `idx` at most `side` pixels wide and high; no files yet.
 
     The cell of an image is a multiple of `block` pixels wide and high; its margin repeats the edge of the image.
     """
@@ -70,7 +67,8 @@ def _draw(dataset: Dataset, idx: np.ndarray, side: int, block: int) -> tuple[lis
             row, column = divmod(place, _COLUMNS)
             place = slice(row * down, (row + 1) * down), slice(column * across, (column + 1) * across)
             sheets[sheet][place] = np.pad(cell, margins, mode="edge")
-    return sheets, width, height
+    scaled = (height, width) != tuple(dataset.shape[:2])
+    return Sheets(width, height, (across, down), _COLUMNS, _ROWS, "png" if block == 1 else "jpeg", scaled, []), sheets
 
 
 def _resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -83,13 +81,16 @@ def _resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
 
 
-def _encode(sheet: np.ndarray, quality: int | None) -> bytes:
-    """A sheet as PNG, or as JPEG of this quality."""
+def _encoded(sheets: Sheets, arrays: Sequence[np.ndarray], quality: int | None) -> Sheets:
+    """The sheets with files of these arrays: PNG, or JPEG of this quality."""
     from PIL import Image
 
-    content = io.BytesIO()
-    if quality is None:
-        Image.fromarray(sheet).save(content, "png", optimize=True)
-    else:
-        Image.fromarray(sheet).save(content, "jpeg", quality=quality, optimize=True)
-    return content.getvalue()
+    files = []
+    for array in arrays:
+        content = io.BytesIO()
+        # Colours of less resolution than the brightness would be smoothed over the edges of the images. Without
+        # `optimize`: with it, Pillow fails to write noise as JPEG, for which its buffer is too small.
+        options = {"optimize": True} if quality is None else {"quality": quality, "subsampling": "4:4:4"}
+        Image.fromarray(array).save(content, sheets.kind, **options)
+        files.append(content.getvalue())
+    return sheets._replace(files=files)
