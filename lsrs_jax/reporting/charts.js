@@ -2,7 +2,6 @@
 const plain = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 const DASHES = ["solid", "longdash", "dashdot", "dot"]; // of runs that share a colour
 const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross", "x", "star", "triangle-down"];
-const POINTS = 1500; // of a curve: more than a screen has columns
 
 function colours() {
   const style = getComputedStyle(document.documentElement), read = (name) => style.getPropertyValue(`--${name}`).trim();
@@ -13,12 +12,6 @@ function colours() {
 function translucent(hex, alpha) {
   const [red, green, blue] = [1, 3, 5].map((start) => parseInt(hex.slice(start, start + 2), 16));
   return `rgba(${red},${green},${blue},${alpha})`;
-}
-
-// At most `POINTS` of ascending numbers, with the last; a falling step curve drawn through fewer is never too high.
-function thinned(numbers) {
-  const every = Math.ceil(numbers.length / POINTS);
-  return numbers.filter((_, index) => (numbers.length - 1 - index) % every === 0);
 }
 
 function base(colour) {
@@ -37,9 +30,8 @@ const HIGHEST = Math.min(1, Math.ceil(10 * Math.max(...data.runs.map((run) => Ma
 const touch = matchMedia("(pointer: coarse)").matches;
 const OPTIONS = { displayModeBar: false, responsive: true };
 
-function curveTraces(run, colour, limit) {
-  const ends = thinned([...new Set(run.radii)].reverse());
-  const x = [0, ...ends, Math.max(largest * 1.02, 1e-3)];
+function curveTraces(run, colour) {
+  const x = GRID;
   const counts = x.map((radius) => certified(run, radius)), bands = counts.map((k) => wilson(k, run.total));
   const line = { shape: "vh", color: colour.of(run), width: 2, dash: DASHES[Math.floor(run.index / 8) % 4] };
   const hidden = { x, mode: "lines", hoverinfo: "skip", line: { shape: "vh", width: 0 } };
@@ -56,9 +48,8 @@ function curveTraces(run, colour, limit) {
       `; 95 %: %{customdata[2]:.3f} to %{customdata[3]:.3f})${samples}<extra></extra>`),
   });
   if (run.audit) {
-    const far = [0, ...thinned(run.audit.distances).filter((distance) => distance > 0 && distance < limit), limit];
     traces.push({
-      x: far, y: far.map((radius) => robust(run.audit, radius) / run.audit.total), mode: "lines", meta: plain(run.label),
+      x, y: x.map((radius) => robust(run.audit, radius) / run.audit.total), mode: "lines", meta: plain(run.label),
       line: { ...line, shape: "hv", dash: "dash", width: 1.5 },
       hovertemplate: `<b>%{meta}</b>, under attack %{y:.3f} of ${whole(run.audit.total)} images<extra></extra>`,
     });
@@ -73,10 +64,9 @@ function marker(colour) {
 
 function drawCurves() {
   const colour = colours(), shown = data.runs.filter((run) => run.shown), layout = base(colour);
-  const audited = data.runs.some((run) => run.audit), limit = 2 * Math.max(largest, 1e-3);
-  Object.assign(layout.xaxis, { title: { text: `ℓ2 radius (${data.unit})` }, hoverformat: ".3f",
-    unifiedhovertitle: { text: "r = %{x:.3f}" }, range: [0, audited ? limit : Math.max(largest * 1.02, 1e-3)] });
-  const traces = shown.flatMap((run) => curveTraces(run, colour, limit));
+  Object.assign(layout.xaxis, { title: { text: `ℓ2 radius (${data.unit})` }, range: [0, LIMIT],
+    hoverformat: DIGITS, unifiedhovertitle: { text: `r = %{x:${DIGITS}}` } });
+  const traces = shown.flatMap((run) => curveTraces(run, colour));
   return Plotly.react(byId("curves"), traces, { ...layout, hovermode: "x unified", shapes: marker(colour) }, OPTIONS);
 }
 
@@ -115,7 +105,7 @@ function drawCost() {
   const colour = colours(), layout = base(colour), rows = costRows(), kind = byId("cost-kind").value;
   const { zero, axis, separator } = costAxis(rows.map(({ cost }) => cost));
   Object.assign(layout.xaxis, axis, { title: { text: `${kind} per image` } });
-  Object.assign(layout.yaxis.title, { text: `certified accuracy at r = ${Number(state.radius.toPrecision(3))}` });
+  Object.assign(layout.yaxis.title, { text: `certified accuracy at r = ${short(state.radius)}` });
   if (separator) {
     const line = { color: colour.grid, dash: "dash", width: 1 };
     layout.shapes = [{ type: "line", x0: separator, x1: separator, y0: 0, y1: 1, yref: "paper", line }];
@@ -143,11 +133,11 @@ function numbers() {
     }
     return found;
   });
-  const header = ["run", "images", ...radii.map((radius) => `r=${Number(radius.toPrecision(4))}`)];
+  const header = ["run", "images", ...radii.map((radius) => `r=${short(radius)}`)];
   fillTable(byId("numbers-curves").querySelector("table"), "Certified accuracy (95 % Wilson interval over images)", header, rows);
   const costs = costRows().map(({ run, cost, share, band }) =>
     [run.label, costText(cost), share3(share), `${share3(band[0])}–${share3(band[1])}`]);
-  const titles = ["run", "per image", `accuracy at r=${Number(state.radius.toPrecision(3))}`, "95 % interval"];
+  const titles = ["run", "per image", `accuracy at r=${short(state.radius)}`, "95 % interval"];
   fillTable(byId("numbers-cost").querySelector("table"), "Cost and certified accuracy", titles, costs);
   const kind = byId("cost-kind").value, without = data.runs.filter((run) => run[kind] === null).map((run) => run.label);
   const zero = kind === "samples" && data.runs.some((run) => run.samples === 0);
@@ -161,7 +151,7 @@ function numbers() {
 
 function startCharts() {
   byId("band").checked = data.runs.length <= 4;
-  byId("dashed").textContent = data.runs.some((run) => run.audit)
+  byId("dashed").textContent = audited
     ? "Dashed: the accuracy that the attacks of the audit left, an upper bound for what can be certified." : "";
   if (data.runs.every((run) => run.samples === null)) byId("cost-kind").value = "seconds";
   const drawn = typeof Plotly !== "undefined";
@@ -179,7 +169,10 @@ function startCharts() {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
   draw().then(() => {
     if (drawn) {
-      byId("curves").on("plotly_click", (event) => setRadius(event.xvals?.[0] ?? event.points?.[0]?.x));
+      byId("curves").on("plotly_click", (event) => {
+        const radius = event.xvals?.[0] ?? event.points?.[0]?.x;
+        setRadius(GRID[Math.round(radius / STEP)]);
+      });
     }
     document.documentElement.dataset.ready = String(Math.round(performance.now()));
   });

@@ -5,6 +5,13 @@ const byId = (id) => document.getElementById(id);
 const Z = 1.959963984540054; // of a two-sided interval of 95 %
 
 const largest = Math.max(...data.runs.map((run) => run.radii[0] ?? 0));
+// Where the curves are drawn, and what the slider steps through: multiples of a round number, the same for all runs, so
+// that their values can be compared. Between two of them certified accuracy is drawn as low as at the second.
+const audited = data.runs.some((run) => run.audit), LIMIT = Math.max(largest, 1e-3) * (audited ? 2 : 1.02);
+const STEP = [5, 2, 1, 0.5].map((digit) => digit * 10 ** Math.floor(Math.log10(LIMIT / 400)))
+  .find((step) => LIMIT / step >= 400);
+const GRID = Array.from({ length: Math.floor(LIMIT / STEP) + 2 }, (_, k) => Number((k * STEP).toPrecision(12)));
+const DIGITS = STEP > 1e-6 && STEP < 1e6 ? `.${Math.max(0, -Math.floor(Math.log10(STEP)))}f` : ".3e";
 const state = { radius: data.radii.includes(0.5) ? 0.5 : data.radii[Math.floor(data.radii.length / 2)], listeners: [] };
 data.runs.forEach((run, index) => Object.assign(run, { index, shown: true }));
 
@@ -17,6 +24,7 @@ function make(tag, attributes = {}, ...children) {
 
 const whole = (number) => number.toLocaleString("en-US", { maximumFractionDigits: 0 });
 const share3 = (share) => share.toFixed(3);
+const short = (radius) => Number(radius.toPrecision(6));
 const brief = (number) => String(Number(number.toPrecision(4)));
 // A radius is never shown larger than it is.
 const radius3 = (radius) => (radius < 1e6 ? (Math.floor(radius * 1000) / 1000).toFixed(3) : radius.toExponential(3));
@@ -58,7 +66,7 @@ function setRadius(radius) {
   if (!Number.isFinite(radius) || radius < 0) return;
   state.radius = radius;
   byId("slider").value = radius;
-  if (document.activeElement !== byId("radius")) byId("radius").value = Number(radius.toPrecision(3));
+  if (document.activeElement !== byId("radius")) byId("radius").value = short(radius);
   requestAnimationFrame(changed);
 }
 
@@ -117,7 +125,7 @@ function mainTable() {
     make("thead", {}, make("tr", {}, ...heads)), body,
   );
   state.listeners.push(() => {
-    at.textContent = `at r=${Number(state.radius.toPrecision(3))}`;
+    at.textContent = `at r=${short(state.radius)}`;
     for (const each of rows) {
       each.values[2] = certified(each.run, state.radius) / each.run.total;
       each.own.textContent = share3(each.values[2]);
@@ -139,10 +147,9 @@ function begin() {
   byId("legend").textContent = data.legend;
   byId("notes").append(...list(data.notes));
   byId("made").textContent = `Made by lsrs_jax ${data.version}. Nothing on this page is loaded from elsewhere.`;
-  const slider = byId("slider"), number = byId("radius"), most = largest || 1;
-  slider.max = number.max = most;
-  slider.step = most / 500;
-  number.step = Number((most / 100).toPrecision(1));
+  const slider = byId("slider"), number = byId("radius");
+  slider.max = GRID.find((radius) => radius >= largest) ?? LIMIT;
+  slider.step = number.step = STEP;
   slider.addEventListener("input", () => setRadius(Number(slider.value)));
   number.addEventListener("input", () => setRadius(number.value === "" ? NaN : Number(number.value)));
   byId("controls").addEventListener("submit", (event) => event.preventDefault());
