@@ -1,4 +1,4 @@
-"""Compare certified classifiers: a table in Markdown, a curve as PNG and SVG, and a page for the browser.
+"""Compare certified classifiers: a table in Markdown and a curve as PNG and SVG.
 
   lsrs report runs/digits --out=report
   lsrs report runs/digits runs/digits_isrs --out=report
@@ -45,11 +45,8 @@ _LEGEND = (
 )
 
 
-def cells(runs: Sequence[Run], radii: Sequence[float]) -> list[list[str]]:
-    """The table, its header first.
-
-    Columns: certified accuracy per radius, of the worst class too, abstention, ACR with its cap and n, cost.
-    """
+def markdown(runs: Sequence[Run], radii: Sequence[float]) -> str:
+    """The table: certified accuracy per radius, of the worst class too, abstention, ACR with its cap and n, cost."""
     middle = 0.5 if 0.5 in radii else sorted(radii)[len(radii) // 2]
     header = ["run", "images", *(f"r={radius:g}" for radius in radii), f"worst class at r={middle:g}", "abstain"]
     header += ["expected invalid", "ACR", "cap", "n", "samples/image", "time/image"]
@@ -57,29 +54,23 @@ def cells(runs: Sequence[Run], radii: Sequence[float]) -> list[list[str]]:
     for run in runs:
         table, sampling = run.table, run.sampling
         accuracy, worst = table.worst_class(middle)
-        row = [f"{share:.3f}" for share in map(table.certified_accuracy, radii)]
-        row += [f"{accuracy:.3f} (class {worst})", f"{table.abstention:.3f}"]
+        cells = [f"{share:.3f}" for share in map(table.certified_accuracy, radii)]
+        cells += [f"{accuracy:.3f} (class {worst})", f"{table.abstention:.3f}"]
         acr = f"{table.average_certified_radius:.3f}"
         if run.deterministic:
             capped = f" ({table.capped_radius(min(caps)):.3f} if capped at {min(caps):.3f})" if caps else ""
-            row += ["0", f"{acr}{capped}", "none", "0"]
+            cells += ["0", f"{acr}{capped}", "none", "0"]
         elif sampling:
-            row += [f"{sampling.alpha * len(table):.2g}", acr, f"{sampling.cap:.3f}", f"{sampling.n:,}"]
+            cells += [f"{sampling.alpha * len(table):.2g}", acr, f"{sampling.cap:.3f}", f"{sampling.n:,}"]
         else:
-            row += ["?", acr, "?", "?"]
+            cells += ["?", acr, "?", "?"]
         samples = "-" if table.samples is None else f"{table.samples.mean():,.0f}"
         seconds = float(table.seconds.mean())
         time = "-" if math.isnan(seconds) else duration(seconds)
         name = f"{run.label} ({run.mark})" if run.mark else run.label
-        rows.append([name, run.images, *row, samples, time])
-    return rows
-
-
-def markdown(runs: Sequence[Run], radii: Sequence[float]) -> str:
-    """The table of `cells`."""
-    rows = cells(runs, radii)
+        rows.append([name, run.images, *cells, samples, time])
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
 def notes(runs: Sequence[Run]) -> list[str]:
@@ -121,12 +112,14 @@ def _draw(runs: Sequence[Run], paths: Sequence[Path]) -> str:
     return ""
 
 
-def _write_page(path: Path, runs: Sequence[Run], radii: Sequence[float], found: Sequence[str], embed: bool) -> None:
-    """Writes the page, or prints why there is none; `found` are the notes about the runs."""
+def _write_page(path: Path, runs: Sequence[Run], radii: Sequence[float], table: str, embed: bool) -> None:
+    """Writes the page, or prints why there is none."""
+    if embed:
+        print("reading the images for the page ...", flush=True)
     try:
         from lsrs_jax.reporting import page
 
-        content, lacking = page.build(runs, radii, cells(runs, radii), found, _LEGEND.format(unit=unit(runs)), embed)
+        content, lacking = page.build(runs, radii, table, notes(runs), _LEGEND.format(unit=unit(runs)), embed)
     except Exception as error:  # whatever it is, the table and the pictures are there
         old = f"; {path} is of an earlier report" if path.exists() else ""
         print(f"no page: {type(error).__name__}: {first_line(error)}{old}")
@@ -137,18 +130,17 @@ def _write_page(path: Path, runs: Sequence[Run], radii: Sequence[float], found: 
 
 def run(arguments: list[str]) -> None:
     """The command; see the module's docstring."""
-    parser = cli.parser("report", __doc__, (), "[LABEL=]RUN ... --out=DIR [--radii=R,R,...] [--images] [...]")
+    parser = cli.parser("report", __doc__, (), "[LABEL=]RUN ... --out=DIR [--radii=R,R,...] [--board=DATA:TITLE]")
     parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN")
     parser.add_argument("--out", required=True, type=cli.folder, help="folder for report.md and the curve")
     radii = cli.checked(cli.numbers, lambda found: all(0 <= radius < math.inf for radius in found), "numbers >= 0")
     parser.add_argument("--radii", type=radii, help="radii of the table, e.g. 0,0.25,0.5")
-    parser.add_argument("--board", type=_board, metavar="DATA:TITLE", help="write board.yml, for the leaderboard")
     parser.add_argument("--images", action="store_true", help="put the images of any data set into report.html")
+    parser.add_argument("--board", type=_board, metavar="DATA:TITLE", help="write board.yml, for the leaderboard")
     options = parser.parse_args(arguments)
     runs = load_runs(options.runs)
     grid = options.radii or radius_grid(runs)
-    found = notes(runs)
-    table, below = markdown(runs, grid), [f"- {note}" for note in found]
+    table, below = markdown(runs, grid), [f"- {note}" for note in notes(runs)]
     before, paths = ["# Certified accuracy", table, "\n".join(below)], [options.out / f"curve.{k}" for k in _FORMATS]
     options.out.mkdir(parents=True, exist_ok=True)
     if options.board:
@@ -163,4 +155,4 @@ def run(arguments: list[str]) -> None:
     else:
         _write(options.out, [*before, "![certified accuracy over the radius](curve.svg)", legend])
         print(f"curve: {paths[0]}")
-    _write_page(options.out / "report.html", runs, grid, found, options.images)
+    _write_page(options.out / "report.html", runs, grid, table, options.images)

@@ -89,7 +89,8 @@ def _reason(error: Exception) -> str:
 
 def _stored(run: Run) -> "Stored":
     """What certificates.json beside the table of a run says; raises UserError if it names no images."""
-    document = run.file and run.file.with_name("certificates.json")
+    # The files beside a table are about the table of this name.
+    document = run.file and run.file.name == "certificates.tsv" and run.file.with_name("certificates.json")
     if not document or not document.exists() or not _is_ours(document):
         raise UserError("nothing beside the table says which images it is about")
     from lsrs_jax.certification import store

@@ -145,7 +145,9 @@ function begin() {
   const runs = data.runs.length === 1 ? "1 run" : `${data.runs.length} runs`;
   byId("summary").textContent = `${runs} on ${new Intl.ListFormat("en").format(images)} images. Radii are ℓ2 distances in ${data.unit}.`;
   byId("legend").textContent = data.legend;
-  byId("notes").append(...list(data.notes));
+  const parts = data.runs.filter((run) => run.every > 1).map((run) => `${run.label}: the page holds the radii of one in ` +
+    `${run.every} images, so that accuracies at other radii may be too low by up to ${run.every} images.`);
+  byId("notes").append(...list([...data.notes, ...parts]));
   byId("made").textContent = `Made by lsrs_jax ${data.version}. Nothing on this page is loaded from elsewhere.`;
   const slider = byId("slider"), number = byId("radius");
   slider.max = GRID.find((radius) => radius >= largest) ?? LIMIT;

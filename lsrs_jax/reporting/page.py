@@ -27,7 +27,7 @@ _SCRIPTS = ("page.js", "gallery.js")  # before Plotly, which takes longest to lo
 def build(
     runs: Sequence[Run],
     radii: Sequence[float],
-    cells: Sequence[Sequence[str]],
+    table: str,
     notes: Sequence[str],
     legend: str,
     embed: bool,
@@ -36,7 +36,7 @@ def build(
 
     Args:
       radii: those of the table.
-      cells: the text of the table, its header first.
+      table: the table in Markdown, whose texts the page repeats; no name in it has a "|".
       notes: what a reader must know about the runs.
       legend: explains the columns.
       embed: whether to embed images of any data set, and not only of those that come with a library.
@@ -45,16 +45,16 @@ def build(
     plotly = _plotly()
     if not plotly:
         lacking.append("no charts in the page: Plotly is not installed (pip install plotly).")
-    values = [_sort_values(run, radii) for run in runs]
+    header, _, *texts = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     rows = [
-        [{"text": text, "value": value} for text, value in zip(row, numbers, strict=True)]
-        for row, numbers in zip(cells[1:], values, strict=True)
+        [{"text": text, "value": value} for text, value in zip(row, _sort_values(run, radii), strict=True)]
+        for run, row in zip(runs, texts, strict=True)
     ]
     data = {
         "version": __version__,
         "unit": unit(runs),
         "radii": list(radii),
-        "header": cells[0],
+        "header": header,
         "legend": legend,
         "notes": list(notes),
         "lacking": lacking,

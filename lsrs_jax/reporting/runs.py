@@ -26,13 +26,13 @@ class Run:
 
     label: str
     table: Table
+    file: Path | None = dataclasses.field(default=None, compare=False, kw_only=True)  # of the table
     audit: Audit | None = None  # what attacks found on these certificates
     notes: Sequence[str] = ()  # what a reader must know about it
     unfinished: str = ""  # as "78 of 360" images; "78 of ?" if nothing says how many there should be
     pixels: bool = True  # whether a radius is in units of pixels in [0, 1], and not of a caller's inputs
     composed: bool = False  # whether a fallback answers where the samples do not
     sampling: Sampling | None = None  # None if nothing says how it was sampled, and for deterministic certificates
-    file: Path | None = dataclasses.field(default=None, compare=False)  # of the table, if there are files beside it
 
     @property
     def deterministic(self) -> bool:
@@ -61,7 +61,7 @@ def load_runs(arguments: Sequence[str]) -> list[Run]:
         for file in found:
             suffix = f"/{file.parent.name}" if len(found) > 1 else ""
             name = label or path.resolve().name.removesuffix(".tsv")
-            runs.append(_read(file, plain(name + suffix)))
+            runs.append(dataclasses.replace(_read(file, plain(name + suffix)), file=file))
         if empty:
             names = ", ".join(plain(folder.name) for folder in empty)
             note = f"beside it, {names} holds samples but no certificates yet, and is left out."
@@ -89,7 +89,7 @@ def _read(file: Path, label: str) -> Run:
     elif file.with_name("audit.tsv").exists():
         notes.append("its audit is not finished and left out; the same audit command continues it.")
     composed = isinstance(content.get("identity"), dict) and "fallback" in content["identity"]
-    return Run(label, table, audit, notes, unfinished, not _of_caller(content), composed, sampling_of(content), file)
+    return Run(label, table, audit, notes, unfinished, not _of_caller(content), composed, sampling_of(content))
 
 
 def _of_caller(content: dict[str, Any]) -> bool:
