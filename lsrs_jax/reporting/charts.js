@@ -31,7 +31,7 @@ const touch = matchMedia("(pointer: coarse)").matches;
 const OPTIONS = { displayModeBar: false, responsive: true };
 
 function curveTraces(run, colour) {
-  const x = GRID;
+  const x = GRID.slice(0, GRID.findIndex((radius) => radius > largest) + 1 || undefined);
   const counts = x.map((radius) => certified(run, radius)), bands = counts.map((k) => wilson(k, run.total));
   const line = { shape: "vh", color: colour.of(run), width: 2, dash: DASHES[Math.floor(run.index / 8) % 4] };
   const hidden = { x, mode: "lines", hoverinfo: "skip", line: { shape: "vh", width: 0 } };
@@ -49,7 +49,7 @@ function curveTraces(run, colour) {
   });
   if (run.audit) {
     traces.push({
-      x, y: x.map((radius) => robust(run.audit, radius) / run.audit.total), mode: "lines", meta: plain(run.label),
+      x: GRID, y: GRID.map((radius) => robust(run.audit, radius) / run.audit.total), mode: "lines", meta: plain(run.label),
       line: { ...line, shape: "hv", dash: "dash", width: 1.5 },
       hovertemplate: `<b>%{meta}</b>, under attack %{y:.3f} of ${whole(run.audit.total)} images<extra></extra>`,
     });
@@ -62,8 +62,13 @@ function marker(colour) {
   return [{ type: "line", x0: state.radius, x1: state.radius, y0: 0, y1: 1, yref: "paper", line }];
 }
 
+let drawnAs = ""; // what the curves show, apart from the chosen radius
+
 function drawCurves() {
   const colour = colours(), shown = data.runs.filter((run) => run.shown), layout = base(colour);
+  const key = [colour.text, byId("band").checked, ...shown.map((run) => run.index)].join(" ");
+  if (key === drawnAs) return Plotly.relayout(byId("curves"), { shapes: marker(colour) });
+  drawnAs = key;
   Object.assign(layout.xaxis, { title: { text: `ℓ2 radius (${data.unit})` }, range: [0, LIMIT],
     hoverformat: DIGITS, unifiedhovertitle: { text: `r = %{x:${DIGITS}}` } });
   const traces = shown.flatMap((run) => curveTraces(run, colour));

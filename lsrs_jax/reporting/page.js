@@ -67,7 +67,8 @@ function setRadius(radius) {
   state.radius = radius;
   byId("slider").value = radius;
   if (document.activeElement !== byId("radius")) byId("radius").value = short(radius);
-  requestAnimationFrame(changed);
+  if (!state.waiting) requestAnimationFrame(() => { state.waiting = false; changed(); });
+  state.waiting = true;
 }
 
 function swatch(run) {
@@ -161,6 +162,7 @@ function begin() {
     byId("runs").append(make("label", {}, box, swatch(run), run.cells[0].text));
   }
   mainTable();
-  setRadius(state.radius);
+  slider.value = number.value = state.radius;
+  changed();
 }
 begin();
