@@ -1,6 +1,7 @@
 # make demo     train, certify and compare on the embedded digits (a few minutes on 2 cores)
 # make test     ruff, the type checker, the test suite
 # make package  build the wheel, install it elsewhere on two versions of Python, run the commands (minutes)
+# make browser  open the page of a report in Chromium, if it is installed
 # make soak     full grids, long simulations, kill campaigns (an hour or two)
 # make lint     ruff
 # All of them make their own environment in .venv first; PYTHON picks the interpreter (3.11 or newer).
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: demo test package soak lint clean
+.PHONY: demo test package browser soak lint clean
 .DELETE_ON_ERROR:
 
 .venv/ready: pyproject.toml
@@ -35,6 +36,9 @@ test: .venv/ready
 
 package: .venv/ready
 	$(BIN)/python -m pytest -m package --timeout=1200
+
+browser: .venv/ready
+	$(BIN)/python -m pytest -m browser --timeout=600 -rs
 
 soak: .venv/ready
 	$(BIN)/python -m pytest -m soak --timeout=7200 -s

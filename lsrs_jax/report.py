@@ -9,6 +9,10 @@ correct time), also a published log; LABEL=RUN names its row and curve. Logs of 
 format where their meaning is clear; a note says how. If certificates have been audited, a dashed curve shows the
 accuracy that the attacks left. The command writes report.md, curve.png and curve.svg, and with --board=DATA:TITLE
 (CIFAR-10:My paper) board.yml, entries for the leaderboard of certified robustness.
+
+It also writes report.html, one file that works without a network: a sortable table, curves, cost against accuracy, and
+the certified images of workdirs. Images of the embedded digits are put into it by default, those of other data sets
+with --images, because whoever gets the page gets them.
 """
 
 if __name__ == "__main__":
@@ -108,6 +112,22 @@ def _draw(runs: Sequence[Run], paths: Sequence[Path]) -> str:
     return ""
 
 
+def _write_page(path: Path, runs: Sequence[Run], radii: Sequence[float], table: str, embed: bool) -> None:
+    """Writes the page, or prints why there is none."""
+    if embed:
+        print("reading the images for the page ...", flush=True)
+    try:
+        from lsrs_jax.reporting import page
+
+        content, lacking = page.build(runs, radii, table, notes(runs), _LEGEND.format(unit=unit(runs)), embed)
+    except Exception as error:  # whatever it is, the table and the pictures are there
+        old = f"; {path} is of an earlier report" if path.exists() else ""
+        print(f"no page: {type(error).__name__}: {first_line(error)}{old}")
+        return
+    files.write_atomic(path, content)
+    print("\n".join([*(f"note: {note}" for note in lacking), f"page: {path}"]))
+
+
 def run(arguments: list[str]) -> None:
     """The command; see the module's docstring."""
     parser = cli.parser("report", __doc__, (), "[LABEL=]RUN ... --out=DIR [--radii=R,R,...] [--board=DATA:TITLE]")
@@ -115,6 +135,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--out", required=True, type=cli.folder, help="folder for report.md and the curve")
     radii = cli.checked(cli.numbers, lambda found: all(0 <= radius < math.inf for radius in found), "numbers >= 0")
     parser.add_argument("--radii", type=radii, help="radii of the table, e.g. 0,0.25,0.5")
+    parser.add_argument("--images", action="store_true", help="put the images of any data set into report.html")
     parser.add_argument("--board", type=_board, metavar="DATA:TITLE", help="write board.yml, for the leaderboard")
     options = parser.parse_args(arguments)
     runs = load_runs(options.runs)
@@ -131,6 +152,7 @@ def run(arguments: list[str]) -> None:
     if failed := _draw(runs, paths):
         old = f"; {paths[0]} is of an earlier report" if paths[0].exists() else ""
         print(f"no curve: {failed}{old}")
-        return
-    _write(options.out, [*before, "![certified accuracy over the radius](curve.svg)", legend])
-    print(f"curve: {paths[0]}")
+    else:
+        _write(options.out, [*before, "![certified accuracy over the radius](curve.svg)", legend])
+        print(f"curve: {paths[0]}")
+    _write_page(options.out / "report.html", runs, grid, table, options.images)

@@ -12,7 +12,7 @@ from lsrs_jax.runtime.moved import MOVED
 from support.commands import ROOT
 
 PACKAGE = ROOT / "lsrs_jax"
-HEAVY = ("orbax", "tensorstore", "tensorflow_datasets", "tensorflow", "grain", "matplotlib", "sklearn", "PIL")
+HEAVY = ("orbax", "tensorstore", "tensorflow_datasets", "tensorflow", "grain", "matplotlib", "sklearn", "PIL", "plotly")
 # Each entry may import only entries after it. `config` and the commands are files, the others are folders.
 ORDER = [
     *(

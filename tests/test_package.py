@@ -54,12 +54,17 @@ def test_wheel_and_sdist_hold_the_package_and_the_experiments(built):
     networks = [path for path in (source / "lsrs_jax" / "pretrained").rglob("*") if path.is_file()]
     pretrained = {path.relative_to(source).as_posix() for path in networks}
     assert "lsrs_jax/pretrained/digits/model.safetensors" in pretrained
+    reporting = source / "lsrs_jax" / "reporting"
+    page = {
+        path.relative_to(source).as_posix() for path in reporting.iterdir() if path.suffix in (".html", ".css", ".js")
+    }
+    assert len(page) == 5
     with zipfile.ZipFile(next(out.glob("*.whl"))) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert names == modules | experiments | pretrained | {"lsrs_jax/py.typed"}
+    assert names == modules | experiments | pretrained | page | {"lsrs_jax/py.typed"}
     with tarfile.open(next(out.glob("*.tar.gz"))) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
-    assert modules | pretrained | {f"configs/{path.name}" for path in (source / "configs").glob("*.py")} <= names
+    assert modules | pretrained | page | {f"configs/{path.name}" for path in (source / "configs").glob("*.py")} <= names
 
 
 class Environment:
@@ -95,7 +100,12 @@ def test_three_commands_from_an_empty_folder(installed):
     installed.run("lsrs", "train", "--config=digits", "--workdir=w", *few)
     assert "Lipschitz constant 1.0" in installed.run("lsrs", "certify", "--workdir=w")
     installed.run("lsrs", "report", "w", "--out=r")
-    assert {path.name for path in (installed.folder / "r").iterdir()} >= {"report.md", "curve.png", "curve.svg"}
+    assert {path.name for path in (installed.folder / "r").iterdir()} >= {
+        "report.md",
+        "report.html",
+        "curve.png",
+        "curve.svg",
+    }
     assert "--config.train.steps" in installed.run("lsrs", "train", "--help")
     assert installed.run("lsrs") == installed.run("python", "-m", "lsrs_jax")
     line = installed.run("lsrs", "train", "--config=digit", "--workdir=x", code=2)

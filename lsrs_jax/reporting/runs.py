@@ -26,6 +26,7 @@ class Run:
 
     label: str
     table: Table
+    file: Path | None = dataclasses.field(default=None, compare=False, kw_only=True)  # of the table
     audit: Audit | None = None  # what attacks found on these certificates
     notes: Sequence[str] = ()  # what a reader must know about it
     unfinished: str = ""  # as "78 of 360" images; "78 of ?" if nothing says how many there should be
@@ -60,7 +61,7 @@ def load_runs(arguments: Sequence[str]) -> list[Run]:
         for file in found:
             suffix = f"/{file.parent.name}" if len(found) > 1 else ""
             name = label or path.resolve().name.removesuffix(".tsv")
-            runs.append(_read(file, plain(name + suffix)))
+            runs.append(dataclasses.replace(_read(file, plain(name + suffix)), file=file))
         if empty:
             names = ", ".join(plain(folder.name) for folder in empty)
             note = f"beside it, {names} holds samples but no certificates yet, and is left out."
