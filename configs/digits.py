@@ -5,19 +5,30 @@
 
 Variants: ``lsrs`` (default; two orthogonal convolutions, noise on the latent), ``cayley`` (the same with another
 family), ``isrs`` (no encoder: the head smoothed in input space), ``isrs_split`` (the network of ``lsrs`` smoothed in
-input space), ``margin_attacked`` (``lsrs`` with a linear head, trained under noise and attack: its deterministic
-certificates need no samples, and are at least its smoothed ones; docs/guide.md).
+input space).
+
+Trained under noise and attack: ``margin_attacked`` (``lsrs`` with a linear head: its deterministic certificates need no
+samples, and are at least its smoothed ones; docs/guide.md), and at sigma 0.25 those of `make demo`: ``split2`` and
+``split4`` (the first two blocks of four, or all, are orthogonal and lie in front of the noise; ``split4`` has a linear
+head), ``split4_input`` (the network of ``split4``, noise on the image), ``mlp_input`` (an MLP, noise on the image).
 """
 
 from lsrs_jax.config import COMPARISONS, choose, default
 
+ATTACKED = {"train.loss": "smoothadv_consistency", "train.smoothadv.radius": 0.5, "train.noises": 2}
+DEMO = ATTACKED | {"sigma": 0.25}
+BLOCKS = DEMO | {
+    "model.encoder": "blocks",
+    "model.head": "blocks",
+    "model.widths": (8, 8, 32, 32),
+    "model.strides": (2, 1, 2, 1),
+}
 VARIANTS = COMPARISONS | {
-    "margin_attacked": {
-        "model.head": "linear",
-        "train.loss": "smoothadv_consistency",
-        "train.smoothadv.radius": 0.5,
-        "train.noises": 2,
-    }
+    "margin_attacked": ATTACKED | {"model.head": "linear"},
+    "split2": BLOCKS | {"model.split": 2},
+    "split4": BLOCKS | {"model.split": 4, "model.head": "linear"},
+    "split4_input": BLOCKS | {"model.split": 4, "model.head": "linear", "model.noise": "input"},
+    "mlp_input": DEMO | {"model.encoder": "identity"},
 }
 
 

@@ -1,4 +1,4 @@
-"""Compare certified classifiers: a table in Markdown and a curve as PNG and SVG.
+"""Compare certified classifiers: tables in Markdown, LaTeX and CSV, and a figure as PNG, SVG and PDF.
 
   lsrs report runs/digits --out=report
   lsrs report runs/digits runs/digits_isrs --out=report
@@ -7,7 +7,11 @@
 Each RUN is a workdir, a folder with certificates.tsv, or any table in the field's format (idx label predict radius
 correct time), also a published log; LABEL=RUN names its row and curve. Logs of other programs may deviate from the
 format where their meaning is clear; a note says how. If certificates have been audited, a dashed curve shows the
-accuracy that the attacks left. The command writes report.md, curve.png and curve.svg, and with --board=DATA:TITLE
+accuracy that the attacks left. Of more than eight runs, the figure shows means and ranges of those that differ only in
+the seed. --cost adds a panel with certified accuracy over the time per certificate; --envelope draws, for each method,
+the best of its runs at every radius (no one classifier has it).
+
+The command writes report.md, table.tex, table.csv and curve.png, .svg and .pdf, and with --board=DATA:TITLE
 (CIFAR-10:My paper) board.yml, entries for the leaderboard of certified robustness.
 
 It also writes report.html, one file that works without a network: a sortable table, curves, cost against accuracy, and
@@ -30,12 +34,13 @@ import numpy as np
 from lsrs_jax import cli
 from lsrs_jax.reporting import curve
 from lsrs_jax.reporting.board import board
+from lsrs_jax.reporting.groups import grouped
 from lsrs_jax.reporting.runs import Run, incomparable, load_runs, radius_grid, unit
+from lsrs_jax.reporting.table import comma_separated, latex, markdown, middle_radius
 from lsrs_jax.runtime import files
 from lsrs_jax.runtime.errors import first_line
-from lsrs_jax.runtime.progress import duration
 
-_FORMATS = ("png", "svg")
+_FORMATS = ("png", "svg", "pdf")
 _LEGEND = (
     "Certified accuracy at r: share of images classified correctly with a certified ℓ2 radius of at least r "
     "({unit}); abstentions count as wrong. Worst class: the lowest certified accuracy of a class. Expected invalid: "
@@ -43,34 +48,6 @@ _LEGEND = (
     "radius; wrong images count as 0. Cap: the radius that n agreeing samples certify, and so the largest "
     "ACR. ACR grows with n and with the cap, and a few very large radii raise it; compare certified accuracies first."
 )
-
-
-def markdown(runs: Sequence[Run], radii: Sequence[float]) -> str:
-    """The table: certified accuracy per radius, of the worst class too, abstention, ACR with its cap and n, cost."""
-    middle = 0.5 if 0.5 in radii else sorted(radii)[len(radii) // 2]
-    header = ["run", "images", *(f"r={radius:g}" for radius in radii), f"worst class at r={middle:g}", "abstain"]
-    header += ["expected invalid", "ACR", "cap", "n", "samples/image", "time/image"]
-    rows, caps = [header], [run.sampling.cap for run in runs if run.sampling]
-    for run in runs:
-        table, sampling = run.table, run.sampling
-        accuracy, worst = table.worst_class(middle)
-        cells = [f"{share:.3f}" for share in map(table.certified_accuracy, radii)]
-        cells += [f"{accuracy:.3f} (class {worst})", f"{table.abstention:.3f}"]
-        acr = f"{table.average_certified_radius:.3f}"
-        if run.deterministic:
-            capped = f" ({table.capped_radius(min(caps)):.3f} if capped at {min(caps):.3f})" if caps else ""
-            cells += ["0", f"{acr}{capped}", "none", "0"]
-        elif sampling:
-            cells += [f"{sampling.alpha * len(table):.2g}", acr, f"{sampling.cap:.3f}", f"{sampling.n:,}"]
-        else:
-            cells += ["?", acr, "?", "?"]
-        samples = "-" if table.samples is None else f"{table.samples.mean():,.0f}"
-        seconds = float(table.seconds.mean())
-        time = "-" if math.isnan(seconds) else duration(seconds)
-        name = f"{run.label} ({run.mark})" if run.mark else run.label
-        rows.append([name, run.images, *cells, samples, time])
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
 def notes(runs: Sequence[Run]) -> list[str]:
@@ -97,10 +74,10 @@ def _board(text: str) -> tuple[str, str]:
     return data.strip(), title.strip()
 
 
-def _draw(runs: Sequence[Run], paths: Sequence[Path]) -> str:
-    """Draws the curves to these paths; returns what kept Matplotlib from it, or ""."""
+def _draw(runs: Sequence[Run], paths: Sequence[Path], envelope: bool, cost_at: float | None) -> str:
+    """Draws the figure to these paths; returns what kept Matplotlib from it, or ""."""
     try:
-        pictures, readable = curve.render(runs, [path.suffix[1:] for path in paths])
+        pictures, readable = curve.render(runs, [path.suffix[1:] for path in paths], envelope, cost_at)
     except Exception as error:  # whatever Matplotlib raises about its installation and the user's settings
         if isinstance(error, ModuleNotFoundError) and error.name == "matplotlib":
             return "Matplotlib is not installed (pip install matplotlib)"
@@ -128,19 +105,36 @@ def _write_page(path: Path, runs: Sequence[Run], radii: Sequence[float], table: 
     print("\n".join([*(f"note: {note}" for note in lacking), f"page: {path}"]))
 
 
+def _about_the_figure(runs: Sequence[Run], envelope: bool, cost: bool) -> list[str]:
+    """Notes on what the figure shows."""
+    _, summary = grouped(runs, envelope)
+    found = [f"figure: {summary}."] if summary else []
+    untimed = [f"'{run.label}'" for run in runs if not run.table.seconds.mean() > 0]
+    if cost:
+        words = "compare times only if they were measured on one machine, without other work on it"
+        left_out = f"; no times, and so no points: {', '.join(untimed)}" if untimed else ""
+        found.append(f"time per certificate: means of the column time, without compilation; {words}{left_out}.")
+    return found
+
+
 def run(arguments: list[str]) -> None:
     """The command; see the module's docstring."""
-    parser = cli.parser("report", __doc__, (), "[LABEL=]RUN ... --out=DIR [--radii=R,R,...] [--board=DATA:TITLE]")
+    parser = cli.parser(
+        "report", __doc__, (), "[LABEL=]RUN ... --out=DIR [--radii=R,R,...] [--envelope] [--cost] [--board=DATA:TITLE]"
+    )
     parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN")
     parser.add_argument("--out", required=True, type=cli.folder, help="folder for report.md and the curve")
     radii = cli.checked(cli.numbers, lambda found: all(0 <= radius < math.inf for radius in found), "numbers >= 0")
     parser.add_argument("--radii", type=radii, help="radii of the table, e.g. 0,0.25,0.5")
     parser.add_argument("--images", action="store_true", help="put the images of any data set into report.html")
     parser.add_argument("--board", type=_board, metavar="DATA:TITLE", help="write board.yml, for the leaderboard")
+    parser.add_argument("--envelope", action="store_true", help="draw the best run of each method at every radius")
+    parser.add_argument("--cost", action="store_true", help="add a panel: certified accuracy over time per certificate")
     options = parser.parse_args(arguments)
     runs = load_runs(options.runs)
     grid = options.radii or radius_grid(runs)
-    table, below = markdown(runs, grid), [f"- {note}" for note in notes(runs)]
+    about = _about_the_figure(runs, options.envelope, options.cost)
+    table, below = markdown(runs, grid), [f"- {note}" for note in (*notes(runs), *about)]
     before, paths = ["# Certified accuracy", table, "\n".join(below)], [options.out / f"curve.{k}" for k in _FORMATS]
     options.out.mkdir(parents=True, exist_ok=True)
     if options.board:
@@ -149,7 +143,9 @@ def run(arguments: list[str]) -> None:
     legend = _LEGEND.format(unit=unit(runs))
     _write(options.out, [*before, legend])
     print("\n".join([table, *below, f"table: {options.out / 'report.md'}"]), flush=True)
-    if failed := _draw(runs, paths):
+    files.write_atomic(options.out / "table.tex", latex(runs, grid))
+    files.write_atomic(options.out / "table.csv", comma_separated(runs, grid))
+    if failed := _draw(runs, paths, options.envelope, middle_radius(grid) if options.cost else None):
         old = f"; {paths[0]} is of an earlier report" if paths[0].exists() else ""
         print(f"no curve: {failed}{old}")
     else:

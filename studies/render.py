@@ -1,13 +1,12 @@
 """Makes the tables and figures on the pages of docs/results from the files that are committed there."""
 
-import itertools
 import re
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 
-from lsrs_jax.reporting import curve
+from lsrs_jax.reporting import curve, style
+from lsrs_jax.reporting.kinds import kind_of
 from lsrs_jax.reporting.runs import Run, incomparable
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.files import write_atomic
@@ -99,62 +98,72 @@ def _means(found, references):
     return accelerator.table(header, rows)
 
 
-def pareto(found, path):
-    """Draws the average certified radius over the FLOPs of a sample."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
-    groups = {"LSRS": [], "LSRS, Haar strides": [], "ISRS, same network": [], "ISRS, free network": []}
+def pareto(found):
+    """The average certified radius over the FLOPs of a sample."""
+    figure = style.new_figure(2.3)
+    axes, groups, highest = figure.subplots(), {}, {}
     for run in found.values():
         if not run.smoothed:
             radius = run.table.average_certified_radius
-            axes.axhline(radius, color="gray", linestyle=":", label=f"margin, no samples (ACR {radius:.3f})")
+            axes.axhline(
+                radius, color="gray", linestyle=":", label=f"margin of another network, no samples: {radius:.3f}"
+            )
             continue
         model = run.facts["config"]["model"]
         latent = "LSRS, Haar strides" if model["encoder"] == "blocks_haar" else "LSRS"
-        group = latent if model["noise"] == "latent" else "ISRS, same network"
-        point = run.cost.head / 1e6, run.table.average_certified_radius, model["split"]
-        groups[group if model["split"] else "ISRS, free network"].append(point)
-    for (group, points), marker in zip(groups.items(), "oDs*", strict=True):
-        x, y, splits = np.reshape(sorted(points), (-1, 3)).T
-        axes.plot(x, y, marker=marker, label=group if points else "_", linestyle="-" if "LSRS" in group else "none")
-        for *point, split in zip(x, y, splits, strict=True):
-            axes.annotate(f"{split:g}", point, textcoords="offset points", xytext=(4, 4), fontsize=8)
+        group = latent if model["noise"] == "latent" else "ISRS of the same network"
+        x, y = run.cost.head / 1e6, run.table.average_certified_radius
+        groups.setdefault(group if model["split"] else "ISRS of a free network", []).append((x, y))
+        if model["noise"] == "latent" and model["split"]:
+            highest[model["split"]] = x, max(y, highest.get(model["split"], (x, y))[1])
+    for number, group in enumerate(sorted(groups, reverse=True)):
+        line = {"linestyle": "-" if "LSRS" in group else "none", "color": style.PALETTE[number]}
+        axes.plot(*zip(*sorted(groups[group]), strict=True), marker=style.MARKERS[number], label=group, **line)
+    for split, point in highest.items():
+        axes.annotate(f"{split}", point, textcoords="offset points", xytext=(0, 5), fontsize=7, ha="center")
     axes.set(xlabel="MFLOP per sample", ylabel="average certified radius", xscale="log")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    axes.margins(y=0.12)
+    style.legend_below(figure, *axes.get_legend_handles_labels(), "numbers: blocks in front of the noise, of 6")
+    return figure
 
 
-def deciding(found, path):
-    """Draws certified accuracy at one radius over the FLOPs that decide it; a point is the mean of the seeds."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
-    groups = {}
+def deciding(found):
+    """Certified accuracy at one radius over the FLOPs that decide it; a point is a seed."""
+    figure, groups = style.new_figure(2.0), {}
+    axes = figure.subplots()
     for label, run in found.items():
-        groups.setdefault(label.rpartition(", seed ")[0] or label, []).append(run)
-    for (label, runs), marker in zip(groups.items(), itertools.cycle("os^Dv*PX")):
-        sampled = [run for run in runs if "decided" in run.facts]
-        radius = sampled[0].facts["decided"]["radius"] if sampled else 0.5
-        flops = [results.flops_to_decide(run) if run in sampled else run.cost.encoder + run.cost.head for run in runs]
-        accuracy = [run.table.certified_accuracy(radius) for run in runs]
-        ends = np.array([[np.mean(accuracy) - min(accuracy)], [max(accuracy) - np.mean(accuracy)]])
-        name = f"{label} ({len(runs)} seeds)" if len(runs) > 1 else label
-        axes.errorbar(np.mean(flops) / 1e6, np.mean(accuracy), yerr=ends, marker=marker, capsize=3, ls="", label=name)
-    (left, right), top = axes.get_xlim(), axes.get_ylim()[1]
-    axes.set(xscale="log", xlabel="MFLOP per image to decide it (encoder and all samples)")
-    axes.set(xlim=(left / 10, right * 10), ylim=(0, 1.2 * top), ylabel=f"certified accuracy at r = {radius:g}")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+        groups.setdefault(label.rpartition(", seed ")[0], []).append(run)
+    radius = next(iter(found.values())).facts["decided"]["radius"]
+    for (label, runs), color, marker in zip(groups.items(), style.PALETTE, style.MARKERS, strict=False):
+        flops = [results.flops_to_decide(run) / 1e6 for run in runs]
+        certified = np.array([run.table.correct & (run.table.radius >= radius) for run in runs])
+        error = certified.mean(axis=0).std(ddof=1) / np.sqrt(certified.shape[1])
+        mean = {"color": color, "marker": marker, "markersize": 8, "capsize": 3, "linestyle": "none"}
+        axes.errorbar(np.mean(flops), certified.mean(), error, label=label, **mean)
+        axes.plot(flops, certified.mean(axis=1), marker, color=color, fillstyle="none")
+    axes.set(xlabel="MFLOP to decide an image (encoder and samples)")
+    axes.set(ylabel=f"certified accuracy at r = {radius:g}")
+    axes.margins(0.15)
+    note = "small: seeds; large: their mean, with its standard error over images"
+    style.legend_below(figure, *axes.get_legend_handles_labels(), note)
+    return figure
 
 
-FIGURES = {"pareto": pareto, "deciding": deciding}
+def curves(name, found):
+    """Certified accuracy over the radius, of the runs that the page is about."""
+    chosen = STUDIES[name].drawn or tuple(found)
+    runs = [
+        Run(label, run.table, kind=kind_of(run.certificates, run.facts["config"]))
+        for label, run in found.items()
+        if label in chosen or label.rpartition(", seed ")[0] in chosen
+    ]
+    return curve.figure(runs, envelope=STUDIES[name].figure == "envelope")
+
+
+def figure(name, found):
+    """The figure of a study, as an object of Matplotlib."""
+    drawn = {"pareto": pareto, "deciding": deciding}.get(STUDIES[name].figure)
+    return drawn(found) if drawn else curves(name, found)
 
 
 def write(name):
@@ -163,12 +172,8 @@ def write(name):
         _replace(name, accelerator.markdown(folder(name)))
     elif found := kept_runs(name):
         _replace(name, section(name, found))
-        figure = folder(name) / f"{name}.png"
-        if STUDIES[name].figure in FIGURES:
-            FIGURES[STUDIES[name].figure](found, figure)
-        else:
-            runs = [Run(label, run.table) for label, run in found.items()]
-            write_atomic(figure, curve.render(runs, ["png"])[0][0])
+        (picture,), _ = style.pictures(lambda: figure(name, found), ["png"])
+        write_atomic(folder(name) / f"{name}.png", picture)
 
 
 def _replace(name, content):

@@ -9,6 +9,7 @@ SPLIT = 4  # where it is cut in the studies that vary something else
 ATTACK = "train.smoothadv.radius=0.5"
 ATTACK_LOSS = "SmoothAdv and consistency"  # in labels
 DECIDED = "decided"  # name of the certification that decides one radius
+FAMILIES = ("adaptive", "paraunitary", "exponential", "cayley")
 ATTACKED = ("train.loss=smoothadv_consistency", ATTACK)
 
 
@@ -43,12 +44,13 @@ class Run:
 class Study:
     """The rows of one table. Labels that differ only in ``, seed <n>`` are repetitions of one run."""
 
-    figure: str  # "pareto", "deciding" or "curves"
+    figure: str  # "pareto", "deciding", "curves" or "envelope" (the best of a method's curves at every radius)
     rows: dict[str, Run]  # by label
     references: tuple[
         str, ...
     ] = ()  # labels without seed: a second table compares the means of repetitions with theirs
     page: str = "cifar10"  # docs/results/<page>.md has the table, docs/results/<page>/ keeps the runs
+    drawn: tuple[str, ...] = ()  # labels without seed of the runs in the figure; all runs if empty
 
 
 def _run(variant, *flags):
@@ -70,9 +72,7 @@ def _splits():
 
 def _families():
     rows = {}
-    for method, start in itertools.product(
-        ("adaptive", "paraunitary", "exponential", "cayley"), ("identity", "random")
-    ):
+    for method, start in itertools.product(FAMILIES, ("identity", "random")):
         flags = [f"model.method={method}"] * (method != "adaptive") + ["model.initializer=random"] * (start == "random")
         rows[f"{method}, {start} start"] = _run(f"split{SPLIT}", *flags)
     return rows
@@ -180,13 +180,35 @@ MNIST = {
     "ISRS, same network": ("mnist-isrs_split", "isrs_split", 3),
     "ISRS, head on the image": ("mnist-isrs", "isrs", 3),
 }
+_STRONGEST = "SmoothAdv, ε 0.5, and consistency"
+DRAWN = {  # the curves that answer the question of a page
+    "family": (*(f"{method}, identity start" for method in FAMILIES), "adaptive, random start"),
+    "loss": tuple(
+        f"{kind}: {loss}"
+        for kind in ("LSRS", "ISRS, same network")
+        for loss in ("Gaussian augmentation", "consistency", _STRONGEST)
+    ),
+    "headline": ("LSRS", f"LSRS, {ATTACK_LOSS}", "ISRS, same network", "ISRS, free network"),
+    "full": (
+        "ISRS, ResNet: Gaussian augmentation (every second image)",
+        "LSRS, isometric encoder, ResNet: Gaussian augmentation",
+        f"LSRS, isometric encoder, ResNet: {ATTACK_LOSS}",
+        f"LSRS, ResNet: {ATTACK_LOSS}",
+        f"LSRS: {ATTACK_LOSS}",
+    ),
+}
 STUDIES = {
     "split": Study("pareto", _splits()),
-    "family": Study("curves", _families()),
-    "loss": Study("curves", _losses()),
-    "sigma": Study("curves", _sigmas()),
-    "headline": Study("curves", _headline(), ("ISRS, same network", f"ISRS, same network, {ATTACK_LOSS}", "LSRS")),
+    "family": Study("curves", _families(), drawn=DRAWN["family"]),
+    "loss": Study("curves", _losses(), drawn=DRAWN["loss"]),
+    "sigma": Study("envelope", _sigmas()),
+    "headline": Study(
+        "curves",
+        _headline(),
+        ("ISRS, same network", f"ISRS, same network, {ATTACK_LOSS}", "LSRS"),
+        drawn=DRAWN["headline"],
+    ),
     "small_heads": Study("deciding", _small_heads(), ("ISRS, low-pass",), "small_heads"),
-    "full": Study("curves", _full()),
+    "full": Study("curves", _full(), drawn=DRAWN["full"]),
     "mnist": Study("curves", _seeds(MNIST, "configs/mnist.py", "test"), ("ISRS, same network",), "mnist"),
 }

@@ -8,6 +8,7 @@ computes the norm; the head compares it with 1/2.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from scipy import optimize, special, stats
 
 from lsrs_jax import SmoothedClassifier, cli, layers
 from lsrs_jax.layers.lipschitz import materialize
+from lsrs_jax.reporting import style
 from studies.accelerator import table
 
 FIGURE = Path(__file__).resolve().parents[1] / "docs" / "separation.png"
@@ -100,24 +102,22 @@ def input_smoothing(dimensions: int) -> np.ndarray:
     return np.where(found.predict == labels, found.radius, 0.0)
 
 
-def draw(measured: dict[int, float], baseline: float, path: Path) -> None:
-    """Draws radius over dimension."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+def figure(measured: dict[int, float], baseline: float) -> Any:
+    """Radius over dimension, as a figure of Matplotlib."""
+    figure = style.new_figure(2.3)
     axes, dimensions = figure.subplots(), np.unique(np.geomspace(4, 150_528, 40).astype(int))
+    blue, orange = style.PALETTE[:2]
     axes.axhline(0.5, color="gray", linestyle=":", label="true distance to the boundary")
-    axes.plot(*zip(*measured.items(), strict=True), "o-", label=f"LSRS: norm as the encoder, σ = {SIGMA} (measured)")
+    axes.plot(*zip(*measured.items(), strict=True), "o-", color=blue, label=f"LSRS, σ = {SIGMA}: measured")
     bound = [input_smoothing_of_any(int(d)) for d in dimensions]
-    axes.plot(dimensions, bound, "-", color="C1", label="input smoothing of any classifier, at its best σ (bound)")
-    axes.plot([BASELINE], [baseline], "s", color="C1", label="input smoothing of the best threshold (measured)")
+    axes.plot(dimensions, bound, "-", color=orange, label="input smoothing, best σ: bound for any classifier")
+    axes.plot([BASELINE], [baseline], "s", color=orange, label="input smoothing, best σ: best classifier, measured")
     bound = [input_smoothing_of_any(int(d), SIGMA) for d in dimensions]
-    axes.plot(dimensions, bound, "--", color="C2", label=f"input smoothing of any classifier, σ = {SIGMA} (bound)")
-    axes.set(xscale="log", xlabel="dimension of the input", ylabel="radius certified at every point", ylim=(0, 0.72))
-    axes.set_title(f"The origin against the unit sphere; n = {N:,}, α = {ALPHA}", fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="upper right")
-    figure.savefig(path, dpi=130)
+    label = f"input smoothing, σ = {SIGMA}: bound for any classifier"
+    axes.plot(dimensions, bound, "-.", color=orange, label=label)
+    axes.set(xscale="log", xlabel="dimension of the input", ylabel="radius certified at every point", ylim=(0, 0.55))
+    style.legend_below(figure, *axes.get_legend_handles_labels())
+    return figure
 
 
 def main(arguments: list[str]) -> None:
@@ -136,7 +136,8 @@ def main(arguments: list[str]) -> None:
     print(table([*header, f"LSRS, σ = {SIGMA}, least radius certified"], rows))
     baseline = float(input_smoothing(BASELINE).min())
     print(f"\ninput smoothing of the best threshold, {BASELINE:,} dimensions, at its best σ: {baseline:.4f} certified")
-    draw(measured, baseline, options.figure)
+    (picture,), _ = style.pictures(lambda: figure(measured, baseline), ["png"])
+    options.figure.write_bytes(picture)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from lsrs_jax.certification import ledger
 from lsrs_jax.certification.foreign import read_log
 from lsrs_jax.certification.table import Table
 from lsrs_jax.config import CALLER, chosen_images, config_from_dict
+from lsrs_jax.reporting.kinds import UNKNOWN_KIND, Kind, kind_of
 from lsrs_jax.reporting.sampling import Sampling, sampling_of
 from lsrs_jax.runtime import documents, files
 from lsrs_jax.runtime.errors import UserError
@@ -33,6 +34,7 @@ class Run:
     pixels: bool = True  # whether a radius is in units of pixels in [0, 1], and not of a caller's inputs
     composed: bool = False  # whether a fallback answers where the samples do not
     sampling: Sampling | None = None  # None if nothing says how it was sampled, and for deterministic certificates
+    kind: Kind = UNKNOWN_KIND
 
     @property
     def deterministic(self) -> bool:
@@ -89,7 +91,8 @@ def _read(file: Path, label: str) -> Run:
     elif file.with_name("audit.tsv").exists():
         notes.append("its audit is not finished and left out; the same audit command continues it.")
     composed = isinstance(content.get("identity"), dict) and "fallback" in content["identity"]
-    return Run(label, table, audit, notes, unfinished, not _of_caller(content), composed, sampling_of(content))
+    facts = sampling_of(content), kind_of(content)
+    return Run(label, table, audit, notes, unfinished, not _of_caller(content), composed, *facts)
 
 
 def _of_caller(content: dict[str, Any]) -> bool:

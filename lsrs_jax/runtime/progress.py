@@ -7,7 +7,9 @@ SECONDS_PER_REPORT = 2.0
 
 
 def duration(seconds: float) -> str:
-    """``21 ms``, ``4.2 s``, ``3 min 20 s``, ``5 h 02 min``."""
+    """``80 µs``, ``21 ms``, ``4.2 s``, ``3 min 20 s``, ``5 h 02 min``."""
+    if 0 < seconds < 0.9995e-3:
+        return f"{1e6 * seconds:.0f} µs"
     if seconds < 1:
         return f"{1000 * seconds:.0f} ms"
     if seconds < 60:
