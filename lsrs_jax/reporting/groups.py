@@ -13,6 +13,7 @@ from lsrs_jax.reporting.kinds import Kind
 from lsrs_jax.reporting.runs import Run
 
 MOST = 8  # curves in a figure
+_STEPS = 10_000  # of a curve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +27,12 @@ class Group:
 
     @property
     def steps(self) -> np.ndarray:
-        """0, and the radii just behind which the curve falls."""
-        return np.unique(np.concatenate([[0.0], *(certified_radii(run.table) for run in self.runs)]))
+        """0, and the radii just behind which the curve falls.
+
+        Of very many, some: between two of them the curve is then drawn as low as at the second one.
+        """
+        radii = np.unique(np.concatenate([[0.0], *(certified_radii(run.table) for run in self.runs)]))
+        return radii[np.unique(np.linspace(0, len(radii) - 1, _STEPS).astype(int))]
 
     def accuracy(self, radii: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Certified accuracy at some radii: of the curve, of the lowest and of the highest run."""
