@@ -6,7 +6,7 @@
 Variants: ``lsrs`` (default; two orthogonal convolutions, noise on the latent), ``cayley`` (the same with another
 family), ``isrs`` (no encoder: the head smoothed in input space), ``isrs_split`` (the network of ``lsrs`` smoothed in
 input space), ``margin_attacked`` (``lsrs`` with a linear head, trained under noise and attack: its deterministic
-certificates need no samples, and are at least its smoothed ones; docs/guide.md).
+certificates need no samples, and are at least its smoothed ones; docs/howto/deterministic.md).
 """
 
 from lsrs_jax.config import COMPARISONS, choose, default
