@@ -6,9 +6,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "_ext")]
-# The tutorials run in processes of their own: they import this clone, on the CPU, and their cells print no warnings of
-# libraries.
+# The tutorials run in processes of their own: they import this clone and find its commands, on the CPU, and their cells
+# print no warnings of libraries.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["PYTHONWARNINGS"] = "ignore"
 
@@ -34,6 +35,7 @@ myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 4
 nb_execution_mode = "force"
 nb_execution_timeout = 180
+nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 nb_merge_streams = True
