@@ -3,12 +3,13 @@
 # make package  build the wheel, install it elsewhere on two versions of Python, run the commands (minutes)
 # make soak     full grids, long simulations, kill campaigns (an hour or two)
 # make lint     ruff
+# make docs     build the documentation into docs/_build/html; the tutorials run, and a warning is an error (minutes)
 # All of them make their own environment in .venv first; PYTHON picks the interpreter (3.11 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: demo test package soak lint clean
+.PHONY: demo test package soak lint docs clean
 .DELETE_ON_ERROR:
 
 .venv/ready: pyproject.toml
@@ -43,5 +44,12 @@ lint: .venv/ready
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
+.venv/docs-ready: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,docs]'
+	@touch $@
+
+docs: .venv/docs-ready
+	$(BIN)/python -m sphinx -b html -W --keep-going --jobs=auto --quiet docs docs/_build/html
+
 clean:
-	rm -rf .venv runs/demo
+	rm -rf .venv runs/demo docs/_build

@@ -38,8 +38,8 @@ def commands():
         out = io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
             importlib.import_module(f"lsrs_jax.{module}").run(["--help"])
-        lines += ["", f"## lsrs {name}", "", f"{what[0].upper()}{what[1:]}.", "", "```text", *out.getvalue().splitlines()]
-        lines += ["```"]
+        lines += ["", f"## lsrs {name}", "", f"{what[0].upper()}{what[1:]}.", ""]
+        lines += ["```text", *out.getvalue().splitlines(), "```"]
     return lines
 
 
