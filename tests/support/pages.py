@@ -58,6 +58,8 @@ def command_lines(texts):
     for part in texts:
         for line in part.replace("\\\n", " ").splitlines():
             line = re.sub(r"\s#.*", "", line.strip().removeprefix("$ "))
+            if line.startswith("lsrs  "):  # a table: a variant of this name, and what it is
+                continue
             for piece in re.split(r"\s(?:&&|\||;)\s|;\s", line):
                 words = _words(piece)
                 while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
