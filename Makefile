@@ -4,12 +4,13 @@
 # make browser  open the page of a report in Chromium, if it is installed
 # make soak     full grids, long simulations, kill campaigns (an hour or two)
 # make lint     ruff
+# make docs     build the documentation into docs/_build/html; the tutorials run, and a warning is an error (minutes)
 # All of them make their own environment in .venv first; PYTHON picks the interpreter (3.11 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: demo test package browser soak lint clean
+.PHONY: demo test package browser soak lint docs clean
 .DELETE_ON_ERROR:
 
 .venv/ready: pyproject.toml
@@ -48,5 +49,12 @@ lint: .venv/ready
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
+.venv/docs-ready: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,docs]'
+	@touch $@
+
+docs: .venv/docs-ready
+	$(BIN)/python -m sphinx -b html -W --keep-going --jobs=auto --quiet docs docs/_build/html
+
 clean:
-	rm -rf .venv runs/demo
+	rm -rf .venv runs/demo docs/_build

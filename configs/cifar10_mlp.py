@@ -15,7 +15,7 @@ is staged, with up to n = 100,000 samples. A variant is ENCODER or ENCODER-HEAD:
   small         one hidden layer of 64
   linear        a linear head, which needs no samples: certify it with certify.certificate=deterministic
   conv          three convolutions with about 1 MFLOP
-Measured results: docs/results/far.md.
+Measured results: docs/results/small_heads.md.
 """
 
 from lsrs_jax.config import choose, default

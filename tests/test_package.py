@@ -17,7 +17,7 @@ from support import ROOT
 
 pytestmark = pytest.mark.package
 LITTLE = "--config.certify.n=256 --config.certify.n0=64 --config.certify.step=5"
-PAGES = [ROOT / "docs" / name for name in ("guide.md", "classifiers.md")]
+PAGES = [ROOT / "docs" / name for name in ("start.md", "howto/data.md", "classifiers.md")]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 
 
@@ -134,15 +134,14 @@ def test_a_folder_of_images_from_files_to_a_curve(installed):
 
 
 def test_every_block_of_the_readme_and_every_program_of_the_guide_runs(installed):
-    blocks = BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
-    programs = [text for language, text in blocks if language == "python"]
-    scripts = [text for language, text in blocks if language in ("", "bash")]
-    assert len(programs) >= 2
-    assert len(scripts) >= 2
-    guide = [block for page in PAGES for block in BLOCK.findall(page.read_text(encoding="utf-8"))]
-    # These are not installed with the package: tests/smoothing/test_doors.py and tests/api run their programs.
+    readme, start, *rest = [BLOCK.findall(page.read_text(encoding="utf-8")) for page in (ROOT / "README.md", *PAGES)]
+    first, guide = readme + start, sum(rest, readme + start)
+    scripts = [text for language, text in first if language in ("", "bash") and "pip install" not in text]
+    assert len(scripts) == 3
+    # These are not installed with the package: tests/test_documentation.py runs their programs.
     absent = ("import equinox", "import torch")
-    programs += [text for language, text in guide if language == "python" and not any(a in text for a in absent)]
+    programs = [text for language, text in guide if language == "python" and not any(a in text for a in absent)]
+    assert len(programs) > 10
     for text in programs:
         installed.run("python", "-c", text)
     shades(installed.folder / "PATH")

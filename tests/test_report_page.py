@@ -21,7 +21,7 @@ from lsrs_jax.certification.table import read_table
 from lsrs_jax.data import from_arrays, load
 from lsrs_jax.reporting import gallery, page, pictures
 from support import ROOT
-from support.pages import HOSTILE, blocks, noise, write_data, write_run
+from support.random_runs import HOSTILE, blocks, noise, write_data, write_run
 from test_report import write_log
 
 DIGITS = ROOT / "lsrs_jax" / "pretrained" / "digits"

@@ -57,8 +57,8 @@ def bjorck_step(q: Matrix) -> Matrix:
 def bjorck(w: Matrix) -> Matrix:
     """Makes W with m ≥ n semi-orthogonal by a fixed number of Björck's iterations.
 
-    First, each column is scaled by (Σ_j |WᵀW|_ij + ε)^−½, which gives ‖W‖ ≤ 1 (Prach and Lampert 2022, Theorem 1). Use
-    `exponential` or `cayley` if W is not clearly tall (m < 2n): small singular values need more iterations.
+    First, each column is scaled by (Σ_j abs(WᵀW)_ij + ε)^−½, which gives ‖W‖ ≤ 1 (Prach and Lampert 2022, Theorem 1).
+    Use `exponential` or `cayley` if W is not clearly tall (m < 2n): small singular values need more iterations.
 
     **Guarantee**: no singular value exceeds 1, converged or not (up to the rounding of the dtype). All are 1 up to
     rounding if the smallest singular value of the scaled W is above about .05; a rank-deficient W keeps small ones.

@@ -11,7 +11,7 @@ from lsrs_jax import report
 from lsrs_jax.auditing.table import read_audit
 from lsrs_jax.certification.table import read_table
 from support import ROOT
-from support.pages import HOSTILE, noise, write_data, write_run
+from support.random_runs import HOSTILE, noise, write_data, write_run
 from test_report import write_log
 
 pytestmark = pytest.mark.browser

@@ -16,7 +16,7 @@ from lsrs_jax.certification import store, verify
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.smoothing import Sampler, SmoothedClassifier, certify, predict
 from lsrs_jax.smoothing.head_trace import TracedHead
-from support import ROOT, threefry
+from support import threefry
 from support.commands import run
 
 SHAPE, TILE, CLASSES = (8, 8, 3), (2, 16), 4
@@ -331,21 +331,3 @@ def test_inference_mode_is_all_that_they_miss(expected):
     eqx = pytest.importorskip("equinox")
     found = sample(jax.vmap(eqx.nn.inference_mode(with_dropout())))
     np.testing.assert_array_equal(found.predict, expected.predict)
-
-
-# ------------------------------------------------------------------------------------------------- recipes of the guide
-
-PAGE = (ROOT / "docs" / "classifiers.md").read_text(encoding="utf-8")
-SECTION = PAGE.partition("## Heads from Flax Linen, NNX and Equinox")[2]
-RECIPES = re.findall(r"^```python\n(.*?)^```", SECTION.partition("\n## ")[0], re.M | re.S)
-
-
-@pytest.mark.parametrize("number", range(6))
-def test_a_recipe_of_the_guide_runs(number, capsys):
-    assert len(RECIPES) == 6
-    if "import equinox" in RECIPES[number]:
-        pytest.importorskip("equinox")
-    exec(compile(RECIPES[number], f"recipe {number}", "exec"), {"__name__": "__main__"})
-    out = capsys.readouterr().out
-    assert re.search(r"\d\.\d+", out)
-    assert ("channels_last" in out) == (".program" in RECIPES[number])

@@ -1,80 +1,85 @@
-"""Workdirs with certificates of random votes on images in a file, and what is inside a page about them."""
+"""The pages of the documentation: their code, and the command lines in them."""
 
-import json
+import ast
 import re
+import shlex
 
-import numpy as np
+from lsrs_jax import cli
+from support import ROOT
 
-from lsrs_jax.auditing.table import Attacked, Found, Journal, Settings, attacked_rows
-from lsrs_jax.certification import from_counts, store
-from lsrs_jax.certification.identity import Identity
-from lsrs_jax.certification.ledger import Ledger
-from lsrs_jax.certification.table import read_table
-from lsrs_jax.config import default
-from lsrs_jax.data import load_split
-from lsrs_jax.layers.lipschitz import LayerBound, LipschitzReport
-from lsrs_jax.runtime.documents import plain
-from lsrs_jax.runtime.files import digest_of
-from lsrs_jax.smoothing.arithmetic import make_arithmetic
-from lsrs_jax.smoothing.counts import Row
-from lsrs_jax.smoothing.schedule import Schedule
-
-HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"><!--<script>"
-
-
-def noise(count, shape=(8, 8, 3), seed=0):
-    """Images of noise, which compress worst, and labels of three classes."""
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, 256, (count, *shape), dtype=np.uint8), np.arange(count) % 3
+# The cards of published runs are written by a program.
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md")),
+    *sorted(page for page in ROOT.glob("docs/**/*.md") if page.name != "card.md" and "_build" not in page.parts),
+]
+SOURCES = [
+    path
+    for folder in ("lsrs_jax", "configs", "studies", "benchmarks")
+    for path in sorted(ROOT.glob(f"{folder}/**/*.py"))
+]
+_BLOCK = re.compile(r"^ *```(\S*)[^\n]*\n(.*?)^ *```", re.M | re.S)
+_INLINE = re.compile(r"`((?:lsrs|make|python -m|launch/)[ /][^`]+)`", re.S)
+_SHELL = ("", "bash", "sh", "console")
 
 
-def write_data(path, images, labels, names=("cat", "dog", HOSTILE)):
-    np.savez(path, x_train=images, y_train=labels, x_test=images, y_test=labels, class_names=np.array(names))
-    return path
+def text(page):
+    return page.read_text(encoding="utf-8")
 
 
-def write_run(workdir, data, indices, seed=0, audited=0):
-    """Certifies images `indices` of the file `data` with random votes, and audits some; returns the table."""
-    rng, config, home = np.random.default_rng(seed), default(), workdir / "certify" / "default"
-    config.data.name, config.data.dir = "npz", str(data)
-    config.certify.n0, config.certify.n, config.certify.tile = 10, 100, (2, 16)
-    dataset = load_split(config.data, "test")
-    facts = {name: getattr(dataset, name) for name in ("name", "version", "split")} | {"digest": dataset.digest()}
-    identity = Identity(
-        certificate="smoothed",
-        classes=3,
-        checkpoint={"step": 3, "digest": "00"},
-        data=facts | {"class_names": list(dataset.class_names)},
-        model=plain(config.model.to_dict()) | {"input_shape": list(dataset.shape)},
-        platform="cpu cpu",
-        images=len(dataset),
-        format=2,
-    ).sampled(config, make_arithmetic("sound", config.sigma), (4,))
-    with Ledger(home / "votes.0.tsv", Schedule(10, (100,), 16), 3, identity.run) as ledger:
-        for idx in map(int, indices):
-            label, share = int(dataset.labels[idx]), rng.dirichlet([0.3, 0.3, 0.3])
-            share[(label + (idx % 5 == 4)) % 3] += 1  # each fifth image is wrong
-            for stream, stop, n in (("selection", 1, 10), ("estimation", 7, 100)):
-                counts = rng.multinomial(n, share / 2).astype(np.int64)
-                ledger.append([Row(idx, label, 1e-3, stream, 0, stop, counts, 0.01)])
-    lipschitz = LipschitzReport((LayerBound("0 Dense", 1.0, 1.0, "SVD"),), dataset.shape, (4,))
-    store.write(home, config, identity, lipschitz, [store.new_session(len(indices))])
-    from_counts.derive(home, config)
-    table = read_table(home / "certificates.tsv")
-    if audited:
-        rows = attacked_rows(audited, len(table))
-        attacked = Attacked(*(getattr(table, name)[rows] for name in Attacked._fields))
-        zeros, distance = np.zeros(audited, int), attacked.radius + rng.uniform(0.1, 1, audited)
-        distance[::7] = np.inf
-        names = np.where(np.isinf(distance), "none", "pgd")
-        journal = Journal(home, Settings(audited, (1.0,), 1, 1, 1, 100), digest_of(home / "certificates.tsv"))
-        journal.append(attacked, Found(attacked.predict, zeros + 1, zeros, zeros, distance, names))
-        journal.finish()
-    return table
+def name(page):
+    return page.relative_to(ROOT).as_posix()
 
 
-def blocks(page):
-    """The JSON of a page: its numbers, and its sheets of images."""
-    text = page.read_text(encoding="utf-8")
-    pattern = '<script type="application/json" id="{}">(.*?)</script>'
-    return [json.loads(re.search(pattern.format(name), text, re.S)[1]) for name in ("data", "sheets")]
+def programs(page):
+    """(number, program) of every block ``python`` of a page."""
+    found = [code for language, code in _BLOCK.findall(text(page)) if language == "python"]
+    return list(enumerate(found))
+
+
+def docstrings(path):
+    """The docstrings of a file."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(text(path))) if isinstance(node, kinds)]
+    return [found for node in nodes if (found := ast.get_docstring(node))]
+
+
+def shell_text(page):
+    """The shell blocks of a page, the lines of its notebook cells that begin with !, and its commands in backticks."""
+    blocks = _BLOCK.findall(text(page))
+    lines = [code for language, code in blocks if language in _SHELL]
+    cells = "\n".join(code for language, code in blocks if language == "{code-cell}")
+    lines += re.findall("^!(.*)", cells, re.M)
+    prose = _BLOCK.sub("", text(page))
+    return [*lines, *(" ".join(found.split()) for found in _INLINE.findall(prose))]
+
+
+def command_lines(texts):
+    """The words of every command of this project in these texts, e.g. ["lsrs", "train", "--workdir=DIR"]."""
+    for part in texts:
+        for line in part.replace("\\\n", " ").splitlines():
+            line = re.sub(r"\s#.*", "", line.strip().removeprefix("$ "))
+            if line.startswith("lsrs  "):  # a table: a variant of this name, and what it is
+                continue
+            for piece in re.split(r"\s(?:&&|\||;)\s|;\s", line):
+                words = _words(piece)
+                while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+                    del words[0]
+                if words[:2] == ["python", "-m"] and words[2:]:
+                    words = _as_module(words[2], words[3:])
+                if words and (words[0] in ("lsrs", "make", "module") or words[0].startswith("launch/")):
+                    yield words
+
+
+def _as_module(module, rest):
+    package, _, command = module.partition(".")
+    if package != "lsrs_jax":
+        return ["module", module, *rest]
+    names = {module: name for name, (module, _) in cli.COMMANDS.items()}
+    return ["lsrs", *([names.get(command, command)] if command else []), *rest]
+
+
+def _words(piece):
+    try:
+        return shlex.split(piece)
+    except ValueError:  # prose
+        return []
