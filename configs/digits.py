@@ -8,10 +8,10 @@ family), ``isrs`` (no encoder: the head smoothed in input space), ``isrs_split``
 input space).
 
 Trained under noise and attack: ``margin_attacked`` (``lsrs`` with a linear head: its deterministic certificates need no
-samples, and are at least its smoothed ones; docs/howto/deterministic.md), and at sigma 0.25 those of `make demo`:
-``split2`` and ``split4`` (the first two blocks of four, or all, are orthogonal and lie in front of the noise; ``split4``
-has a linear head), ``split4_input`` (the network of ``split4``, noise on the image), ``mlp_input`` (an MLP, noise on the
-image).
+samples, and are at least its smoothed ones; docs/howto/deterministic.md). At sigma 0.25, those of `make demo`:
+``split2`` and ``split4`` (the first two blocks of four, or all, are orthogonal and lie in front of the noise;
+``split4`` has a linear head), ``split4_input`` (the network of ``split4``, noise on the image), ``mlp_input`` (an MLP,
+noise on the image).
 """
 
 from lsrs_jax.config import COMPARISONS, choose, default
