@@ -70,6 +70,7 @@ function drawCurves() {
   if (key === drawnAs) return Plotly.relayout(byId("curves"), { shapes: marker(colour) });
   drawnAs = key;
   Object.assign(layout.xaxis, { title: { text: `ℓ2 radius (${data.unit})` }, range: [0, LIMIT],
+    spikecolor: colour.text, spikethickness: 1, spikedash: "solid",
     hoverformat: DIGITS, unifiedhovertitle: { text: `r = %{x:${DIGITS}}` } });
   const traces = shown.flatMap((run) => curveTraces(run, colour));
   return Plotly.react(byId("curves"), traces, { ...layout, hovermode: "x unified", shapes: marker(colour) }, OPTIONS);
