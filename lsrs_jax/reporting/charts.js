@@ -36,7 +36,7 @@ function curveTraces(run, colour) {
   const line = { shape: "vh", color: colour.of(run), width: 2, dash: DASHES[Math.floor(run.index / 8) % 4] };
   const hidden = { x, mode: "lines", hoverinfo: "skip", line: { shape: "vh", width: 0 } };
   const samples = run.n === null ? "" : run.n ? `, n = ${whole(run.n)} samples` : ", no samples";
-  const narrow = byId("curves").clientWidth < 600;
+  const narrow = byId("curves").clientWidth < 600 || data.runs.filter((each) => each.shown).length > 6;
   const traces = byId("band").checked ? [
     { ...hidden, y: bands.map(([low]) => low) },
     { ...hidden, y: bands.map(([, high]) => high), fill: "tonexty", fillcolor: translucent(colour.of(run), 0.15) },
@@ -70,6 +70,7 @@ function drawCurves() {
   if (key === drawnAs) return Plotly.relayout(byId("curves"), { shapes: marker(colour) });
   drawnAs = key;
   Object.assign(layout.xaxis, { title: { text: `ℓ2 radius (${data.unit})` }, range: [0, LIMIT],
+    spikecolor: colour.text, spikethickness: 1, spikedash: "solid",
     hoverformat: DIGITS, unifiedhovertitle: { text: `r = %{x:${DIGITS}}` } });
   const traces = shown.flatMap((run) => curveTraces(run, colour));
   return Plotly.react(byId("curves"), traces, { ...layout, hovermode: "x unified", shapes: marker(colour) }, OPTIONS);
