@@ -25,9 +25,9 @@ demo: .venv/ready
 	  $(BIN)/python -m lsrs_jax.train --config=configs/digits.py:$$variant --workdir=$(DEMO)/$$variant && \
 	  $(BIN)/python -m lsrs_jax.certify --workdir=$(DEMO)/$$variant || exit 1; \
 	done
-	$(BIN)/python -m lsrs_jax.report 'LSRS, 4 of 4 blocks: margin'=$(DEMO)/split4/certify/default-margin \
-	  'LSRS, 4 of 4 blocks'=$(DEMO)/split4/certify/default 'LSRS, 2 of 4 blocks'=$(DEMO)/split2 \
-	  'ISRS, same network'=$(DEMO)/split4_input/certify/default 'ISRS, an MLP'=$(DEMO)/mlp_input \
+	$(BIN)/python -m lsrs_jax.report 'margin behind 4 of 4 blocks'=$(DEMO)/split4/certify/default-margin \
+	  'LSRS behind 4 of 4 blocks'=$(DEMO)/split4/certify/default 'LSRS behind 2 of 4 blocks'=$(DEMO)/split2 \
+	  'ISRS of the same network'=$(DEMO)/split4_input/certify/default 'ISRS of an MLP'=$(DEMO)/mlp_input \
 	  --cost --out=$(DEMO)/report
 
 test: .venv/ready

@@ -21,7 +21,7 @@ DEMO = ATTACKED | {"sigma": 0.25}
 BLOCKS = DEMO | {
     "model.encoder": "blocks",
     "model.head": "blocks",
-    "model.widths": (8, 8, 32, 32),
+    "model.widths": (4, 4, 16, 16),
     "model.strides": (2, 1, 2, 1),
 }
 VARIANTS = COMPARISONS | {

@@ -52,7 +52,7 @@ def audited(run):
 
 
 @pytest.mark.parametrize("cost", [None, 0.5], ids=["curves", "with cost"])
-@pytest.mark.parametrize("count", [1, 3, 8, 17])
+@pytest.mark.parametrize("count", [1, 3, 5, 8, 17])
 def test_a_report_of_runs_with_long_names_can_be_read(monkeypatch, count, cost):
     with style.look():
         check_readable(curve.figure(runs(count), cost_at=cost), monkeypatch)
@@ -64,6 +64,16 @@ def test_attacked_runs_envelopes_and_wide_names_can_be_read(monkeypatch):
         with style.look():
             check_readable(curve.figure(found), monkeypatch)
             check_readable(curve.figure(found, envelope=True), monkeypatch)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-9, 1e300])
+def test_a_figure_of_odd_radii_can_be_read(monkeypatch, scale):
+    found = [
+        dataclasses.replace(run, table=dataclasses.replace(run.table, radius=scale * run.table.radius))
+        for run in runs(2)
+    ]
+    with style.look():
+        check_readable(curve.figure(found, cost_at=0.5), monkeypatch)
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -100,6 +110,8 @@ def test_more_than_eight_runs_are_drawn_as_means_and_ranges_over_seeds():
         drawn[1].accuracy(radii), (each.mean(axis=0), each.min(axis=0), each.max(axis=0)), strict=True
     ):
         np.testing.assert_allclose(own, expected, rtol=1e-12)
+    twins = [dataclasses.replace(run, label=f"run {number}") for number, run in enumerate(found)]
+    assert [group.label for group in groups.grouped(twins)[0]] == [f"run {number} and others" for number in (0, 3, 6)]
     unknown, note = groups.grouped([dataclasses.replace(run, kind=Kind()) for run in found])
     assert [(group.label, len(group.runs)) for group in unknown] == [("method not known", 9)]
 

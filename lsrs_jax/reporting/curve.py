@@ -42,6 +42,7 @@ def figure(runs: Sequence[Run], envelope: bool = False, cost_at: float | None = 
 def _curves(axes: Any, groups: Sequence[Group], chosen: Sequence[Style], unit: str, marked: bool) -> list[Any]:
     """Draws the curves; returns handles and labels of a legend."""
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     largest = max(float(group.steps[-1]) for group in groups)
     limit, handles, highest = _MOST_ATTACKED * max(largest, 1e-3), [], 0.0
@@ -68,6 +69,9 @@ def _curves(axes: Any, groups: Sequence[Group], chosen: Sequence[Style], unit: s
                 highest = max(highest, share[0])
     axes.set(xlabel=f"ℓ2 radius ({unit})", ylabel="certified accuracy", ylim=(0, _top(highest)))
     axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    if not 1e-3 < largest < 1e4:  # long numbers
+        axes.xaxis.set_major_locator(MaxNLocator(2))
     return handles
 
 
@@ -77,7 +81,7 @@ def _top(highest: float) -> float:
 
 
 def _costs(axes: Any, groups: Sequence[Group], chosen: Sequence[Style], radius: float) -> None:
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
     highest = 0.0
     for group, own in zip(groups, chosen, strict=True):
@@ -88,9 +92,9 @@ def _costs(axes: Any, groups: Sequence[Group], chosen: Sequence[Style], radius: 
     axes.set(xscale="log", xlabel="time per certificate", ylabel=f"certified accuracy at r = {radius:g}")
     axes.set_ylim(0, _top(highest))
     axes.margins(x=0.2)
-    axes.xaxis.set_major_locator(LogLocator(numticks=4))
+    axes.xaxis.set_major_locator(LogLocator(numticks=3))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(EngFormatter("s", places=0, sep=" "))
-    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _labelled_at_their_ends(figure: Any, axes: Any, groups: Sequence[Group], chosen: Sequence[Style]) -> bool:

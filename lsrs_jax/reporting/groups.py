@@ -100,7 +100,11 @@ def _collect(runs: Sequence[Run], key: Callable[[Run], Hashable]) -> list[Group]
         kind = Kind(group[0].kind.method, sigmas.pop() if len(sigmas) == 1 else None, family)
         name = _without_seeds(group) if family else _named(kind)
         groups.append(Group(group[0].label if len(group) == 1 else name, kind, tuple(group)))
-    return groups
+    names = collections.Counter(group.label for group in groups)
+    return [
+        group if names[group.label] == 1 else dataclasses.replace(group, label=f"{group.runs[0].label} and others")
+        for group in groups
+    ]
 
 
 def _without_seeds(runs: Sequence[Run]) -> str:
