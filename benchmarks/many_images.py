@@ -83,8 +83,8 @@ def measured(*arguments):
 def main(arguments):
     """The command; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    for name, value in (("images", 10**6), ("classes", 10), ("shards", 8), ("n", 10_000)):
-        parser.add_argument(f"--{name}", type=int, default=value)
+    for name, value in (("--images", 10**6), ("--classes", 10), ("--shards", 8), ("--n", 10_000)):
+        parser.add_argument(name, type=int, default=value)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         workdir = Path(folder) / "many"

@@ -78,8 +78,8 @@ def samples(folder):
 def main(arguments):
     """The command; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    for name, value in (("images", 64), ("n", 20_000), ("rounds", 3)):
-        parser.add_argument(f"--{name}", type=int, default=value)
+    for name, value in (("--images", 64), ("--n", 20_000), ("--rounds", 3)):
+        parser.add_argument(name, type=int, default=value)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         workdir = Path(folder) / "digits"

@@ -276,11 +276,8 @@ def _sample(
     tick: Callable[[], None],
 ) -> None:
     process, start, indices = certification.process, time.monotonic(), pipeline.target.indices
-    share, derived, pause = (
-        certification.pending(indices)[process.index :: process.count],
-        start,
-        _SECONDS_PER_DERIVATION,
-    )
+    share = certification.pending(indices)[process.index :: process.count]
+    derived, pause = start, _SECONDS_PER_DERIVATION
 
     def begin() -> None:
         """Called with the first samples, not before, so that a head that cannot be certified leaves nothing behind."""
@@ -319,16 +316,8 @@ def _sample(
                 begin()
         status, first = Status(certification.schedule, len(share), report), lambda: None
     seed = certification.identity.sampling_facts(certification.config)["seed"]
-    engine, begun = Engine(pipeline.sampler, rng.root_key(seed), counts, decided, status, first), False
-    for portion in pipeline.target.arriving():
-        share = certification.pending(portion)[process.index :: process.count]
-        session["images"] += 0 if certification.inputs is None else len(share)
-        slack = {idx: counts.images[idx].slack for idx in share if idx in counts.images}
-        for images in pipeline.encoded(share, slack):
-            if not begun:
-                say(summary.before_sampling(pipeline, images))
-            begun = True
-            engine.run(images)
+    engine = Engine(pipeline.sampler, rng.root_key(seed), counts, decided, status, first)
+    _encode_and_sample(engine, pipeline, certification, counts, session, say)
     status.show()
     counts.flush()
     workdir.push()
