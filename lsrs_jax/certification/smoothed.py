@@ -325,3 +325,24 @@ def _sample(
     if process.leads:
         adopt()
     session["seconds"] = round(time.monotonic() - start, 3)
+
+
+def _encode_and_sample(
+    engine: Engine,
+    pipeline: Pipeline,
+    certification: Certification,
+    counts: ledger.Ledger,
+    session: dict[str, Any],
+    say: Say,
+) -> None:
+    """Samples this process's share of the images, as many at a time as the pipeline holds in memory."""
+    process, begun = certification.process, False
+    for portion in pipeline.target.arriving():
+        share = certification.pending(portion)[process.index :: process.count]
+        session["images"] += 0 if certification.inputs is None else len(share)
+        slack = {idx: counts.images[idx].slack for idx in share if idx in counts.images}
+        for images in pipeline.encoded(share, slack):
+            if not begun:
+                say(summary.before_sampling(pipeline, images))
+            begun = True
+            engine.run(images)
