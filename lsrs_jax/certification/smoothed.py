@@ -291,17 +291,18 @@ def _sample(
             derived = time.monotonic()
         return found
 
-    def report(line: str) -> None:
+    def report(line: Any) -> None:
         tick()
-        say(line if process.count == 1 else f"{line} (of this process's share)")
+        say(line if process.count == 1 else line.noted("(of this process's share)"))
 
-    status, first = Status(certification.schedule, len(indices), report), begin
+    rule = certification.derivation.decided
+    status, first = Status(certification.schedule, len(indices), report, rule), begin
     status.finish([counts.images[idx] for idx in indices if idx in certification.decided_images])
     if process.count > 1:
         with process.together("the first samples"):  # the identity must be on disk before any sample
             if process.leads:
                 begin()
-        status, first = Status(certification.schedule, len(share), report), lambda: None
+        status, first = Status(certification.schedule, len(share), report, rule), lambda: None
     seed = certification.identity.sampling_facts(certification.config)["seed"]
     engine = Engine(pipeline.sampler, rng.root_key(seed), counts, decided, status, first)
     for number, images in enumerate(pipeline.encoded(share, {i: image.slack for i, image in counts.images.items()})):
