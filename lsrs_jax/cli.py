@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lsrs_jax.runtime import signals
+from lsrs_jax.runtime import progress, signals
 from lsrs_jax.runtime.errors import UserError, first_line, out_of_memory
 
 COMMANDS = {  # name -> module, what it does
@@ -32,6 +32,7 @@ COMMANDS = {  # name -> module, what it does
     "data": ("show_data", "print and draw what is in a data set, also in your own folder or file"),
 }
 _MODULES = {module: name for name, (module, _) in COMMANDS.items()}
+_QUICK = ("sweep", "report", "config")  # they load within a second
 _USAGE = """usage: lsrs COMMAND [ARGUMENTS]; lsrs COMMAND --help says more
 
 {commands}
@@ -90,6 +91,10 @@ def _choose_and_run(module: str | None) -> NoReturn:
             hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
             _fail(f"unknown command {name!r}: {hint}")
         module = COMMANDS[name][0]
+    if _MODULES[module] not in _QUICK and not {"-h", "--help"} & set(sys.argv):
+        stream = sys.stderr if "--json" in sys.argv else sys.stdout
+        with contextlib.suppress(OSError):  # whoever reads the output may have ended
+            print(f"lsrs {_MODULES[module]}: loading JAX ...", file=stream, flush=True)
     execute(importlib.import_module(f"lsrs_jax.{module}").run)
     sys.exit(0)
 
@@ -106,7 +111,10 @@ def execute(run: Callable[[list[str]], None]) -> None:
         logs.show_everything()
     try:
         with signals.handled():
-            run(sys.argv[1:])
+            try:
+                run(sys.argv[1:])
+            finally:
+                progress.remove_bar()
     except UserError as error:
         _fail(str(error), error.code)
     except BrokenPipeError:  # the program that read the output has ended

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.runtime.progress import print_now
 from lsrs_jax.runtime.rng import check_key
 from lsrs_jax.runtime.validate import array
 
@@ -51,12 +52,17 @@ def seed_of(key: Any) -> int:
 
 
 def reporter(progress: Any) -> Callable[[str], object]:
-    """A function of a line: the caller's, or one that moves a bar to the number with which the line begins."""
+    """A function of a line: the caller's, or one that moves a bar to the number with which the line begins.
+
+    True stands for a bar on a terminal and in a notebook, and lines elsewhere.
+    """
     bar: Any = progress
     if isinstance(progress, type):
         raise UserError(f"progress must be a bar such as {progress.__name__}(total=len(x)), not its class")
-    if progress is None:
+    if progress is None or progress is False:
         return lambda line: None
+    if progress is True:
+        return print_now
     if not hasattr(progress, "update"):
         if callable(progress):
             return progress

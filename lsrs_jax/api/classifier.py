@@ -145,7 +145,7 @@ class SmoothedClassifier:
           slack: ℓ2 error of the latents, in their units, which is subtracted too: one number, or one per input.
           counts: ``samples`` of earlier certificates of the same head, latents, key and schedule, to be continued.
           name: the name of the certification in `out`.
-          progress: ``print`` or another function of a line, or a bar such as ``tqdm(total=len(x))``.
+          progress: True (a bar or lines), ``print``, another function of a line, or a bar as ``tqdm(total=len(x))``.
 
         Raises UserError (a ValueError) for bad input, and for a folder with another head, input, label or setting.
 

@@ -20,7 +20,7 @@ from lsrs_jax.certification.verify import Verdict, check_dataset, check_encoder
 from lsrs_jax.runtime import rng
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.format import PRNG
-from lsrs_jax.runtime.progress import Progress
+from lsrs_jax.runtime.progress import Progress, print_now
 from lsrs_jax.smoothing.counts import Counts, ImageCounts
 from lsrs_jax.smoothing.engine import Engine, Images
 from lsrs_jax.smoothing.sampler import Sampler
@@ -123,7 +123,7 @@ def _same_noise(
         return np.array([image.reached == recorded.images[image.idx].reached for image in images])
 
     total = sum(len(images.idx) for images in chunks)
-    status = Status(certification.schedule, total, lambda line: print(line, flush=True))
+    status = Status(certification.schedule, total, print_now, lambda _, images: decided(images))
     engine = Engine(pipeline.sampler, rng.root_key(seed), again, decided, status)
     for images in chunks:
         engine.run(images)
@@ -227,7 +227,8 @@ def _compare(
 
 def _print_differences(certification: Certification, old: list[ImageCounts], new: list[ImageCounts]) -> None:
     moved = comparison.samples_moved(old, new)
-    print(f"drawn again: {sum(image.total for image in new):,} samples of {len(new):,} images; {moved:,} differ")
+    total = sum(image.total for image in new)
+    print(f"drawn again: {total:,} samples of {len(new):,} images (n0 included); {moved:,} differ")
     if moved:
         was, now = (certification.derivation.certificates(certification.schedule, images) for images in (old, new))
         print(

@@ -20,6 +20,7 @@ from lsrs_jax.runtime import rng
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.format import FORMAT
 from lsrs_jax.runtime.processes import ALONE, Process
+from lsrs_jax.runtime.progress import Update
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.runtime.workdir import Workdir
 from lsrs_jax.smoothing.arithmetic import make_arithmetic
@@ -302,19 +303,23 @@ def _sample(
             pause = max(_SECONDS_PER_DERIVATION, 20 * (derived - begun))  # a table of a million images takes a minute
         return found
 
-    def report(line: str) -> None:
+    def report(line: Any) -> None:
         tick()
         if certification.inputs is not None:  # nobody knows how many come
             line = f"{len(certification.decided_images):>6,} of {len(certification.inputs):,} inputs so far decided"
-        say(line if process.count == 1 else f"{line} (of this process's share)")
+        if process.count > 1:
+            note = "(of this process's share)"
+            line = line.noted(note) if isinstance(line, Update) else f"{line} {note}"
+        say(line)
 
-    status, first = Status(certification.schedule, len(indices), report), begin
+    rule = certification.derivation.decided
+    status, first = Status(certification.schedule, len(indices), report, rule), begin
     status.finish([counts.images[idx] for idx in indices if idx in certification.decided_images])
     if process.count > 1:
         with process.together("the first samples"):  # the identity must be on disk before any sample
             if process.leads:
                 begin()
-        status, first = Status(certification.schedule, len(share), report), lambda: None
+        status, first = Status(certification.schedule, len(share), report, rule), lambda: None
     seed = certification.identity.sampling_facts(certification.config)["seed"]
     engine = Engine(pipeline.sampler, rng.root_key(seed), counts, decided, status, first)
     _encode_and_sample(engine, pipeline, certification, counts, session, say)

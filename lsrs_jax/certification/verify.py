@@ -139,7 +139,8 @@ def _report(folder: Path, stored: store.Stored, counts: Counts | None, verdict: 
     else:
         others = sum(counts.at_a_look(idx) for idx in counts.images) - rows
         left = f"; {others:,} other images have their samples there and no certificate" if others else ""
-        print(f"verified: {rows:,} certificates follow from the {verdict.samples:,} samples in {folder}{left}")
+        samples = f"{verdict.samples:,} samples (n0 included)"
+        print(f"verified: {rows:,} certificates follow from the {samples} in {folder}{left}")
         settings = f"; sigma {config.sigma}, n0 {certify.n0:,}, n {certify.n:,} ({certify.schedule}), "
         settings += f"alpha {certify.alpha}, {certify.bound} bound, {certify.arithmetic} arithmetic, "
         settings += f"head in {certify.head_dtype}"

@@ -153,7 +153,7 @@ class Smoother:
                 raise UserError("counts are of another head, latents, slack, key, noise or schedule; leave them out")
             samples.images |= counts.images
         derivation = dataclasses.replace(derivation, sigma=sampler.arithmetic.sigma, tau=sampler.tau)
-        status = Status(looks, len(latents), say)
+        status = Status(looks, len(latents), say, derivation.decided)
         engine = Engine(sampler, key, samples, lambda images: derivation.decided(looks, images), status)
         engine.run(Images(indices, [0] * len(latents), slacks, quantized))
         status.show()

@@ -48,13 +48,15 @@ class BlockSampler(Protocol):
     def put(self, quantized: Num[np.ndarray, "images *latent"], ids: Any = None) -> Any: ...
     def launch(self, batch: Any, key: jax.Array, first: int, stop: int, n: int) -> Future: ...
     def collect(self, launched: Future, images: int) -> Int[np.ndarray, "images classes"]: ...
+    def together(self, launched: Future) -> int: ...
 
 
 class Engine:
     """Samples images until each is decided.
 
-    All images advance to the next look together. At every look the undecided ones are repacked into full batches, so
-    that no row of the compiled program is wasted on a decided image. The counts do not depend on the repacking.
+    All images advance to the next look together. At every look the undecided ones are repacked into full batches, and
+    the sampler gives free slots of the last batch to later blocks of its images, up to the look, so that few rows of the
+    compiled program are wasted. The counts do not depend on the repacking.
 
     `counts` receives the new rows; its schedule says where images may stop. `decided` maps images at a look to a bool
     per image. `begin` is called once, after the first samples are drawn and before they are counted.
@@ -135,7 +137,8 @@ class Engine:
             for i, counts in zip(members, found, strict=True)
         )
         drawn = [self._counts.images[images.idx[i]] for i in members]
-        self._status.count(drawn, int(found[0].sum()), self._sampler.tile[0])
+        together = self._sampler.together(launch.pending)
+        self._status.count(drawn, int(found[0].sum()), self._sampler.tile[0], together)
         # Adapt the length of the launches to `_SECONDS_PER_LAUNCH`; the counts do not depend on it.
         if now - clock < _SECONDS_PER_LAUNCH / 2 and stop - first == self._blocks_per_launch:
             self._blocks_per_launch *= 2

@@ -286,6 +286,11 @@ class Sampler:
             self._check.verify(evaluated)
         return counts[:, :-1]
 
+    def together(self, launched: Future) -> int:
+        """How many blocks of each image a batch of this launch had room for."""
+        packing = launched.result().packing
+        return packing.blocks if packing else 1
+
     def without_noise(self, quantized: Num[np.ndarray, "images *latent"]) -> Int[np.ndarray, " images"]:
         """The classes that the head gives latents from `quantize` without noise."""
         found, rows = [], self._batch_shape[0]

@@ -9,6 +9,7 @@ from typing import Any
 
 from lsrs_jax.runtime.errors import first_line
 from lsrs_jax.runtime.files import with_filename, write_atomic
+from lsrs_jax.runtime.progress import Update, print_now
 
 
 class Metrics:
@@ -17,8 +18,8 @@ class Metrics:
     If tensorboardX fails, a note says so, and the training goes on without events.
     """
 
-    def __init__(self, workdir: Path, first: int) -> None:
-        self._path = workdir / "metrics.jsonl"
+    def __init__(self, workdir: Path, first: int, steps: int) -> None:
+        self._path, self._steps = workdir / "metrics.jsonl", steps
         text = self._path.read_text(encoding="utf-8", errors="replace") if self._path.exists() else ""
         # The steps after the checkpoint `first` run again: drop their lines, and a line that a kill has cut off.
         kept = [line for line in text[: text.rfind("\n") + 1].splitlines() if _step(line) <= first]
@@ -44,7 +45,8 @@ class Metrics:
                 self._board.add_scalar(name, value, metrics["step"])
         cells = {name: f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}" for name, value in metrics.items()}
         shown = "  ".join(f"{name} {cell}" for name, cell in cells.items() if name != "step")
-        print(f"step {metrics['step']:>6}  {shown}" + (f"  {left} left" if left else ""), flush=True)
+        parts = [f"step {metrics['step']:>6}", shown]
+        print_now(Update([*parts, f"{left} left"], metrics["step"], self._steps) if left else "  ".join(parts))
 
     def close(self) -> None:
         self._file.close()

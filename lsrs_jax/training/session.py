@@ -156,7 +156,7 @@ def train(
         if check is None:
             loop.train(job, lambda *_: None)
             return
-        with contextlib.closing(Metrics(workdir.path, first)) as metrics:
+        with contextlib.closing(Metrics(workdir.path, first, config.train.steps)) as metrics:
 
             def log(values: dict[str, Any], left: str | None = None) -> None:
                 check()  # otherwise checkpoints would be written into a folder that is gone

@@ -58,7 +58,7 @@ def test_no_file_and_no_flag_is_executed(folder, certification, tmp_path, monkey
         for text in [*(json_text(value).encode() for value in everywhere(CONFIG, texts)), *whole]:
             load(folder / "config.json", text)
             shutil.copy(folder / "config.json", folder / "metrics.jsonl")
-            Metrics(folder, 10).close()
+            Metrics(folder, 10, 10).close()
         for text in [*tables, *whole]:
             read(folder / "table.tsv", text)
             counts_of(folder / "ledger.tsv", HEADER.encode() + text)

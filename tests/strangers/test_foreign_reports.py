@@ -24,7 +24,7 @@ from support.samples import AUDIT, TABLE, reported
 def test_only_whole_lines_with_a_step_are_kept_of_any_metrics(folder, content):
     path = folder / "metrics.jsonl"
     path.write_bytes(content + b'\n{"step": 7, "loss": 0.5}\n{"step": 8, "lo')
-    Metrics(folder, 10**500).close()
+    Metrics(folder, 10**500, 10).close()
     kept = path.read_text().splitlines()
     assert kept[-1] == '{"step": 7, "loss": 0.5}'
     assert all(isinstance(json.loads(line)["step"], int) for line in kept)
@@ -40,7 +40,7 @@ def test_a_failing_tensorboard_loses_no_metrics(tmp_path, monkeypatch, capsys, f
     (tmp_path / "tensorboardX.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "tensorboardX", raising=False)
-    with contextlib.closing(Metrics(tmp_path, 0)) as metrics:
+    with contextlib.closing(Metrics(tmp_path, 0, 10)) as metrics:
         metrics({"step": 1, "loss": 0.5})
         metrics({"step": 2, "loss": 0.25})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.25}\n'
