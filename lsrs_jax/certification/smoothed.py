@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from lsrs_jax.smoothing.arithmetic import make_arithmetic
 from lsrs_jax.smoothing.composition import Composed
 from lsrs_jax.smoothing.counts import Counts, ImageCounts
 from lsrs_jax.smoothing.derivation import Certificates, Derivation
-from lsrs_jax.smoothing.engine import Engine, Status
+from lsrs_jax.smoothing.engine import Engine, Images, Status
 from lsrs_jax.smoothing.sampler import Sampler
 from lsrs_jax.smoothing.settings import FLAGS
 
@@ -265,6 +265,29 @@ def check_labels(folder: Path, counts: Counts, dataset: Dataset) -> None:
             raise UserError(f"{folder} does not fit the data: image {image.idx} has another label in its ledger")
 
 
+def _encoded(
+    pipeline: Pipeline, certification: Certification, counts: Counts, session: dict[str, Any]
+) -> Iterator[Images]:
+    """The undecided images of this process, as many at a time as have arrived and fit into memory."""
+    process = certification.process
+    for portion in pipeline.target.arriving():
+        share = certification.pending(portion)[process.index :: process.count]
+        session["images"] += 0 if certification.inputs is None else len(share)
+        yield from pipeline.encoded(share, {idx: counts.images[idx].slack for idx in share if idx in counts.images})
+
+
+def _reporting(certification: Certification, say: Say, tick: Callable[[], None]) -> Callable[[str], None]:
+    """A function of a line of progress, which is given to `say`."""
+
+    def report(line: str) -> None:
+        tick()
+        if certification.inputs is not None:  # nobody knows how many come
+            line = f"{len(certification.decided_images):>6,} of {len(certification.inputs):,} inputs so far decided"
+        say(line if certification.process.count == 1 else f"{line} (of this process's share)")
+
+    return report
+
+
 def _sample(
     pipeline: Pipeline,
     certification: Certification,
@@ -304,12 +327,7 @@ def _sample(
             pause = max(_SECONDS_PER_DERIVATION, 20 * (derived - begun))  # a table of a million images takes a minute
         return found
 
-    def report(line: str) -> None:
-        tick()
-        if certification.inputs is not None:  # nobody knows how many come
-            line = f"{len(certification.decided_images):>6,} of {len(certification.inputs):,} inputs so far decided"
-        say(line if process.count == 1 else f"{line} (of this process's share)")
-
+    report = _reporting(certification, say, tick)
     status, first = Status(certification.schedule, len(indices), report), begin
     status.finish([counts.images[idx] for idx in indices if idx in certification.decided_images])
     if process.count > 1:
@@ -318,16 +336,11 @@ def _sample(
                 begin()
         status, first = Status(certification.schedule, len(share), report), lambda: None
     seed = certification.identity.sampling_facts(certification.config)["seed"]
-    engine, begun = Engine(pipeline.sampler, rng.root_key(seed), counts, decided, status, first), False
-    for portion in pipeline.target.arriving():
-        share = certification.pending(portion)[process.index :: process.count]
-        session["images"] += 0 if certification.inputs is None else len(share)
-        slack = {idx: counts.images[idx].slack for idx in share if idx in counts.images}
-        for images in pipeline.encoded(share, slack):
-            if not begun:
-                say(summary.before_sampling(pipeline, images))
-            begun = True
-            engine.run(images)
+    engine = Engine(pipeline.sampler, rng.root_key(seed), counts, decided, status, first)
+    for number, images in enumerate(_encoded(pipeline, certification, counts, session)):
+        if number == 0:
+            say(summary.before_sampling(pipeline, images))
+        engine.run(images)
     status.show()
     counts.flush()
     workdir.push()
