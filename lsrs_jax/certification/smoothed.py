@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from lsrs_jax.smoothing.arithmetic import make_arithmetic
 from lsrs_jax.smoothing.composition import Composed
 from lsrs_jax.smoothing.counts import Counts, ImageCounts
 from lsrs_jax.smoothing.derivation import Certificates, Derivation
-from lsrs_jax.smoothing.engine import Engine
+from lsrs_jax.smoothing.engine import Engine, Images
 from lsrs_jax.smoothing.sampler import Sampler
 from lsrs_jax.smoothing.settings import FLAGS
 from lsrs_jax.smoothing.status import Status
@@ -267,6 +267,30 @@ def check_labels(folder: Path, counts: Counts, dataset: Dataset) -> None:
             raise UserError(f"{folder} does not fit the data: image {image.idx} has another label in its ledger")
 
 
+def _encoded(
+    pipeline: Pipeline, certification: Certification, counts: Counts, session: dict[str, Any]
+) -> Iterator[Images]:
+    """The undecided images of this process, as many at a time as have arrived and fit into memory."""
+    process = certification.process
+    for portion in pipeline.target.arriving():
+        share = certification.pending(portion)[process.index :: process.count]
+        session["images"] += 0 if certification.inputs is None else len(share)
+        yield from pipeline.encoded(share, {idx: counts.images[idx].slack for idx in share if idx in counts.images})
+
+
+def _reporting(certification: Certification, say: Say, tick: Callable[[], None]) -> Callable[[Update], None]:
+    """A function of an `Update`, which is given to `say`."""
+
+    def report(line: Update) -> None:
+        tick()
+        if certification.inputs is not None:  # nobody knows how many come
+            say(f"{len(certification.decided_images):>6,} of {len(certification.inputs):,} inputs so far decided")
+        else:
+            say(line if certification.process.count == 1 else line.noted("(of this process's share)"))
+
+    return report
+
+
 def _sample(
     pipeline: Pipeline,
     certification: Certification,
@@ -303,16 +327,7 @@ def _sample(
             pause = max(_SECONDS_PER_DERIVATION, 20 * (derived - begun))  # a table of a million images takes a minute
         return found
 
-    def report(line: Any) -> None:
-        tick()
-        if certification.inputs is not None:  # nobody knows how many come
-            line = f"{len(certification.decided_images):>6,} of {len(certification.inputs):,} inputs so far decided"
-        if process.count > 1:
-            note = "(of this process's share)"
-            line = line.noted(note) if isinstance(line, Update) else f"{line} {note}"
-        say(line)
-
-    rule = certification.derivation.decided
+    report, rule = _reporting(certification, say, tick), certification.derivation.decided
     status, first = Status(certification.schedule, len(indices), report, rule), begin
     status.finish([counts.images[idx] for idx in indices if idx in certification.decided_images])
     if process.count > 1:
@@ -322,7 +337,10 @@ def _sample(
         status, first = Status(certification.schedule, len(share), report, rule), lambda: None
     seed = certification.identity.sampling_facts(certification.config)["seed"]
     engine = Engine(pipeline.sampler, rng.root_key(seed), counts, decided, status, first)
-    _encode_and_sample(engine, pipeline, certification, counts, session, say)
+    for number, images in enumerate(_encoded(pipeline, certification, counts, session)):
+        if number == 0:
+            say(summary.before_sampling(pipeline, images))
+        engine.run(images)
     status.show()
     counts.flush()
     workdir.push()
@@ -330,24 +348,3 @@ def _sample(
     if process.leads:
         adopt()
     session["seconds"] = round(time.monotonic() - start, 3)
-
-
-def _encode_and_sample(
-    engine: Engine,
-    pipeline: Pipeline,
-    certification: Certification,
-    counts: ledger.Ledger,
-    session: dict[str, Any],
-    say: Say,
-) -> None:
-    """Samples this process's share of the images, as many at a time as the pipeline holds in memory."""
-    process, begun = certification.process, False
-    for portion in pipeline.target.arriving():
-        share = certification.pending(portion)[process.index :: process.count]
-        session["images"] += 0 if certification.inputs is None else len(share)
-        slack = {idx: counts.images[idx].slack for idx in share if idx in counts.images}
-        for images in pipeline.encoded(share, slack):
-            if not begun:
-                say(summary.before_sampling(pipeline, images))
-            begun = True
-            engine.run(images)

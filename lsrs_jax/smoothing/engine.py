@@ -55,8 +55,8 @@ class Engine:
     """Samples images until each is decided.
 
     All images advance to the next look together. At every look the undecided ones are repacked into full batches, and
-    the sampler gives free slots of the last batch to later blocks of its images, up to the look, so that few rows of the
-    compiled program are wasted. The counts do not depend on the repacking.
+    the sampler gives free slots of the last batch to later blocks of its images, up to the look, so that few rows are
+    wasted. The counts do not depend on the repacking.
 
     `counts` receives the new rows; its schedule says where images may stop. `decided` maps images at a look to a bool
     per image. `begin` is called once, after the first samples are drawn and before they are counted.
