@@ -44,8 +44,8 @@ class Metrics:
             for name, value in metrics.items() if self._board else ():
                 self._board.add_scalar(name, value, metrics["step"])
         cells = {name: f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}" for name, value in metrics.items()}
-        shown = "  ".join(f"{name} {cell}" for name, cell in cells.items() if name != "step")
-        parts = [f"step {metrics['step']:>6}", shown]
+        parts = [f"{name} {cell}" for name, cell in cells.items() if name != "step"]
+        parts.insert(0, f"step {metrics['step']:>6}")
         print_now(Update([*parts, f"{left} left"], metrics["step"], self._steps) if left else "  ".join(parts))
 
     def close(self) -> None:
