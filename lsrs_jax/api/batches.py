@@ -161,7 +161,7 @@ def certificates(
 ) -> Certificates:
     """Certificates in memory of checked inputs with the indices `first`, `first` + 1, …."""
     latents, total = classifier.encoding.latents(inputs, slack, classifier.sigma, classifier.settings["tile"][0])
-    sampler = classifier.sampler(latents.shape[1:])
+    sampler = classifier.smoother.sampler_said(latents.shape[1:], say or (lambda line: None))
     if labels is not None:
         classifier.names_of_classes(labels, inputs.shape[1:])
         if say and not first:

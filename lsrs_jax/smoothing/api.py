@@ -93,6 +93,12 @@ class Smoother:
                 self._samplers[made] = Sampler(self._head, made[0], **{**self._settings, **chosen})
             return self._samplers[made]
 
+    def sampler_said(self, latent_shape: Sequence[int], say: Callable[[str], object]) -> Sampler:
+        """`sampler`, and a line to `say` if it must be compiled first."""
+        if (tuple(latent_shape), *self._flags.values()) not in self._samplers:
+            say("compiling the head ...")
+        return self.sampler(latent_shape)
+
     def certify(
         self,
         x: Any,
@@ -136,9 +142,7 @@ class Smoother:
         looks = make_schedule(schedule, n0, n, self._settings["tile"][1])
         check_key(key)
         say = progress or (lambda line: None)
-        if (latents.shape[1:], *self._flags.values()) not in self._samplers:
-            say("compiling the head ...")
-        sampler = self.sampler(latents.shape[1:])
+        sampler = self.sampler_said(latents.shape[1:], say)
         quantized, indices = sampler.quantize(latents), range(first, first + len(latents))
         slacks = (sampler.arithmetic.slack(latents) + slack).tolist()
         facts = (sampler.head_digest, sampler.arithmetic.identity, self._settings["noise"], float(self.sigma))

@@ -111,7 +111,7 @@ def test_the_time_left_is_that_of_whole_batches(monkeypatch):
 
     def images(numbers, n):
         looks, counts = np.array([[n, 0]]), {"selection": np.array([100, 0]), "estimation": np.array([n, 0])}
-        return [types.SimpleNamespace(idx=idx, counts=counts, looks=looks) for idx in numbers]
+        return [types.SimpleNamespace(idx=idx, counts=counts, looks=looks, reached=1) for idx in numbers]
 
     status.finish(images([0], 1000))  # by an earlier session
     status.count(images(range(1, 33), 0), 100, 32)  # rates are measured from the end of this launch
