@@ -22,9 +22,9 @@ def configuration():
     """The fields of every section of a configuration as tables in Markdown."""
     lines, current = [], None
     for name, field in FIELDS.items():
-        section = name.partition(".")[0] if "." in name else "at the top"
+        section = f"Fields of {name.partition('.')[0]}" if "." in name else "Fields without a section"
         if section != current:
-            lines += ["", f"## Fields {section}" if section == "at the top" else f"## Fields of {section}", "", "| field | default | meaning | values |", "|---|---|---|---|"]
+            lines += ["", f"## {section}", "", "| field | default | meaning | values |", "|---|---|---|---|"]
             current = section
         words = field.limit.words if field.limit else ""
         lines.append(f"| `{name}` | `{field.default!r}` | {_cell(field.meaning)} | {_cell(words)} |")
