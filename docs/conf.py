@@ -28,6 +28,7 @@ extensions = [
 ]
 exclude_patterns = ["_build", "_ext", "schemas", "**/.ipynb_checkpoints"]
 templates_path = []
+smartquotes = False
 suppress_warnings = ["config.cache"]
 
 # Pages

@@ -39,7 +39,7 @@ def markdown(folder, sections=("precision", "throughput", "whole")):
         parts.append(f"{device_name(one)} ({one['backend']}), {one['day']}; {versions}")
     for section, parts_of in {"precision": _precision, "throughput": _throughput, "whole": _whole}.items():
         if found[section] and section in sections:
-            parts += [f"## {section.capitalize()}", *parts_of(found[section])]
+            parts += [f"## {section.capitalize()}", *map(folded, parts_of(found[section]))]
     return "\n\n".join(parts)
 
 
@@ -48,6 +48,12 @@ def table(header, rows):
     header = header.split("|") if isinstance(header, str) else header
     lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
+
+
+def folded(part, most=10):
+    """A part of a page; a table of more than `most` rows is folded behind their number."""
+    rows = part.count("\n") - 1 if part.startswith("| ") else 0
+    return f"<details>\n<summary>Table of {rows} rows</summary>\n\n{part}\n\n</details>" if rows > most else part
 
 
 def _precision(found):

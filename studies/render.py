@@ -40,16 +40,17 @@ def kept_runs(name):
 
 
 def section(name, found):
-    """The table of a study, and its figure, as Markdown."""
+    """The figure of a study, and its table, as Markdown."""
     missing, home = len(STUDIES[name].rows) - len(found), STUDIES[name].page
     rows = {f"[{label}]({home}/{run.name}/card.md)": results.cells(run) for label, run in found.items()}
     header = ["run", *next(iter(rows.values()))]
-    parts = [accelerator.table(header, [[label, *cells.values()] for label, cells in rows.items()])]
+    table = accelerator.table(header, [[label, *cells.values()] for label, cells in rows.items()])
+    parts = [f"![{name}]({home}/{name}.png)", accelerator.folded(table, most=0)]
     different = incomparable([Run(label, run.table, sampling=run.sampling) for label, run in found.items()])
     parts += [different] if different else []
     parts += [_means(found, STUDIES[name].references)] if STUDIES[name].references and not missing else []
     parts += [f"{missing} of the {missing + len(found)} runs of this study have not been made."] if missing else []
-    return "\n\n".join([*parts, f"![{name}]({home}/{name}.png)"])
+    return "\n\n".join(parts)
 
 
 def _interval(own, base):

@@ -22,7 +22,7 @@ def configuration():
     """The fields of every section of a configuration as tables in Markdown."""
     lines, current = [], None
     for name, field in FIELDS.items():
-        section = name.partition(".")[0] if "." in name else "top level"
+        section = f"Fields of {name.partition('.')[0]}" if "." in name else "Fields without a section"
         if section != current:
             lines += ["", f"## {section}", "", "| field | default | meaning | values |", "|---|---|---|---|"]
             current = section
