@@ -68,9 +68,7 @@ _AREA = Limit("two shares, 0 < least <= most <= 1", lambda area, _: len(area) ==
 _NOISES = Limit(
     "at least 1, with consistency at least 2", lambda n, c: n >= (2 if "consistency" in c.train.loss else 1)
 )
-_LATE = Limit(
-    "0, or at least train.noises={train.noises}", lambda noises, c: noises == 0 or noises >= c.train.noises
-)
+_LATE = Limit("0, or at least train.noises={train.noises}", lambda noises, c: noises == 0 or noises >= c.train.noises)
 _LOSS, _SCHEDULE = _one_of(*LOSSES), _one_of("cosine", "constant")
 _WARMUP = Limit("at least 0 and below train.steps={train.steps}", lambda steps, c: 0 <= steps < c.train.steps)
 _FOLDER = Limit("a plain folder name (letters, digits, . _ -)", lambda name, _: bool(_PLAIN.fullmatch(name)))
