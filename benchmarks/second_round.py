@@ -43,6 +43,7 @@ from studies.runs import RECIPE, STUDIES
 from studies.second_round import KEPT, WHOLE, markdown
 
 ROWS = STUDIES["second"].rows
+SIDE_BY_SIDE = [label for label in ROWS if label != RECIPE]  # of call 1
 MEASURED = (WHOLE, "LSRS, low-pass, MLP", "LSRS, learned, MLP", "LSRS, Haar, ResNet", RECIPE)
 MEASURED += ("ISRS, ResNet: SmoothAdv and consistency",)
 RADII = (0.25, 0.5, 0.75)  # that the staged and anytime certifications of the whole test set decide
@@ -76,7 +77,8 @@ class Round:
     def run(self, label, *flags):
         """A run of the study on the unpacked data."""
         run, data = ROWS[label], f"data.name=npz:{os.path.relpath(self.data, accelerator.ROOT)}"
-        return dataclasses.replace(run, flags=(*run.flags, data, *flags, *TINY * self.tiny))
+        last = {flag.partition("=")[0]: flag for flag in (*run.flags, data, *flags, *TINY * self.tiny)}
+        return dataclasses.replace(run, flags=tuple(last.values()))  # a tuple that is given twice would be appended
 
     def make(self, work, run):
         """Trains and certifies a run, and keeps it."""
@@ -108,7 +110,7 @@ def side_by_side():
 
 def call1(this):
     """Makes all rows but the recipe at the same time; returns the names of those that failed."""
-    found, failed, late = [this.run(label) for label in ROWS if label != RECIPE], [], False
+    found, failed, late = [this.run(label) for label in SIDE_BY_SIDE], [], False
     pool = concurrent.futures.ThreadPoolExecutor(2 if this.tiny else len(found))
     with side_by_side(), pool:
         waiting = {pool.submit(this.make, this.whole, run): run.name for run in found}
@@ -251,7 +253,7 @@ def deliver(out, to):
 def plan():
     """What the calls make, and how long they may take."""
     lines = [f"call1, {SECONDS['call1']} s, trained and certified at the same time:"]
-    lines += ["\n    ".join([f"  {label}", *run.shown()]) for label, run in ROWS.items() if label != RECIPE]
+    lines += ["\n    ".join([f"  {label}", *ROWS[label].shown()]) for label in SIDE_BY_SIDE]
     lines.append(f"call2, {SECONDS['call2']} s, one after the other, each for at most so many seconds:")
     lines += [f"  {name}: {BUDGETS[name]}" for name in PIECES]
     lines.append("A call saves and packs within some 20 s after that: give the machine 40 s more.")
