@@ -31,6 +31,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import jax
+
 from benchmarks import accelerator, cifar10_file, measuring, throughput
 from lsrs_jax import cli, models
 from lsrs_jax.flags import config_from_flags
@@ -105,11 +107,12 @@ def side_by_side():
             yield
         finally:
             if control:
-                subprocess.run([control], input=b"quit\n", check=False)
+                subprocess.run([control], input=b"quit -t 5\n", check=False, timeout=30)
 
 
 def call1(this):
     """Makes all rows but the recipe at the same time; returns the names of those that failed."""
+    jax.config.update("jax_platforms", "cpu")  # of this process, which would keep the service from ending
     found, failed, late = [this.run(label) for label in SIDE_BY_SIDE], [], False
     pool = concurrent.futures.ThreadPoolExecutor(2 if this.tiny else len(found))
     with side_by_side(), pool:
@@ -232,17 +235,14 @@ def say(text):
 
 def deliver(out, to):
     """Packs what is worth keeping into files of at most `PART` bytes."""
-    paths = [
-        path
-        for name in ("*.json", f"{KEPT}/**/*", "logs/*", "certificates/*", "precision/*.json")
-        for path in out.glob(name)
-    ]
-    paths += out.glob("runs/*/metrics.jsonl")
+    names = ("*.json", KEPT, "logs", "certificates", "precision/*.json", "runs/*/metrics.jsonl")
+    paths = [path for name in names for path in out.glob(name)]
     place = out / "runs" / ROWS[WHOLE].name
-    paths += [place / "config.json", *checkpoints(place).glob("**/*")] if checkpoints(place).is_dir() else []
+    if steps := [int(path.name) for path in place.glob("checkpoints/*") if path.name.isdigit()]:
+        paths += [place / "config.json", place / "checkpoints" / str(max(steps))]
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w:gz") as archive:
-        for path in sorted(path for path in paths if path.is_file()):
+        for path in sorted(paths):
             archive.add(path, Path(out.name) / path.relative_to(out))
     to.mkdir(parents=True, exist_ok=True)
     for number, start in enumerate(range(0, file.tell(), PART)):
