@@ -95,7 +95,7 @@ class Work:
             start_new_session=True,
         )
         try:
-            output, errors = process.communicate(timeout=max(1.0, self.end - time.monotonic()))
+            output, errors = self._ended(process)
         except BaseException as error:  # after a signal too, the command saves and ends before this script does
             os.killpg(process.pid, signal.SIGTERM)
             process.communicate()
@@ -108,6 +108,15 @@ class Work:
         if path:
             write_atomic(path, output)
         return time.monotonic() - start
+
+    def _ended(self, process):
+        """The output of a process; raises TimeoutExpired at the deadline, which another thread may bring forward."""
+        while True:
+            try:
+                return process.communicate(timeout=1.0)
+            except subprocess.TimeoutExpired:
+                if time.monotonic() > self.end:
+                    raise
 
 
 def same_counts(work):
@@ -161,8 +170,12 @@ def table(work, run):
 def whole(work, schedule, dtype):
     """Wall seconds from the checkpoint of the model to the finished table of all test images."""
     place = train(work, STUDIES["full"].rows[DEFAULT])
-    name = f"test-{schedule}-{dtype}"
-    flags = SCHEDULES[schedule] | {"name": name, "head_dtype": dtype, "step": 500 if work.tiny else 1}
+    return whole_set(work, place, f"test-{schedule}-{dtype}", SCHEDULES[schedule] | {"head_dtype": dtype})
+
+
+def whole_set(work, place, name, flags):
+    """The same for the checkpoint in a workdir, and fields of the section ``certify``."""
+    flags = flags | {"name": name, "step": 500 if work.tiny else 1}
     flags = [f"--config.certify.{field}={value}" for field, value in flags.items()]
     seconds = work.command("-m", "lsrs_jax.certify", f"--workdir={place}", "--config.data.split=test", *flags)
     source, target = place / "certify" / name, work.options.out / "certificates"

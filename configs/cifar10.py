@@ -16,6 +16,9 @@ Variants (``--config=configs/cifar10.py:VARIANT``):
                      the encoder of lsrs or of isometric, with a ResNet of 112 MFLOP as the head
   isrs_resnet        a ResNet of 507 MFLOP, smoothed in input space. All three ResNets are trained with a stronger
                      weight decay and for 16,000 steps
+  haar_resnet        one Haar transform, with a ResNet of 113 MFLOP with batch normalisation as the head; trained with
+                     SGD and consistency regularisation at adversarial latents. Noise and attack grow in the first
+                     steps, and in the last third of the steps an image gets four noise samples
   margin             the orthogonal blocks with a linear head, for deterministic certificates
   partial, latent, preprocessor
                      the splits of the public code that preceded LSRS, with larger heads
@@ -46,6 +49,26 @@ VARIANTS = {
     "gaussian": {"train.loss": "gaussian", "train.noises": 1},
     "macer": {"train.loss": "macer", "train.noises": 16},
     "smoothadv": {"train.loss": "smoothadv_consistency", "train.smoothadv.radius": 0.5},
+    "haar_resnet": {
+        "data.batch_size": 512,
+        "model.widths": (0,),
+        "model.strides": (2,),
+        "model.split": 1,
+        "model.head": "resnet_fine",
+        "model.head_norm": "batch",
+        "train.loss": "smoothadv_consistency",
+        "train.smoothadv.radius": 0.5,
+        "train.smoothadv.warmup_steps": 1200,
+        "train.consistency.weight": 20.0,
+        "train.late_noises": 4,
+        "train.sigma_start": 0.1,
+        "train.sigma_steps": 600,
+        "train.head_dtype": "bfloat16",
+        "train.optimizer": "sgd",
+        "train.learning_rate": 0.2,
+        "train.warmup_steps": 1800,
+        "train.weight_decay": 5e-4,
+    },
     "margin": {
         "model.widths": WIDTHS[:SPLIT],
         "model.strides": STRIDES[:SPLIT],

@@ -27,6 +27,7 @@ from lsrs_jax.runtime.errors import UserError
 from studies.accelerator import table
 
 ORDER = Path(__file__).resolve().parents[1] / "docs" / "results" / "cifar10" / "test_exact.txt"
+EXACT = "7df377a6806d4b2ab47cd4cebd785204288b6251f9fde50db9cf25ac47ae2dcb"  # digest of that split, under any name
 RADII = (0.0, 0.25, 0.5, 0.75)  # of the table
 
 
@@ -68,7 +69,7 @@ def load(path: Path) -> Table:
         return read_log(path)[0]
     found, stored = read_log(path / "certificates.tsv")[0], documents.read_json(path / "certificates.json")
     data = stored["identity"]["data"]
-    if (data["name"], data["split"]) != ("cifar10", "test_exact"):
+    if (data["name"], data["split"]) != ("cifar10", "test_exact") and data.get("digest") != EXACT:
         return found
     order = np.array(ORDER.read_text(encoding="utf-8").split(), np.int64)
     return dataclasses.replace(found, idx=order[found.idx])

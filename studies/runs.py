@@ -10,6 +10,8 @@ ATTACK = "train.smoothadv.radius=0.5"
 ATTACK_LOSS = "SmoothAdv and consistency"  # in labels
 DECIDED = "decided"  # name of the certification that decides one radius
 FAMILIES = ("adaptive", "paraunitary", "exponential", "cayley")
+RECIPE = "LSRS, Haar, ResNet: the recipe"
+EVERY_SECOND = "certify.step=2"
 ATTACKED = ("train.loss=smoothadv_consistency", ATTACK)
 
 
@@ -139,7 +141,7 @@ def _full():
         f"LSRS: {augmented}": ("gaussian", "gaussian"),
         f"LSRS: {ATTACK_LOSS}": ("smoothadv", "smoothadv"),
     }
-    every_second = (*gaussian, "certify.step=2")
+    every_second = (*gaussian, EVERY_SECOND)
     kinds = first | {
         f"ISRS, ResNet: {augmented} (every second image)": ("isrs_resnet-gaussian", "isrs_resnet", *every_second),
         f"{isometric}, ResNet: consistency": ("isometric_resnet", "isometric_resnet"),
@@ -159,6 +161,39 @@ def _full():
     return {
         label: Run(f"full-{name}", f"configs/cifar10.py:{variant}", (*flags, *own))
         for label, (name, variant, *own) in kinds.items()
+    }
+
+
+def _second():
+    """The second round on an accelerator: two encoders and three heads under one loss, ISRS, and a longer training."""
+    certified = ("certify.step=1", "certify.head_dtype=bfloat16")
+    short = (*ATTACKED, *certified, "train.steps=6000")
+    learned = ("smoothadv", *short, "model.widths=(128,128,128,64,48)", "model.strides=(2,1,1,1,2)")
+    haar = ("isometric", *short, "model.widths=(0,0)", "model.strides=(2,2)")
+    linear = ("model.head=linear",)
+    mlp = ("model.head=mlp", "model.head_widths=(1024,)", "certify.tile=(256,128)")
+    kinds = {
+        "ISRS, ResNet: consistency": ("isrs-consistency", "isrs_resnet", *certified, "train.steps=6000", EVERY_SECOND),
+        f"ISRS, ResNet: {ATTACK_LOSS}": ("isrs-attacked", "isrs_resnet", *short, EVERY_SECOND),
+        "LSRS, Haar, ResNet": ("haar-resnet", "isometric_resnet", *short),
+        "LSRS, learned, blocks": ("learned-blocks", "smoothadv", *short),
+        "LSRS, learned, MLP": ("learned-mlp", *learned, *mlp),
+        "LSRS, Haar, blocks": ("haar-blocks", "isometric", *short),
+        "LSRS, low-pass, MLP": ("lowpass-mlp", *haar, "model.encoder=lowpass", *mlp),
+        "deterministic, learned, linear": ("learned-linear", *learned, *linear),
+        "deterministic, Haar, linear": ("haar-linear", *haar, *linear),
+        # Each checkpoint makes the statistics of batch normalisation again, which takes a second on a GPU.
+        RECIPE: ("recipe", "haar_resnet", *certified, "train.checkpoint_every=4000", "train.evaluate_every=20000"),
+    }
+    margin = ("certify.certificate=deterministic",)
+    return {
+        label: Run(
+            f"second-{name}",
+            f"configs/cifar10.py:{variant}",
+            tuple(flags),
+            certify=margin if label.startswith("deterministic") else (),
+        )
+        for label, (name, variant, *flags) in kinds.items()
     }
 
 
@@ -210,5 +245,6 @@ STUDIES = {
     ),
     "small_heads": Study("deciding", _small_heads(), ("ISRS, low-pass",), "small_heads"),
     "full": Study("curves", _full(), drawn=DRAWN["full"]),
+    "second": Study("curves", _second(), page="accelerator"),
     "mnist": Study("curves", _seeds(MNIST, "configs/mnist.py", "test"), ("ISRS, same network",), "mnist"),
 }

@@ -195,11 +195,34 @@ def test_every_loss_is_selected_by_name_and_equal_on_eight_devices(name):
 
     @jax.jit
     def evaluate(params, images, labels):
-        return function(model, params, images, labels, threefry(4))
+        return function(model, params, images, labels, threefry(4), 0)
 
     whole = evaluate(params, images, labels)
     mesh = local_mesh()
     parts = evaluate(jax.device_put(params, replicated(mesh)), *jax.device_put((images, labels), split(mesh)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6), whole, parts)
-    other = losses.make_loss(config)(model, params, images, labels, threefry(5))
+    other = losses.make_loss(config)(model, params, images, labels, threefry(5), 0)
     assert (float(other[0]) == pytest.approx(float(whole[0][0]), rel=1e-6)) == (name == "margin")
+
+
+def settled(step, **fields):
+    """The loss at a step, of a configuration with these fields of the section ``train``, and of `sigma`."""
+    config, sigma = default(), fields.pop("sigma", SIGMA)
+    config.sigma, config.train.noises = sigma, 2
+    config.train.update_from_flattened_dict(fields)
+    model = small_model(head="mlp")
+    return float(losses.make_loss(config)(model, model.init(threefry(0)), IMAGES, LABELS, threefry(4), step)[0])
+
+
+def test_the_noise_of_training_grows_to_sigma():
+    warm = {"sigma_start": 0.1, "sigma_steps": 10}
+    for step, sigma in ((0, 0.1), (5, (0.1 + SIGMA) / 2), (10, SIGMA), (11, SIGMA)):
+        assert settled(step, **warm) == pytest.approx(settled(0, sigma=sigma), rel=1e-6), step
+
+
+def test_the_attack_of_training_grows_to_its_radius():
+    attack = {"loss": "smoothadv", "smoothadv.radius": 0.8}
+    for step, radius in ((0, 0.0), (5, 0.4), (10, 0.8), (11, 0.8)):
+        expected = settled(0, **attack | {"smoothadv.radius": radius})
+        assert settled(step, **attack, **{"smoothadv.warmup_steps": 10}) == pytest.approx(expected, rel=1e-6), step
+    assert settled(0, loss="gaussian") < settled(0, **attack)

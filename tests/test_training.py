@@ -101,6 +101,24 @@ def test_the_average_is_what_is_kept_and_the_parameters_train_on(tmp_path):
     assert checkpoint.digest(average) != checkpoint.digest(last)
 
 
+def test_late_steps_have_more_noise_samples():
+    config, model = default(), small_model(encoder="identity")
+    config.train.update(steps=6, noises=1, late_noises=3)
+    batch = np.random.default_rng(0).random((8, 4, 4, 1), np.float32), np.arange(8) % 3
+    transformation, params = loop.make_optimizer(config.train), jax.device_get(model.init(threefry(0)))
+
+    def after(step, **fields):
+        other = config.copy_and_resolve_references()
+        other.train.update(fields)
+        state = loop.State(jax.tree.map(np.copy, params), transformation.init(params), None)
+        return loop.step_function(model, other, transformation.update)(state, *batch, threefry(1), np.uint32(step))[1]
+
+    for step, noises in ((3, 1), (4, 3)):
+        expected = [float(value) for value in after(step, noises=noises, late_noises=0)]
+        assert [float(value) for value in after(step)] == pytest.approx(expected, rel=1e-6)
+    assert float(after(3)[0]) != float(after(3, noises=3, late_noises=0)[0])
+
+
 def test_a_bfloat16_head_trains_float32_parameters(tmp_path):
     *_, exact = trained(tmp_path / "float32")
     *_, rounded = trained(tmp_path / "bfloat16", head_dtype="bfloat16")

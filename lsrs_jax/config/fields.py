@@ -68,6 +68,7 @@ _AREA = Limit("two shares, 0 < least <= most <= 1", lambda area, _: len(area) ==
 _NOISES = Limit(
     "at least 1, with consistency at least 2", lambda n, c: n >= (2 if "consistency" in c.train.loss else 1)
 )
+_LATE = Limit("0, or at least train.noises={train.noises}", lambda noises, c: noises == 0 or noises >= c.train.noises)
 _LOSS, _SCHEDULE = _one_of(*LOSSES), _one_of("cosine", "constant")
 _WARMUP = Limit("at least 0 and below train.steps={train.steps}", lambda steps, c: 0 <= steps < c.train.steps)
 _FOLDER = Limit("a plain folder name (letters, digits, . _ -)", lambda name, _: bool(_PLAIN.fullmatch(name)))
@@ -153,6 +154,11 @@ FIELDS: dict[str, Field] = {
     ),
     "train.loss": Field("gaussian", "gaussian", "This is the loss; training.losses explains each.", _LOSS),
     "train.noises": Field(1, 1, "Each image gets this many noise samples in a step.", _NOISES),
+    "train.late_noises": Field(
+        0, 0, "In the last third of the steps each image gets this many noise samples; 0 means train.noises.", _LATE
+    ),
+    "train.sigma_start": Field(0.1, 0.1, "The noise has this standard deviation when its warm-up starts.", _SIGMA),
+    "train.sigma_steps": Field(0, 0, "The noise first grows linearly to sigma for this many steps.", _at_least(0)),
     "train.radius": Field(36 / 255, 36 / 255, 'The loss "margin" asks for this radius.', _at_least(0)),
     "train.temperature": Field(0.25, 0.25, 'The loss "margin" divides the logits by this number.', _POSITIVE),
     "train.consistency.weight": Field(10.0, 10.0, "λ weights the consistency loss.", _at_least(0)),
@@ -162,6 +168,9 @@ FIELDS: dict[str, Field] = {
     "train.macer.sharpness": Field(16.0, 16.0, "β multiplies the logits in the radius loss of MACER.", _POSITIVE),
     "train.smoothadv.radius": Field(0.25, 0.25, "The attack moves the latent by at most this distance.", _at_least(0)),
     "train.smoothadv.steps": Field(2, 2, "The attack takes this many gradient steps.", _at_least(1)),
+    "train.smoothadv.warmup_steps": Field(
+        0, 0, "The distance of the attack first grows linearly from 0 for this many steps.", _at_least(0)
+    ),
     "train.ema": Field(0.0, 0.0, "The certified parameters are averages with this decay; 0 means no average.", _DECAY),
     "train.shard_parameters": Field(False, False, "If true, devices divide parameters and optimizer state."),
     "train.head_dtype": Field("float32", "float32", "The head is trained in this dtype.", _one_of(*DTYPES)),

@@ -185,7 +185,7 @@ _RESNET18 = ((64, 1), (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2),
 
 # Number of classes -> module; `mlp` also takes its widths. Without model.head_norm, `resnet` to `resnet18` have no
 # normalisation. `resnet18_tail` is layers 3 and 4 of a ResNet-18, `resnet50_tail` layer 4 of a ResNet-50.
-# `resnet_latent` is for a latent of few pixels and many channels.
+# `resnet_latent` is for a latent of few pixels and many channels, `resnet_fine` for one of 16x16 pixels.
 HEADS: dict[str, Callable[[int], nn.Module]] = {
     "linear": LinearHead,
     "normalized": NormalizedHead,
@@ -195,6 +195,7 @@ HEADS: dict[str, Callable[[int], nn.Module]] = {
     "convnet_light": lambda classes: ConvHead(classes, ((64, 2), (64, 1))),
     "resnet": lambda classes: ResNetHead(classes, ((32, 1), (64, 2))),
     "resnet_latent": lambda classes: ResNetHead(classes, ((128, 1), (128, 1), (256, 2))),
+    "resnet_fine": lambda classes: ResNetHead(classes, ((48, 1), (48, 1), (112, 2), (112, 1), (192, 2))),
     "resnet10": lambda classes: ResNetHead(classes, ((64, 1), (128, 2), (256, 2), (512, 2))),
     "resnet18": lambda classes: ResNetHead(classes, _RESNET18),
     "resnet18_tail": lambda classes: ResNetHead(classes, _RESNET18[4:], stem=False),

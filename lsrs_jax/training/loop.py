@@ -106,18 +106,23 @@ def step_function(
     sharding of replicated arrays; XLA chooses both if it is None.
     """
     model = dataclasses.replace(model.in_training, head_dtype=config.train.head_dtype)
-    loss, decay = make_loss(config), config.train.ema
+    loss, late, decay = make_loss(config), config.train.late_noises, config.train.ema
+    late_loss, last_third = make_loss(config, late), config.train.steps - config.train.steps // 3
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings, compiler_options=compiler_options())
     def train_step(state: State, images: Images, labels: Labels, key: jax.Array, step: jax.Array) -> Any:
-        def loss_of(params: Params) -> Any:
+        def loss_of(loss: Any, params: Params) -> Any:
             if shardings:
                 # XLA computes wrong gradients of orthogonal kernels built from sharded parameters (jax 0.10, not
                 # reported upstream). Remove this when they equal the gradients of replicated parameters without it.
                 params = jax.lax.with_sharding_constraint(params, shardings[1])
-            return loss(model, params, images, labels, jax.random.fold_in(key, step))
+            return loss(model, params, images, labels, jax.random.fold_in(key, step), step)
 
-        metrics, gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        first, last = (
+            functools.partial(jax.value_and_grad(loss_of, argnums=1, has_aux=True), each, state.params)
+            for each in (loss, late_loss)
+        )
+        metrics, gradient = jax.lax.cond(step >= last_third, last, first) if late else first()
         updates, optimizer_state = update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         if state.average is None:

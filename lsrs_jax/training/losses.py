@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Float, Int
 
@@ -21,11 +22,17 @@ from lsrs_jax.runtime.types import Config
 Labels = Int[jax.Array, " B"]
 Samples = Float[jax.Array, "B noises K"]  # logits
 Scalar = Float[jax.Array, ""]
+Step = jax.Array | np.ndarray | int  # number of the training step, from 0
 Metrics = tuple[Scalar, Scalar]  # loss, accuracy
 
 
-def make_loss(config: Config) -> Callable[[Model, Params, Images, Labels, jax.Array], Metrics]:
-    """The loss of ``config.train.loss`` as a function ``(model, params, images, labels, key)`` → `Metrics`."""
+def make_loss(
+    config: Config, noises: int | None = None
+) -> Callable[[Model, Params, Images, Labels, jax.Array, Step], Metrics]:
+    """The loss of ``config.train.loss`` as a function ``(model, params, images, labels, key, step)`` → `Metrics`.
+
+    `noises` is the number of noise samples per image, by default ``config.train.noises``.
+    """
     train = config.train
     if train.loss == "margin":
         return lambda *batch: margin_cross_entropy(*batch[:4], radius=train.radius, temperature=train.temperature)
@@ -37,13 +44,24 @@ def make_loss(config: Config) -> Callable[[Model, Params, Images, Labels, jax.Ar
         "smoothadv_consistency": agreement,
         "macer": functools.partial(macer, sigma=config.sigma, **train.macer),
     }
-    loss, attack = losses[train.loss], train.smoothadv if train.loss.startswith("smoothadv") else {}
+    loss, attack = losses[train.loss], train.smoothadv if train.loss.startswith("smoothadv") else None
 
-    def under_noise(model: Model, params: Params, images: Images, labels: Labels, key: jax.Array) -> Metrics:
-        logits = sample(model, params, images, labels, key, config.sigma, train.noises, **attack)
+    def under_noise(
+        model: Model, params: Params, images: Images, labels: Labels, key: jax.Array, step: Step
+    ) -> Metrics:
+        sigma, options = _growing(train.sigma_start, config.sigma, train.sigma_steps, step), {}
+        if attack:
+            radius = _growing(0.0, attack.radius, attack.warmup_steps, step)
+            options = {"radius": radius, "steps": attack.steps}
+        logits = sample(model, params, images, labels, key, sigma, noises or train.noises, **options)
         return loss(logits, labels), accuracy(logits, labels)
 
     return under_noise
+
+
+def _growing(start: float, end: float, steps: int, step: Step) -> Scalar | float:
+    """`end` from step `steps` on, before that on the line from `start`."""
+    return start + (end - start) * jnp.minimum(step / steps, 1.0) if steps else end
 
 
 def _noisy_logits(model: Model, params: Params, latents: Latents, noise: jax.Array) -> Samples:
@@ -58,9 +76,9 @@ def sample(
     images: Images,
     labels: Labels,
     key: jax.Array,
-    sigma: float,
+    sigma: Scalar | float,
     noises: int = 1,
-    radius: float = 0.0,  # of the attack: ℓ2, in the latent
+    radius: Scalar | float = 0.0,  # of the attack: ℓ2, in the latent
     steps: int = 0,  # of the attack; 0: no attack
 ) -> Samples:
     """Logits of noisy latents, around the latent of the image or, after an attack, around an adversarial latent.
