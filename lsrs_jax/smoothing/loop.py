@@ -4,7 +4,7 @@ import functools
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,28 @@ from jaxtyping import Int
 from lsrs_jax.runtime import mesh
 from lsrs_jax.runtime.mesh import AXIS
 from lsrs_jax.smoothing.blocks import NoisyBlocks
+from lsrs_jax.smoothing.coupling_check import Evaluated
 from lsrs_jax.smoothing.head_check import CheckedHead, check_logits, fingerprint
 from lsrs_jax.smoothing.head_trace import TracedHead
 from lsrs_jax.smoothing.packing import Packing
+
+
+class Batch(NamedTuple):
+    """Up to a batch of images on the devices: latents and ids."""
+
+    images: int
+    plain: tuple[jax.Array, jax.Array]  # the other slots are 0
+    packed: tuple[jax.Array, jax.Array] | None  # the other slots hold copies; None if they are too few, or not exact
+
+
+class Launched(NamedTuple):
+    """A launch that has been started."""
+
+    counts: jax.Array
+    evaluated: Evaluated | None
+    packing: Packing | None  # of a packed launch
+    unpacked: Packing | None  # how a plain one could have been packed
+    began: float
 
 
 class Loop:

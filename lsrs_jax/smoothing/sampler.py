@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from lsrs_jax.smoothing.coupling_check import CouplingCheck, Evaluated
 from lsrs_jax.smoothing.first_layer import INTEGER, SplitHead, as_head, put
 from lsrs_jax.smoothing.head_check import Head, check_head, fingerprint
 from lsrs_jax.smoothing.head_trace import TracedHead, calling
-from lsrs_jax.smoothing.loop import Loop
+from lsrs_jax.smoothing.loop import Batch, Launched, Loop
 from lsrs_jax.smoothing.packing import Packing, Waste
 from lsrs_jax.smoothing.schedule import block_count
 from lsrs_jax.smoothing.settings import FLAGS, check_settings
@@ -43,24 +43,6 @@ def pinned_flags() -> Iterator[None]:
     finite = jax.debug_nans(False), jax.debug_infs(False)
     with rng.pinned(), precision, reuse, finite[0], finite[1], jax.transfer_guard("allow"):
         yield
-
-
-class Batch(NamedTuple):
-    """Up to a batch of images on the devices: latents and ids."""
-
-    images: int
-    plain: tuple[jax.Array, jax.Array]  # the other slots are 0
-    packed: tuple[jax.Array, jax.Array] | None  # the other slots hold copies; None if they are too few, or not exact
-
-
-class Launched(NamedTuple):
-    """A launch that has been started."""
-
-    counts: jax.Array
-    evaluated: Evaluated | None
-    packing: Packing | None  # of a packed launch
-    unpacked: Packing | None  # how a plain one could have been packed
-    began: float
 
 
 class Sampler:
@@ -141,7 +123,8 @@ class Sampler:
                     traced.depends_on_mesh = True
                     self._call = self._loop.compile(self._example())
             self._rows = self._loop.compile_rows(self._example())
-        self._packed: Any = None  # compiled when it pays
+        self._packed: Any = None  # compiled when it pays; False if there is none
+        self._agreed = False  # whether it counted as the plain program does
         self._waste, self._collected = Waste(), -math.inf
         self.program = traced.program
         self._check = CouplingCheck(self.tile, self.num_classes, self._checked.tolerance, self._mesh.size)
@@ -225,7 +208,8 @@ class Sampler:
 
         `key` is the key of a stream, from `keys`. A thread starts the launches, because a GPU asks its host before
         every round of such a loop; meanwhile the caller counts the samples of the launch before. Batches with free
-        slots are packed, as soon as compiling the program for that costs less than the free slots did.
+        slots are packed, as soon as compiling the program for that costs less than the free slots did. It must
+        then count as the plain one does in one step; else it is not used.
         """
         blocks = block_count(n, self.tile[1])
         if not 1 <= n <= MAX_SAMPLES:
@@ -236,9 +220,11 @@ class Sampler:
         packing = packing if packing and packing.blocks > 1 else None
         if packing and self._packed is None and self._waste.exceeds(self._loop.seconds):
             self.pack()
-        return self._launcher.submit(
-            pinned_flags()(self._start), batch, packing, self._packed, key, (first, stop, n), time.monotonic()
-        )
+        if packing and self._packed and not self._agreed:
+            self._agreed = self._agree(batch, packing, key, first, n)
+            self._packed = self._packed if self._agreed else False
+        start = pinned_flags()(self._start)
+        return self._launcher.submit(start, batch, packing, bool(self._packed), key, (first, stop, n))
 
     def pack(self) -> bool:
         """Compiles the program for packed launches; returns whether there is one."""
@@ -247,23 +233,40 @@ class Sampler:
                 self._packed = self._loop.compile_packed(self._example()) or False
         return bool(self._packed)
 
+    def _agree(self, batch: Batch, packing: Packing, key: jax.Array, first: int, n: int) -> bool:
+        """Whether both programs count the same in the first step of a packed launch."""
+        numbers = first, min(first + packing.blocks * self._mesh.size, block_count(n, self.tile[1])), n
+        with pinned_flags():
+            plain, packed = (
+                self._per_image(jax.device_get(self._counting(batch, own, key, numbers)), own, batch.images)
+                for own in (None, packing)
+            )
+        return np.array_equal(plain, packed)
+
+    def _counting(self, batch: Batch, packing: Packing | None, key: jax.Array, numbers: tuple[int, ...]) -> Any:
+        """Starts the plain program, or the packed one; returns the counts per device and slot."""
+        if packing is None or batch.packed is None:
+            return self._call(*batch.plain, key, self._tables, *self._numbers(*numbers))
+        lanes = self._put((packing.lanes, np.int32(packing.blocks)))
+        return self._packed(*batch.packed, key, self._tables, *self._numbers(*numbers), *lanes)
+
+    def _per_image(self, per_device: Any, packing: Packing | None, images: int) -> Int[np.ndarray, "images columns"]:
+        slots = np.asarray(per_device, np.int64).reshape(-1, self.tile[0], self.num_classes + 1).sum(axis=0)
+        return packing.summed(slots) if packing else slots[:images]
+
     def _start(
-        self, batch: Batch, packing: Packing | None, packed: Any, key: jax.Array, numbers: tuple[int, ...], began: float
+        self, batch: Batch, packing: Packing | None, packed: bool, key: jax.Array, numbers: tuple[int, ...]
     ) -> Launched:
         """Starts a launch, and the check of its first block if one is due."""
-        first, stop, _ = numbers
-        others, evaluated = (key, self._tables), None
+        began, (first, stop, _), evaluated = time.monotonic(), numbers, None
         if self._check.due(stop - first):
-            plain, block, sources = (*batch.plain, *others), self._put(np.int32(first)), self._check.sources()
+            plain, block, sources = (*batch.plain, key, self._tables), self._put(np.int32(first)), self._check.sources()
             inputs = [mesh.on_the_first((*plain, block, self._put(source))) for source in sources]
             logits = [self._checked.logits(self._rows(*each)) for each in inputs]
             whole = self._numbers(first, first + 1, (first + 1) * self.tile[1])
             evaluated = Evaluated(sources, logits, self._call(*plain, *whole))
-        if packing and packed and batch.packed:
-            lanes = self._put((packing.lanes, np.int32(packing.blocks)))
-            counts = packed(*batch.packed, *others, *self._numbers(*numbers), *lanes)
-            return Launched(counts, evaluated, packing, None, began)
-        return Launched(self._call(*batch.plain, *others, *self._numbers(*numbers)), evaluated, None, packing, began)
+        used, unused = (packing, None) if packed else (None, packing)
+        return Launched(self._counting(batch, used, key, numbers), evaluated, used, unused, began)
 
     def collect(self, launched: Future, images: int) -> Int[np.ndarray, "images classes"]:
         """Waits for a launch and returns its counts.
@@ -273,9 +276,7 @@ class Sampler:
         with calling("on noisy latents, while samples were drawn"):
             found: Launched = launched.result()
             per_device, evaluated = jax.device_get((found.counts, found.evaluated))
-        slots = np.asarray(per_device, np.int64).reshape(-1, self.tile[0], self.num_classes + 1).sum(axis=0)
-        counts = found.packing.summed(slots) if found.packing else slots[:images]
-        now = time.monotonic()
+        counts, now = self._per_image(per_device, found.packing, images), time.monotonic()
         if found.unpacked:
             self._waste.add(now - max(found.began, self._collected), found.unpacked)
         self._collected = now

@@ -142,3 +142,13 @@ def test_what_could_round_otherwise_or_has_changed_is_not_packed():
     weights["last"] *= -1
     assert not sampler.pack()
     np.testing.assert_array_equal(sampler.one_batch(IMAGES[:1], threefry(0), "estimation", 1000), before)
+
+
+def test_a_packed_program_that_counts_otherwise_is_not_used():
+    sampler = Sampler(HEADS["dense"], SHAPE, sigma=0.5, tile=(8, 8))
+    before = sampler.one_batch(IMAGES[:1], threefry(0), "estimation", 1000)
+    assert sampler.pack()
+    right = sampler._packed
+    sampler._packed = lambda *arguments: jnp.roll(right(*arguments), 1, axis=-1)
+    np.testing.assert_array_equal(sampler.one_batch(IMAGES[:1], threefry(0), "estimation", 1000), before)
+    assert sampler._packed is False
