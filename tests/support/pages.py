@@ -48,7 +48,7 @@ def shell_text(page):
     blocks = _BLOCK.findall(text(page))
     lines = [code for language, code in blocks if language in _SHELL]
     cells = "\n".join(code for language, code in blocks if language == "{code-cell}")
-    lines += re.findall(r"^!((?:.*\\\n)*.*)", cells, re.M)
+    lines += re.findall("^!(.*)", cells, re.M)
     prose = _BLOCK.sub("", text(page))
     return [*lines, *(" ".join(found.split()) for found in _INLINE.findall(prose))]
 
