@@ -231,9 +231,11 @@ def write(
     content |= {"config": config_to_dict(config), "training": training_digest(folder), "record": record}
     document, path = folder / "certificates.json", folder / "certificates.tsv"
     if table is not None and derivation is not None:
-        if not (path.exists() and path.read_bytes() == table.encode()):
+        text = table.encode()
+        digest = hashlib.sha256(text).hexdigest()
+        if not (path.exists() and files.digest_of(path) == digest):
             # The order matters: clear the derivation, write the table, then write the new derivation.
             documents.write_sealed(document, content)
-            files.write_atomic(path, table)
-        content["derivation"] = derivation | {"certificates": hashlib.sha256(table.encode()).hexdigest()}
+            files.write_atomic(path, text)
+        content["derivation"] = derivation | {"certificates": digest}
     documents.write_sealed(document, content)
