@@ -91,10 +91,11 @@ def _choose_and_run(module: str | None) -> NoReturn:
             hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
             _fail(f"unknown command {name!r}: {hint}")
         module = COMMANDS[name][0]
-    if _MODULES[module] not in _QUICK and not {"-h", "--help"} & set(sys.argv):
+    name = _MODULES.get(module, module)
+    if name not in _QUICK and not {"-h", "--help"} & set(sys.argv):
         stream = sys.stderr if "--json" in sys.argv else sys.stdout
         with contextlib.suppress(OSError):  # whoever reads the output may have ended
-            print(f"lsrs {_MODULES[module]}: loading JAX ...", file=stream, flush=True)
+            print(f"lsrs {name}: loading JAX ...", file=stream, flush=True)
     execute(importlib.import_module(f"lsrs_jax.{module}").run)
     sys.exit(0)
 

@@ -79,6 +79,8 @@ def test_a_figure_of_odd_radii_can_be_read(monkeypatch, scale):
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_figure_of_a_study_can_be_read(monkeypatch, name):
     found = render.kept_runs(name)
+    if not found:
+        pytest.skip(f"no certificates of the study {name} are kept")
     with style.look():
         check_readable(render.figure(name, found), monkeypatch)
     labels = {label.rpartition(", seed ")[0] or label for label in found} | set(found)

@@ -60,7 +60,7 @@ def rederive(workdir, stored=None, name="default"):
 def test_honest_samples_are_the_same_again_and_nothing_is_written(copy, original, capsys):
     out = run("certify", f"--workdir={copy}", "--recast=7", devices=3)
     assert "verified: 40 certificates" in out
-    assert "drawn again: 7,700 samples of 7 images; 0 differ" in out
+    assert "drawn again: 7,700 samples of 7 images (n0 included); 0 differ" in out
     assert "if more than 34.9% of the table had samples of another origin, these" in out
     draw_again(copy, 1000, "staged")
     assert "of 40 images; 0 differ\nthese are all images of the table" in capsys.readouterr().out
@@ -263,7 +263,7 @@ def test_on_another_kind_of_device_only_the_chosen_images_are_sampled(copy, monk
         written["identity"]["platform"] = platform
         rederive(copy, written)
         draw_again(copy, 3)
-        assert "drawn again: 3,300 samples of 3 images; 0 differ" in capsys.readouterr().out
+        assert "drawn again: 3,300 samples of 3 images (n0 included); 0 differ" in capsys.readouterr().out
         assert tiles.pop() == tile
 
 

@@ -27,7 +27,8 @@ def read_log(path: Path | str) -> tuple[Table, list[str]]:
     value of what has no clear meaning. A cut-off last line is left out; `Table.truncated`.
     """
     with contextlib.suppress(UserError):
-        return read_table(path), []
+        if not (table := read_table(path)).truncated:  # a last line that is no row may have a meaning
+            return table, []
     path, found = Path(path), collections.Counter[str]()
     text = _text(path, found)
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]

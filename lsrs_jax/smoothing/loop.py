@@ -98,13 +98,17 @@ class Loop:
 
     def _program(self, head: Any, arguments: tuple[Any, ...], lanes: tuple[Any, ...], check_vma: bool) -> Any:
         devices = self._mesh.devices.reshape(-1)
-        others, counts = len(arguments) + 3 + len(lanes), functools.partial(self._counts, head)
+        others = len(arguments) + 3 + len(lanes)
+
+        def device_counts(*arguments: Any) -> jax.Array:
+            return self._counts(head, *arguments)
+
         if self._spmd == "pmap":
             axes = (0, *[None] * others)
-            call: Any = jax.pmap(counts, AXIS, in_axes=axes, out_axes=0, devices=list(devices))
+            call: Any = jax.pmap(device_counts, AXIS, in_axes=axes, out_axes=0, devices=list(devices))
         else:
             specs = {"in_specs": (P(AXIS), *[P()] * others), "out_specs": P(AXIS), "check_vma": check_vma}
-            call = jax.jit(jax.shard_map(counts, mesh=self._mesh, **specs))
+            call = jax.jit(jax.shard_map(device_counts, mesh=self._mesh, **specs))
         index = jax.device_put(np.arange(len(devices), dtype=np.int32), mesh.split(self._mesh))
         numbers = jax.device_put([np.int32(number) for number in (0, 1, 1)], mesh.replicated(self._mesh))
         # Compile in the caller's thread and context, so that the compiled head is the one that was checked.

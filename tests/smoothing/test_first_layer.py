@@ -211,7 +211,16 @@ def test_what_does_not_fit_is_refused():
 
 # ------------------------------------------------------------------------------------------------- heads of the package
 
-CONVOLUTIONS = {"convnet", "convnet_light", "convnet_small", "resnet", "resnet_latent", "resnet10", "resnet18"}
+CONVOLUTIONS = {
+    "convnet",
+    "convnet_light",
+    "convnet_small",
+    "resnet",
+    "resnet_latent",
+    "resnet_fine",
+    "resnet10",
+    "resnet18",
+}
 SPLIT = CONVOLUTIONS | {"mlp", "resnet50"}
 
 

@@ -316,7 +316,9 @@ def test_certificates_derived_in_blocks_have_the_same_digits(bound, monkeypatch)
     whole = derivation.from_counts(selection, cumulative, **arguments)
     plan, settings = Schedule(100, looks, 10), Derivation(0.5, 0.01, bound)
     images = [
-        types.SimpleNamespace(looks=rows, counts={"selection": own, "estimation": rows[-1]}, slack=slack)
+        types.SimpleNamespace(
+            looks=rows, counts={"selection": own, "estimation": rows[-1]}, slack=slack, classes=len(own)
+        )
         for own, rows, slack in zip(selection, cumulative, arguments["slack"], strict=True)
     ]
     decided = settings.decided(plan, images)

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lsrs_jax.certification.ledger import Ledger, _crc
+from lsrs_jax.certification.ledger import Ledger
+from lsrs_jax.certification.rows import crc_of
 from lsrs_jax.runtime.errors import UserError
 from support.hostile import NOT_NUMBERS, NOT_WHOLE, examples
 from support.samples import HEADER, ROWS, RUN, SCHEDULE, counts_of
@@ -69,7 +70,9 @@ COUNTS = st.integers(-1, 11).map(str) | st.sampled_from([*NOT_NUMBERS[:-1], *NOT
 )
 def test_rows_with_the_right_checksum_add_up_or_are_refused(folder, rows):
     content = ["\t".join((*fields, RUN)) for fields in rows]
-    found = counts_of(folder / "ledger.tsv", (HEADER + "".join(f"{line}\t{_crc(line)}\n" for line in content)).encode())
+    found = counts_of(
+        folder / "ledger.tsv", (HEADER + "".join(f"{line}\t{crc_of(line)}\n" for line in content)).encode()
+    )
     for label, slack, seconds, (selection, estimation) in (found or {}).values():
         assert label >= 0
         assert sum(selection) == 10
@@ -85,6 +88,6 @@ def test_huge_counts_whose_sum_wraps_around_are_refused(folder):
     counts += [(2**64 + 10) - sum(counts)]
     assert np.array(counts).sum() == 10
     line = "0\t0\t0.0\tselection\t0\t1\t" + ",".join(f"{i}:{count}" for i, count in enumerate(counts)) + f"\t0.1\t{RUN}"
-    (folder / "ledger.tsv").write_text(f"{HEADER}{line}\t{_crc(line)}\n")
+    (folder / "ledger.tsv").write_text(f"{HEADER}{line}\t{crc_of(line)}\n")
     with pytest.raises(UserError, match="where 10 belong"):
         Ledger(folder / "ledger.tsv", SCHEDULE, classes, RUN)
