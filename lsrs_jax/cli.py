@@ -91,8 +91,7 @@ def _choose_and_run(module: str | None) -> NoReturn:
             hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
             _fail(f"unknown command {name!r}: {hint}")
         module = COMMANDS[name][0]
-    name = _MODULES.get(module, module)
-    if name not in _QUICK and not {"-h", "--help"} & set(sys.argv):
+    if (name := _MODULES.get(module)) and name not in _QUICK and not {"-h", "--help"} & set(sys.argv):
         stream = sys.stderr if "--json" in sys.argv else sys.stdout
         with contextlib.suppress(OSError):  # whoever reads the output may have ended
             print(f"lsrs {name}: loading JAX ...", file=stream, flush=True)

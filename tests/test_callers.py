@@ -237,7 +237,7 @@ def test_a_derivation_decides_images_at_their_last_look_or_is_refused(arguments,
     def image(looks):
         cumulative = np.array([[look - look // 4, look // 4] for look in looks])
         counts = {"selection": np.array([8, 2]), "estimation": cumulative[-1]}
-        return types.SimpleNamespace(looks=cumulative, counts=counts, slack=1e-3, classes=2)
+        return types.SimpleNamespace(looks=cumulative, counts=counts, slack=1e-3, classes=2, reached=len(looks))
 
     first, last = image(plan.looks[:1]), image(plan.looks)
     decided = derivation.decided(plan, [first, last])

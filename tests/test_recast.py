@@ -63,7 +63,7 @@ def test_honest_samples_are_the_same_again_and_nothing_is_written(copy, original
     assert "drawn again: 7,700 samples of 7 images (n0 included); 0 differ" in out
     assert "if more than 34.9% of the table had samples of another origin, these" in out
     draw_again(copy, 1000, "staged")
-    assert "of 40 images; 0 differ\nthese are all images of the table" in capsys.readouterr().out
+    assert "of 40 images (n0 included); 0 differ\nthese are all images of the table" in capsys.readouterr().out
     assert fingerprint(copy) == fingerprint(original)
 
 
