@@ -317,7 +317,11 @@ def test_certificates_derived_in_blocks_have_the_same_digits(bound, monkeypatch)
     plan, settings = Schedule(100, looks, 10), Derivation(0.5, 0.01, bound)
     images = [
         types.SimpleNamespace(
-            looks=rows, counts={"selection": own, "estimation": rows[-1]}, slack=slack, classes=len(own)
+            looks=rows,
+            counts={"selection": own, "estimation": rows[-1]},
+            slack=slack,
+            classes=len(own),
+            reached=len(rows),
         )
         for own, rows, slack in zip(selection, cumulative, arguments["slack"], strict=True)
     ]
