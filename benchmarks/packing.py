@@ -34,7 +34,7 @@ def packing(sampler, on):
         sampler._packed = False
 
 
-def staged(run, rounds):
+def staged(run, radii, rounds):
     """Rows of the table of schedules for one run: fixed, staged without packing, staged with packing."""
     sampler = run.classifier("sound").sampler(run.latents.shape[1:])
     kinds = {"fixed": ("fixed", False), "staged, not packed": ("staged", False), "staged, packed": ("staged", True)}
@@ -42,7 +42,7 @@ def staged(run, rounds):
     for _ in range(rounds):
         for name, (kind, on) in kinds.items():
             packing(sampler, on)
-            found = run.certify(kind)
+            found = run.certify(kind, radii)
             seconds[name].append(found.seconds)
             samples[name] = found.samples
     best = {name: min(times) for name, times in seconds.items()}
@@ -85,6 +85,7 @@ def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--runs", default="", help="workdirs, with commas between them")
     parser.add_argument("--images", default="100,1000", help="how many of each run")
+    parser.add_argument("--radii", type=cli.numbers, default=(0.25, 0.5, 0.75), help="that are decided")
     parser.add_argument("--n", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--heads", action="store_true", help="compare calls of one image with one call")
@@ -93,7 +94,7 @@ def main(arguments):
     rows = []
     for path in filter(None, options.runs.split(",")):
         for images in options.images.split(","):
-            rows += staged(Run(path, int(images), options.n), options.rounds)
+            rows += staged(Run(path, int(images), options.n), options.radii or None, options.rounds)
     if rows:
         columns = "run|images|schedule|samples per image|fewer than fixed|seconds, best to worst|faster|share"
         print(table(columns, rows) + "\n")

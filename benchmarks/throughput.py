@@ -169,6 +169,9 @@ class _Drawn:
     def together(self, counts):
         return 1
 
+    def width(self, images):
+        return 1
+
 
 def bookkeeping(images):
     """Seconds that the host takes for a staged certification: it writes counts to a ledger and decides at the looks."""

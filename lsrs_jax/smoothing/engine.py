@@ -48,6 +48,7 @@ class BlockSampler(Protocol):
     def put(self, quantized: Num[np.ndarray, "images *latent"], ids: Any = None) -> Any: ...
     def launch(self, batch: Any, key: jax.Array, first: int, stop: int, n: int) -> Future: ...
     def collect(self, launched: Future, images: int) -> Int[np.ndarray, "images classes"]: ...
+    def width(self, images: int) -> int: ...
     def together(self, launched: Future) -> int: ...
 
 
@@ -73,7 +74,7 @@ class Engine:
     ) -> None:
         self._sampler, self._keys, self._counts = sampler, sampler.keys(key), counts
         self._decided, self._status, self._begin, self._begun = decided, status, begin, False
-        self._blocks_per_launch = 1
+        self._steps_per_launch = 1
 
     def run(self, images: Images) -> None:
         """Samples these images until all are decided."""
@@ -117,8 +118,9 @@ class Engine:
             for start in range(0, len(groups[done]), size):
                 members, first = groups[done][start : start + size], begin
                 batch = self._sampler.put(images.latents[members], [images.idx[i] for i in members])
+                width = self._sampler.width(len(members))
                 while first < end:
-                    stop = min(first + self._blocks_per_launch, end)
+                    stop = min(first + self._steps_per_launch * width, end)
                     launched = self._sampler.launch(batch, self._keys[stream], first, stop, schedule.totals[stream])
                     yield Launch(members, stream, first, stop, launched)
                     first = stop
@@ -140,8 +142,9 @@ class Engine:
         together = self._sampler.together(launch.pending)
         self._status.count(drawn, int(found[0].sum()), self._sampler.tile[0], together)
         # Adapt the length of the launches to `_SECONDS_PER_LAUNCH`; the counts do not depend on it.
-        if now - clock < _SECONDS_PER_LAUNCH / 2 and stop - first == self._blocks_per_launch:
-            self._blocks_per_launch *= 2
+        full = stop - first >= self._steps_per_launch * self._sampler.width(len(members))
+        if now - clock < _SECONDS_PER_LAUNCH / 2 and full:
+            self._steps_per_launch *= 2
         elif now - clock > 2 * _SECONDS_PER_LAUNCH:
-            self._blocks_per_launch = max(1, self._blocks_per_launch // 2)
+            self._steps_per_launch = max(1, self._steps_per_launch // 2)
         return now

@@ -287,6 +287,10 @@ class Sampler:
             self._check.verify(evaluated)
         return counts[:, :-1]
 
+    def width(self, images: int) -> int:
+        """How many sample blocks one step of a launch takes, for a batch of so many images."""
+        return self.tile[0] // images * self._mesh.size if self._packed else 1
+
     def together(self, launched: Future) -> int:
         """How many blocks of each image a batch of this launch had room for."""
         packing = launched.result().packing
