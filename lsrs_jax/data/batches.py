@@ -27,7 +27,8 @@ def batch_indices(size: int, batch_size: int, seed: int, step: int) -> Int[np.nd
     The last ``size % batch_size`` examples of an epoch's permutation are left out.
     """
     if not 1 <= batch_size <= size:
-        raise UserError(f"data.batch_size must lie between 1 and the {size} training images, got {batch_size}")
+        few = f"--config.data.batch_size={max(1, size // 2)}, for example"
+        raise UserError(f"data.batch_size must lie between 1 and the {size} training images, got {batch_size}: {few}")
     epoch, position = divmod(step, size // batch_size)
     return _permutation(size, seed, epoch)[position * batch_size : (position + 1) * batch_size]
 
