@@ -46,6 +46,6 @@ def _parts(given: list[Path], name: str) -> list[Path]:
     for path in given:
         own = [path] if (path / "certificates.json").exists() else shards.begun(path, name)
         if not own:
-            raise UserError(f"{path} holds no shard of {name!r}: certify --shard=i/N makes them, or --config.certify.name")
+            raise UserError(f"{path} holds no shard of {name!r}: certify --shard=i/N makes them (--config.certify.name?)")
         found += own
     return list(dict.fromkeys(found))
