@@ -46,6 +46,7 @@ def _parts(given: list[Path], name: str) -> list[Path]:
     for path in given:
         own = [path] if (path / "certificates.json").exists() else shards.begun(path, name)
         if not own:
-            raise UserError(f"{path} holds no shard of {name!r}: certify --shard=i/N makes them (--config.certify.name?)")
+            remedy = "certify --shard=i/N makes them, under the name that --config.certify.name gives"
+            raise UserError(f"{path} holds no shard of {name!r}: {remedy}")
         found += own
     return list(dict.fromkeys(found))

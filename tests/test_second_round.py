@@ -69,6 +69,7 @@ def test_the_plan_has_every_run_and_the_calls_end_before_their_time(capsys):
     assert all(seconds < 300 for seconds in second_round.SECONDS.values())
 
 
+@pytest.mark.soak
 def test_a_call_makes_keeps_packs_and_resumes(packed, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(second_round, "SIDE_BY_SIDE", [LINEAR])
     arguments = ["call1", "--tiny", f"--packed={packed[0]}", f"--out={tmp_path / 'out'}", f"--to={tmp_path / 'to'}"]

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import itertools
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,12 +30,17 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Batches:
-    """A `Dataset` of which one batch after another is in memory. Its digest is that of the shape and the classes."""
+    """A `Dataset` of which one batch after another is in memory.
+
+    Nobody knows its digest beforehand. A random token of the folder stands for it, so that samples of other inputs
+    belong to another run.
+    """
 
     source: Iterator[tuple[np.ndarray, np.ndarray | None]]
     shape: tuple[int, ...]
     class_names: tuple[str, ...]
     known: "Inputs"
+    token: str
     name: str = "arrays"
     version: str = ""
     split: str = "given"
@@ -50,7 +56,7 @@ class Batches:
         return self.known.labels
 
     def digest(self) -> str:
-        return digest_of(self.shape, len(self.class_names))
+        return self.token
 
     def read(self, index: Any, dtype: Any) -> tuple[Float[np.ndarray, "B *input"], Int32[np.ndarray, " B"]]:
         """Inputs of the current batch, and their labels."""
@@ -145,7 +151,8 @@ def _into(
     home = out / "certify" / fields["name"]
     stored = store.require_sealed(path) if (path := home / "certificates.json").exists() else None
     known = Inputs(home, ((stored and stored.derivation) or {}).get("inputs"))
-    return folder.certify(classifier, Batches(source, shape, names, known), slack, out, fields, say)
+    token = stored.identity.data.get("digest") if stored else secrets.token_hex(32)
+    return folder.certify(classifier, Batches(source, shape, names, known, str(token)), slack, out, fields, say)
 
 
 def certificates(

@@ -128,8 +128,8 @@ class SmoothedClassifier:
           x: the inputs. Without an encoder these are the latents, and rounding by an encoder of your own below float64
             is not covered: give it as `slack`. Or an iterator (or a data loader) of batches of inputs, or of pairs
             ``(inputs, labels)``: one batch is in memory at a time, and by default the seed follows from the parameters
-            and the shape alone. `out` keeps the digest of each input, refuses another one when the call is repeated,
-            and does not encode decided inputs again.
+            and the shape (with `out`, from a token of the folder). `out` keeps digests of the inputs, refuses another
+            one when the call is repeated, and does not encode decided inputs again.
           labels: ``(N,)`` whole numbers, for accuracies; needed for `out`.
           out: a folder that gets what the command ``certify`` writes, in ``<out>/certify/<name>``. The same call
             resumes after a kill; ``lsrs certify --workdir=OUT --verify``, ``--from-counts`` and ``report`` read it.

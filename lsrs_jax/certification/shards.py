@@ -73,6 +73,7 @@ def merge(folder: Path, parts: Sequence[Path]) -> None:
     and for an image that two of them have with different samples; then `folder` stays as it was.
     """
     new = not (folder / "certificates.json").exists() and not ledger.has_rows(folder)
+    others = set(folder.glob("*"))  # what may be there although nothing was certified
     before = None if new else store.read_folder(folder, "to merge into")
     stored = {part: store.read_folder(part, "to merge") for part in parts}
     _check_same(stored, ("alpha", "bound", "radii", "epsilon"))
@@ -88,7 +89,9 @@ def merge(folder: Path, parts: Sequence[Path]) -> None:
                 _take_samples(counts, part)
         except UserError:
             counts.cut(size)
-            if new:
+            for path in set(folder.iterdir()) - others if new else ():
+                path.unlink()
+            if new and not others:
                 shutil.rmtree(folder)
             raise
         joined.catch_up(counts)
@@ -173,6 +176,8 @@ def _new_rows(counts: Counts, rows: list[Row], folder: Path) -> list[Row]:
     if (known := counts.images.get(rows[0].idx)) is None:
         return rows
     old = [row for row in rows if row.first < known.done[CERTIFYING.index(row.stream)]]
+    if not old:
+        raise UserError(f"{folder} lacks samples of image {known.idx}: restore its ledger, or leave the folder out")
     own = Counts(counts.schedule, counts.num_classes)
     own.append(old)
     there, further = own.images[known.idx], rows[len(old) :]

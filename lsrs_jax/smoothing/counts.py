@@ -134,7 +134,7 @@ class Counts:
             raise ValueError(f"{name}: {blocks} reach over the look at {stop}")
         expected = min(row.stop * schedule.samples, total) - row.first * schedule.samples
         # Each class is checked too: the sum of huge counts may wrap around to the expected number.
-        if row.counts.max() > expected or row.counts.sum() != expected:
+        if row.counts.min() < 0 or row.counts.max() > expected or row.counts.sum() != expected:
             raise ValueError(f"{name}: {row.counts.sum()} samples where {expected} belong")
         if not (0 <= row.slack < math.inf and 0 <= row.seconds < 2.0**31):
             raise ValueError("slack or seconds out of range")

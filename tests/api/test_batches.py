@@ -92,7 +92,7 @@ def test_files_of_batches_are_read_by_all(tmp_path):
 
 def test_a_killed_call_goes_on_and_encodes_no_decided_input_again(tmp_path, monkeypatch):
     def call(out, given):
-        return made(encoder=lambda x: 2 * x, lipschitz=2.0).certify(given, out=out, **OPTIONS)
+        return made(encoder=lambda x: 2 * x, lipschitz=2.0).certify(given, out=out, key=threefry(0), **OPTIONS)
 
     def stopping():
         yield from itertools.islice(batches(), 2)
@@ -168,3 +168,13 @@ def test_only_one_batch_is_in_memory(tmp_path):
         tracemalloc.stop()
     assert len(found) == 1000
     assert peak < 25e6
+
+
+def test_samples_of_other_inputs_are_of_another_run(tmp_path):
+    """Rows of another stream with the same labels, put beside the inputs of this one."""
+    for name, inputs in (("one", X), ("other", X[::-1].copy())):
+        made().certify(batches(inputs=inputs, labels=np.zeros(len(X), int)), out=tmp_path / name, **OPTIONS)
+    one, other = (tmp_path / name / "certify" / "default" for name in ("one", "other"))
+    (one / "votes.1.tsv").write_bytes((other / "votes.0.tsv").read_bytes())
+    with pytest.raises(UserError, match="another run"):
+        made().certify(batches(labels=np.zeros(len(X), int)), out=tmp_path / "one", **OPTIONS)
