@@ -148,10 +148,9 @@ def _arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
 def cache_compilations() -> None:
     """Lets XLA keep compiled programs between runs, in $JAX_COMPILATION_CACHE_DIR or the user's cache folder.
 
-    Tables of noise are kept there too.
-
     A resumed run then executes exactly the program of its first half, even if an autotuner would choose another one.
-    What a kill or a full disk has cut off there is compiled again, without a warning.
+    What a kill or a full disk has cut off there is compiled again, without a warning. The user's cache folder also
+    keeps the tables of `runtime.cache`.
     """
     import jax
 

@@ -50,8 +50,8 @@ class Sampler:
 
     A *sample block* is `samples` noise vectors. It is drawn from the key of (stream, block number) alone and shared by
     every image of a batch (``noise="shared"``), or from the key of (stream, image index, block number)
-    (``"independent"``). Devices take blocks in turn; a block is always evaluated as one head batch of
-    ``images · samples`` rows. So the counts of an image depend neither on the number of devices, nor on the division of
+    (``"independent"``). Devices take blocks in turn; every head batch has ``images · samples`` rows: one
+    block of all images, or, where few images leave slots free, several blocks of them (`packing.Packing`). So the counts of an image depend neither on the number of devices, nor on the division of
     the blocks into calls, nor on the other images of the batch.
 
     `latent_shape` has no batch axis; the other arguments are those of `api.SmoothedClassifier`. `head_digest` is a
