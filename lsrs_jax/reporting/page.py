@@ -19,6 +19,7 @@ import numpy as np
 from lsrs_jax import __version__
 from lsrs_jax.reporting.gallery import Gallery, Pictures, collect
 from lsrs_jax.reporting.runs import Run, unit
+from lsrs_jax.reporting.table import middle_radius
 
 _MOST = 20_000  # radii of a run in the page; of more images, only every k-th
 _SCRIPTS = ("page.js", "gallery.js")  # before Plotly, which takes longest to load
@@ -105,7 +106,7 @@ def _number(value: float) -> float | None:
 
 def _sort_values(run: Run, radii: Sequence[float]) -> list[float | None]:
     """What the columns of the table are sorted by; None for the name of the run, and for what is not known."""
-    table, sampling, middle = run.table, run.sampling, 0.5 if 0.5 in radii else sorted(radii)[len(radii) // 2]
+    table, sampling, middle = run.table, run.sampling, middle_radius(radii)
     invalid = 0.0 if run.deterministic else sampling and sampling.alpha * len(table)
     cap = math.inf if run.deterministic else sampling and sampling.cap
     samples = None if table.samples is None else float(table.samples.mean())

@@ -16,8 +16,8 @@ class Packing:
     on the key, the image and the block number alone; a step of a device has the blocks s, s + 1, …, s + blocks − 1, and
     the next step begins after them, so that each block of [first, stop) is in one lane of one step, and blocks beyond
     `stop` count nowhere. The head receives batches of the same shape, whose rows are the same numbers in other rows.
-    Assumed is that the head gives a row the same logits there, and that its two programs round alike: `Sampler` compares
-    their counts in the first step of a packed launch, and not again.
+    Assumed is that the head gives a row the same logits there, and that its two programs round alike: `Sampler`
+    compares their counts in the first step of a packed launch, and not again.
     """
 
     def __init__(self, slots: int, images: int, blocks: int) -> None:

@@ -50,9 +50,10 @@ class Sampler:
 
     A *sample block* is `samples` noise vectors. It is drawn from the key of (stream, block number) alone and shared by
     every image of a batch (``noise="shared"``), or from the key of (stream, image index, block number)
-    (``"independent"``). Devices take blocks in turn; every head batch has ``images · samples`` rows: one
-    block of all images, or, where few images leave slots free, several blocks of them (`packing.Packing`). So the counts of an image depend neither on the number of devices, nor on the division of
-    the blocks into calls, nor on the other images of the batch.
+    (``"independent"``). Devices take blocks in turn. Every head batch has ``images · samples`` rows: one block of all
+    images, or, where few images leave slots free, several blocks of them (`packing.Packing`). So the counts of an image
+    depend neither on the number of devices, nor on the division of the blocks into calls, nor on the other images of
+    the batch.
 
     `latent_shape` has no batch axis; the other arguments are those of `api.SmoothedClassifier`. `head_digest` is a
     digest of the logits at some random latents, which tells heads apart; `traces` is the number of traces of the loop.
