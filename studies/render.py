@@ -143,7 +143,7 @@ def deciding(found):
         axes.errorbar(np.mean(flops), certified.mean(), error, label=label, **mean)
         axes.plot(flops, certified.mean(axis=1), marker, color=color, fillstyle="none")
     axes.set(xlabel="MFLOP to decide an image (encoder and samples)")
-    axes.set(ylabel=f"certified accuracy at r = {radius:g}")
+    axes.set(ylabel=f"certified accuracy\nat r = {radius:g}")
     axes.margins(0.15)
     note = "small: seeds; large: their mean, with its standard error over images"
     style.legend_below(figure, *axes.get_legend_handles_labels(), note)

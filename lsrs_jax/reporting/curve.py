@@ -89,7 +89,7 @@ def _costs(axes: Any, groups: Sequence[Group], chosen: Sequence[Style], radius: 
         seconds, highest = group.seconds, max(highest, high)
         if seconds > 0:
             axes.errorbar(seconds, mean, [[mean - low], [high - mean]], color=own.color, marker=own.marker, ls="")
-    axes.set(xscale="log", xlabel="time per certificate", ylabel=f"certified accuracy at r = {radius:g}")
+    axes.set(xscale="log", xlabel="time per certificate", ylabel=f"certified accuracy\nat r = {radius:g}")
     axes.set_ylim(0, _top(highest))
     axes.margins(x=0.2)
     axes.xaxis.set_major_locator(LogLocator(numticks=3))
