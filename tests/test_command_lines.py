@@ -86,7 +86,7 @@ WRONG = {
     "train --config.data.train_split=training": "digits has the splits train and test, not 'training'",
     "train --config.train.start_from={new}": "no checkpoint in",
     # paths
-    "certify --workdir={new}": "holds no training: run python -m lsrs_jax.train",
+    "certify --workdir={new}": "holds no training: run lsrs train --config=NAME --workdir=",
     "certify --workdir=README.md": "'README.md' is not a folder",
     "certify --workdir=s3://bucket/x": "neither a folder nor the URL of one",
     "certify --config.certify.checkpoint=7": "no checkpoint of step 7 in",
