@@ -33,17 +33,16 @@ CASES = {  # head and shape of the latent
 
 def parts(sampler, head):
     """Works that repeat one sample block of the free loop up to some place in it, by the name of that place."""
-    size, made = (sampler.tile[1], *sampler.latent_shape), sampler
-    latents = np.zeros((sampler.tile[0], *sampler.latent_shape), np.int32)
+    blocks, latents = sampler.blocks, np.zeros((sampler.tile[0], *sampler.latent_shape), np.int32)
 
     def noise(key, tables, prepared):
-        return made.arithmetic.draw(key, size, tables[0])
+        return blocks.noise(key, None, 0, tables)
 
     def product(key, tables, prepared):
-        return made._integer.product(noise(key, tables, prepared), tables[1])
+        return blocks.integer.product(noise(key, tables, prepared).reshape(-1, *sampler.latent_shape), tables[1])
 
     def rows(key, tables, prepared):
-        return made.rows(prepared, noise(key, tables, prepared), tables)
+        return blocks.rows(prepared, noise(key, tables, prepared), tables)
 
     def logits(key, tables, prepared):
         return head.rest(rows(key, tables, prepared))
@@ -51,7 +50,7 @@ def parts(sampler, head):
     def repeated(function):
         @jax.jit
         def chain(key, tables, k):
-            prepared = made.prepared(latents, tables)
+            prepared = blocks.prepared(latents, tables)
 
             def step(i, total):
                 found = function(jax.random.fold_in(key, i), tables, prepared)
@@ -61,7 +60,7 @@ def parts(sampler, head):
             return jax.lax.fori_loop(0, k, step, jnp.float32(0))
 
         with pinned():
-            tables = put(made.tables, jax.local_devices()[0])
+            tables = put(blocks.tables, jax.local_devices()[0])
 
         def work(k):
             with pinned(), jax.default_matmul_precision("highest"):

@@ -288,7 +288,7 @@ def test_a_head_that_knows_the_noise_of_the_seed_is_found(home, monkeypatch):
     for stream, total in (("selection", stored.identity.n0), ("estimation", stored.identity.n)):
         for block in range(-(-total // sampler.tile[1])):
             noise = sampler.blocks.noise(keys[stream], jnp.arange(3), block, sampler._tables)
-            seen += [codes(sampler.arithmetic.add(jnp.asarray(latent), noise)) for latent in images.latents]
+            seen += [codes(sampler.arithmetic.add(jnp.asarray(latent).ravel(), noise)) for latent in images.latents]
     table = np.sort(np.concatenate(seen))
 
     def forged(self, params, dtype):

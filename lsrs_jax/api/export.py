@@ -56,7 +56,7 @@ def export_predict(
         only = f"its integer first layer was checked on {own} only"
         raise UserError(f"the program is not for other platforms: {only}; give integer_first_layer=False")
     needed = _needed(n, sampler.num_classes, alpha, sampler.tau)
-    counts_of = _counter(classifier, sampler, latent_shape, batch, n)
+    counts_of = _counter(classifier, sampler, batch, n)
     spacing = sampler.arithmetic.identity.get("spacing")
     limit = MAX_LATENT * spacing if spacing else 2.0**120
 
@@ -82,21 +82,14 @@ def export_predict(
 
 
 def _counter(
-    classifier: "SmoothedClassifier", sampler: Sampler, latent_shape: tuple[int, ...], batch: int, n: int
+    classifier: "SmoothedClassifier", sampler: Sampler, batch: int, n: int
 ) -> Callable[[Array, Array], Int[Array, "batch classes"]]:
     """A function of key data and quantized latents: the counts of predictions; rows with NaN count nowhere."""
     samples, classes, head = sampler.tile[1], sampler.num_classes, sampler.behind(classifier.head)
     offset = NOISE_OFFSETS[classifier.settings["noise"]]
 
     def block(key: Array, prepared: Any, number: Array) -> Int[Array, "batch classes"]:
-        def draw(own: Array) -> Array:
-            key, size = jax.random.fold_in(own, number), (samples, *latent_shape)
-            return sampler.arithmetic.draw(key, size, jnp.asarray(sampler.blocks.tables[0]))
-
-        if offset:  # independent noise: every input has a key of its own
-            noise = jax.vmap(draw)(jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch)))
-        else:
-            noise = draw(key)
+        noise = sampler.blocks.noise(key, jnp.arange(batch), number, sampler.blocks.tables)
         logits = head(sampler.blocks.rows(prepared, noise, sampler.blocks.tables))
         chosen = jnp.where(jnp.isnan(logits).any(axis=-1), classes, jnp.argmax(logits, axis=-1))
         valid = number * samples + jnp.arange(samples, dtype=jnp.int32) < n

@@ -1,5 +1,6 @@
 """How latents and noise are represented, drawn and added on the device: exact integers, or the classic float32."""
 
+import math
 from typing import Any, Protocol
 
 import jax
@@ -68,7 +69,7 @@ class GridArithmetic:
     @staticmethod
     def draw(key: jax.Array, size: tuple[int, ...], tables: Any) -> Int[Array, "*size"]:
         """Draws int32 noise in steps of q."""
-        columns, thresholds = _words(key, size)
+        columns, thresholds = _words(key, math.prod(size))
         column = (columns >> (32 - COLUMN_BITS)).astype(jnp.int32)
         packed = tables[0].at[column].get(mode="promise_in_bounds")
         low = tables[1].at[column].get(mode="promise_in_bounds")
@@ -77,7 +78,7 @@ class GridArithmetic:
         alias = (packed & (2**COLUMN_BITS - 1)).astype(jnp.int32)
         magnitude = jnp.where(own, column, alias)
         sign = (columns >> (THRESHOLD_BITS - 32)) & 1
-        return jnp.where(sign == 1, -magnitude, magnitude)
+        return jnp.where(sign == 1, -magnitude, magnitude).reshape(size)
 
     def add(self, latent: Int[Array, "*latent"], noise: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
         """Noisy latents as float32: the sum of integers is exact, and is never −0."""
@@ -137,8 +138,27 @@ def make_arithmetic(name: str, sigma: float) -> Arithmetic:
     return ARITHMETICS[name](sigma)
 
 
-def _words(key: jax.Array, size: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+def _words(key: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """Two uint32 arrays of uniform bits: both words of one threefry block per entry, with counters of its own."""
-    count = int(np.prod(size))
-    words = threefry_2x32(jax.random.key_data(key), jnp.arange(2 * count, dtype=jnp.uint32))
-    return words[:count].reshape(size), words[count:].reshape(size)
+    data, counters = jax.random.key_data(key), jnp.arange(2 * count, dtype=jnp.uint32)
+    if jax.default_backend() == "cpu":
+        return unrolled_threefry(data, counters[:count], counters[count:])
+    words = threefry_2x32(data, counters)
+    return words[:count], words[count:]
+
+
+def unrolled_threefry(key: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The two words of the threefry2x32 block (Salmon et al. 2011) of the counters x and y; key, x, y are uint32.
+
+    The numbers are those of JAX's `threefry_2x32`, which is compiled as a loop on CPUs: its rounds go through memory.
+    As one expression they stay in registers.
+    """
+    words = key[0], key[1], key[0] ^ key[1] ^ np.uint32(0x1BD11BDA)
+    x, y = x + words[0], y + words[1]
+    for group in range(5):
+        for rotation in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
+            x = x + y
+            y = x ^ (y << np.uint32(rotation) | y >> np.uint32(32 - rotation))
+        x = x + words[(group + 1) % 3]
+        y = y + words[(group + 2) % 3] + np.uint32(group + 1)
+    return x, y

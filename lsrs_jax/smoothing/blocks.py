@@ -1,5 +1,6 @@
 """Sample blocks as the head receives them: noise, added to the latents of a batch on the device."""
 
+import math
 from typing import Any
 
 import jax
@@ -8,7 +9,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Num
 
-from lsrs_jax.runtime.mesh import AXIS
 from lsrs_jax.smoothing.arithmetic import GridArithmetic, make_arithmetic
 from lsrs_jax.smoothing.first_layer import integer_layer
 
@@ -32,7 +32,7 @@ class NoisyBlocks:
         devices: Mesh,
     ) -> None:
         self.arithmetic, self._tile, self._latent_shape = make_arithmetic(arithmetic, sigma), tile, latent_shape
-        self._shared = noise == "shared"
+        self.shared = noise == "shared"
         self.integer = integer_layer(head, self.arithmetic, noise, latent_shape, tile, devices)
         self.shape = self.integer.shape if self.integer else latent_shape
         self.tables = self.arithmetic.tables, self.integer and self.integer.tables
@@ -43,12 +43,13 @@ class NoisyBlocks:
         return isinstance(self.arithmetic, GridArithmetic)
 
     def noise(self, key: jax.Array, ids: Int[Array, " images"], block: Any, tables: Any) -> Num[Array, "..."]:
-        """Noise of one block: ``(samples, *latent_shape)``, or one such array per image of `ids`.
+        """Noise of one block: ``(samples, numbers of a latent)``, or one such array per image of `ids`.
 
-        Where images do not share the noise, `block` may be an array with one block per image.
+        Where images do not share the noise, `block` may be an array with one block per image. The arrays are flat,
+        because XLA's loops on CPUs are slow where the last axis is short.
         """
-        size = (self._tile[1], *self._latent_shape)
-        if self._shared:
+        size = (self._tile[1], math.prod(self._latent_shape))
+        if self.shared:
             return self.arithmetic.draw(jax.random.fold_in(key, block), size, tables[0])
 
         def draw(identifier: jax.Array, block: jax.Array) -> jax.Array:
@@ -59,15 +60,21 @@ class NoisyBlocks:
 
     def prepared(self, latents: Any, tables: Any) -> Any:
         """What `rows` needs of a batch of latents; computed once per launch."""
-        return self.integer.of_images(latents, tables[1]) if self.integer else latents
+        if self.integer:
+            return self.integer.of_images(latents, tables[1])
+        return latents.reshape(len(latents), math.prod(self._latent_shape))
 
     def rows(self, prepared: Any, noise: Any, tables: Any) -> Float[Array, "rows *shape"]:
         """Noisy latents, or the integer layer's outputs for them: for image after image, one row per sample."""
         if self.integer:
-            return self.integer.rows(prepared, self.integer.product(noise, tables[1])[None], tables[1])
-        per_image = None if self._shared else 0
+            return self.integer.rows(prepared, self._product(noise, tables)[None], tables[1])
+        per_image = None if self.shared else 0
         noisy = jax.vmap(self.arithmetic.add, (0, per_image))(prepared, noise)
         return noisy.reshape(-1, *self._latent_shape)
+
+    def _product(self, noise: Any, tables: Any) -> Any:
+        assert self.integer is not None
+        return self.integer.product(noise.reshape(-1, *self._latent_shape), tables[1])
 
     def packed_rows(
         self,
@@ -83,17 +90,17 @@ class NoisyBlocks:
 
         With shared noise, only the blocks from `first` to ``first + blocks`` are drawn.
         """
-        if not self._shared:
+        if not self.shared:
             return self.rows(prepared, self.noise(key, ids, first + lanes, tables), tables)
 
         def of_block(block: jax.Array) -> jax.Array:
             with jax.enable_x64(False):
                 noise = self.noise(key, ids, block, tables)
-            return self.integer.product(noise, tables[1]) if self.integer else noise
+            return self._product(noise, tables) if self.integer else noise
 
         with jax.enable_x64(self.integer is not None):
             one = jax.eval_shape(of_block, first)
-            empty = jax.lax.pcast(jnp.zeros((len(lanes), *one.shape), one.dtype), AXIS, to="varying")
+            empty = jnp.zeros((len(lanes), *one.shape), one.dtype)
 
             def draw(lane: jax.Array, drawn: jax.Array) -> jax.Array:
                 return jax.lax.dynamic_update_index_in_dim(drawn, of_block(first + lane), lane, 0)

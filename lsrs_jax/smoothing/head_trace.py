@@ -78,14 +78,9 @@ class TracedHead:
         """``"channels_last"`` if the traces are those of `channels_last.channels_last`, else ``"plain"``."""
         return CHANNELS_LAST if self._reordered else "plain"
 
-    @property
-    def is_replayed(self) -> bool:
-        """Whether the traces are of another program than the head itself."""
-        return self.depends_on_mesh or self._reordered
-
     def for_loop(self, shape: tuple[int, ...]) -> Callable[[Any], Any]:
         """A function latents → logits that can be traced in any mesh: the head, or its trace by `trace`."""
-        if not self.is_replayed:
+        if not (self.depends_on_mesh or self._reordered):
             return self.original
         function = jaxpr_as_fun(self.trace(shape).jaxpr)
         return lambda z: function(z)[0]

@@ -64,8 +64,7 @@ class Loop:
     def compile(self, arguments: tuple[Any, ...]) -> Callable[..., Any]:
         """A program that returns `_counts` per device, given `arguments`, first, stop and n (all int32)."""
         began = time.monotonic()
-        # A trace of a head that is run again does not know which numbers vary over the devices.
-        program = self._program(self._traced.for_loop(self._batch_shape), arguments, (), not self._traced.is_replayed)
+        program = self._program(self._traced.for_loop(self._batch_shape), arguments, ())
         self.seconds = time.monotonic() - began
         return program
 
@@ -82,7 +81,7 @@ class Loop:
             return None
         head, one = jaxpr_as_fun(traced), Packing(self._tile[0], 1, 1)
         lanes = jax.device_put((one.lanes, np.int32(one.blocks)), mesh.replicated(self._mesh))
-        return self._program(lambda z: head(z)[0], arguments, lanes, False)
+        return self._program(lambda z: head(z)[0], arguments, lanes)
 
     def compile_rows(self, arguments: tuple[Any, ...]) -> Any:
         """A program for the first device that puts the noisy latents of a block in any order."""
@@ -96,7 +95,7 @@ class Loop:
         given = *arguments, *jax.device_put(numbers, mesh.replicated(self._mesh))
         return jax.jit(rows).lower(*mesh.on_the_first(given)).compile()
 
-    def _program(self, head: Any, arguments: tuple[Any, ...], lanes: tuple[Any, ...], check_vma: bool) -> Any:
+    def _program(self, head: Any, arguments: tuple[Any, ...], lanes: tuple[Any, ...]) -> Any:
         devices = self._mesh.devices.reshape(-1)
         others = len(arguments) + 3 + len(lanes)
 
@@ -107,8 +106,9 @@ class Loop:
             axes = (0, *[None] * others)
             call: Any = jax.pmap(device_counts, AXIS, in_axes=axes, out_axes=0, devices=list(devices))
         else:
-            specs = {"in_specs": (P(AXIS), *[P()] * others), "out_specs": P(AXIS), "check_vma": check_vma}
-            call = jax.jit(jax.shard_map(device_counts, mesh=self._mesh, **specs))
+            specs = {"in_specs": (P(AXIS), *[P()] * others), "out_specs": P(AXIS)}
+            # Without the check, the loops of a head need not say which of their numbers vary over the devices.
+            call = jax.jit(jax.shard_map(device_counts, mesh=self._mesh, check_vma=False, **specs))
         index = jax.device_put(np.arange(len(devices), dtype=np.int32), mesh.split(self._mesh))
         numbers = jax.device_put([np.int32(number) for number in (0, 1, 1)], mesh.replicated(self._mesh))
         # Compile in the caller's thread and context, so that the compiled head is the one that was checked.
@@ -138,10 +138,14 @@ class Loop:
         stride = jax.lax.axis_size(AXIS) * together
         start, prepared = first + together * device.reshape(()), self._blocks.prepared(latents, tables)
 
-        def block_counts(step: jax.Array, counts: jax.Array) -> jax.Array:
-            block, number = start + step * stride, jnp.arange(samples, dtype=jnp.int32)
+        def noise(step: Any) -> jax.Array:
+            return self._blocks.noise(key, ids, start + step * stride, tables)
+
+        def block_counts(step: jax.Array, carried: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+            (counts, drawn), block = carried, start + step * stride
+            number = jnp.arange(samples, dtype=jnp.int32)
             if lanes is None:
-                rows = self._blocks.rows(prepared, self._blocks.noise(key, ids, block, tables), tables)
+                rows = self._blocks.rows(prepared, noise(step) if drawn is None else drawn, tables)
                 valid = block * samples + number < n
             else:
                 rows = self._blocks.packed_rows(prepared, key, ids, block, lanes, together, tables)
@@ -151,9 +155,12 @@ class Loop:
             check_logits(logits.shape, (images * samples, classes))
             predicted = jnp.where(jnp.isnan(logits).any(axis=-1), classes, jnp.argmax(logits, axis=-1))
             hits = predicted.reshape(images, samples, 1) == jnp.arange(classes + 1, dtype=predicted.dtype)
-            return counts + jnp.sum(hits & valid[..., None], axis=1, dtype=jnp.int32)
+            counts = counts + jnp.sum(hits & valid[..., None], axis=1, dtype=jnp.int32)
+            return counts, None if drawn is None else noise(step + 1)
 
         steps = jnp.maximum(0, (stop - start + stride - 1) // stride)
         zeros = jnp.zeros((images, classes + 1), jnp.int32)
-        counts = jax.lax.fori_loop(0, steps, block_counts, jax.lax.pcast(zeros, AXIS, to="varying"))
+        # A step draws the noise of the next one: XLA would otherwise compute parts of it again for every image.
+        drawn = noise(0) if lanes is None and self._blocks.shared else None
+        counts, _ = jax.lax.fori_loop(0, steps, block_counts, (zeros, drawn))
         return counts[None]  # the host adds: without a collective, devices never wait for each other

@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.random import threefry_2x32
 from scipy import stats
 
 from lsrs_jax import smoothing
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.smoothing import discrete_gaussian
-from lsrs_jax.smoothing.arithmetic import Float32Arithmetic, GridArithmetic
+from lsrs_jax.smoothing.arithmetic import Float32Arithmetic, GridArithmetic, unrolled_threefry
 from support import threefry
 
 SIGMAS = [0.12, 0.25, 1 / 3, 0.999999, 1.0]
@@ -160,3 +161,23 @@ def test_the_error_budget_is_subtracted_from_the_radius():
     expected = (0.5 * stats.norm.ppf(p) - np.sqrt(50) * discrete_gaussian.spacing(0.5) - 0.01) / 2
     assert got.radius[0] <= expected
     assert got.radius[0] == pytest.approx(expected, rel=1e-6)
+
+
+# Key and counter → block, from the known answers of Random123 (Salmon et al. 2011).
+@pytest.mark.parametrize(
+    ("key", "counter", "block"),
+    [
+        ((0, 0), (0, 0), (0x6B200159, 0x99BA4EFE)),
+        ((2**32 - 1, 2**32 - 1), (2**32 - 1, 2**32 - 1), (0x1CB996FC, 0xBB002BE7)),
+        ((0x13198A2E, 0x03707344), (0x243F6A88, 0x85A308D3), (0xC4923A9C, 0x483DF7A0)),
+    ],
+)
+def test_threefry_gives_the_known_answers(key, counter, block):
+    words = unrolled_threefry(jnp.asarray(key, jnp.uint32), *jnp.asarray(counter, jnp.uint32))
+    assert tuple(int(word) for word in words) == block
+
+
+def test_threefry_gives_the_numbers_of_jax():
+    key, counters = jnp.asarray([3, 5], jnp.uint32), jnp.arange(2**16, dtype=jnp.uint32)
+    found = jnp.concatenate(unrolled_threefry(key, *jnp.split(counters, 2)))
+    np.testing.assert_array_equal(found, threefry_2x32(key, counters))

@@ -158,7 +158,7 @@ def test_counts_are_those_of_rows_one_by_one_on_any_devices(name):
     key, quantized, zero = loop.keys(threefry(1))["estimation"], loop.quantize(latents), np.zeros((1, *shape), np.int32)
     expected = np.zeros((4, 3), int)
     for block in range(-(-n // 8)):
-        noise = np.asarray(loop.blocks.noise(key, None, block, loop._tables))[: n - 8 * block]
+        noise = np.asarray(loop.blocks.noise(key, None, block, loop._tables))[: n - 8 * block].reshape(-1, *shape)
         steps = (quantized[:, None] + noise[None]).reshape(-1, *shape)
         outputs = evaluated(layer, steps, zero)[:, 0]
         classes = np.asarray(rest(outputs)).argmax(axis=1).reshape(4, -1)
