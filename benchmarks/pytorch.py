@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import measuring
-from benchmarks.classic_loop import sampling
+from benchmarks.classic_loop import compiled, sampling
 from lsrs_jax import cli
 from lsrs_jax.pytorch import from_torch
 from studies.accelerator import table
@@ -39,18 +39,6 @@ def network(torch, name):
     return made.eval(), size
 
 
-def compiled(torch, net):
-    """The network under `torch.compile`, or None with a line about why it does not work here."""
-    try:
-        found = torch.compile(net)
-        with torch.inference_mode():
-            found(torch.rand(2, 3, 32, 32).contiguous(memory_format=torch.channels_last))
-    except Exception as error:  # a compiler is missing, or too old
-        measuring.say(f"torch.compile does not work here: {str(error).splitlines()[0]}")
-        return None
-    return found
-
-
 def measure(name, batches, seconds):
     """Samples/s by name of the loop, all in turns."""
     torch, device = measuring.load_torch()
@@ -62,7 +50,7 @@ def measure(name, batches, seconds):
             sampler = measuring.make_sampler(imported, imported.input_shape, (1, batch))
             loops[f"lsrs_jax, {layout}, batch {batch}"] = measuring.sampling(sampler), math.prod(sampler.tile)
     net = net.to(device, memory_format=torch.channels_last)
-    modules = {"": net, ", torch.compile": compiled(torch, net)}
+    modules = {"": net, ", torch.compile": compiled(torch, net, (size, size, 3))}
     for kind, module in modules.items():
         for batch in sorted({*batches, *OTHERS}) if module is not None else ():
             work = sampling(torch, device, module, (size, size, 3), CLASSES, batch, channels_last=True)
