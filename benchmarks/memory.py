@@ -15,9 +15,9 @@ import numpy as np
 
 from lsrs_jax import cli, models
 from lsrs_jax.flags import config_from_flags
-from lsrs_jax.runtime.mesh import from_own_rows, global_mesh
+from lsrs_jax.runtime.mesh import from_own_rows, global_mesh, replicated
 from lsrs_jax.runtime.rng import domain_key, pinned
-from lsrs_jax.training import loop, plan
+from lsrs_jax.training import plan, steps
 
 NETWORKS = (  # config, image shape, classes, batch
     ("configs/imagenet.py:smoke", (224, 224, 3), 1000, 8),
@@ -40,7 +40,8 @@ def measure(name, shape, classes, batch):
     planned = plan.training_need(model, config).memory
     images, labels = np.random.default_rng(0).random((batch, *shape), np.float32), np.zeros(batch, np.int32)
     with pinned():
-        fresh, shardings, train_step = loop.parts(model, config, mesh)
+        fresh, shardings, one_step = steps.parts(model, config, mesh)
+        train_step = steps.step_function(one_step, (shardings, replicated(mesh)))
         start = jax.jit(fresh, out_shardings=shardings)
         shapes = jax.eval_shape(fresh, domain_key(0, "init"))
         key, data = domain_key(0, "train"), from_own_rows(mesh, (images, labels))

@@ -33,7 +33,7 @@ from lsrs_jax.layers.lipschitz import materialize
 from lsrs_jax.orthogonal.spectrum import kernel_spectrum
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.rng import domain_key
-from lsrs_jax.training.loop import compiler_options
+from lsrs_jax.training.steps import compiler_options
 
 COLUMNS = "net|c x n|train step, ms|over plain|weights, ms|of the step|peak, MiB|over plain|inference, ms|over plain"
 COLUMNS = [*COLUMNS.split("|"), "residual", "residual, float32"]

@@ -21,7 +21,7 @@ from lsrs_jax.smoothing.derivation import Derivation
 from lsrs_jax.smoothing.engine import Engine, Images
 from lsrs_jax.smoothing.schedule import make_schedule
 from lsrs_jax.smoothing.status import Status
-from lsrs_jax.training import loop
+from lsrs_jax.training import steps
 
 IMAGE, CLASSES = (32, 32, 3), 10
 HEADS = {
@@ -203,23 +203,23 @@ def _training(variant, flags):
     """A compiled function of k that takes k training steps of a variant and waits."""
     config = config_from_flags([f"--config={DEFAULT}:{variant}", *flags])
     model = models.build(config.model, IMAGE, CLASSES)
-    transformation = loop.make_optimizer(config.train)
+    transformation = steps.make_optimizer(config.train)
     params = model.init(domain_key(0, "init"))
-    state = loop.State(params, transformation.init(params), jax.tree.map(jnp.copy, params))
-    step = loop.step_function(model, config, transformation.update)
+    state = steps.State(params, transformation.init(params), jax.tree.map(jnp.copy, params))
+    step = steps.step_function(steps.make_step(model, config, transformation.update))
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.random((config.data.batch_size, *IMAGE)), jnp.float32)
     labels = jnp.asarray(rng.integers(CLASSES, size=len(images)), jnp.int32)
 
-    def steps(count):
+    def run(count):
         nonlocal state
         for index in range(count):
             state, metrics = step(state, images, labels, domain_key(0, "probe"), np.uint32(index))
         jax.block_until_ready(metrics)
 
     measuring.say(f"training step of {variant}")
-    steps(1)
-    return steps
+    run(1)
+    return run
 
 
 def train_steps(variants, count):
@@ -229,8 +229,8 @@ def train_steps(variants, count):
     """
     found = {"a batch on the host": _seconds_of_a_batch(count)}
     for variant, flags in variants.items():
-        steps = _training(variant, flags)
+        run = _training(variant, flags)
         start = time.perf_counter()
-        steps(count)
+        run(count)
         found[variant] = (time.perf_counter() - start) / count
     return found

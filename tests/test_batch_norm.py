@@ -7,10 +7,12 @@ import pytest
 
 from lsrs_jax import models, smoothing
 from lsrs_jax.config import default
-from lsrs_jax.data import Arrays
+from lsrs_jax.data import Arrays, training_batches
 from lsrs_jax.models import batch_norm
 from lsrs_jax.runtime.errors import UserError
-from lsrs_jax.training import checkpoint, loop
+from lsrs_jax.runtime.mesh import global_mesh
+from lsrs_jax.runtime.rng import domain_key, pinned
+from lsrs_jax.training import checkpoint, loop, steps
 from support import threefry
 
 HEADS = {
@@ -126,11 +128,11 @@ def test_statistics_are_synchronised_over_devices(tmp_path):
     """Every device holds one row: statistics of a device's own rows would have no variance."""
     model, found, config, dataset = trained(tmp_path)
     assert jax.device_count() == 8 == config.data.batch_size
-    step = loop.step_function(model, config, loop.make_optimizer(config.train).update)
-    params = model.in_training.init(loop.domain_key(config.seed, "init"))
-    state = loop.State(params, loop.make_optimizer(config.train).init(params), None)
-    with loop.pinned():
-        for number, batch in enumerate(loop.training_batches(dataset, config.data, config.seed, 0, 8)):
-            state, _ = step(state, *batch, loop.domain_key(config.seed, "train"), np.uint32(number))
-        on_one = loop.Folding(model, config, dataset, loop.global_mesh())(state.result)
+    step = steps.step_function(steps.make_step(model, config, steps.make_optimizer(config.train).update))
+    params = model.in_training.init(domain_key(config.seed, "init"))
+    state = steps.State(params, steps.make_optimizer(config.train).init(params), None)
+    with pinned():
+        for number, batch in enumerate(training_batches(dataset, config.data, config.seed, 0, 8)):
+            state, _ = step(state, *batch, domain_key(config.seed, "train"), np.uint32(number))
+        on_one = loop.Folding(model, config, dataset, global_mesh())(state.result)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), on_one, found)

@@ -20,7 +20,7 @@ from lsrs_jax.data import load_split  # noqa: E402
 from lsrs_jax.models import custom, torch_head  # noqa: E402
 from lsrs_jax.pytorch.architectures import CifarResNet, Normalize  # noqa: E402
 from lsrs_jax.runtime.errors import NotHere, UserError  # noqa: E402
-from lsrs_jax.training import checkpoint, loop  # noqa: E402
+from lsrs_jax.training import checkpoint, steps  # noqa: E402
 from support import threefry  # noqa: E402
 from support.commands import ended, refused, run  # noqa: E402
 
@@ -219,9 +219,9 @@ def test_no_step_changes_a_buffer(code, optimizer):
     own = params["head"]["torch"]
     own["buffers"] = {name: leaf + 0.1 * rng.random(leaf.shape, np.float32) for name, leaf in own["buffers"].items()}
     before = jax.tree.map(np.array, params)  # copies: a step donates its state
-    transformation = loop.make_optimizer(config.train)
-    step = loop.step_function(model, config, transformation.update)
-    state = loop.State(params, transformation.init(params), jax.tree.map(jnp.array, params))
+    transformation = steps.make_optimizer(config.train)
+    step = steps.step_function(steps.make_step(model, config, transformation.update))
+    state = steps.State(params, transformation.init(params), jax.tree.map(jnp.array, params))
     images, labels = rng.random((16, *SHAPE), np.float32), np.arange(16) % 10
     for number in range(12):
         state, _ = step(state, images, labels, threefry(1), np.uint32(number))
@@ -239,7 +239,7 @@ def test_no_step_changes_a_buffer(code, optimizer):
 def test_weight_decay_touches_kernels_and_no_scale(model):
     settings = default().train
     settings.weight_decay, settings.schedule, settings.learning_rate = 0.1, "constant", 0.5
-    transformation, params = loop.make_optimizer(settings), model.init(threefry(0))
+    transformation, params = steps.make_optimizer(settings), model.init(threefry(0))
     updates, _ = transformation.update(jax.tree.map(np.zeros_like, params), transformation.init(params), params)
     moved = {jax.tree_util.keystr(p[-1:]) for p, u in jax.tree_util.tree_leaves_with_path(updates) if np.any(u)}
     assert moved == {"['1.0.weight']", "['1.3.weight']", "['1.7.weight']"}

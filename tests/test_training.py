@@ -13,7 +13,7 @@ from lsrs_jax.data import Arrays, batch_indices
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.mesh import local_mesh, replicated
 from lsrs_jax.runtime.rng import domain_key, pinned
-from lsrs_jax.training import checkpoint, loop
+from lsrs_jax.training import checkpoint, loop, steps
 from lsrs_jax.training.loop import Evaluator
 from support import threefry
 
@@ -30,7 +30,7 @@ def test_weight_decay_touches_the_heads_kernels_only():
     params = model.init(threefry(0))
     settings = default().train
     settings.weight_decay, settings.schedule, settings.learning_rate = 0.1, "constant", 0.5
-    transformation = loop.make_optimizer(settings)
+    transformation = steps.make_optimizer(settings)
     zero = jax.tree.map(np.zeros_like, params)
     updates, _ = transformation.update(zero, transformation.init(params), params)
     moved = optax.apply_updates(params, updates)
@@ -60,9 +60,9 @@ def trained(tmp_path, log=lambda *_: None, **fields):
 
 def test_the_options_for_gpus_are_ones_that_xla_has():
     """If XLA dropped one of these names, every training on a GPU would fail, but none on a CPU."""
-    assert jax.jit(lambda x: x + 1, compiler_options=loop._ON_GPU)(1.0) == 2.0
+    assert jax.jit(lambda x: x + 1, compiler_options=steps._ON_GPU)(1.0) == 2.0
     with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
-        jax.jit(lambda x: x + 1, compiler_options={f"{name}_": value for name, value in loop._ON_GPU.items()})(1.0)
+        jax.jit(lambda x: x + 1, compiler_options={f"{name}_": value for name, value in steps._ON_GPU.items()})(1.0)
 
 
 def test_the_speed_of_training_is_that_of_steps_alone(tmp_path, monkeypatch):
@@ -84,12 +84,12 @@ def test_the_speed_of_training_is_that_of_steps_alone(tmp_path, monkeypatch):
 def test_the_average_is_what_is_kept_and_the_parameters_train_on(tmp_path):
     *_, last = trained(tmp_path / "last")
     config, model, dataset, average = trained(tmp_path / "average", ema=0.3)
-    transformation = loop.make_optimizer(config.train)
+    transformation = steps.make_optimizer(config.train)
     with pinned():
         params = model.init(domain_key(config.seed, "init"))
-        step_function = loop.step_function(model, config, transformation.update)
+        step_function = steps.step_function(steps.make_step(model, config, transformation.update))
         expected = jax.device_get(params)  # the step donates its state
-        state = loop.State(params, transformation.init(params), None)
+        state = steps.State(params, transformation.init(params), None)
         for step in range(6):
             index = batch_indices(len(dataset), 8, config.seed, step)
             batch = dataset.read(index, np.float32)
@@ -105,13 +105,15 @@ def test_late_steps_have_more_noise_samples():
     config, model = default(), small_model(encoder="identity")
     config.train.update(steps=6, noises=1, late_noises=3)
     batch = np.random.default_rng(0).random((8, 4, 4, 1), np.float32), np.arange(8) % 3
-    transformation, params = loop.make_optimizer(config.train), jax.device_get(model.init(threefry(0)))
+    transformation, params = steps.make_optimizer(config.train), jax.device_get(model.init(threefry(0)))
 
     def after(step, **fields):
         other = config.copy_and_resolve_references()
         other.train.update(fields)
-        state = loop.State(jax.tree.map(np.copy, params), transformation.init(params), None)
-        return loop.step_function(model, other, transformation.update)(state, *batch, threefry(1), np.uint32(step))[1]
+        state = steps.State(jax.tree.map(np.copy, params), transformation.init(params), None)
+        return steps.step_function(steps.make_step(model, other, transformation.update))(
+            state, *batch, threefry(1), np.uint32(step)
+        )[1]
 
     for step, noises in ((3, 1), (4, 3)):
         expected = [float(value) for value in after(step, noises=noises, late_noises=0)]
@@ -130,13 +132,13 @@ def test_a_bfloat16_head_trains_float32_parameters(tmp_path):
 def test_schedule_warms_up_and_falls_to_zero():
     settings = default().train
     settings.steps, settings.warmup_steps, settings.learning_rate = 100, 10, 1.0
-    rate = loop.schedule(settings)
+    rate = steps.schedule(settings)
     values = [float(rate(step)) for step in range(101)]
     assert values[0] == pytest.approx(0.1)
     assert max(values) == pytest.approx(values[10]) == pytest.approx(1.0)
     assert values[100] == pytest.approx(0, abs=1e-6)
     settings.schedule = "constant"
-    assert float(loop.schedule(settings)(99)) == 1.0
+    assert float(steps.schedule(settings)(99)) == 1.0
 
 
 def test_evaluation_counts_every_image_once():

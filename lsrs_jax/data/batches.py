@@ -7,10 +7,10 @@ import os
 import signal
 import threading
 from collections.abc import Generator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int, Int32
+from jaxtyping import Bool, Float32, Int, Int32
 
 from lsrs_jax.data.decode import silence_pillow
 from lsrs_jax.data.images import Dataset
@@ -38,6 +38,22 @@ def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, 0, epoch]).permutation(size)
 
 
+class Moves(NamedTuple):
+    """How the images of a batch are shifted and mirrored, in order."""
+
+    down: Int[np.ndarray, " B"]  # first row of the view in the padded image
+    right: Int[np.ndarray, " B"]
+    flipped: Bool[np.ndarray, " B"]
+
+
+def moves(batch: int, *, crop: int, flip: bool, seed: int, step: int, rows: slice = _ALL) -> Moves:
+    """The `Moves` of `rows` of a batch of `batch` images, a function of (seed, step) alone."""
+    rng = np.random.default_rng([seed, 1, step])
+    down, right = rng.integers(0, 2 * crop + 1, (2, batch)) if crop else np.zeros((2, batch), int)
+    flipped = rng.random(batch) < 0.5 if flip else np.zeros(batch, bool)
+    return Moves(down[rows], right[rows], flipped[rows])
+
+
 def augment(
     images: np.ndarray, *, crop: int, flip: bool, seed: int, step: int, rows: slice = _ALL, batch_size: int = 0
 ) -> np.ndarray:
@@ -46,17 +62,11 @@ def augment(
     The images ``(B, H, W, C)`` are `rows` of a batch of `batch_size`, by default the whole batch. How an image is
     shifted and flipped does not depend on which other rows are given. Shape and dtype stay the same.
     """
-    rng = np.random.default_rng([seed, 1, step])
-    (batch, height, width), whole = images.shape[:3], batch_size or len(images)
-    down, right = np.zeros((2, batch), int)
-    flipped = np.zeros(batch, bool)
-    if crop:
-        down, right = rng.integers(0, 2 * crop + 1, (2, whole))[:, rows]
-        images = np.pad(images, ((0, 0), (crop, crop), (crop, crop), (0, 0)))
-    if flip:
-        flipped = rng.random(whole)[rows] < 0.5
-    views = [image[y : y + height, x : x + width] for image, y, x in zip(images, down, right, strict=True)]
-    return np.stack([view[:, ::-1] if mirrored else view for view, mirrored in zip(views, flipped, strict=True)])
+    height, width = images.shape[1:3]
+    move = moves(batch_size or len(images), crop=crop, flip=flip, seed=seed, step=step, rows=rows)
+    images = np.pad(images, ((0, 0), (crop, crop), (crop, crop), (0, 0)))
+    views = [image[y : y + height, x : x + width] for image, y, x in zip(images, move.down, move.right, strict=True)]
+    return np.stack([view[:, ::-1] if mirrored else view for view, mirrored in zip(views, move.flipped, strict=True)])
 
 
 class _Views:

@@ -6,150 +6,31 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
-from lsrs_jax.data import Dataset, batch_indices, training_batches
+from lsrs_jax.data import Dataset, batch_indices
 from lsrs_jax.models.heads import Images
 from lsrs_jax.models.split import Model, Params
-from lsrs_jax.models.torch_head import TorchHead, is_buffer, is_kernel
+from lsrs_jax.models.torch_head import TorchHead
 from lsrs_jax.runtime.errors import UserError
-from lsrs_jax.runtime.mesh import from_own_rows, global_mesh, own_rows, replicated, reshard, sharded
+from lsrs_jax.runtime.mesh import from_own_rows, global_mesh, own_rows, replicated, reshard
 from lsrs_jax.runtime.progress import Progress
 from lsrs_jax.runtime.rng import domain_key, pinned
 from lsrs_jax.runtime.signals import agreed, deferred
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.training.checkpoint import Checkpoints
+from lsrs_jax.training.feeds import make_feed
 from lsrs_jax.training.folding import Folding
-from lsrs_jax.training.losses import Labels, make_loss
+from lsrs_jax.training.losses import Labels
+from lsrs_jax.training.steps import State, compiler_options, parts, schedule
 
 Log = Callable[..., None]  # takes a dict of metrics and, optionally, the time left as text
 _UNDER_WAY = 2  # the host reads the stop flags of a step this many steps later
-_ON_GPU = {"xla_gpu_enable_triton_gemm": False}
-
-
-class State(NamedTuple):
-    """What a training carries from step to step.
-
-    A checkpoint holds `result` (the model) and `rest`, or, with batch normalisation, the folded `result` and `all`.
-    """
-
-    params: Any
-    optimizer: Any
-    average: Any  # exponential moving average of the parameters, or None
-
-    @property
-    def result(self) -> Any:
-        """The parameters that are evaluated and certified."""
-        return self.params if self.average is None else self.average
-
-    @property
-    def rest(self) -> Any:
-        return self.optimizer if self.average is None else (self.optimizer, self.params)
-
-    @property
-    def all(self) -> Any:
-        return (self.params, self.optimizer) if self.average is None else tuple(self)
-
-    def resumed(self, result: Any, rest: Any) -> "State":
-        return State(result, rest, None) if self.average is None else State(rest[1], rest[0], result)
-
-
-def schedule(config: Config) -> optax.Schedule:
-    """Learning rate as a function of the step: linear warm-up, then constant or cosine to zero."""
-    peak, warmup = config.learning_rate, config.warmup_steps
-    if config.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, config.steps - warmup)
-    else:
-        after = optax.constant_schedule(peak)
-    return optax.join_schedules([optax.linear_schedule(peak / max(warmup, 1), peak, warmup), after], [warmup])
-
-
-def _decays(params: Params) -> Any:
-    """Marks the kernels of the head. Decay of the encoder's raw parameters would pull its kernels to the identity."""
-
-    def decays(path: Any, leaf: Any) -> bool:
-        return (path[0].key == "head" and path[-1].key == "kernel") or is_kernel(path, leaf)
-
-    return jax.tree_util.tree_map_with_path(decays, params)
-
-
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Adam or SGD with Nesterov momentum, and weight decay on the kernels of the head."""
-    decay = optax.add_decayed_weights(config.weight_decay, _decays)
-    rate = optax.scale_by_learning_rate(schedule(config))
-    if config.optimizer == "adam":
-        return optax.chain(optax.scale_by_adam(), decay, rate)
-    return optax.chain(decay, optax.trace(0.9, nesterov=True), rate)
-
-
-def compiler_options() -> dict[str, bool] | None:
-    """Options of `jax.jit` for programs that build orthogonal kernels.
-
-    On a GPU, XLA would try dozens of its own kernels for each of the many small products, which takes minutes; cuBLAS
-    takes seconds (NVIDIA/JAX-Toolbox#317). Remove this when XLA compiles such a program in seconds by default.
-    """
-    return _ON_GPU if jax.default_backend() == "gpu" else None
-
-
-def step_function(
-    model: Model, config: Config, update: optax.TransformUpdateFn, shardings: tuple[Any, Any] | None = None
-) -> jax.stages.Wrapped:
-    """One optimizer step, ``(state, images, labels, key, step)`` → ``(state, (loss, accuracy))``, jitted.
-
-    The noise depends on the key and the number of the step only. `shardings` are the sharding of the state and the
-    sharding of replicated arrays; XLA chooses both if it is None.
-    """
-    model = dataclasses.replace(model.in_training, head_dtype=config.train.head_dtype)
-    loss, late, decay = make_loss(config), config.train.late_noises, config.train.ema
-    late_loss, last_third = make_loss(config, late), config.train.steps - config.train.steps // 3
-
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings, compiler_options=compiler_options())
-    def train_step(state: State, images: Images, labels: Labels, key: jax.Array, step: jax.Array) -> Any:
-        def loss_of(loss: Any, params: Params) -> Any:
-            if shardings:
-                # XLA computes wrong gradients of orthogonal kernels built from sharded parameters (jax 0.10, not
-                # reported upstream). Remove this when they equal the gradients of replicated parameters without it.
-                params = jax.lax.with_sharding_constraint(params, shardings[1])
-            return loss(model, params, images, labels, jax.random.fold_in(key, step), step)
-
-        first, last = (
-            functools.partial(jax.value_and_grad(loss_of, argnums=1, has_aux=True), each, state.params)
-            for each in (loss, late_loss)
-        )
-        metrics, gradient = jax.lax.cond(step >= last_third, last, first) if late else first()
-        updates, optimizer_state = update(gradient, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        if state.average is None:
-            return State(params, optimizer_state, None), metrics
-        # A lower decay in the first steps removes the random initial parameters from the average.
-        kept = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
-
-        def mean(path: Any, old: jax.Array, new: jax.Array) -> jax.Array:  # that of two equal numbers may be rounded
-            return new if is_buffer(path) else kept * old + (1 - kept) * new
-
-        average = jax.tree_util.tree_map_with_path(mean, state.average, params)
-        return State(params, optimizer_state, average), metrics
-
-    return train_step
-
-
-def parts(model: Model, config: Config, mesh: Mesh) -> tuple[Callable[[jax.Array], State], State, jax.stages.Wrapped]:
-    """``(fresh, shardings, train_step)``: the function key → first `State`, its shardings, and `step_function`."""
-    whole, transformation = replicated(mesh), make_optimizer(config.train)
-
-    def fresh(key: jax.Array, start: Params | None = None) -> State:
-        params = model.in_training.init(key) if start is None else start
-        return State(params, transformation.init(params), jax.tree.map(jnp.copy, params) if config.train.ema else None)
-
-    shapes = jax.eval_shape(fresh, domain_key(config.seed, "init"))
-    shardings = sharded(mesh, shapes) if config.train.shard_parameters else jax.tree.map(lambda _: whole, shapes)
-    return fresh, shardings, step_function(model, config, transformation.update, (shardings, whole))
 
 
 class Evaluator:
@@ -211,7 +92,7 @@ class _Training:
         self._mesh = global_mesh()
         self._whole, self._flags = replicated(self._mesh), collections.deque()
         self._any = jax.jit(jnp.max, out_shardings=self._whole)
-        fresh, shardings, self._train_step = parts(model, config, self._mesh)
+        fresh, shardings, train_step = parts(model, config, self._mesh)
         key, start = domain_key(config.seed, "init"), job.start
         if start is None and isinstance(model.head, TorchHead):  # in a divided program, XLA warns of calls to the host
             start = jax.device_get(model.init(key))
@@ -219,6 +100,7 @@ class _Training:
         self._first = checkpoints.latest() or 0
         if self._first:
             self._resume(shardings)
+        self._feed = make_feed(train_step, job.train_set, config, self._mesh, shardings, self._first)
         self._evaluate = Evaluator(model, config.sigma, job.test_set, self._mesh)
         self._rate, self._window = schedule(config.train), []
         self._folding = model.training_head and Folding(model, config, job.train_set, self._mesh)
@@ -244,28 +126,22 @@ class _Training:
         return self._folded[1]
 
     def run(self) -> Params:
-        config, settings, first = self._config, self._config.train, self._first
-        own = own_rows(self._mesh, config.data.batch_size)
-        batches = training_batches(self._job.train_set, config.data, config.seed, first, settings.steps, own)
-        key = domain_key(config.seed, "train")
-        self._saved = time.monotonic()
+        settings, first = self._config.train, self._first
+        intervals = settings.log_every, settings.evaluate_every, settings.checkpoint_every
+        self._saved, done = time.monotonic(), first
         # A step donates its state to the next one, so a signal takes effect after a step, when its state is saved.
-        with contextlib.closing(batches), deferred() as signalled:
-            for step, batch in zip(range(first, settings.steps), batches, strict=True):
-                done = step + 1
+        with contextlib.closing(self._feed), deferred() as signalled:
+            while done < settings.steps:
+                compiles = done == first  # so the time of the first step says nothing about the rate
                 if not self._window:
-                    self._since = step, time.monotonic()
-                self._state, metrics = self._train_step(
-                    self._state, *from_own_rows(self._mesh, batch), key, np.uint32(step)
-                )
-                if step == first:  # this step compiles, so its time says nothing about the rate
+                    self._since = done, time.monotonic()
+                limit = min(settings.steps, *((done // every + 1) * every for every in intervals))
+                self._state, metrics, done = self._feed.advance(self._state, done, done + 1 if compiles else limit)
+                if compiles:
                     jax.block_until_ready(metrics)
                     self._progress, self._since = Progress(settings.steps, done), (done, time.monotonic())
                 self._window.append(metrics)
-                report, evaluate, save = (
-                    done == settings.steps or done % every == 0
-                    for every in (settings.log_every, settings.evaluate_every, settings.checkpoint_every)
-                )
+                report, evaluate, save = (done == settings.steps or done % every == 0 for every in intervals)
                 stop = self._stops(signalled())
                 if stop or report or evaluate or save:
                     self._report(done)
@@ -290,7 +166,8 @@ class _Training:
 
     def _report(self, done: int) -> None:
         """Waits for the device; logs the means over the steps since the last report, and their speed."""
-        losses, accuracies = np.asarray(jax.device_get(self._window), np.float64).T
+        found = [np.reshape(metrics, (-1, 2)) for metrics in jax.device_get(self._window)]
+        losses, accuracies = np.concatenate(found).astype(np.float64).T
         self._window, settings, finite = [], self._config.train, np.isfinite(losses)
         if not finite.all():
             bad = int(np.argmin(finite))

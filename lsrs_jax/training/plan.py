@@ -19,7 +19,7 @@ from lsrs_jax.runtime.rng import domain_key, pinned
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.smoothing.derivation import BLOCK_BYTES
 from lsrs_jax.smoothing.schedule import make_schedule
-from lsrs_jax.training.loop import parts
+from lsrs_jax.training.steps import parts, step_function
 
 LATENT_BYTES = 2**30  # `certification.encode` keeps as many latents in memory
 USED = 0.3  # share of the peak FLOP/s, as measured for configs/cifar10.py on an H200 (docs/results/accelerator.md)
@@ -70,7 +70,8 @@ def training_need(model: Model, config: Config) -> Need:
     """The `Need` of an optimizer step on all devices of this run, with the memory that XLA allocates for it."""
     mesh, size = global_mesh(), config.data.batch_size
     with pinned():
-        fresh, shardings, train_step = parts(model, config, mesh)
+        fresh, shardings, step = parts(model, config, mesh)
+        train_step = step_function(step, (shardings, replicated(mesh)))
         key = jax.device_put(domain_key(config.seed, "train"), replicated(mesh))
         state = jax.tree.map(lambda leaf, s: leaf.update(sharding=s), jax.eval_shape(fresh, key), shardings)
 
