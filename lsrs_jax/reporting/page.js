@@ -84,7 +84,8 @@ function fillTable(table, caption, header, rows) {
 
 function mainTable() {
   const table = byId("table"), at = make("button", { type: "button" });
-  const titles = data.header.map((title) => make("button", { type: "button" }, title));
+  // A zero-width space after a slash is where a heading may wrap.
+  const titles = data.header.map((title) => make("button", { type: "button" }, title.replace("/", "/\u200b")));
   titles.splice(2, 0, at);
   const heads = titles.map((button, column) => {
     const head = make("th", { scope: "col", "aria-sort": "none" }, button);
