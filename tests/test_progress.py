@@ -49,6 +49,16 @@ def test_a_bar_on_a_terminal_that_leaves_no_trace(monkeypatch, columns, kept):
     assert not progress._bars
 
 
+def test_the_bar_stays_until_every_image_is_decided(monkeypatch):
+    """The samples of the last images are drawn a little before it is known that they are decided."""
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stdout", stream)
+    print_now(Update(["    10 of 40 images decided", "0 ms left"], 10, 40, 1.0))
+    assert "\n" not in stream.getvalue()
+    assert len(progress._bars) == 1
+    progress.remove_bar()
+
+
 def test_progress_of_the_interface_can_be_true_or_false(capsys):
     reporter(True)(UPDATES[0])
     reporter(False)(UPDATES[0])

@@ -133,6 +133,22 @@ def test_an_unfinished_certification_is_called_so_in_table_text_and_picture(tmp_
     assert report.load_runs([str(tmp_path / "a")]) == [report.Run("a", ANY, None, [], kind=ANY)]
 
 
+def test_the_worst_class_has_its_name_where_the_files_say_it(tmp_path):
+    """Anything may stand in the file; a class that is called by its number is "class 1"."""
+    path = write_log(tmp_path / "a" / "certificates.tsv", [0.1, 0.3])
+    for names, shown in (
+        (["cat", "a|dog"], "a_dog"),
+        (["0", "1"], "class 1"),
+        (["cat"], "class 1"),
+        ("dog", "class 1"),
+    ):
+        content = {"identity": {"data": {"class_names": names}}, "lipschitz": {}}
+        content["derivation"] = {"certificates": hashlib.sha256(path.read_bytes()).hexdigest()}
+        documents.write_sealed(path.with_name("certificates.json"), content)
+        report.run([str(path), f"--out={tmp_path / 'out'}", "--radii=0,0.2"])
+        assert f"0.500 ({shown}) |" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_samples_without_a_table_are_called_unfinished(certification, tmp_path):
     home = certification[0]
     shutil.copytree(home, tmp_path / "a" / "certify" / "whole")

@@ -84,13 +84,16 @@ function fillTable(table, caption, header, rows) {
 
 function mainTable() {
   const table = byId("table"), at = make("button", { type: "button" });
-  const titles = data.header.map((title) => make("button", { type: "button" }, title));
+  // A zero-width space after a slash is where a heading may wrap.
+  const titles = data.header.map((title) => make("button", { type: "button" }, title.replace("/", "/\u200b")));
   titles.splice(2, 0, at);
   const heads = titles.map((button, column) => {
     const head = make("th", { scope: "col", "aria-sort": "none" }, button);
     if (column === 2) head.className = "at";
     return head;
   });
+  // The column of a radius that the column "at r" shows is hidden.
+  const hidden = (column) => data.radii[column - 3] === state.radius;
   const rows = data.runs.map((run) => {
     const cells = run.cells.map(({ text }) => make("td", { class: text.length > 16 ? "long" : "" }, text));
     const own = make("td", { class: "at" });
@@ -127,14 +130,21 @@ function mainTable() {
   );
   state.listeners.push(() => {
     at.textContent = `at r=${short(state.radius)}`;
+    heads.forEach((head, column) => { head.hidden = hidden(column); });
     for (const each of rows) {
       each.values[2] = certified(each.run, state.radius) / each.run.total;
       each.own.textContent = share3(each.values[2]);
       each.row.classList.toggle("off", !each.run.shown);
+      [...each.row.cells].forEach((cell, column) => { cell.hidden = hidden(column); });
     }
     if (sorting.column === 2) sort();
   });
   sort();
+  new ResizeObserver(() => {
+    const wide = table.scrollWidth > table.parentNode.clientWidth;
+    table.classList.toggle("wide", wide);
+    byId("wider").hidden = !wide;
+  }).observe(table.parentNode);
 }
 
 function list(lines) {
@@ -148,7 +158,7 @@ function begin() {
   byId("legend").textContent = data.legend;
   const parts = data.runs.filter((run) => run.every > 1).map((run) => `${run.label}: the page holds the radii of one in ` +
     `${run.every} images, so that accuracies at other radii may be too low by up to ${run.every} images.`);
-  byId("notes").append(...list([...data.notes, ...parts]));
+  byId("notes").append(...list([...data.notes, ...parts].map((line) => line.replaceAll("`", ""))));
   byId("made").textContent = `Made by lsrs_jax ${data.version}. Nothing on this page is loaded from elsewhere.`;
   const slider = byId("slider"), number = byId("radius");
   slider.max = GRID.find((radius) => radius >= largest) ?? LIMIT;

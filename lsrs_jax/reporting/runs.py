@@ -35,6 +35,7 @@ class Run:
     composed: bool = False  # whether a fallback answers where the samples do not
     sampling: Sampling | None = None  # None if nothing says how it was sampled, and for deterministic certificates
     kind: Kind = UNKNOWN_KIND
+    classes: Sequence[str] = ()  # their names, if the files beside the table say them
 
     @property
     def deterministic(self) -> bool:
@@ -91,8 +92,16 @@ def _read(file: Path, label: str) -> Run:
     elif file.with_name("audit.tsv").exists():
         notes.append("its audit is not finished and left out; the same audit command continues it.")
     composed = isinstance(content.get("identity"), dict) and "fallback" in content["identity"]
-    facts = sampling_of(content), kind_of(content)
+    facts = sampling_of(content), kind_of(content), _class_names(content)
     return Run(label, table, audit, notes, unfinished, not _of_caller(content), composed, *facts)
+
+
+def _class_names(content: dict[str, Any]) -> tuple[str, ...]:
+    """The names of the classes in a certificates.json, which another program may have written."""
+    identity = content.get("identity")
+    data = identity.get("data") if isinstance(identity, dict) else None
+    names = data.get("class_names") if isinstance(data, dict) else None
+    return tuple(plain(str(name)) for name in names) if isinstance(names, list) else ()
 
 
 def _of_caller(content: dict[str, Any]) -> bool:

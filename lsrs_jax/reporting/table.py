@@ -36,7 +36,7 @@ def markdown(runs: Sequence[Run], radii: Sequence[float]) -> str:
         table, sampling = run.table, run.sampling
         accuracy, worst = table.worst_class(middle)
         cells = [f"{share:.3f}" for share in map(table.certified_accuracy, radii)]
-        cells += [f"{accuracy:.3f} (class {worst})", f"{table.abstention:.3f}"]
+        cells += [f"{accuracy:.3f} ({_class(run, worst)})", f"{table.abstention:.3f}"]
         acr = f"{table.average_certified_radius:.3f}"
         if run.deterministic:
             capped = f" ({table.capped_radius(min(caps)):.3f} if capped at {min(caps):.3f})" if caps else ""
@@ -88,6 +88,12 @@ def comma_separated(runs: Sequence[Run], radii: Sequence[float]) -> str:
         acr = table.average_certified_radius
         writer.writerow([*cells, alpha, acr, cap, n, samples, "" if math.isnan(seconds) else seconds])
     return text.getvalue()
+
+
+def _class(run: Run, number: int) -> str:
+    """The name of a class, or "class" and its number if it has none or is called by its number."""
+    name = run.classes[number] if number < len(run.classes) else ""
+    return name if name.strip(" 0123456789") else f"class {number}"
 
 
 def _name(run: Run) -> str:

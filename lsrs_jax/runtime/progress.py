@@ -47,7 +47,7 @@ class Update(str):
 
 def print_now(line: str) -> None:
     """Prints a line immediately; on a terminal and in a notebook, an `Update` before the end moves a bar instead."""
-    if isinstance(line, Update) and line.share < 1 and (sys.stdout.isatty() or _in_notebook()):
+    if isinstance(line, Update) and line.done < line.total and (sys.stdout.isatty() or _in_notebook()):
         _move(line)
         return
     remove_bar()

@@ -44,6 +44,8 @@ class BlockSampler(Protocol):
 
     tile: tuple[int, int]
 
+    @property
+    def until_packed(self) -> tuple[float, float]: ...
     def keys(self, key: jax.Array) -> dict[str, jax.Array]: ...
     def put(self, quantized: Num[np.ndarray, "images *latent"], ids: Any = None) -> Any: ...
     def launch(self, batch: Any, key: jax.Array, first: int, stop: int, n: int) -> Future: ...
@@ -140,7 +142,7 @@ class Engine:
         )
         drawn = [self._counts.images[images.idx[i]] for i in members]
         together = self._sampler.together(launch.pending)
-        self._status.count(drawn, int(found[0].sum()), self._sampler.tile[0], together)
+        self._status.count(drawn, int(found[0].sum()), self._sampler.tile[0], together, self._sampler.until_packed)
         # Adapt the length of the launches to `_SECONDS_PER_LAUNCH`; the counts do not depend on it.
         full = stop - first >= self._steps_per_launch * self._sampler.width(len(members))
         if now - clock < _SECONDS_PER_LAUNCH / 2 and full:

@@ -45,6 +45,6 @@ class Waste:
         """Counts a plain launch that took so long and could have been packed."""
         self._seconds += seconds * (1 - 1 / packing.blocks)
 
-    def exceeds(self, seconds: float) -> bool:
-        """Whether more time was wasted."""
-        return self._seconds > seconds
+    def left(self, seconds: float) -> float:
+        """How many more seconds may be wasted until a compilation that takes `seconds` pays."""
+        return max(0.0, seconds - self._seconds)

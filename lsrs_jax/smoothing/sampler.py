@@ -219,7 +219,7 @@ class Sampler:
             raise UserError(f"blocks [{first}, {stop}) are not among the {blocks} of {n} samples")
         packing = Packing(self.tile[0], batch.images, -(-(stop - first) // self._mesh.size)) if batch.packed else None
         packing = packing if packing and packing.blocks > 1 else None
-        if packing and self._packed is None and self._waste.exceeds(self._loop.seconds):
+        if packing and self._packed is None and self._waste.left(self._loop.seconds) <= 0:
             self.pack()
         if packing and self._packed and not self._agreed:
             self._agreed = self._agree(batch, packing, key, first, n)
@@ -291,6 +291,12 @@ class Sampler:
     def width(self, images: int) -> int:
         """How many sample blocks one step of a launch takes, for a batch of so many images."""
         return self.tile[0] // images * self._mesh.size if self._packed else 1
+
+    @property
+    def until_packed(self) -> tuple[float, float]:
+        """Seconds that free slots may yet cost before launches are packed, and those to compile that program."""
+        waiting, seconds = self._packed is None and self.blocks.exact, self._loop.seconds
+        return (self._waste.left(seconds), seconds) if waiting else (0.0 if self._packed else math.inf, 0.0)
 
     def together(self, launched: Future) -> int:
         """How many blocks of each image a batch of this launch had room for."""

@@ -133,6 +133,20 @@ def test_the_radius_fills_a_column_and_the_tables_of_the_charts(page, reports):
     assert column(page, 3) == [f"{table.certified_accuracy(0):.3f}" for table in tables]
 
 
+def test_a_radius_has_one_column_and_a_wide_table_says_so(page, reports):
+    set_radius(page, 0.33)
+    headings = page.locator("#table thead th:visible")
+    before = headings.count()
+    set_radius(page, 0.5)
+    expect_count(headings, before - 1)
+    expect_count(page.locator("#table tbody tr").first.locator("> :visible"), before - 1)
+    table = read_table(reports / "audited" / "certify" / "default" / "certificates.tsv")
+    worst, (share, number) = ("cat", "dog", HOSTILE), table.worst_class(0.5)
+    assert f"{share:.3f} ({worst[number]})" in page.locator("#table tbody tr").first.inner_text()
+    page.set_viewport_size({"width": 400, "height": 800})
+    shows(page.locator("#wider:visible"), "scroll it sideways")
+
+
 def test_the_curves_show_their_numbers_and_take_a_click(page, reports):
     chart = page.locator("#curves")
     chart.scroll_into_view_if_needed()

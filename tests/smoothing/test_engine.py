@@ -10,7 +10,7 @@ from lsrs_jax import smoothing
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.smoothing import status as status_module
 from lsrs_jax.smoothing.confidence import leaders
-from lsrs_jax.smoothing.counts import Counts, Row
+from lsrs_jax.smoothing.counts import Counts
 from lsrs_jax.smoothing.derivation import Derivation
 from lsrs_jax.smoothing.engine import Engine, Images
 from lsrs_jax.smoothing.sampler import Sampler
@@ -126,42 +126,6 @@ def test_the_time_left_is_that_of_whole_batches(monkeypatch):
     status.show()
     assert lines[-1].startswith("    34 of 34 images decided")
     assert "left" not in lines[-1]
-
-
-@pytest.mark.parametrize(("kind", "radii"), [("staged", None), ("staged", (0.25, 0.5)), ("anytime", (0.25, 0.5))])
-def test_the_time_left_of_images_that_stop_early_is_estimated(kind, radii):
-    """Two groups of images, one after the other; all samples take the same time."""
-    schedule, derivation = make_schedule(kind, 100, N, 10), Derivation(0.5, 0.001, radii=radii)
-    rng, counts, lines, states, drawn = np.random.default_rng(0), Counts(schedule, 2), [], [], 0
-    p = rng.beta(2, 0.5, 300)
-    status = Status(schedule, len(p), lines.append, derivation.decided)
-    for begin in (0, 150):
-        pending = list(range(begin, begin + 150))
-        while pending:
-            stream, first, stop = schedule.next_stop(counts.done(pending[0]))
-            size = min(stop * 10, schedule.totals[stream]) - first * 10
-            hits = rng.binomial(size, p[pending])
-            counts.append(
-                Row(i, 0, 0.0, stream, first, stop, np.array([k, size - k]), 0.0)
-                for i, k in zip(pending, hits, strict=True)
-            )
-            images = [counts.images[i] for i in pending]
-            for image in images:
-                status.count([image], size, 1)
-            drawn += size * len(images)
-            if stream == "estimation":
-                found = derivation.decided(schedule, images)
-                status.finish([image for image, yes in zip(images, found, strict=True) if yes])
-                pending = [i for i, yes in zip(pending, found, strict=True) if not yes]
-            if not states or drawn > 1.15 * states[-1] or not pending:
-                status.show()
-                states.append(drawn)
-    total, shares = drawn, [line.share for line in lines]
-    early = [i for i, so_far in enumerate(states) if 0.1 * total <= so_far <= 0.6 * total]
-    assert early
-    for i in early:
-        assert 1 / 1.5 < (1 / shares[i] - 1) / (total / states[i] - 1) < 1.5
-    assert lines[-1].startswith("   300 of 300 images decided")
 
 
 def test_progress_says_first_that_it_compiles():

@@ -121,15 +121,17 @@ def test_a_schedule_gives_the_same_rows_packed_or_not():
 def test_a_second_program_is_compiled_once_free_slots_have_cost_as_much():
     waste, packing = Waste(), Packing(64, 16, 100)
     waste.add(4.0, packing)
-    assert waste.exceeds(2.9)
-    assert not waste.exceeds(3.1)
+    assert waste.left(2.5) == 0
+    assert waste.left(3.5) == 0.5
     sampler = Sampler(HEADS["dense"], SHAPE, sigma=0.5, tile=(8, 8))
-    sampler._loop.seconds = math.inf
+    sampler._loop.seconds = 1000.0
     sampler.one_batch(IMAGES[:1], threefry(0), "estimation", 4000)
     assert sampler.traces == 1
+    assert 0 < sampler.until_packed[0] < sampler.until_packed[1] == 1000.0
     sampler._loop.seconds = 0.0
     sampler.one_batch(IMAGES[:1], threefry(0), "estimation", 4000)
     assert sampler.traces == 2
+    assert sampler.until_packed == (0.0, 0.0)
 
 
 def test_what_could_round_otherwise_or_has_changed_is_not_packed():
