@@ -1,4 +1,4 @@
-"""`lsrs certify-torch`: checkpoint files of PyTorch as certified classifiers, and what the command refuses."""
+"""`certify_torch`: checkpoint files of PyTorch as certified classifiers, and what the command refuses."""
 
 import contextlib
 import io

@@ -86,7 +86,7 @@ WRONG = {
     "train --config.data.train_split=training": "digits has the splits train and test, not 'training'",
     "train --config.train.start_from={new}": "no checkpoint in",
     # paths
-    "certify --workdir={new}": "holds no training: run lsrs train --config=NAME --workdir=",
+    "certify --workdir={new}": "holds no training: run python -m lsrs_jax.train --config=NAME --workdir=",
     "certify --workdir=README.md": "'README.md' is not a folder",
     "certify --workdir=s3://bucket/x": "neither a folder nor the URL of one",
     "certify --config.certify.checkpoint=7": "no checkpoint of step 7 in",
@@ -188,8 +188,8 @@ def test_the_list_of_commands_and_the_help_of_each():
     assert len(listed.stdout.splitlines()) < 24
     for name, (module, _) in cli.COMMANDS.items():
         out = run(module, "--help")
-        assert out.startswith(f"usage: lsrs {name}")
-        assert out.count(f"\n  lsrs {name}") >= 3, name
+        assert out.startswith(f"usage: python -m lsrs_jax.{module} ")
+        assert out.count(f"\n  python -m lsrs_jax.{module}") >= 3, name
     assert "--config.train.steps=1000" in run("train", "--help")
     assert "--config.certify.alpha=0.001" in run("certify", "--help")
 

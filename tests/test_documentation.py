@@ -114,10 +114,10 @@ def test_the_command_lines_of_docstrings_fit_the_code():
     "line",
     [
         "lsrs trian --workdir=DIR",
-        "lsrs certify --workdir=DIR --from_counts",
-        "lsrs train --config=digits --config.train.step=10 --workdir=DIR",
-        "lsrs train --config=digit --workdir=DIR",
-        "lsrs train --config=digits --config.train.loss=gauss --workdir=DIR",
+        "python -m lsrs_jax.certify --workdir=DIR --from_counts",
+        "python -m lsrs_jax.train --config=digits --config.train.step=10 --workdir=DIR",
+        "python -m lsrs_jax.train --config=digit --workdir=DIR",
+        "python -m lsrs_jax.train --config=digits --config.train.loss=gauss --workdir=DIR",
         "TFDS_DATA_DIR=... python -m studies run --studdy=split",
         "python -m lsrs_jax.certify --workdir=DIR --config.certify.alpha=2",
         "make tests",
@@ -152,4 +152,4 @@ def test_the_site_lists_every_field_and_every_command(monkeypatch):
     with contextlib.redirect_stderr(io.StringIO()):
         fields, commands = "\n".join(from_code.configuration()), "\n".join(from_code.commands())
     assert all(f"| `{name}` |" in fields for name in FIELDS)
-    assert all(f"usage: lsrs {name}" in commands for name in cli.COMMANDS)
+    assert all(f"usage: python -m lsrs_jax.{module}" in commands for module, _ in cli.COMMANDS.values())

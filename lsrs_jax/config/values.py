@@ -182,7 +182,7 @@ def load_config(path: Path) -> Config:
     except FileNotFoundError as error:
         if (path.parent / "checkpoints").exists():
             raise UserError(f"{path.parent} holds checkpoints but no config.json: restore it from a copy") from error
-        remedy = f"run lsrs train --config=NAME --workdir={path.parent} first"
+        remedy = f"run python -m lsrs_jax.train --config=NAME --workdir={path.parent} first"
         raise UserError(f"{path.parent} holds no training: {remedy}") from error
     except UserError as error:
         raise in_file(path, error) from error

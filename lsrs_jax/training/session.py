@@ -97,7 +97,8 @@ def fit(
 
     Returns:
       ``(model, params)``. To certify with the command, save the test images with `numpy.savez_compressed` as
-      ``x_test``, ``y_test`` and ``class_names`` and run ``lsrs certify --workdir=WORKDIR --config.data.name=npz:FILE``.
+      ``x_test``, ``y_test`` and ``class_names`` and run
+      ``python -m lsrs_jax.certify --workdir=WORKDIR --config.data.name=npz:FILE``.
 
     Raises:
       UserError: for images or labels that do not fit, or a workdir with another training.
