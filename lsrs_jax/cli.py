@@ -129,9 +129,9 @@ def execute(run: Callable[[list[str]], None]) -> None:
         if not out_of_memory(error):
             raise
         _fail(
-            f"out of memory ({first_line(error)[:160]}): a training takes less with a smaller data.batch_size, a "
-            "certification (and its audit) with a smaller certify.tile; train --plan says what both take. All files "
-            "are kept"
+            f"out of memory ({first_line(error)[:160]}): give a training a smaller --config.data.batch_size, a "
+            "certification (and its audit) a smaller --config.certify.tile; train --plan says what both take. All "
+            "files are kept"
         )
     except signals.Interrupted as stop:
         print(f"interrupted; {stop.left}", file=sys.stderr)

@@ -100,7 +100,7 @@ class TestFolders:
     def test_sizes_that_differ_are_refused_with_both_or_cut(self, tmp_path):
         root = write_folder(tmp_path, {"train": shades(3), "test": shades(3)})
         write_folder(root, {"train": ([np.zeros((9, 12, 3), np.uint8)], [2])})
-        with pytest.raises(UserError, match=r"differ in size \(8x8 and 9x12\); data.size=224"):
+        with pytest.raises(UserError, match=r"differ in size \(8x8 and 9x12\); --config.data.size=8 cuts"):
             data.load("folder", "train", root)
         assert data.load("folder", "train", root, 6).read([0, 3], np.float32)[0].shape == (2, 6, 6, 3)
 
@@ -164,7 +164,7 @@ class TestArrays:
             ({"x_train": np.zeros((2, 8, 8, 3), np.int64), "y_train": [0, 1]}, "are int64: give uint8, or floating"),
             ({"x_train": np.full((2, 8, 8, 3), 255.0), "y_train": [0, 1]}, "between 255 and 255: scale them"),
             ({"x_train": np.full((2, 8, 8, 3), np.nan), "y_train": [0, 1]}, "between nan and nan: scale them"),
-            ({"x_train": np.zeros((2, 3, 8, 8), np.uint8), "y_train": [0, 1]}, "data.layout='NCHW'"),
+            ({"x_train": np.zeros((2, 3, 8, 8), np.uint8), "y_train": [0, 1]}, "--config.data.layout=NCHW"),
             ({"x_train": np.zeros((2, 8), np.uint8), "y_train": [0, 1]}, r"shape \(N, H, W, C\) or \(N, H, W\)"),
             ({"x_train": np.zeros((2, 8, 8, 3), np.uint8), "y_train": [0]}, "give one label per image"),
             ({"x_train": np.zeros((2, 8, 8, 3), np.uint8), "y_train": [0, -1]}, "image 1 .* label -1.*not published"),

@@ -44,11 +44,11 @@ def load_folder(data: Config, split: str) -> Dataset:
     """
     root = Path(data.dir).expanduser()
     if not data.dir or not root.is_dir():
-        raise UserError(f"data.name=folder needs a folder of images in data.dir, and {data.dir!r} is none")
+        raise UserError(f"--config.data.name=folder:PATH needs a folder of images, and {data.dir!r} is none")
     inside = _subfolders(root)
     homes = {name: home for name in _SPLITS if (home := _home(root, inside, name))}
     if homes:
-        remedy = "put the classes directly into the folder, to divide them by data.test_share"
+        remedy = "put the classes directly into the folder, to divide them by --config.data.test_share"
         if split not in homes or "train" not in homes:
             missing = split if split not in homes else "train"
             raise UserError(

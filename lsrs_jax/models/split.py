@@ -152,7 +152,8 @@ class Model:
         matrix = getattr(self.head, "matrix", None)
         if not matrix:
             linear = ", ".join(name for name, head in HEADS.items() if hasattr(head, "matrix"))
-            raise UserError(f"a deterministic certificate needs a linear head (model.head one of {linear})")
+            remedy = f"train with --config.model.head=NAME, one of {linear}"
+            raise UserError(f"a deterministic certificate needs a linear head: {remedy}")
         return self._materialized(params), *matrix(params["head"])
 
 
