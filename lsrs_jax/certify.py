@@ -140,6 +140,10 @@ def _run(workdir: Workdir, process: Process, options: argparse.Namespace, rest: 
     free = certify.integer_first_layer and (certify.arithmetic, certify.noise) == ("sound", "shared")
     print(models.describe(target.model, certify.tile[0] if free else 0))
     if config.certify.certificate == "smoothed":
+        trained = load_config(workdir.path / "config.json")
+        if process.leads and trained.sigma != config.sigma and trained.train.loss != "margin":  # trained without noise
+            less = f"this is sound, but a training with sigma {config.sigma} usually certifies more"
+            print(f"note: trained with sigma {trained.sigma}, certified with sigma {config.sigma}: {less}", flush=True)
         profile = options.profile if process.leads else None
         with profiling.captured(profile, workdir.path / "profile") as tick:
             smoothed.run(target, process, workdir, print_now, tick, {"shard": str(shard)} if shard else None)
