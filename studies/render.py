@@ -168,7 +168,7 @@ def figure(name, found):
 
 
 def write(name):
-    """Rewrites table and figure of a study, the tables of `ACCELERATOR`, or the figure that shows a page's own tables."""
+    """Rewrites table and figure of a study, the tables of `ACCELERATOR`, or the figure of a page's own tables."""
     if name == ACCELERATOR:
         _replace(name, accelerator.markdown(folder(name)))
     elif name in page_figures.FIGURES:
