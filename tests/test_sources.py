@@ -100,7 +100,7 @@ class TestFolders:
     def test_sizes_that_differ_are_refused_with_both_or_cut(self, tmp_path):
         root = write_folder(tmp_path, {"train": shades(3), "test": shades(3)})
         write_folder(root, {"train": ([np.zeros((9, 12, 3), np.uint8)], [2])})
-        with pytest.raises(UserError, match=r"differ in size \(8x8 and 9x12\); --config.data.size=8 cuts"):
+        with pytest.raises(UserError, match=r"differ in size \(8x8 and 9x12\); --config.data.size=8, for"):
             data.load("folder", "train", root)
         assert data.load("folder", "train", root, 6).read([0, 3], np.float32)[0].shape == (2, 6, 6, 3)
 
@@ -115,7 +115,10 @@ class TestFolders:
             data.load("folder", "train", root)
 
     def test_what_is_wrong_is_named(self, tmp_path):
-        for path, why in ((tmp_path / "none", "needs a folder of images"), (tmp_path, "has no images: put files into")):
+        for path, why in (
+            (tmp_path / "none", "needs a folder of images"),
+            (tmp_path, "has no images: give each class"),
+        ):
             with pytest.raises(UserError, match=why):
                 data.load("folder", "train", path)
         root = write_folder(tmp_path / "set", {"train": shades(3), "test": shades(3)})

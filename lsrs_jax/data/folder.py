@@ -68,7 +68,9 @@ def load_folder(data: Config, split: str) -> Dataset:
                 f"none of {len(listed[root])} images in {root} is in the split {split!r}: change data.test_share"
             )
     if not files:
-        raise UserError(f"{homes.get(split, root)} has no images: put files into <class>/*.png (or jpg, webp)")
+        raise UserError(
+            f"{homes.get(split, root)} has no images: give each class a folder, <class>/*.png (or jpg, webp)"
+        )
     silence_pillow()
     everything = [path for found in listed.values() for path, _ in found]
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -47,10 +47,8 @@ def load_prepared(data: Config, split: str) -> Dataset:
     prepare = f"pip install tensorflow-cpu && {build}"
     if not home.is_dir():
         if (here := Path(data.name)).is_dir() or here.suffix == ".npz":
-            raise UserError(
-                f"{data.name} is no set of tensorflow-datasets; for your own images, write "
-                f"data.name={'npz' if here.suffix == '.npz' else 'folder'}:{data.name}"
-            )
+            own = f"--config.data.name={'npz' if here.suffix == '.npz' else 'folder'}:{data.name}"
+            raise UserError(f"{data.name} is no set of tensorflow-datasets; for your own images, give {own}")
         raise UserError(f"data set {name!r} is not in {folder}; prepare it with: {prepare}")
 
     def order(path: Path) -> list[int]:
