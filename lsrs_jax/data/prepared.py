@@ -58,7 +58,7 @@ def load_prepared(data: Config, split: str) -> Dataset:
     chosen = [path for path in versions if path.name == version] if version else versions[-1:]
     if not chosen:
         if not config and (configs := sorted({path.parents[1].name for path in home.glob("*/*/dataset_info.json")})):
-            names = " or ".join(f"data.name={name}/{config}" for config in configs)
+            names = " or ".join(f"--config.data.name={name}/{config}" for config in configs)
             raise UserError(f"{name} has several configurations in {folder}; choose one: {names}")
         found = ", ".join(path.name for path in versions)
         wanted, only = version and f" {version}", found and f", only {found}"

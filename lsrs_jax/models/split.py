@@ -266,8 +266,8 @@ def _check_blocks(config: Config) -> None:
     if left:
         other, whole = ("head", len(widths)) if in_encoder else ("encoder", 0)
         raise UserError(
-            f"model.split {split} leaves {left} of {len(widths)} blocks unused: choose 'blocks' for model.{other} as "
-            f"well, or model.split={whole}"
+            f"model.split {split} leaves {left} of {len(widths)} blocks unused: give --config.model.{other}="
+            f"blocks as well, or --config.model.split={whole}"
         )
 
 

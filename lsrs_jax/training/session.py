@@ -65,7 +65,8 @@ def _start(config: Config, model: models.Model) -> Any:
     source = config.train.start_from
     if model.training_head:
         raise UserError(
-            "train.start_from cannot start a head with batch normalisation: leave it out, or give model.head_norm=none"
+            "train.start_from cannot start a head with batch normalisation: leave it out, or give "
+            "--config.model.head_norm=none"
         )
     if not source.startswith(TORCH):
         return jax.device_get(restore(Path(source), model)[0])
