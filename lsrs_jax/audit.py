@@ -1,8 +1,8 @@
 """Attack the certificates of a workdir.
 
-  lsrs audit --workdir=runs/digits
-  lsrs audit --workdir=runs/digits --images=100 --restarts=10
-  lsrs audit --workdir=runs/digits --config.certify.name=full
+  python -m lsrs_jax.audit --workdir=runs/digits
+  python -m lsrs_jax.audit --workdir=runs/digits --images=100 --restarts=10
+  python -m lsrs_jax.audit --workdir=runs/digits --config.certify.name=full
 
 The audit attacks every certificate inside its radius: by gradients (PGD through the smoothed classifier, from several
 random starts), and by predictions alone (a decision-based attack). A flip is a point within the radius at which

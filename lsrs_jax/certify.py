@@ -1,9 +1,9 @@
 """Certify a trained classifier.
 
-  lsrs certify --workdir=runs/digits
-  lsrs certify --workdir=runs/digits --config.certify.n=100000 --config.certify.name=full
-  lsrs certify --workdir=runs/digits --verify
-  lsrs certify --workdir=runs/x --config.certify.certificate=deterministic --config.certify.name=margin
+  python -m lsrs_jax.certify --workdir=runs/digits
+  python -m lsrs_jax.certify --workdir=runs/digits --config.certify.n=100000 --config.certify.name=full
+  python -m lsrs_jax.certify --workdir=runs/digits --verify
+  python -m lsrs_jax.certify --workdir=runs/x --config.certify.certificate=deterministic --config.certify.name=margin
 
 The configuration comes from the workdir; flags override it. The command writes the ledgers, certificates.tsv and
 certificates.json into <workdir>/certify/<name>. The same command resumes an interrupted certification, on any number of
@@ -13,9 +13,9 @@ and names the first line that differs; exit code 0 means that all is intact, 2 t
 wrong was found but images are missing or something could not be checked, as the verdict says. With --recast=N it does
 the same, and then samples N images again from their pixels; it chooses them at random each time. With --json both print
 the verdict as JSON. With --shard=i/N, processes that know nothing of each other certify one part each, on other
-machines or at other times; lsrs merge joins the parts. Deterministic certificates take no samples: they are the margins
-of a linear head (model.head linear, normalized or orthogonal). The smoothed certification of such a head also writes
-them, into <workdir>/certify/<name>-margin.
+machines or at other times; the command merge joins the parts. Deterministic certificates take no samples: they are the
+margins of a linear head (model.head linear, normalized or orthogonal). The smoothed certification of such a head also
+writes them, into <workdir>/certify/<name>-margin.
 """
 
 if __name__ == "__main__":
@@ -140,6 +140,10 @@ def _run(workdir: Workdir, process: Process, options: argparse.Namespace, rest: 
     free = certify.integer_first_layer and (certify.arithmetic, certify.noise) == ("sound", "shared")
     print(models.describe(target.model, certify.tile[0] if free else 0))
     if config.certify.certificate == "smoothed":
+        trained = load_config(workdir.path / "config.json")
+        if process.leads and trained.sigma != config.sigma and trained.train.loss != "margin":  # trained without noise
+            less = f"this is sound, but a training with sigma {config.sigma} usually certifies more"
+            print(f"note: trained with sigma {trained.sigma}, certified with sigma {config.sigma}: {less}", flush=True)
         profile = options.profile if process.leads else None
         with profiling.captured(profile, workdir.path / "profile") as tick:
             smoothed.run(target, process, workdir, print_now, tick, {"shard": str(shard)} if shard else None)

@@ -1,9 +1,11 @@
 """Certify a published PyTorch checkpoint: the network of a file, smoothed by Gaussian noise on its input.
 
-  lsrs certify-torch --checkpoint=resnet110.pth.tar --sigma=0.25 --data.name=cifar10 --step=20 --out=runs/cohen
-  lsrs certify-torch --checkpoint=net.pt --arch=nets.py:make --sigma=0.5 --data.name=folder:photos --out=runs/mine
-  lsrs certify-torch --denoiser=dncnn.pth.tar --checkpoint=resnet110.pth.tar --sigma=0.25 --data.name=cifar10 \\
-    --out=runs/denoised
+  python -m lsrs_jax.certify_torch --checkpoint=resnet110.pth.tar --sigma=0.25 --data.name=cifar10 \\
+    --step=20 --out=runs/cohen
+  python -m lsrs_jax.certify_torch --checkpoint=net.pt --arch=nets.py:make --sigma=0.5 --data.name=folder:photos \\
+    --out=runs/mine
+  python -m lsrs_jax.certify_torch --denoiser=dncnn.pth.tar --checkpoint=resnet110.pth.tar --sigma=0.25 \\
+    --data.name=cifar10 --out=runs/denoised
 
 A file is a dict with state_dict and perhaps arch, or a bare state_dict, as torch.save writes it. Only weights are
 loaded: nothing that a file contains or names is executed. With --denoiser the network is the classifier behind the
@@ -12,8 +14,8 @@ radii are in the units of the images. The network is imported into JAX (lsrs_jax
 this JAX function, whose rounding differs from PyTorch's.
 
 The command writes the ledger, certificates.tsv and certificates.json into <out>/certify/<name>, as certify does. The
-same command resumes. Then lsrs certify --workdir=OUT --verify derives every radius again, --from-counts takes another
-alpha or bound, and lsrs report OUT compares; none of them needs PyTorch or the checkpoint.
+same command resumes. Then python -m lsrs_jax.certify --workdir=OUT --verify derives every radius again, --from-counts
+takes another alpha or bound, and python -m lsrs_jax.report OUT compares; none of them needs PyTorch or the checkpoint.
 """
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Runs the commands: ``lsrs COMMAND …``, ``python -m lsrs_jax COMMAND …`` and ``python -m lsrs_jax.COMMAND …``.
+"""Runs the commands: ``python -m lsrs_jax.train …`` and so on; ``lsrs train …`` is the same.
 
 This module imports light modules only. `main` loads the libraries after it has set how signals are handled.
 """
@@ -31,15 +31,16 @@ COMMANDS = {  # name -> module, what it does
     "config": ("show_config", "print every field of a configuration, or the names of the experiments"),
     "data": ("show_data", "print and draw what is in a data set, also in your own folder or file"),
 }
+_PROGRAM = "python -m lsrs_jax."  # a module of COMMANDS follows
 _MODULES = {module: name for name, (module, _) in COMMANDS.items()}
 _QUICK = ("sweep", "report", "config")  # they load within a second
-_USAGE = """usage: lsrs COMMAND [ARGUMENTS]; lsrs COMMAND --help says more
+_USAGE = """usage: lsrs COMMAND [ARGUMENTS], or python -m lsrs_jax COMMAND [ARGUMENTS]; COMMAND --help says more
 
 {commands}
 
-  lsrs train --config=digits --workdir=runs/digits
-  lsrs certify --workdir=runs/digits
-  lsrs report runs/digits --out=report"""
+  python -m lsrs_jax.train --config=digits --workdir=runs/digits
+  python -m lsrs_jax.certify --workdir=runs/digits
+  python -m lsrs_jax.report runs/digits --out=report"""
 _REMEDIES = {  # for errors of the operating system
     (errno.ENOSPC, errno.EFBIG, errno.EDQUOT): "; make room, and give the same command again",
     (errno.EROFS,): "; choose a folder that can be written",
@@ -94,7 +95,7 @@ def _choose_and_run(module: str | None) -> NoReturn:
     if (name := _MODULES.get(module)) and name not in _QUICK and not {"-h", "--help"} & set(sys.argv):
         stream = sys.stderr if "--json" in sys.argv else sys.stdout
         with contextlib.suppress(OSError):  # whoever reads the output may have ended
-            print(f"lsrs {name}: loading JAX ...", file=stream, flush=True)
+            print(f"{name}: loading JAX ...", file=stream, flush=True)
     execute(importlib.import_module(f"lsrs_jax.{module}").run)
     sys.exit(0)
 
@@ -128,9 +129,9 @@ def execute(run: Callable[[list[str]], None]) -> None:
         if not out_of_memory(error):
             raise
         _fail(
-            f"out of memory ({first_line(error)[:160]}): a training takes less with a smaller data.batch_size, a "
-            "certification (and its audit) with a smaller certify.tile; train --plan says what both take. All files "
-            "are kept"
+            f"out of memory ({first_line(error)[:160]}): give a training a smaller --config.data.batch_size, a "
+            "certification (and its audit) a smaller --config.certify.tile; train --plan says what both take. All "
+            "files are kept"
         )
     except signals.Interrupted as stop:
         print(f"interrupted; {stop.left}", file=sys.stderr)
@@ -164,8 +165,9 @@ def parser(module: str, doc: str | None, fields: Sequence[str], usage: str) -> a
         from lsrs_jax.config import FIELDS
 
         lines = [f"  --config.{name}={FIELDS[name].default!r}\n        {FIELDS[name].meaning}" for name in fields]
-        epilog = "\n".join(["most used fields, with their defaults:", *lines, "lsrs config prints all of them."])
-    style, prog = argparse.RawDescriptionHelpFormatter, f"lsrs {_MODULES[module]}"
+        last = f"{_PROGRAM}show_config prints all of them."
+        epilog = "\n".join(["most used fields, with their defaults:", *lines, last])
+    style, prog = argparse.RawDescriptionHelpFormatter, f"{_PROGRAM}{module}"
     made = _Parser(prog, f"{prog} {usage}", doc, epilog, formatter_class=style, allow_abbrev=False)
     made.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
     return made

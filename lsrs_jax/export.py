@@ -1,8 +1,8 @@
 """Write a trained classifier for use without this package.
 
-  lsrs export --workdir=runs/digits --out=digits
-  lsrs export --workdir=runs/digits --out=digits --batch=32 --n=10000
-  lsrs export --workdir=runs/digits --out=early --step=400
+  python -m lsrs_jax.export --workdir=runs/digits --out=digits
+  python -m lsrs_jax.export --workdir=runs/digits --out=digits --batch=32 --n=10000
+  python -m lsrs_jax.export --workdir=runs/digits --out=early --step=400
 
 The command writes into the folder OUT: model.safetensors, the parameters with their configuration, which
 lsrs_jax.load(OUT) reads; predict.stablehlo, the smoothed prediction with abstention as a program that jax.export runs

@@ -18,6 +18,7 @@ from lsrs_jax.config import (
     TORCH,
     check_config,
     check_field,
+    check_text,
     config_from_dict,
     config_to_dict,
     load_config,
@@ -112,7 +113,9 @@ def normalised(rest: list[str]) -> list[str]:
         name, _, value = argument.partition("=")
         if field := name.removeprefix("--config").removeprefix("."):
             check_field(field)
-            found[position] = f"{name}={_whole(field, value)}" if "=" in argument else argument
+            if "=" in argument:
+                check_text(field, value := _whole(field, value))
+                found[position] = f"{name}={value}"
     if bare := next((argument for argument in found if "=" not in argument and not _is_switch(argument)), None):
         raise UserError(f"{bare} needs a value: write {bare}=VALUE")
     return found

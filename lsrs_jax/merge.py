@@ -1,8 +1,8 @@
 """Join the shards of a certification into one folder of certificates.
 
-  lsrs merge --workdir=runs/digits
-  lsrs merge --workdir=runs/digits copies/first copies/second
-  lsrs merge --workdir=runs/digits --config.certify.name=full
+  python -m lsrs_jax.merge --workdir=runs/digits
+  python -m lsrs_jax.merge --workdir=runs/digits copies/first copies/second
+  python -m lsrs_jax.merge --workdir=runs/digits --config.certify.name=full
 
 Each process of `certify --shard=i/N` writes a folder of its own, <workdir>/shards/<name>-<i>-of-<N>. The command joins
 these folders into <workdir>/certify/<name>, as if one process had certified everything. PART is the folder of a shard,

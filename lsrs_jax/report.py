@@ -1,8 +1,8 @@
 """Compare certified classifiers: tables in Markdown, LaTeX and CSV, and a figure as PNG, SVG and PDF.
 
-  lsrs report runs/digits --out=report
-  lsrs report runs/digits runs/digits_isrs --out=report
-  lsrs report LSRS=runs/digits Cohen=logs/sigma_0.25.tsv --out=report --radii=0,0.25,0.5
+  python -m lsrs_jax.report runs/digits --out=report
+  python -m lsrs_jax.report runs/digits runs/digits_isrs --out=report
+  python -m lsrs_jax.report LSRS=runs/digits Cohen=logs/sigma_0.25.tsv --out=report --radii=0,0.25,0.5
 
 Each RUN is a workdir, a folder with certificates.tsv, or any table in the field's format (idx label predict radius
 correct time), also a published log; LABEL=RUN names its row and curve. Logs of other programs may deviate from the

@@ -1,8 +1,8 @@
 """Print every field of a configuration with its value, its default and its meaning.
 
-  lsrs config
-  lsrs config digits
-  lsrs config digits:isrs --config.certify.n=1000
+  python -m lsrs_jax.show_config
+  python -m lsrs_jax.show_config digits
+  python -m lsrs_jax.show_config digits:isrs --config.certify.n=1000
 
 NAME is an experiment that comes with the program, a file, or the workdir of a training. Without it, the command prints
 the names of the experiments, and the defaults.

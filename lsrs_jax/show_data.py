@@ -1,8 +1,8 @@
 """Show what is in a data set: splits, shape, classes with counts, range of the pixels, and a picture of some images.
 
-  lsrs data digits
-  lsrs data folder:PATH --out=sheet.png
-  lsrs data npz:FILE --config.data.layout=NCHW
+  python -m lsrs_jax.show_data digits
+  python -m lsrs_jax.show_data folder:PATH --out=sheet.png
+  python -m lsrs_jax.show_data npz:FILE --config.data.layout=NCHW
 
 NAME is a value of data.name. The picture (by default data.png) shows some images of every class with its name, as the
 network will see them. Look at it before you train.

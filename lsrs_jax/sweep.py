@@ -1,8 +1,8 @@
 """Train and certify a grid of classifiers, and compare them.
 
-  lsrs sweep --config=digits --sigma=0.25,0.5 --variants=lsrs,isrs --out=runs/sweep
-  lsrs sweep --config=digits --sigma=0.12,0.25,0.5 --variants=lsrs,isrs --seeds=3 --out=runs/sweep --jobs=2
-  lsrs sweep --config=cifar10 --sigma=0.25 --seeds=0,7 --out=runs/seeds --config.certify.n=10000
+  python -m lsrs_jax.sweep --config=digits --sigma=0.25,0.5 --variants=lsrs,isrs --out=runs/sweep
+  python -m lsrs_jax.sweep --config=digits --sigma=0.12,0.5 --variants=lsrs,isrs --seeds=3 --out=runs/sweep --jobs=2
+  python -m lsrs_jax.sweep --config=cifar10 --sigma=0.25 --seeds=0,7 --out=runs/seeds --config.certify.n=10000
 
 Every combination of a variant, a sigma and a seed is a run, with a workdir of its own in OUT, as
 OUT/lsrs-sigma0.25-seed0. The command runs `train` and `certify` for each of them in processes of their own, with the
@@ -163,7 +163,7 @@ def _run_all(runs: list[Run], options: argparse.Namespace) -> list[str]:
         if job.failed:
             failed.append(job.name)
             command, code = job.failed
-            result = f"FAILED: lsrs {command} ended with exit code {code}: {job.last_line} ({job.log})"
+            result = f"FAILED: {command} ended with exit code {code}: {job.last_line} ({job.log})"
         else:
             files.write_atomic(by_name[job.name].workdir / FINISHED, "")
             table = read_table(by_name[job.name].table)

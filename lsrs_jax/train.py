@@ -1,8 +1,8 @@
 """Train a split classifier.
 
-  lsrs train --config=digits --workdir=runs/digits
-  lsrs train --config=digits:isrs --workdir=runs/digits_isrs --config.seed=1
-  lsrs train --config=digits --workdir=runs/mine --config.data.name=folder:PATH --config.data.size=32
+  python -m lsrs_jax.train --config=digits --workdir=runs/digits
+  python -m lsrs_jax.train --config=digits:isrs --workdir=runs/digits_isrs --config.seed=1
+  python -m lsrs_jax.train --config=digits --workdir=runs/mine --config.data.name=folder:PATH --config.data.size=32
 
 Writes config.json, checkpoints/ and metrics.jsonl into the workdir. The same command resumes an interrupted training
 with the exact next batch, on any number of devices and processes (docs/scale.md).

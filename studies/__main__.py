@@ -22,7 +22,7 @@ from lsrs_jax.config import SEED_OF_TRAINING, config_from_dict, config_to_dict
 from lsrs_jax.flags import config_from_flags
 from lsrs_jax.runtime import signals
 from lsrs_jax.runtime.errors import UserError
-from studies import render, results
+from studies import page_figures, render, results
 from studies.runs import STUDIES
 
 _processes = []  # the package's commands that are running
@@ -84,7 +84,7 @@ def main(arguments):
     """The command; see the module's docstring."""
     parser = argparse.ArgumentParser("studies", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("what", choices=("run", "render", "list"))
-    choices = (*STUDIES, render.ACCELERATOR)
+    choices = (*STUDIES, render.ACCELERATOR, *page_figures.FIGURES)
     parser.add_argument("--study", action="append", choices=choices, help="may be repeated; all by default")
     parser.add_argument("--runs", type=Path, default=render.ROOT / "runs" / "studies", help="folder of the workdirs")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time; their times are not comparable")

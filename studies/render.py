@@ -10,7 +10,7 @@ from lsrs_jax.reporting.kinds import kind_of
 from lsrs_jax.reporting.runs import Run, incomparable
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.files import write_atomic
-from studies import accelerator, results
+from studies import accelerator, page_figures, results
 from studies.runs import STUDIES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -168,9 +168,13 @@ def figure(name, found):
 
 
 def write(name):
-    """Rewrites the table and the figure of a study, or the tables of the page `ACCELERATOR`."""
+    """Rewrites table and figure of a study, the tables of `ACCELERATOR`, or the figure of a page's own tables."""
     if name == ACCELERATOR:
         _replace(name, accelerator.markdown(folder(name)))
+    elif name in page_figures.FIGURES:
+        text = page(name).read_text(encoding="utf-8")
+        (picture,), _ = style.pictures(lambda: page_figures.FIGURES[name](text), ["png"])
+        write_atomic(RESULTS / f"{name}.png", picture)
     elif found := kept_runs(name):
         _replace(name, section(name, found))
         (picture,), _ = style.pictures(lambda: figure(name, found), ["png"])

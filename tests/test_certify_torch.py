@@ -1,4 +1,4 @@
-"""`lsrs certify-torch`: checkpoint files of PyTorch as certified classifiers, and what the command refuses."""
+"""`certify_torch`: checkpoint files of PyTorch as certified classifiers, and what the command refuses."""
 
 import contextlib
 import io
@@ -324,7 +324,7 @@ REFUSALS = {
     "missing": ({"arch": "nothing"}, [], "has no 'nothing'"),
     "module": ({"arch": "json:dumps"}, [], "json:dumps failed"),
     "file": ({"file": "nowhere.pt"}, [], "nowhere.pt cannot be read"),
-    "number": ({}, ["--n=many"], "--n=many: invalid literal"),
+    "number": ({}, ["--n=many"], "--n=many: it must be a whole number"),
     "range": ({}, ["--alpha=2"], "--alpha must be strictly between 0 and 1, got 2.0"),
     "stop": ({}, ["--start=5", "--stop=3"], "--stop must be 0 or above --start=5, got 3"),
     "start": ({}, ["--start=360"], "no image to certify"),

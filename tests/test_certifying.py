@@ -114,3 +114,15 @@ def test_compiled_programs_are_kept_and_a_broken_cache_does_no_harm(copy, certif
     second = certify_again("second", tmp_path / "cache")
     assert {name for name in second if name.endswith("cache")} == {name for name in first if name.endswith("cache")}
     certify_again("third", tmp_path / "config.json" / "nowhere")
+
+
+def test_another_sigma_than_that_of_the_training_is_named(copy):
+    few = ["--config.certify.stop=4", "--config.certify.n=100"]
+    for sigma, said in ((0.25, True), (0.5, False)):
+        name = f"sigma{sigma}"
+        code, out, err = ended(
+            "certify", f"--workdir={copy}", f"--config.sigma={sigma}", f"--config.certify.name={name}", *few
+        )
+        assert (code, err) == (0, "")
+        assert ("note: trained with sigma 0.5, certified with sigma 0.25: this is sound" in out) == said
+        assert json.loads((copy / "certify" / name / "certificates.json").read_text())["identity"]["sigma"] == sigma

@@ -66,27 +66,33 @@ WRONG = {
     "train --config.data.crop=2 --config.data.size=8": "data.crop must be at least 0, and 0 if data.size is given",
     "train --config.train.steps = 10": "spaces around =: write --config.train.steps=VALUE",
     "train --config.train.steps": "--config.train.steps needs a value: write --config.train.steps=VALUE",
-    "train --config.train.steps=1.5": "invalid literal for int()",
-    "train --config.train.steps=1e-3": "invalid literal for int()",
-    "train --config.train.steps=ten": "invalid literal for int()",
+    "train --config.train.steps=1.5": "it must be a whole number, such as 1000",
+    "train --config.train.steps=1e-3": "it must be a whole number, such as 1000",
+    "train --config.train.steps=ten": "it must be a whole number, such as 1000",
     "train --config.train.steps=0": "train.steps must be between 1 and 1000000000, got 0",
     "train --config.train.steps=-5": "train.steps must be between 1 and 1000000000, got -5",
     "train --config.sigma=0": "sigma must be a positive number",
-    "train --config.sigma=1/4": "--config.sigma=1/4",
-    "train --config.data.flip=maybe": "--config.data.flip=maybe",
-    "train --config.model.mean=half": "model.mean",
+    "train --config.sigma=1/4": "error: --config.sigma=1/4: it must be a number, such as 0.5",
+    "train --config.sigma=abc": "error: --config.sigma=abc: it must be a number, such as 0.5",
+    "certify --config.certify.n=ten": "error: --config.certify.n=ten: it must be a whole number, such as 100000",
+    "train --config.data.batch_size=1.5": "--config.data.batch_size=1.5: it must be a whole number, such as 128",
+    "train --config.data.flip=maybe": "error: --config.data.flip=maybe: it must be true or false",
+    "train --config.model.mean=half": "--config.model.mean=half: it must be numbers with commas between them",
+    "certify --config.certify.tile=abc": "--config.certify.tile=abc: it must be whole numbers with commas between them",
+    "certify --config.certify.tile=(a,8)": "--config.certify.tile=(a,8): it must be whole numbers with commas between",
+    "certify --config.certify.radii=0.25,x": "it must be numbers with commas between them, such as 0.25,0.5",
     "train --config.train.loss=gauss": "train.loss must be 'gaussian' or 'consistency'",
     "train --config.model.head=mpl": "choose one of",
-    "train --config.data.name=folder:": "needs a folder of images in data.dir",
-    "train --config.data.name=folder:{new}": "needs a folder of images in data.dir",
-    "train --config.data.name=npz:{new}": "needs a file of arrays in data.dir",
+    "train --config.data.name=folder:": "needs a folder of images, and",
+    "train --config.data.name=folder:{new}": "needs a folder of images, and",
+    "train --config.data.name=npz:{new}": "needs a file of arrays, and",
     "train --config.data.name=../x": "data.name must be the name of a data set",
     "train --config.data.test_share=1.5": "data.test_share must be strictly between 0 and 1",
     "train --config.data.layout=CHW": "data.layout must be 'NHWC' or 'NCHW'",
     "train --config.data.train_split=training": "digits has the splits train and test, not 'training'",
     "train --config.train.start_from={new}": "no checkpoint in",
     # paths
-    "certify --workdir={new}": "holds no training: run lsrs train --config=NAME --workdir=",
+    "certify --workdir={new}": "holds no training: run python -m lsrs_jax.train --config=NAME --workdir=",
     "certify --workdir=README.md": "'README.md' is not a folder",
     "certify --workdir=s3://bucket/x": "neither a folder nor the URL of one",
     "certify --config.certify.checkpoint=7": "no checkpoint of step 7 in",
@@ -188,8 +194,8 @@ def test_the_list_of_commands_and_the_help_of_each():
     assert len(listed.stdout.splitlines()) < 24
     for name, (module, _) in cli.COMMANDS.items():
         out = run(module, "--help")
-        assert out.startswith(f"usage: lsrs {name}")
-        assert out.count(f"\n  lsrs {name}") >= 3, name
+        assert out.startswith(f"usage: python -m lsrs_jax.{module} ")
+        assert out.count(f"\n  python -m lsrs_jax.{module}") >= 3, name
     assert "--config.train.steps=1000" in run("train", "--help")
     assert "--config.certify.alpha=0.001" in run("certify", "--help")
 

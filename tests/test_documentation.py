@@ -9,12 +9,16 @@ import re
 import jax
 import numpy as np
 import pytest
+from scipy import stats
 
 import lsrs_jax
 from lsrs_jax import cli
 from lsrs_jax.config import FIELDS
 from lsrs_jax.flags import config_from_flags
 from lsrs_jax.runtime.errors import UserError
+from lsrs_jax.smoothing import certified_radius, confidence
+from studies import render
+from studies.page_figures import number, rows
 from support import ROOT, pages, threefry
 from support.commands import run
 
@@ -114,10 +118,10 @@ def test_the_command_lines_of_docstrings_fit_the_code():
     "line",
     [
         "lsrs trian --workdir=DIR",
-        "lsrs certify --workdir=DIR --from_counts",
-        "lsrs train --config=digits --config.train.step=10 --workdir=DIR",
-        "lsrs train --config=digit --workdir=DIR",
-        "lsrs train --config=digits --config.train.loss=gauss --workdir=DIR",
+        "python -m lsrs_jax.certify --workdir=DIR --from_counts",
+        "python -m lsrs_jax.train --config=digits --config.train.step=10 --workdir=DIR",
+        "python -m lsrs_jax.train --config=digit --workdir=DIR",
+        "python -m lsrs_jax.train --config=digits --config.train.loss=gauss --workdir=DIR",
         "TFDS_DATA_DIR=... python -m studies run --studdy=split",
         "python -m lsrs_jax.certify --workdir=DIR --config.certify.alpha=2",
         "make tests",
@@ -152,4 +156,38 @@ def test_the_site_lists_every_field_and_every_command(monkeypatch):
     with contextlib.redirect_stderr(io.StringIO()):
         fields, commands = "\n".join(from_code.configuration()), "\n".join(from_code.commands())
     assert all(f"| `{name}` |" in fields for name in FIELDS)
-    assert all(f"usage: lsrs {name}" in commands for name in cli.COMMANDS)
+    assert all(f"usage: python -m lsrs_jax.{module}" in commands for module, _ in cli.COMMANDS.values())
+
+
+def test_the_numbers_about_sigma_n_and_alpha_are_what_the_program_computes():
+    text = pages.text(ROOT / "docs" / "howto" / "choosing.md")
+
+    def radius(n, share, alpha):
+        bound = confidence.lower(round(n * share), n, alpha)
+        return f"{certified_radius(bound, 1 - bound, sigma=1.0):.2f} σ" if bound > 0.5 else "abstains"
+
+    for row in rows(text, "r / σ"):
+        share, most = stats.norm.cdf(number(row["r / σ"])), number(row["fewest samples, α = 0.001"])
+        digits = len(row["share that is needed"].removesuffix(" %").partition(".")[2])
+        assert row["share that is needed"] == f"{100 * share:.{digits}f} %"
+        assert [0.001 ** (1 / n) >= share for n in (most - 1, most)] == [False, True]
+    for row in rows(text, "n", "100 % (the cap)"):
+        n = int(number(row.pop("n")))
+        assert row == {name: radius(n, number(name.split(" %")[0]) / 100, 0.001) for name in row}
+    for row in rows(text, "α", "radius with 99 % of 10,000 samples"):
+        alpha, *others = row.values()
+        shown = [radius(10_000, 0.99, float(alpha)), radius(10_000, 1, float(alpha)), f"{1000 * float(alpha):g}"]
+        assert others == shown
+    for row in rows(text, "probability of the leading class"):
+        share, *others = row.values()
+        chosen = [stats.binom.sf(n0 // 2, n0, number(share.removesuffix(" %")) / 100) for n0 in (10, 100, 1000)]
+        assert others == [f"{value:.2f}" for value in chosen]
+    measured = {
+        run.facts["config"]["sigma"]: run
+        for label, run in render.kept_runs("sigma").items()
+        if label.startswith("LSRS")
+    }
+    for row in rows(text, "σ", "r=0"):
+        table = measured.pop(float(row.pop("σ"))).table
+        assert row == {name: f"{table.certified_accuracy(float(name[2:])):.3f}" for name in row}
+    assert not measured

@@ -440,7 +440,7 @@ def test_out_of_memory_is_one_line(array):
     done = subprocess.run([sys.executable, "-c", THEIRS.format(array)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: out of memory (")
-    assert "a training takes less with a smaller data.batch_size, a certification" in done.stderr
+    assert "give a training a smaller --config.data.batch_size, a certification" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

@@ -13,7 +13,8 @@ from lsrs_jax.config import config_to_dict, default
 from lsrs_jax.reporting import curve, groups, kinds, style
 from lsrs_jax.reporting.kinds import Kind
 from lsrs_jax.reporting.runs import Run
-from studies import render, separation
+from lsrs_jax.runtime.errors import UserError
+from studies import page_figures, render, separation
 from studies.runs import STUDIES
 from support.figures import check_readable
 
@@ -90,6 +91,15 @@ def test_the_figure_of_a_study_can_be_read(monkeypatch, name):
 def test_the_figure_of_the_separation_can_be_read(monkeypatch):
     with style.look():
         check_readable(separation.figure(dict.fromkeys(separation.MEASURED, 0.49), 0.14), monkeypatch)
+
+
+@pytest.mark.parametrize("name", page_figures.FIGURES)
+def test_the_figure_of_the_tables_of_a_page_can_be_read(monkeypatch, name):
+    text = render.page(name).read_text()
+    with style.look():
+        check_readable(page_figures.FIGURES[name](text), monkeypatch)
+    with pytest.raises(UserError, match="the page has no table with the columns"):
+        page_figures.FIGURES[name](text.replace("|---|", "").replace("| loop |", "").replace("| variant |", ""))
 
 
 def test_more_than_eight_runs_are_drawn_as_means_and_ranges_over_seeds():

@@ -71,11 +71,11 @@ def test_heads_treat_rows_independently(head):
         ({"split": -1}, "between 0 and the 4 blocks"),
         (
             {"encoder": "blocks"},
-            "leaves 2 of 4 blocks unused: choose 'blocks' for model.head as well, or model.split=4",
+            "leaves 2 of 4 blocks unused: give --config.model.head=blocks as well, or --config.model.split=4",
         ),
         (
             {"head": "blocks"},
-            "leaves 2 of 4 blocks unused: choose 'blocks' for model.encoder as well, or model.split=0",
+            "leaves 2 of 4 blocks unused: give --config.model.encoder=blocks as well, or --config.model.split=0",
         ),
         ({"encoder": "blocks", "split": 0}, "leaves 4 of 4 blocks unused"),
         ({"encoder": "identity", "head": "blocks", "split": 4}, "leaves 4 of 4 blocks unused"),

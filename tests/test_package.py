@@ -147,7 +147,8 @@ def test_every_block_of_the_readme_and_every_program_of_the_guide_runs(installed
     shades(installed.folder / "PATH")
     few = "--config.train.steps=4 --config.train.warmup_steps=1 --config.data.batch_size=16"
     for text in scripts:
-        text = text.replace("lsrs train", f"lsrs train {few}").replace("lsrs certify", f"lsrs certify {LITTLE}")
+        text = text.replace("lsrs_jax.train ", f"lsrs_jax.train {few} ")
+        text = text.replace("lsrs_jax.certify ", f"lsrs_jax.certify {LITTLE} ")
         installed.run("bash", "-e", "-c", text)
 
 

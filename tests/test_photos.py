@@ -53,7 +53,7 @@ def test_labels_and_shape_are_those_of_the_set(snaps):
     assert (len(split), split.shape, len(split.class_names)) == (12, (16, 16, 3), 3)
     np.testing.assert_array_equal(split.labels, prepared.photos(12, seed=1)[1])
     assert len(data.load("snaps", "test[:25%]", snaps, 16)) == 3
-    with pytest.raises(UserError, match=r"differ in size.*data\.size"):
+    with pytest.raises(UserError, match=r"differ in size.*--config\.data\.size="):
         data.load("snaps", "test", snaps)
     with pytest.raises(UserError, match="digits are 8x8"):
         data.load("digits", "test", size=16)
@@ -178,7 +178,7 @@ def test_a_worker_that_is_killed_is_one_line(snaps):
     next(stream)
     for child in multiprocessing.active_children():
         child.kill()
-    with pytest.raises(UserError, match=r"was killed .*fewer data\.workers"):
+    with pytest.raises(UserError, match=r"was killed .*smaller --config\.data\.workers"):
         list(stream)
 
 

@@ -71,4 +71,4 @@ def test_the_first_line_comes_before_the_libraries():
     assert {"train", "certify", "audit"} < set(cli.COMMANDS) - set(cli._QUICK)
     for flags, pipe in (([], "stdout"), (["--json"], "stderr")):
         found = subprocess.run([sys.executable, "-c", code, "audit", *flags], cwd=ROOT, capture_output=True, text=True)
-        assert getattr(found, pipe).startswith("lsrs audit: loading JAX ...\n")
+        assert getattr(found, pipe).startswith("audit: loading JAX ...\n")

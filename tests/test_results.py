@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from lsrs_jax import models
 from lsrs_jax.config import config_from_dict, config_to_dict, upgrade_section
 from lsrs_jax.runtime.errors import UserError
 from studies import __main__ as studies
-from studies import accelerator, render, results
+from studies import accelerator, page_figures, render, results
 from studies.runs import STUDIES, Run, Study
 
 FOLDERS = sorted(path.parent for path in render.RESULTS.glob("*/*/run.json"))
@@ -60,6 +61,40 @@ def test_the_page_of_the_accelerator_shows_what_was_measured():
     found = text.split(first)[1].split(last)[0].strip()
     assert found.count("|---") >= 3
     assert found == accelerator.markdown(render.folder(render.ACCELERATOR))
+
+
+PAGES = [path for path in sorted(render.RESULTS.glob("*.md")) if path.name != "index.md"]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_a_page_begins_with_its_answer_and_one_figure(path):
+    text = path.read_text()
+    _, answer, *rest = text.split("\n\n")
+    assert 1 <= len(re.findall(r"[.?](?=\s+[A-Z*`(]|\s*$)", answer)) <= 3, answer
+    figure = next(part for part in rest if "![" in part)
+    assert (path.parent / re.search(r"!\[[^]]+\]\(([^)]+)\)", figure)[1]).is_file()
+    assert not any(part.startswith(("## ", "| ")) for part in rest[: rest.index(figure)])
+    unfolded = re.sub("<details>.*?</details>", "", text, flags=re.S)
+    assert all(table.count("\n") <= 12 for table in re.findall(r"(?:^\|.*\n)+", unfolded, re.M))
+
+
+def test_the_answers_that_were_computed_from_tables_agree_with_them():
+    text = render.page("certify").read_text()
+    loops = {row["loop"]: page_figures.number(row["votes/s"]) for row in page_figures.rows(text, "loop", "votes/s")}
+    lsrs, isrs = loops["LSRS here, noise on the latent"], loops["ISRS here, noise on the image"]
+    classic = next(speed for loop, speed in loops.items() if loop.startswith("PyTorch"))
+    answer = text.split("\n\n")[1]
+    for found in (lsrs / classic, lsrs / isrs):
+        assert f" {found:.1f}" in answer
+    assert f" {isrs / classic:.2f}" in answer
+    schedules = page_figures.rows(text, "run", "images", "votes")
+    fewer = [float(row["fewer"].rstrip("x")) for row in schedules if row["votes"] == "staged: every 0.25 up to 4σ"]
+    assert len(fewer) == 3
+    assert f"takes {min(fewer):.0f} to {max(fewer):.0f} times" in " ".join(answer.split())
+    found = page_figures.rows(render.page("orthogonal").read_text(), "variant", "initialisation")
+    at_36 = [row["36/255"] for row in found if row["initialisation"].startswith("identity")]
+    equal = sorted(at_36, key=float)[1:]  # without `exponential`
+    assert f"{equal[0]} to {equal[-1]}" in render.page("orthogonal").read_text().split("\n\n")[1]
 
 
 def test_runs_need_a_folder(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Shards that processes certify without knowing of each other, and `lsrs merge`, which joins them."""
+"""Shards that processes certify without knowing of each other, and the command `merge`, which joins them."""
 
 import contextlib
 import io

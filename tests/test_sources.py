@@ -100,7 +100,7 @@ class TestFolders:
     def test_sizes_that_differ_are_refused_with_both_or_cut(self, tmp_path):
         root = write_folder(tmp_path, {"train": shades(3), "test": shades(3)})
         write_folder(root, {"train": ([np.zeros((9, 12, 3), np.uint8)], [2])})
-        with pytest.raises(UserError, match=r"differ in size \(8x8 and 9x12\); data.size=224"):
+        with pytest.raises(UserError, match=r"differ in size \(8x8 and 9x12\); --config.data.size=8, for"):
             data.load("folder", "train", root)
         assert data.load("folder", "train", root, 6).read([0, 3], np.float32)[0].shape == (2, 6, 6, 3)
 
@@ -115,7 +115,10 @@ class TestFolders:
             data.load("folder", "train", root)
 
     def test_what_is_wrong_is_named(self, tmp_path):
-        for path, why in ((tmp_path / "none", "needs a folder of images"), (tmp_path, "has no images: put files into")):
+        for path, why in (
+            (tmp_path / "none", "needs a folder of images"),
+            (tmp_path, "has no images: give each class"),
+        ):
             with pytest.raises(UserError, match=why):
                 data.load("folder", "train", path)
         root = write_folder(tmp_path / "set", {"train": shades(3), "test": shades(3)})
@@ -164,7 +167,7 @@ class TestArrays:
             ({"x_train": np.zeros((2, 8, 8, 3), np.int64), "y_train": [0, 1]}, "are int64: give uint8, or floating"),
             ({"x_train": np.full((2, 8, 8, 3), 255.0), "y_train": [0, 1]}, "between 255 and 255: scale them"),
             ({"x_train": np.full((2, 8, 8, 3), np.nan), "y_train": [0, 1]}, "between nan and nan: scale them"),
-            ({"x_train": np.zeros((2, 3, 8, 8), np.uint8), "y_train": [0, 1]}, "data.layout='NCHW'"),
+            ({"x_train": np.zeros((2, 3, 8, 8), np.uint8), "y_train": [0, 1]}, "--config.data.layout=NCHW"),
             ({"x_train": np.zeros((2, 8), np.uint8), "y_train": [0, 1]}, r"shape \(N, H, W, C\) or \(N, H, W\)"),
             ({"x_train": np.zeros((2, 8, 8, 3), np.uint8), "y_train": [0]}, "give one label per image"),
             ({"x_train": np.zeros((2, 8, 8, 3), np.uint8), "y_train": [0, -1]}, "image 1 .* label -1.*not published"),
@@ -309,7 +312,7 @@ class TestPrepared:
         for config in ("letters", "digits"):
             prepared.write(tmp_path / "emnist", config, {"train": (images, labels)})
         assert data.load("emnist/letters", "train", tmp_path).name == "emnist/letters"
-        with pytest.raises(UserError, match=r"choose one: data.name=emnist/digits or data.name=emnist/letters"):
+        with pytest.raises(UserError, match=r"choose one: --config.data.name=emnist/digits or .*=emnist/letters"):
             data.load("emnist", "train", tmp_path)
         with pytest.raises(UserError, match=r"tfds build emnist --config=balanced --file_format=array_record"):
             data.load("emnist/balanced", "train", tmp_path)

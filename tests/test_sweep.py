@@ -91,7 +91,7 @@ def test_a_failed_run_is_named_and_the_others_are_reported(copy, tmp_path):
     code, lines, err = ended("sweep", *QUICK, "--seeds=2", f"--out={out}")
     assert code == 1
     assert lines.startswith(f"2 runs in {out}, 1 of them finished\n2 of 2 runs: {second.name}: FAILED: ")
-    assert "lsrs train ended with exit code 2: error: " in lines
+    assert "train ended with exit code 2: error: " in lines
     assert err == f"error: 1 of 2 runs failed: {second.name}\n"
     assert [row.split("|")[1].strip() for row in report_of(out / "report")[2:]] == [first.name]
 

@@ -38,7 +38,7 @@ def commands():
         out = io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
             importlib.import_module(f"lsrs_jax.{module}").run(["--help"])
-        lines += ["", f"## lsrs {name}", "", f"{what[0].upper()}{what[1:]}.", ""]
+        lines += ["", f"## {name}", "", f"{what[0].upper()}{what[1:]}.", ""]
         lines += ["```text", *out.getvalue().splitlines(), "```"]
     return lines
 

@@ -132,7 +132,8 @@ class SmoothedClassifier:
             one when the call is repeated, and does not encode decided inputs again.
           labels: ``(N,)`` whole numbers, for accuracies; needed for `out`.
           out: a folder that gets what the command ``certify`` writes, in ``<out>/certify/<name>``. The same call
-            resumes after a kill; ``lsrs certify --workdir=OUT --verify``, ``--from-counts`` and ``report`` read it.
+            resumes after a kill. ``python -m lsrs_jax.certify --workdir=OUT`` with ``--verify`` or ``--from-counts``
+            and ``python -m lsrs_jax.report OUT`` read it.
           key: a typed threefry key, ``jax.random.key(seed, impl="threefry2x32")``. By default the seed is derived from
             the digests of parameters and inputs.
           n0, n: samples that choose the class, and fresh ones that certify it (unless fixed: the most of an input).
@@ -160,7 +161,7 @@ class SmoothedClassifier:
         sampling |= {"radii": radii}
         say = None if progress is None else reporter(progress)
         if out is not None and self.fallback:
-            raise UserError("out takes no fallback: certify.fallback of lsrs certify writes such certificates")
+            raise UserError("out takes no fallback: the command certify writes such certificates (certify.fallback)")
         if are_batches(x):
             if labels is not None or counts is not None:
                 raise UserError("batches bring their labels, as pairs (inputs, labels), and take no counts")
@@ -236,8 +237,8 @@ class SmoothedClassifier:
           certificates: the result of `certify` for these inputs; without them, and without `out`, only the nearest
             flips are looked for.
           out, name: as in `certify`: attacks the certificates in that folder, at their alpha, and writes the audit
-            beside them, where ``lsrs report`` finds it.
-          fractions, restarts, steps, samples, votes: see ``lsrs audit --help``.
+            beside them, where ``python -m lsrs_jax.report`` finds it.
+          fractions, restarts, steps, samples, votes: see ``python -m lsrs_jax.audit --help``.
           alpha: probability of a wrong class of a prediction that judges an attack.
           progress: as in `certify`.
 

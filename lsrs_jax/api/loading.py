@@ -23,8 +23,8 @@ def load(source: str | Path, *, step: int | None = None, allow_code: Sequence[st
     """A trained network as a `SmoothedClassifier`, with its encoder, Lipschitz constant, sigma and class names.
 
     Args:
-      source: a workdir of ``lsrs train``, a file or folder of ``lsrs export``, or the name of a pretrained network that
-        comes with this package (`pretrained` lists them).
+      source: a workdir of the command ``train``, a file or folder of ``export``, or the name of a pretrained network
+        that comes with this package (`pretrained` lists them).
       step: the checkpoint of a workdir, by default the newest.
       allow_code: names of code that may be imported, for networks that are not part of this package: the
         ``package.module:Class`` or ``FILE.py:Class`` of ``model.head`` and ``model.encoder``.
@@ -43,7 +43,7 @@ def load(source: str | Path, *, step: int | None = None, allow_code: Sequence[st
             return _classifier(*model_file.read(path))
         if not path.is_dir():
             names = ", ".join(pretrained())
-            raise UserError(f"no network at {source}: give a workdir, a file of lsrs export, or one of {names}")
+            raise UserError(f"no network at {source}: give a workdir, a file of the command export, or one of {names}")
         return _classifier(*read_workdir(path, step)[:4])
 
 

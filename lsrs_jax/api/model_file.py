@@ -47,7 +47,7 @@ def read(path: Path) -> tuple[Config, models.Model, Any, tuple[str, ...]]:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(f"{path} is not a file from lsrs export, or it is damaged ({error})") from error
+        raise UserError(f"{path} is not a file from the command export, or it is damaged ({error})") from error
     model = models.build(config.model, shape, len(names))
     wanted = jax.tree_util.tree_leaves_with_path(model.shapes()[0])
     fits = {_name(key): (leaf.shape, np.dtype(leaf.dtype)) for key, leaf in wanted}

@@ -82,7 +82,7 @@ def check_settings(config: Config) -> None:
     if not certify.fallback:
         return
     if certify.certificate != "smoothed":
-        raise UserError("certify.fallback is for smoothed certificates: leave it out")
+        raise UserError("--config.certify.fallback is for smoothed certificates: leave it out")
     if certify.bound != "multiclass":
         raise UserError("certify.fallback needs a bound of every rival: give --config.certify.bound=multiclass")
 

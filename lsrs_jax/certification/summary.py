@@ -96,7 +96,7 @@ def summary(
     ]
     if largest <= 0:
         settings = f"n={schedule.n} and alpha={derivation.alpha}"
-        lines.append(f"note: with {settings} nothing is certified even if all samples agree; raise certify.n")
+        lines.append(f"note: with {settings} nothing is certified even if all samples agree; raise --config.certify.n")
     elif schedule.staged:
         fixed = derivation.largest_radius(make_schedule("fixed", schedule.n0, schedule.n, schedule.samples), slack)
         between = "; a radius says only which of the radii asked for it reaches" if derivation.radii else ""

@@ -122,7 +122,7 @@ def load_target(
     dataset = load_split(config.data, config.data.split) if dataset is None else dataset
     indices = chosen_images(config, len(dataset)) or range(0)
     if not indices:
-        raise UserError(f"no image to certify: certify.start={certify.start} in a split of {len(dataset)}")
+        raise UserError(f"no image to certify: --config.certify.start={certify.start} in a split of {len(dataset)}")
     check_images(workdir, trained_on(workdir), dataset)
     model = models.build(config.model, dataset.shape, len(dataset.class_names))
     check_dtype(model.head, "certify.head_dtype", certify.head_dtype)
@@ -150,7 +150,7 @@ def check_images(workdir: Path, trained: dict[str, Any], dataset: Dataset) -> No
     incomplete in checkpoints of older versions.
     """
     names = list(dataset.class_names)
-    remedy = "certify another data.name, or train a network on this one"
+    remedy = "certify other images with --config.data.name, or train a network on these"
     if dataset.name == "npz":
         remedy = "give the file an array class_names, or certify another set"
     found = {"input_shape": list(dataset.shape), "classes": len(names)}

@@ -61,7 +61,7 @@ _LOCAL = Limit("a folder of this machine, or torch:FILE", lambda path, _: "://" 
 _HERE = Limit("a folder of this machine", lambda path, _: "://" not in path)
 _SHARE = Limit("strictly between 0 and 1", lambda share, _: 0 < share < 1)
 _CROP = Limit(
-    "at least 0, and 0 if data.size is given, because data.area then says how training images are cut",
+    "at least 0, and 0 if data.size is given (--config.data.crop=0): then data.area says how training images are cut",
     lambda crop, c: crop >= 0 and not (crop and c.data.size),
 )
 _AREA = Limit("two shares, 0 < least <= most <= 1", lambda area, _: len(area) == 2 and 0 < area[0] <= area[1] <= 1)

@@ -1,5 +1,6 @@
 """Configurations: their defaults, their variants, checks of their values, and how they are stored."""
 
+import ast
 import difflib
 import functools
 import json
@@ -7,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from absl import flags
 from ml_collections import ConfigDict
 
 from lsrs_jax.config.fields import FIELDS, REQUIRED, SOURCES
@@ -21,6 +23,8 @@ _MAY_CHANGE = (
     *("certify", "data.dir", "data.split", "data.workers", "train.start_from"),
     *("train.log_every", "train.evaluate_every", "train.checkpoint_every", "train.keep_checkpoints"),
 )
+
+_PARSERS = {bool: flags.BooleanParser(), int: flags.IntegerParser(), float: flags.FloatParser()}  # of absl
 
 # Variant -> values of dotted fields: what every experiment with an orthogonal encoder can be compared with.
 COMPARISONS = {
@@ -160,6 +164,29 @@ def check_field(name: str) -> None:
     list(_leaves(nested))
 
 
+def check_text(name: str, text: str) -> None:
+    """Raises UserError unless `text` after ``--config.<name>=`` can be read as a value of the field's type."""
+    default = FIELDS[name].default
+    try:
+        if isinstance(default, tuple):
+            value = ast.literal_eval(text)
+            _elements(default, list(value if isinstance(value, tuple | list) else (value,)))
+        elif type(default) in _PARSERS:
+            _PARSERS[type(default)].parse(text)
+    except (TypeError, ValueError, SyntaxError, OverflowError, MemoryError, RecursionError) as error:  # of any parser
+        raise UserError(f"--config.{name}={text}: it must be {_words(default)}") from error
+
+
+def _words(default: Any) -> str:
+    """What a field with this default takes."""
+    if isinstance(default, bool):
+        return "true or false"
+    if isinstance(default, tuple):
+        whole = "whole " if default and isinstance(default[0], int) else ""
+        return f"{whole}numbers with commas between them, such as {','.join(map(str, default or (0.25, 0.5)))}"
+    return f"a {'whole ' if isinstance(default, int) else ''}number, such as {default}"
+
+
 def _elements(default: Any, values: list) -> tuple:
     """Converts a list to a tuple whose elements have the type of the default's elements; integers become floats."""
     kind = float if default == () else type(default[0]) if isinstance(default, tuple) else object
@@ -182,7 +209,7 @@ def load_config(path: Path) -> Config:
     except FileNotFoundError as error:
         if (path.parent / "checkpoints").exists():
             raise UserError(f"{path.parent} holds checkpoints but no config.json: restore it from a copy") from error
-        remedy = f"run lsrs train --config=NAME --workdir={path.parent} first"
+        remedy = f"run python -m lsrs_jax.train --config=NAME --workdir={path.parent} first"
         raise UserError(f"{path.parent} holds no training: {remedy}") from error
     except UserError as error:
         raise in_file(path, error) from error

@@ -143,5 +143,5 @@ def training_batches(
         except RuntimeError as error:
             if "terminated unexpectedly" not in str(error):
                 raise
-            remedy = "choose fewer data.workers; the same command resumes"
+            remedy = "choose a smaller --config.data.workers; the same command resumes"
             raise UserError(f"a process that decodes photos was killed (out of memory?): {remedy}") from error

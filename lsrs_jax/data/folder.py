@@ -44,11 +44,11 @@ def load_folder(data: Config, split: str) -> Dataset:
     """
     root = Path(data.dir).expanduser()
     if not data.dir or not root.is_dir():
-        raise UserError(f"data.name=folder needs a folder of images in data.dir, and {data.dir!r} is none")
+        raise UserError(f"--config.data.name=folder:PATH needs a folder of images, and {data.dir!r} is none")
     inside = _subfolders(root)
     homes = {name: home for name in _SPLITS if (home := _home(root, inside, name))}
     if homes:
-        remedy = "put the classes directly into the folder, to divide them by data.test_share"
+        remedy = "put the classes directly into the folder, to divide them by --config.data.test_share"
         if split not in homes or "train" not in homes:
             missing = split if split not in homes else "train"
             raise UserError(
@@ -68,7 +68,9 @@ def load_folder(data: Config, split: str) -> Dataset:
                 f"none of {len(listed[root])} images in {root} is in the split {split!r}: change data.test_share"
             )
     if not files:
-        raise UserError(f"{homes.get(split, root)} has no images: put files into <class>/*.png (or jpg, webp)")
+        raise UserError(
+            f"{homes.get(split, root)} has no images: give each class a folder, <class>/*.png (or jpg, webp)"
+        )
     silence_pillow()
     everything = [path for found in listed.values() for path, _ in found]
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -47,7 +47,7 @@ def load_huggingface(data: Config, split: str) -> Dataset:
     except ImportError as error:
         raise UserError("data.name=hf needs the extra hf of lsrs_jax: pip install datasets") from error
     if not data.dir:
-        raise UserError("data.name=hf needs a set: give data.name=hf:NAME, or a folder that save_to_disk wrote")
+        raise UserError("no set is named: give --config.data.name=hf:NAME, or hf:FOLDER, which save_to_disk wrote")
     where, parts = Path(data.dir).expanduser(), data.dir.partition(":")
     if where.is_dir() and not any((where / file).is_file() for file in ("dataset_dict.json", "dataset_info.json")):
         raise UserError(f"{where} was not written by save_to_disk of datasets; for image files, give folder:PATH")
@@ -75,7 +75,7 @@ def load_huggingface(data: Config, split: str) -> Dataset:
         if column not in table.features:
             raise UserError(f"{data.dir} has no column {column!r}, only {', '.join(table.features)}")
     if not isinstance(table.features[image], datasets.Image):
-        raise UserError(f"the column {image!r} of {data.dir} holds no images: data.image_column names another")
+        raise UserError(f"the column {image!r} of {data.dir} holds no images: --config.data.image_column names another")
     kind, names, texts = table.features[label], (), None
     if isinstance(kind, datasets.ClassLabel):
         names = tuple(kind.names)
@@ -86,7 +86,8 @@ def load_huggingface(data: Config, split: str) -> Dataset:
         elif all(type(value) is int for value in values):
             names = numbered(max(*values, 0) + 1)
         else:
-            raise UserError(f"the column {label!r} of {data.dir} holds no classes: data.label_column names another")
+            remedy = "--config.data.label_column names another"
+            raise UserError(f"the column {label!r} of {data.dir} holds no classes: {remedy}")
     rows = _Rows(table.cast_column(image, datasets.Image(decode=False)), image, label, texts)
     grey = all(is_grey(example["image"]) for i in range(len(rows)) for example in rows.__getitems__([i]))
     name = "hf" if where.is_dir() else data.dir  # the path is not part of the identity

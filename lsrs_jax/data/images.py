@@ -146,7 +146,7 @@ def from_arrays(
         raise UserError(f"the images of {where} must have the shape (N, H, W, C) or (N, H, W), got {np.shape(images)}")
     axis, other = (1, "NCHW") if layout == "NHWC" else (2, "NHWC")
     if pixels.shape[3] not in (1, 3) and pixels.shape[axis] in (1, 3):
-        remedy = f"data.layout={other!r} reads them the other way"
+        remedy = f"--config.data.layout={other} reads them the other way"
         raise UserError(f"the images of {where} have {pixels.shape[3]} channels of {pixels.shape[1:3]}: {remedy}")
     if np.issubdtype(pixels.dtype, np.floating):
         pixels, max_value = pixels.astype(np.float32), 1

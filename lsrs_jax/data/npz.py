@@ -24,7 +24,7 @@ def load_npz(data: Config, split: str) -> Dataset:
     """
     path = Path(data.dir).expanduser()
     if not data.dir or not path.is_file():
-        raise UserError(f"data.name=npz needs a file of arrays in data.dir, and {data.dir!r} is none")
+        raise UserError(f"--config.data.name=npz:FILE needs a file of arrays, and {data.dir!r} is none")
     try:
         _refuse_bomb(path)
         opened = np.load(path, allow_pickle=False)

@@ -40,7 +40,8 @@ def check_pair(train_set: Dataset, test_set: Dataset) -> None:
     """Raises UserError unless images of training and of test have one shape and the same classes."""
     if tuple(train_set.shape) != tuple(test_set.shape):
         shapes = f"{tuple(train_set.shape)}, test images {tuple(test_set.shape)}"
-        raise UserError(f"training images have the shape {shapes}: both must have the same; data.size cuts to one size")
+        remedy = "--config.data.size=N cuts all of them to N x N"
+        raise UserError(f"training images have the shape {shapes}: both must have the same; {remedy}")
     if difference := other_class(list(train_set.class_names), list(test_set.class_names)):
         raise UserError(f"training and test images have other classes: {difference} in the test images")
     if not isinstance(train_set, Photos):  # their labels would have to be read

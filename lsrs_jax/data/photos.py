@@ -149,7 +149,9 @@ def read_source(
                     images = np.empty((len(source), *image.shape[:2], channels), np.uint8)
                 if image.shape[:2] != images.shape[1:3]:
                     sizes = " and ".join("x".join(map(str, found.shape[:2])) for found in (images[0], image))
-                    raise UserError(f"images of {where} differ in size ({sizes}); data.size=224 cuts them to 224x224")
+                    side = min(32, *images.shape[1:3], *image.shape[:2])
+                    remedy = f"--config.data.size={side}, for example, cuts all of them to {side}x{side}"
+                    raise UserError(f"images of {where} differ in size ({sizes}); {remedy}")
                 images[position] = image.reshape(images.shape[1:])
                 labels[position] = check_label(int(example["label"]), len(class_names), position, where)
     return Arrays(name, version, split, images, labels, class_names)

@@ -39,7 +39,7 @@ def load_prepared(data: Config, split: str) -> Dataset:
     folder = Path(data.dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     if "://" in data.dir:
         remedy = "copy the set there, or mount it"
-        raise UserError(f"data.dir must be a folder that this machine sees, not {data.dir}: {remedy}")
+        raise UserError(f"--config.data.dir must be a folder that this machine sees, not {data.dir}: {remedy}")
     name, _, version = data.name.partition(":")
     base, _, config = name.partition("/")
     home = folder / name
@@ -47,10 +47,8 @@ def load_prepared(data: Config, split: str) -> Dataset:
     prepare = f"pip install tensorflow-cpu && {build}"
     if not home.is_dir():
         if (here := Path(data.name)).is_dir() or here.suffix == ".npz":
-            raise UserError(
-                f"{data.name} is no set of tensorflow-datasets; for your own images, write "
-                f"data.name={'npz' if here.suffix == '.npz' else 'folder'}:{data.name}"
-            )
+            own = f"--config.data.name={'npz' if here.suffix == '.npz' else 'folder'}:{data.name}"
+            raise UserError(f"{data.name} is no set of tensorflow-datasets; for your own images, give {own}")
         raise UserError(f"data set {name!r} is not in {folder}; prepare it with: {prepare}")
 
     def order(path: Path) -> list[int]:
@@ -60,7 +58,7 @@ def load_prepared(data: Config, split: str) -> Dataset:
     chosen = [path for path in versions if path.name == version] if version else versions[-1:]
     if not chosen:
         if not config and (configs := sorted({path.parents[1].name for path in home.glob("*/*/dataset_info.json")})):
-            names = " or ".join(f"data.name={name}/{config}" for config in configs)
+            names = " or ".join(f"--config.data.name={name}/{config}" for config in configs)
             raise UserError(f"{name} has several configurations in {folder}; choose one: {names}")
         found = ", ".join(path.name for path in versions)
         wanted, only = version and f" {version}", found and f", only {found}"
@@ -119,7 +117,7 @@ def _read(folder: Path, name: str, split: str, data: Config, prepare: str) -> Da
         raise UserError(f"the split {split!r} of {name} is empty")
     image, label = data.image_column or "image", data.label_column or "label"
     if missing := [column for column in (image, label) if column not in features]:
-        remedy = "data.image_column and data.label_column name those of an image and its class"
+        remedy = "--config.data.image_column and --config.data.label_column name those of an image and its class"
         raise UserError(f"{name} has no feature {missing[0]!r}, only {', '.join(sorted(features))}: {remedy}")
     return read_source(
         _source(builder, split, image, label),
@@ -155,7 +153,7 @@ def _class_names(folder: Path, feature: Any, image: str, label: str, name: str) 
     if names := getattr(feature, "names", None):
         return tuple(names)
     if feature.shape != () or not np.issubdtype(np.dtype(feature.np_dtype), np.integer):
-        remedy = "data.label_column names another feature, which holds one whole number per image"
+        remedy = "--config.data.label_column names another feature, which holds one whole number per image"
         raise UserError(f"the feature {label!r} of {name} is {feature!r}, not a class: {remedy}")
     return numbered(_largest_label(folder, image, label) + 1)
 

@@ -52,9 +52,9 @@ def load_split(data: Config, split: str) -> Dataset:
 
 def _digits(data: Config, split: str) -> Arrays:
     if data.name != "digits":
-        raise UserError("the embedded digits have one version: data.name='digits'")
+        raise UserError("the embedded digits have one version: --config.data.name=digits")
     if data.size:
-        raise UserError("the embedded digits are 8x8 pixels: data.size=0")
+        raise UserError("the embedded digits are 8x8 pixels: leave --config.data.size out, or 0")
     slices = {"train": slice(0, 1437), "test": slice(1437, 1797)}
     if split not in slices:
         raise UserError(f"digits has the splits train and test, not {split!r}")

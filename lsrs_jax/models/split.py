@@ -152,7 +152,8 @@ class Model:
         matrix = getattr(self.head, "matrix", None)
         if not matrix:
             linear = ", ".join(name for name, head in HEADS.items() if hasattr(head, "matrix"))
-            raise UserError(f"a deterministic certificate needs a linear head (model.head one of {linear})")
+            remedy = f"train with --config.model.head=NAME, one of {linear}"
+            raise UserError(f"a deterministic certificate needs a linear head: {remedy}")
         return self._materialized(params), *matrix(params["head"])
 
 
@@ -265,8 +266,8 @@ def _check_blocks(config: Config) -> None:
     if left:
         other, whole = ("head", len(widths)) if in_encoder else ("encoder", 0)
         raise UserError(
-            f"model.split {split} leaves {left} of {len(widths)} blocks unused: choose 'blocks' for model.{other} as "
-            f"well, or model.split={whole}"
+            f"model.split {split} leaves {left} of {len(widths)} blocks unused: give --config.model.{other}="
+            f"blocks as well, or --config.model.split={whole}"
         )
 
 

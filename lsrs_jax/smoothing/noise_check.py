@@ -26,6 +26,6 @@ def accuracy_under_noise(sampler: Sampler, images: Images) -> str:
     line = f"accuracy on {len(labels)} images: {clean:.2f} without noise, {noisy:.2f} under noise of sigma {sigma:g}"
     if noisy >= _COLLAPSED * clean:
         return line
-    source = "train.start_from=WORKDIR, or torch:FILE for a PyTorch network"
+    source = "train --config.train.start_from=WORKDIR, or torch:FILE for a PyTorch network"
     remedy = f"fine-tune it under this noise ({source}), or use a smaller sigma"
     return f"{line}\nnote: the noise ruins this classifier, so that few images will get a certificate: {remedy}"

@@ -65,9 +65,10 @@ def check_batch(config: Config, dataset: Dataset) -> None:
     (height, width, _), batch, devices = dataset.shape, config.data.batch_size, jax.device_count()
     batch_indices(len(dataset), batch, config.seed, 0)
     if config.data.crop >= min(height, width):
-        raise UserError(f"data.crop {config.data.crop} shifts images of {height}x{width} out of sight; make it smaller")
+        remedy = f"give --config.data.crop={min(height, width) // 8}, for example"
+        raise UserError(f"data.crop {config.data.crop} shifts images of {height}x{width} out of sight: {remedy}")
     if batch % devices:
-        raise UserError(f"data.batch_size {batch} must be a multiple of {devices}, the number of devices")
+        raise UserError(f"--config.data.batch_size={batch} must be a multiple of {devices}, the number of devices")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ from lsrs_jax.training.steps import parts, step_function
 LATENT_BYTES = 2**30  # `certification.encode` keeps as many latents in memory
 USED = 0.3  # share of the peak FLOP/s, as measured for configs/cifar10.py on an H200 (docs/results/accelerator.md)
 FREE = 0.9  # share of a chip's memory that a program can use; the runtime and fragmentation take the rest
-_REMEDIES = "more devices, a smaller data.batch_size or train.shard_parameters=true"
+_REMEDIES = "more devices, a smaller --config.data.batch_size or --config.train.shard_parameters=true"
 
 
 class Chip(NamedTuple):
@@ -151,7 +151,9 @@ def report(model: Model, config: Config, images: int) -> str:
     if certify.certificate == "smoothed":
         n, tile = certify.n0 + certify.n, sampling_need(model, config)
         calls = n / math.prod(certify.tile)
-        columns.append(("certification", "a certificate", tile, calls, certify.head_dtype, "a smaller certify.tile"))
+        columns.append(
+            ("certification", "a certificate", tile, calls, certify.head_dtype, "a smaller --config.certify.tile")
+        )
         lines.append(
             f"certification: at most {n:,} samples an image, {calls * tile.flops / 1e12:,.3g} TFLOP; on each device "
             f"{_gib(tile.memory)} for a batch of {certify.tile[0]} images x {certify.tile[1]} samples"

@@ -65,7 +65,8 @@ def _start(config: Config, model: models.Model) -> Any:
     source = config.train.start_from
     if model.training_head:
         raise UserError(
-            "train.start_from cannot start a head with batch normalisation: leave it out, or give model.head_norm=none"
+            "train.start_from cannot start a head with batch normalisation: leave it out, or give "
+            "--config.model.head_norm=none"
         )
     if not source.startswith(TORCH):
         return jax.device_get(restore(Path(source), model)[0])
@@ -97,7 +98,8 @@ def fit(
 
     Returns:
       ``(model, params)``. To certify with the command, save the test images with `numpy.savez_compressed` as
-      ``x_test``, ``y_test`` and ``class_names`` and run ``lsrs certify --workdir=WORKDIR --config.data.name=npz:FILE``.
+      ``x_test``, ``y_test`` and ``class_names`` and run
+      ``python -m lsrs_jax.certify --workdir=WORKDIR --config.data.name=npz:FILE``.
 
     Raises:
       UserError: for images or labels that do not fit, or a workdir with another training.
