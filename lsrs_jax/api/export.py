@@ -86,11 +86,12 @@ def _counter(
 ) -> Callable[[Array, Array], Int[Array, "batch classes"]]:
     """A function of key data and quantized latents: the counts of predictions; rows with NaN count nowhere."""
     samples, classes, head = sampler.tile[1], sampler.num_classes, sampler.behind(classifier.head)
-    offset = NOISE_OFFSETS[classifier.settings["noise"]]
+    offset, blocks = NOISE_OFFSETS[classifier.settings["noise"]], sampler.blocks
 
     def block(key: Array, prepared: Any, number: Array) -> Int[Array, "batch classes"]:
-        noise = sampler.blocks.noise(key, jnp.arange(batch), number, sampler.blocks.tables)
-        logits = head(sampler.blocks.rows(prepared, noise, sampler.blocks.tables))
+        tables = jax.tree.map(jnp.asarray, blocks.tables)
+        noise = blocks.noise(key, jnp.arange(batch), number, tables)
+        logits = head(blocks.rows(prepared, noise, tables))
         chosen = jnp.where(jnp.isnan(logits).any(axis=-1), classes, jnp.argmax(logits, axis=-1))
         valid = number * samples + jnp.arange(samples, dtype=jnp.int32) < n
         hits = chosen.reshape(batch, samples, 1) == jnp.arange(classes, dtype=chosen.dtype)
@@ -100,7 +101,7 @@ def _counter(
         key = jax.random.wrap_key_data(key_data, impl=PRNG)
         key = jax.random.fold_in(jax.random.fold_in(key, KEY_DOMAINS["certify"]), STREAMS["prediction"] + offset)
 
-        prepared = sampler.blocks.prepared(latents, sampler.blocks.tables)
+        prepared = blocks.prepared(latents, blocks.tables)
 
         def step(number: Array, total: Array) -> Array:
             return total + block(key, prepared, number)

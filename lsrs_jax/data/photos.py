@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 import os
 from collections.abc import Callable
@@ -139,12 +140,18 @@ def read_source(
             _ = photos.labels  # reads the split through, which checks its labels
         return photos
     where, images, labels = _where(name, split), np.empty(0), np.empty(len(source), np.int32)
+
+    def decoded(numbered: list[tuple[int, dict[str, Any]]]) -> list[np.ndarray]:
+        return [np.asarray(_decoded(example, channels, i, where)) for i, example in numbered]
+
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(source), 1024):
             index = list(range(start, min(start + 1024, len(source))))
             examples = source.__getitems__(index)
-            decoded = pool.map(lambda i, example: np.asarray(_decoded(example, channels, i, where)), index, examples)
-            for position, example, image in zip(index, examples, decoded, strict=True):
+            numbered = list(zip(index, examples, strict=True))
+            # Groups, because handing a small image to a thread takes longer than decoding it.
+            groups = pool.map(decoded, [numbered[first : first + 64] for first in range(0, len(numbered), 64)])
+            for position, example, image in zip(index, examples, itertools.chain.from_iterable(groups), strict=True):
                 if not position:
                     images = np.empty((len(source), *image.shape[:2], channels), np.uint8)
                 if image.shape[:2] != images.shape[1:3]:

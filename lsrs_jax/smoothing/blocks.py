@@ -72,6 +72,12 @@ class NoisyBlocks:
         noisy = jax.vmap(self.arithmetic.add, (0, per_image))(prepared, noise)
         return noisy.reshape(-1, *self._latent_shape)
 
+    def noiseless(self, latents: Any, tables: Any) -> Float[Array, "images *shape"]:
+        """What the head gets of latents without noise."""
+        images = () if self.shared else (len(latents),)
+        zeros = jnp.zeros((*images, 1, math.prod(self._latent_shape)), latents.dtype)
+        return self.rows(self.prepared(latents, tables), zeros, tables)
+
     def _product(self, noise: Any, tables: Any) -> Any:
         assert self.integer is not None
         return self.integer.product(noise.reshape(-1, *self._latent_shape), tables[1])

@@ -306,12 +306,7 @@ class Sampler:
     def without_noise(self, quantized: Num[np.ndarray, "images *latent"]) -> Int[np.ndarray, " images"]:
         """The classes that the head gives latents from `quantize` without noise."""
         found, rows = [], self._batch_shape[0]
-
-        @jax.jit
-        def noiseless(steps: Any, tables: Any) -> Any:
-            zeros = jnp.zeros_like(steps[:, None] if self._noise == "independent" else steps[:1])
-            return self.blocks.rows(self.blocks.prepared(steps, tables), zeros, tables)
-
+        noiseless = jax.jit(self.blocks.noiseless)
         with pinned_flags(), jax.default_device(self._mesh.devices.flat[0]):
             for start in range(0, len(quantized), rows):
                 part = quantized[start : start + rows]

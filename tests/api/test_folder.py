@@ -93,7 +93,7 @@ PROGRAM = """
 import sys, numpy as np
 sys.path.insert(0, {tests!r})
 from api_classifier import classifier, X, LABELS
-classifier().certify(X, LABELS, out=sys.argv[1], n=400_000, progress=print)
+classifier().certify(X, LABELS, out=sys.argv[1], n=2_000_000, progress=print)
 """
 
 

@@ -192,8 +192,8 @@ def test_independent_noise_differs_between_images_and_from_shared_noise():
         Sampler(network(), DIM, sigma=0.5, tile=(3, 32), noise=noise) for noise in ("shared", "independent")
     )
     vectors = [drawn(shared, "estimation", block) for block in range(8)]
-    vectors += [drawn(independent, "estimation", block, range(8)).reshape(-1, *DIM) for block in range(8)]
-    vectors = np.concatenate(vectors).reshape(-1, np.prod(DIM))
+    vectors += [drawn(independent, "estimation", block, range(8)).reshape(8 * 32, -1) for block in range(8)]
+    vectors = np.concatenate(vectors)
     assert len(np.unique(vectors, axis=0)) == len(vectors) == 8 * 32 + 8 * 8 * 32
     three = LATENTS[[0, 0, 1]]
     counts = [independent.one_batch(three, threefry(0), "estimation", 256, ids) for ids in ((4, 5, 6), (5, 9, 4))]
