@@ -141,10 +141,14 @@ def make_arithmetic(name: str, sigma: float) -> Arithmetic:
 def _words(key: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """Two uint32 arrays of uniform bits: both words of one threefry block per entry, with counters of its own."""
     data, counters = jax.random.key_data(key), jnp.arange(2 * count, dtype=jnp.uint32)
-    if jax.default_backend() == "cpu":
-        return unrolled_threefry(data, counters[:count], counters[count:])
-    words = threefry_2x32(data, counters)
-    return words[:count], words[count:]
+    if jax.default_backend() != "cpu":
+        words = threefry_2x32(data, counters)
+        return words[:count], words[count:]
+    # A loop of one step, of which XLA does not know that it has one, keeps the words in memory: otherwise they would be
+    # computed wherever they are used, and such programs can take minutes to compile.
+    once, empty = jnp.minimum(data[0] | np.uint32(1), np.uint32(1)).astype(jnp.int32), jnp.zeros(count, jnp.uint32)
+    first, second = counters[:count], counters[count:]
+    return jax.lax.fori_loop(0, once, lambda *_: unrolled_threefry(data, first, second), (empty, empty))
 
 
 def unrolled_threefry(key: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:

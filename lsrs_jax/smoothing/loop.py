@@ -138,14 +138,10 @@ class Loop:
         stride = jax.lax.axis_size(AXIS) * together
         start, prepared = first + together * device.reshape(()), self._blocks.prepared(latents, tables)
 
-        def noise(step: Any) -> jax.Array:
-            return self._blocks.noise(key, ids, start + step * stride, tables)
-
-        def block_counts(step: jax.Array, carried: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-            (counts, drawn), block = carried, start + step * stride
-            number = jnp.arange(samples, dtype=jnp.int32)
+        def block_counts(step: jax.Array, counts: jax.Array) -> jax.Array:
+            block, number = start + step * stride, jnp.arange(samples, dtype=jnp.int32)
             if lanes is None:
-                rows = self._blocks.rows(prepared, noise(step) if drawn is None else drawn, tables)
+                rows = self._blocks.rows(prepared, self._blocks.noise(key, ids, block, tables), tables)
                 valid = block * samples + number < n
             else:
                 rows = self._blocks.packed_rows(prepared, key, ids, block, lanes, together, tables)
@@ -155,12 +151,9 @@ class Loop:
             check_logits(logits.shape, (images * samples, classes))
             predicted = jnp.where(jnp.isnan(logits).any(axis=-1), classes, jnp.argmax(logits, axis=-1))
             hits = predicted.reshape(images, samples, 1) == jnp.arange(classes + 1, dtype=predicted.dtype)
-            counts = counts + jnp.sum(hits & valid[..., None], axis=1, dtype=jnp.int32)
-            return counts, None if drawn is None else noise(step + 1)
+            return counts + jnp.sum(hits & valid[..., None], axis=1, dtype=jnp.int32)
 
         steps = jnp.maximum(0, (stop - start + stride - 1) // stride)
         zeros = jnp.zeros((images, classes + 1), jnp.int32)
-        # A step draws the noise of the next one: XLA would otherwise compute parts of it again for every image.
-        drawn = noise(0) if lanes is None and self._blocks.shared else None
-        counts, _ = jax.lax.fori_loop(0, steps, block_counts, (zeros, drawn))
+        counts = jax.lax.fori_loop(0, steps, block_counts, zeros)
         return counts[None]  # the host adds: without a collective, devices never wait for each other
