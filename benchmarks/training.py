@@ -37,7 +37,6 @@ def measure(name, steps, rounds):
     batch = from_own_rows(mesh, next(batches))
     host = HostFeed(step, data, config, mesh, shardings, 0)
     device = DeviceFeed(step, data, config, mesh, shardings)
-    device._length = 64
 
     def kernels(state):
         for number in range(steps):

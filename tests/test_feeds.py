@@ -13,21 +13,22 @@ from lsrs_jax.runtime.rng import pinned
 from lsrs_jax.training import checkpoint, feeds, loop
 
 RNG = np.random.default_rng(0)
-IMAGES, LABELS = RNG.integers(0, 17, (40, 8, 4, 2), np.uint8), RNG.integers(0, 3, 40)
-SMALL = Arrays("x", "1", "train", IMAGES, LABELS, ("a", "b", "c"), 16)
+IMAGES, LABELS = RNG.integers(0, 256, (40, 8, 4, 2), np.uint8), RNG.integers(0, 3, 40)
+SMALL = Arrays("x", "1", "train", IMAGES, LABELS, ("a", "b", "c"))
 
 
 @pytest.mark.parametrize(("crop", "flip"), [(0, False), (2, False), (0, True), (2, True)])
-def test_batches_on_the_device_are_those_of_the_host(crop, flip):
+@pytest.mark.parametrize("dataset", [SMALL, data.from_arrays(IMAGES / 255, LABELS, "abc")], ids=["bytes", "floats"])
+def test_batches_on_the_device_are_those_of_the_host(dataset, crop, flip):
     config = default().data
     config.batch_size, config.crop, config.flip = 16, crop, flip
-    for step, (images, labels) in enumerate(data.training_batches(SMALL, config, 3, 0, 4)):
+    for step, (images, labels) in enumerate(data.training_batches(dataset, config, 3, 0, 4)):
         view = feeds.Views(
             data.batch_indices(40, 16, 3, step), *data.moves(16, crop=crop, flip=flip, seed=3, step=step)
         )
-        found = jax.jit(feeds.batch_of, static_argnums=2)(SMALL.images, view, crop) / np.float32(16)
+        found = jax.jit(feeds.batch_of, static_argnums=3)(dataset.images, feeds.pixel_values(dataset), view, crop)
         np.testing.assert_array_equal(found, images)
-        np.testing.assert_array_equal(SMALL.labels[view.index], labels)
+        np.testing.assert_array_equal(dataset.labels[view.index], labels)
 
 
 def trained(folder, on_the_device, monkeypatch, log=lambda *_: None, **fields):

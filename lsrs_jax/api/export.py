@@ -89,7 +89,7 @@ def _counter(
     offset, blocks = NOISE_OFFSETS[classifier.settings["noise"]], sampler.blocks
 
     def block(key: Array, prepared: Any, number: Array) -> Int[Array, "batch classes"]:
-        tables = jax.tree.map(jnp.asarray, blocks.tables)
+        tables = jnp.asarray(blocks.tables[0]), blocks.tables[1]
         noise = blocks.noise(key, jnp.arange(batch), number, tables)
         logits = head(blocks.rows(prepared, noise, tables))
         chosen = jnp.where(jnp.isnan(logits).any(axis=-1), classes, jnp.argmax(logits, axis=-1))

@@ -12,7 +12,7 @@ from lsrs_jax.smoothing.counts import ImageCounts
 from lsrs_jax.smoothing.schedule import Schedule, block_count
 
 Decided = Callable[[Schedule, list[ImageCounts]], Bool[np.ndarray, " images"]]
-_SOME = 100  # images whose futures are simulated
+_SOME, _CLASSES = 100, 10_000  # so many images are simulated, or fewer if they have more classes in all (10 at least)
 _SCATTER = 0x9E3779B1  # an odd number; its multiples modulo 2**32 are in no order
 _PRIOR = 0.1  # samples that the classes share before an image has any
 _APART = 1.25  # the looks of a simulated future grow at least by this factor, but for the last two
@@ -101,7 +101,9 @@ class Status:
         """
         schedule, begun = self._schedule, list(self._undecided.values())
         new = self._total - self._decided - len(begun)
-        some = sorted(begun, key=lambda image: image.idx * _SCATTER % 2**32)[:_SOME]  # mostly the same every time
+        classes = len(next(iter(begun[0].counts.values()))) if begun else 1
+        number = min(_SOME, max(10, _CLASSES // classes))
+        some = sorted(begun, key=lambda image: image.idx * _SCATTER % 2**32)[:number]  # mostly the same every time
         stops, bound = self._futures(some)
         # A row per simulated image, with its samples up to each look.
         weights = np.full(len(some), len(begun) / max(1, len(some)))

@@ -88,9 +88,8 @@ class DeviceFeed:
         data, whole = config.data, replicated(mesh)
         self._images, self._seed, self._batch_size = len(dataset), config.seed, data.batch_size
         self._moved, self._mesh, self._length = {"crop": data.crop, "flip": data.flip, "seed": config.seed}, mesh, 1
-        self._data = jax.device_put((dataset.images, np.asarray(dataset.labels, np.int32)), whole)
-        self._key, self._under_way = domain_key(config.seed, "train"), None
-        crop, scale = data.crop, np.float32(dataset.max_value)
+        arrays = dataset.images, np.asarray(dataset.labels, np.int32), pixel_values(dataset)
+        self._data, self._key, crop = jax.device_put(arrays, whole), domain_key(config.seed, "train"), data.crop
 
         @functools.partial(
             jax.jit, donate_argnums=0, out_shardings=(shardings, whole), compiler_options=compiler_options()
@@ -99,7 +98,7 @@ class DeviceFeed:
             def one(i: jax.Array, carried: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
                 state, found = carried
                 view = jax.tree.map(lambda each: each[i], views)
-                images = jax.lax.with_sharding_constraint(batch_of(data[0], view, crop) / scale, split(mesh))
+                images = jax.lax.with_sharding_constraint(batch_of(data[0], data[2], view, crop), split(mesh))
                 state, metrics = step(state, images, data[1][view.index], key, first + i.astype(jnp.uint32))
                 return jax.lax.with_sharding_constraint(state, shardings), found.at[i].set(jnp.stack(metrics))
 
@@ -108,18 +107,16 @@ class DeviceFeed:
         self._steps = steps
 
     def advance(self, state: State, done: int, limit: int) -> tuple[State, Any, int]:
-        if self._under_way is not None:
-            metrics, full, began = self._under_way
-            jax.block_until_ready(metrics)
-            seconds = time.monotonic() - began
-            if full and seconds < _SECONDS / 2:
-                self._length = min(2 * self._length, _MOST)
-            elif seconds > 2 * _SECONDS:
-                self._length = max(1, self._length // 2)
         count, began = min(self._length, limit - done), time.monotonic()
-        views = self._views(done, count)
-        state, metrics = self._steps(state, self._data, views, self._key, np.uint32(done), np.int32(count))
-        self._under_way = metrics, count == self._length, began
+        state, metrics = self._steps(
+            state, self._data, self._views(done, count), self._key, np.uint32(done), np.int32(count)
+        )
+        jax.block_until_ready(metrics)
+        seconds = time.monotonic() - began
+        if count == self._length and seconds < _SECONDS / 2:
+            self._length = min(2 * self._length, _MOST)
+        elif seconds > 2 * _SECONDS:
+            self._length = max(1, self._length // 2)
         return state, metrics[:count], done + count
 
     def _views(self, done: int, count: int) -> Views:
@@ -140,10 +137,23 @@ class DeviceFeed:
         """Nothing has to be closed."""
 
 
+def pixel_values(dataset: Arrays) -> Float32[np.ndarray, " 256"] | None:
+    """What each byte of an image stands for; None for images of floats, which stand for themselves.
+
+    A table, because XLA replaces the division by a product that rounds otherwise.
+    """
+    if dataset.images.dtype != np.uint8:
+        return None
+    return np.arange(256, dtype=np.float32) / np.float32(dataset.max_value)
+
+
 def batch_of(
-    images: UInt8[jax.Array, "N H W C"] | Float32[jax.Array, "N H W C"], view: Views, crop: int
+    images: UInt8[jax.Array, "N H W C"] | Float32[jax.Array, "N H W C"],
+    values: Float32[jax.Array, " 256"] | None,
+    view: Views,
+    crop: int,
 ) -> Float32[jax.Array, "B H W C"]:
-    """The images of one batch, shifted and mirrored as `data.augment` does it; pixel values are not scaled."""
+    """The images of one batch, shifted and mirrored as `data.augment` does it; `values` are from `pixel_values`."""
     shape = images.shape[1:]
 
     def cut(index: Int32[jax.Array, ""], down: Any, right: Any, flipped: Any) -> jax.Array:
@@ -151,4 +161,5 @@ def batch_of(
         found = jax.lax.dynamic_slice(padded, (down, right, 0), shape)
         return jnp.where(flipped, found[:, ::-1], found)
 
-    return jax.vmap(cut)(*view).astype(jnp.float32)
+    found = jax.vmap(cut)(*view)
+    return found if values is None else values[found]
