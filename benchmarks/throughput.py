@@ -146,7 +146,7 @@ def encoder(batch, seconds):
 class _Drawn:
     """A sampler of the engine that draws on the host: multinomial, with different probabilities for each image."""
 
-    tile = (64, 512)
+    tile, until_packed = (64, 512), (math.inf, 0.0)
 
     def __init__(self, images):
         self._rng = np.random.default_rng(0)
