@@ -24,10 +24,12 @@ from lsrs_jax.training.feeds import DeviceFeed, HostFeed
 from lsrs_jax.training.steps import parts, step_function
 from studies.accelerator import table
 
+NO_WARMUP = "--config.train.warmup_steps=0"  # which would have to end before the few steps do
+
 
 def measure(name, steps, rounds):
     """A row of the table: milliseconds per step of each way."""
-    config = config_from_flags([f"--config={name}", f"--config.train.steps={steps * (rounds + 1) + 2}"])
+    config = config_from_flags([f"--config={name}", f"--config.train.steps={steps * (rounds + 1) + 2}", NO_WARMUP])
     data, mesh = load_split(config.data, config.data.train_split), global_mesh()
     model = models.build(config.model, data.shape, len(data.class_names))
     fresh, shardings, step = parts(model, config, mesh)
