@@ -9,6 +9,7 @@ import pytest
 from lsrs_jax import data, models
 from lsrs_jax.config import default
 from lsrs_jax.data import Arrays
+from lsrs_jax.data.batches import moves
 from lsrs_jax.runtime.rng import pinned
 from lsrs_jax.training import checkpoint, feeds, loop
 
@@ -23,9 +24,7 @@ def test_batches_on_the_device_are_those_of_the_host(dataset, crop, flip):
     config = default().data
     config.batch_size, config.crop, config.flip = 16, crop, flip
     for step, (images, labels) in enumerate(data.training_batches(dataset, config, 3, 0, 4)):
-        view = feeds.Views(
-            data.batch_indices(40, 16, 3, step), *data.moves(16, crop=crop, flip=flip, seed=3, step=step)
-        )
+        view = feeds.Views(data.batch_indices(40, 16, 3, step), moves(16, crop=crop, flip=flip, seed=3, step=step))
         found = jax.jit(feeds.batch_of, static_argnums=3)(dataset.images, feeds.pixel_values(dataset), view, crop)
         np.testing.assert_array_equal(found, images)
         np.testing.assert_array_equal(dataset.labels[view.index], labels)

@@ -32,7 +32,7 @@ class NoisyBlocks:
         devices: Mesh,
     ) -> None:
         self.arithmetic, self._tile, self._latent_shape = make_arithmetic(arithmetic, sigma), tile, latent_shape
-        self.shared = noise == "shared"
+        self._shared = noise == "shared"
         self.integer = integer_layer(head, self.arithmetic, noise, latent_shape, tile, devices)
         self.shape = self.integer.shape if self.integer else latent_shape
         self.tables = self.arithmetic.tables, self.integer and self.integer.tables
@@ -49,7 +49,7 @@ class NoisyBlocks:
         because XLA's loops on CPUs are slow where the last axis is short.
         """
         size = (self._tile[1], math.prod(self._latent_shape))
-        if self.shared:
+        if self._shared:
             return self.arithmetic.draw(jax.random.fold_in(key, block), size, tables[0])
 
         def draw(identifier: jax.Array, block: jax.Array) -> jax.Array:
@@ -68,13 +68,13 @@ class NoisyBlocks:
         """Noisy latents, or the integer layer's outputs for them: for image after image, one row per sample."""
         if self.integer:
             return self.integer.rows(prepared, self._product(noise, tables)[None], tables[1])
-        per_image = None if self.shared else 0
+        per_image = None if self._shared else 0
         noisy = jax.vmap(self.arithmetic.add, (0, per_image))(prepared, noise)
         return noisy.reshape(-1, *self._latent_shape)
 
     def noiseless(self, latents: Any, tables: Any) -> Float[Array, "images *shape"]:
         """What the head gets of latents without noise."""
-        images = () if self.shared else (len(latents),)
+        images = () if self._shared else (len(latents),)
         zeros = jnp.zeros((*images, 1, math.prod(self._latent_shape)), latents.dtype)
         return self.rows(self.prepared(latents, tables), zeros, tables)
 
@@ -96,7 +96,7 @@ class NoisyBlocks:
 
         With shared noise, only the blocks from `first` to ``first + blocks`` are drawn.
         """
-        if not self.shared:
+        if not self._shared:
             return self.rows(prepared, self.noise(key, ids, first + lanes, tables), tables)
 
         def of_block(block: jax.Array) -> jax.Array:

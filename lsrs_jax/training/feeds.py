@@ -11,7 +11,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float32, Int32, UInt8
 
-from lsrs_jax.data import Arrays, Dataset, batch_indices, moves, training_batches
+from lsrs_jax.data import Arrays, Dataset, batch_indices, training_batches
+from lsrs_jax.data.batches import Moves, moves
 from lsrs_jax.runtime.mesh import AXIS, from_own_rows, own_rows, replicated, split
 from lsrs_jax.runtime.rng import domain_key
 from lsrs_jax.runtime.types import Config
@@ -70,12 +71,10 @@ class HostFeed:
 
 
 class Views(NamedTuple):
-    """Which images batches have, and `data.batches.Moves` of them; the axes are steps and batch."""
+    """Which images batches have, and how they are moved; the axes of all arrays are steps and batch."""
 
     index: Any
-    down: Any
-    right: Any
-    flipped: Any
+    moves: Moves
 
 
 class DeviceFeed:
@@ -124,14 +123,13 @@ class DeviceFeed:
         found = [
             Views(
                 batch_indices(self._images, self._batch_size, self._seed, step),
-                *moves(self._batch_size, step=step, **self._moved),
+                moves(self._batch_size, step=step, **self._moved),
             )
             for step in range(done, done + count)
         ]
         found += [found[-1]] * (_MOST - count)
-        arrays = (np.stack(each) for each in zip(*found, strict=True))
-        arrays = [each if each.dtype == bool else each.astype(np.int32) for each in arrays]
-        return jax.device_put(Views(*arrays), NamedSharding(self._mesh, P(None, AXIS)))
+        views = jax.tree.map(lambda *each: np.stack(each), *found)
+        return jax.device_put(views, NamedSharding(self._mesh, P(None, AXIS)))
 
     def close(self) -> None:
         """Nothing has to be closed."""
@@ -161,5 +159,5 @@ def batch_of(
         found = jax.lax.dynamic_slice(padded, (down, right, 0), shape)
         return jnp.where(flipped, found[:, ::-1], found)
 
-    found = jax.vmap(cut)(*view)
+    found = jax.vmap(cut)(view.index, *view.moves)
     return found if values is None else values[found]

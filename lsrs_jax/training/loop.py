@@ -130,7 +130,7 @@ class _Training:
         settings, first = self._config.train, self._first
         intervals = settings.log_every, settings.evaluate_every, settings.checkpoint_every
         self._saved, done = time.monotonic(), first
-        # A step donates its state to the next one, so a signal takes effect after a step, when its state is saved.
+        # A launch donates its state to the next one, so a signal takes effect after a launch, when its state is saved.
         with contextlib.closing(self._feed), deferred() as signalled:
             while done < settings.steps:
                 compiles = done == first  # so the time of the first step says nothing about the rate
