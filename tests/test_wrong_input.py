@@ -231,6 +231,14 @@ BAD_TRAIN = {
         "bad configuration: unknown variant 'lsr': choose one of lsrs, cayley",
     ),
     "misspelt field": (["--config=configs/digits.py", "--config.sgima=1.0"], "did you mean sigma?"),
+    "no field": (
+        ["--config=configs/digits.py", "--config.=1"],
+        "--config.=1 names no field: write --config.FIELD=VALUE",
+    ),
+    "missing file": (
+        ["--config=configs/digits.py", "--config.data.name=none.npz"],
+        "there is no file none.npz: check the",
+    ),
     "wrong type": (["--config=configs/digits.py", "--config.train.steps=ten"], "steps=ten: it must be a whole number"),
     "long warm-up": (
         ["--config=configs/digits.py", "--config.train.steps=60", "--config.train.warmup_steps=60"],

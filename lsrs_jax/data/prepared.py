@@ -47,6 +47,8 @@ def load_prepared(data: Config, split: str) -> Dataset:
     prepare = f"pip install tensorflow-cpu && {build}"
     if not home.is_dir():
         if (here := Path(data.name)).is_dir() or here.suffix == ".npz":
+            if not here.exists():
+                raise UserError(f"there is no file {data.name}: check the path, and give --config.data.name=npz:PATH")
             own = f"--config.data.name={'npz' if here.suffix == '.npz' else 'folder'}:{data.name}"
             raise UserError(f"{data.name} is no set of tensorflow-datasets; for your own images, give {own}")
         raise UserError(f"data set {name!r} is not in {folder}; prepare it with: {prepare}")
