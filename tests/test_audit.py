@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lsrs_jax
 from lsrs_jax import audit, certify, layers, report, smoothing
 from lsrs_jax.auditing import attacks
 from lsrs_jax.auditing.auditor import Auditor
 from lsrs_jax.auditing.table import Settings, read_audit
-from lsrs_jax.certification import verify
+from lsrs_jax.certification import store, verify
+from lsrs_jax.data import load_split
 from lsrs_jax.layers.lipschitz import materialize
 from lsrs_jax.orthogonal import spectrum
 from lsrs_jax.runtime import documents
@@ -156,6 +158,23 @@ def test_an_audit_finds_no_flip_and_the_report_shows_its_curve(audited, tmp_path
     assert f"0 flips, {found.undecided.sum()} undecided (`predict` abstained)" in out
     assert "24 of its 40 images" in out
     assert "LSRS, under attack (24 images)" in (tmp_path / "curve.svg").read_text()
+
+
+def test_the_points_of_the_flips_have_their_distance_and_their_answer(audited):
+    home = audited / "certify" / "default"
+    found = read_audit(home / "audit.tsv")
+    data = store.read(home / "certificates.json").settings.data
+    points = np.sort(np.concatenate([np.load(file) for file in (home / "flips").iterdir()]), order="idx")
+    order = np.argsort(found.idx)
+    order = order[np.isfinite(found.distance[order])]
+    assert (points["idx"] == found.idx[order]).all()
+    images = load_split(data, data.split).read(points["idx"], np.float64)[0]
+    away = np.linalg.norm((points["point"] - images).reshape(len(order), -1), axis=1)
+    np.testing.assert_allclose(away, found.distance[order], rtol=1e-5)
+    assert (points["predict"] != found.predict[order]).all()
+    again = lsrs_jax.load(audited).predict(points["point"].astype(np.float64), key=threefry(7))
+    assert (again >= 0).mean() > 0.5
+    assert (again[again >= 0] == points["predict"][again >= 0]).mean() > 0.9
 
 
 def test_a_table_that_changed_has_no_audit(audited, tmp_path):

@@ -84,7 +84,7 @@ def test_images_decode_to_their_pixels_and_are_embedded_once(runs, tmp_path):
     data, sheets = reported(tmp_path, runs / "a", f"digits={DIGITS}", runs / "b", "--images")
     images = np.load(runs / "data.npz")["x_test"]
     digits = load("digits", "test")
-    assert [facts["name"] for facts in data["pictures"]] == ["npz", "digits"]
+    assert [facts["name"] for facts in data["pictures"]] == ["npz", "digits", "nearest flips"]
     for run in data["runs"]:
         facts, own = data["pictures"][run["gallery"]["pictures"]], run["gallery"]
         assert facts["kind"] == "png"
@@ -95,6 +95,66 @@ def test_images_decode_to_their_pixels_and_are_embedded_once(runs, tmp_path):
             np.testing.assert_array_equal(found, pixels)
     union = {*range(0, 60, 2), *range(0, 60, 3)}
     assert max(max(run["gallery"]["place"]) for run in data["runs"] if run["label"] != "digits") == len(union) - 1
+
+
+def test_nearest_flips_decode_to_their_points(runs, tmp_path):
+    data, sheets = reported(tmp_path, runs / "a", runs / "b", "--images")
+    own, other = (run["gallery"] for run in data["runs"])
+    assert other["flipped"] is None
+    facts, home = data["pictures"][own["flipped"]["pictures"]], runs / "a" / "certify" / "default"
+    points = {int(row["idx"]): row["point"] for file in (home / "flips").iterdir() for row in np.load(file)}
+    shown = zip(own["idx"], own["flips"], own["flipped"]["place"], own["flipped"]["predict"], strict=True)
+    for idx, distance, place, predict in shown:
+        assert (place >= 0) == (distance is not None and distance >= 0) == (predict == 2)
+        if place >= 0:
+            found = cut(facts, sheets[own["flipped"]["pictures"]], place)
+            expected = points[idx].mean(axis=2) if found.ndim == 2 else points[idx]
+            assert np.abs(found / 255 - expected.clip(0, 1)).max() < 0.51 / 255
+
+
+def write_text(path):
+    path.write_text("no array")
+
+
+def write_objects(path):
+    np.save(path, np.array([{"idx": 0}]))
+
+
+def write_points_elsewhere(path):
+    points = np.load(path)
+    points["point"] += 0.5
+    np.save(path, points)
+
+
+def write_other_shapes(path):
+    points = np.load(path)
+    np.save(path, points[["idx", "predict"]])
+
+
+def leave_a_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (os.unlink, "no file beside its audit.tsv holds them"),
+        (write_points_elsewhere, "no file beside its audit.tsv holds them"),
+        (write_text, "cannot be read"),
+        (write_objects, "cannot be read"),
+        (write_other_shapes, "it holds something else"),
+        (leave_a_folder, "it is not a file"),
+    ],
+)
+def test_flips_that_are_not_those_of_the_audit_are_left_out(runs, tmp_path, spoil, why):
+    shutil.copytree(runs / "a", tmp_path / "a")
+    (file,) = (tmp_path / "a" / "certify" / "default" / "flips").iterdir()
+    spoil(file)
+    data, _ = reported(tmp_path / "out", tmp_path / "a", "--images")
+    assert data["runs"][0]["gallery"]["flipped"] is None
+    assert data["runs"][0]["gallery"]["flips"]
+    assert any("no pictures of the nearest flips of a" in note and why in note for note in data["lacking"])
 
 
 def test_more_than_a_thousand_images_are_lossy_and_no_image_bleeds_into_its_neighbour():
@@ -118,20 +178,20 @@ def test_large_images_are_scaled_down():
     assert abs(float(found.mean()) - images[2].mean()) < 3
 
 
-def test_images_that_compress_badly_are_made_smaller(monkeypatch):
+def test_images_that_compress_badly_are_made_smaller():
     images, labels = noise(1200, (32, 32, 3))
-    monkeypatch.setattr(pictures, "_BYTES", 300_000)
-    (sheets,) = pictures.make_sheets([(from_arrays(images, labels, ["a", "b", "c"]), np.arange(1200))])
+    (sheets,) = pictures.make_sheets([(from_arrays(images, labels, ["a", "b", "c"]), np.arange(1200))], 300_000)
     assert sum(map(len, sheets.files)) <= 300_000
     assert (sheets.width, sheets.height, sheets.scaled) == (16, 16, True)
 
 
 def test_a_page_of_ten_thousand_images_of_noise_stays_below_20_mb(tmp_path):
     data = write_data(tmp_path / "data.npz", *noise(10_000, (32, 32, 3)))
-    write_run(tmp_path / "a", data, range(10_000))
+    write_run(tmp_path / "a", data, range(10_000), audited=5_000)
     content, sheets = reported(tmp_path / "out", tmp_path / "a", "--images")
     assert len(content["runs"][0]["gallery"]["idx"]) == 10_000
     assert len(sheets[0]) == 25
+    assert sum(place >= 0 for place in content["runs"][0]["gallery"]["flipped"]["place"]) > 4_000
     assert (tmp_path / "out" / "report.html").stat().st_size < 20e6
 
 

@@ -37,8 +37,9 @@ class _Batch:
         self.images, self.radius, self._predict, self._certified = images, radius, predict, certified
         self.classes = np.where(certified >= 0, certified, unperturbed)
         none = np.full(count, "none", dtype=object)
-        pairs, flips, undecided = np.zeros((3, count), int)
-        self.found = Found(unperturbed, pairs, flips, undecided, np.full(count, np.inf), none)
+        pairs, flips, undecided, answer = np.zeros((4, count), int)
+        distance, point = np.full(count, np.inf), images.astype(np.float32)
+        self.found = Found(unperturbed, pairs, flips, undecided, distance, none, point, answer)
         self.judge("none", images, unperturbed)
 
     def norms(self, points: _Images) -> _PerImage:
@@ -56,6 +57,7 @@ class _Batch:
         found.undecided[:] += inside & (predicted < 0)
         nearer = flipped & (distance < found.distance)
         found.distance[nearer], found.attack[nearer] = distance[nearer], name
+        found.point[nearer], found.answer[nearer] = points[nearer], predicted[nearer]
 
     def scaled(self, points: _Images, lengths: _PerImage) -> _Images:
         """Moves points along their directions from the images to these distances, rounded down."""

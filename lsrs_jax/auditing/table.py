@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lsrs_jax.auditing import flips
 from lsrs_jax.runtime.documents import first_difference, plain, read_sealed, refuse_unknown, write_sealed
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.files import append, digest_of, fields_of, write_atomic
@@ -48,7 +49,7 @@ class Attacked(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Results of the attacks; arrays over images. `Attacked` and `Found` are the columns of an audit.tsv."""
+    """Results of the attacks; arrays over images. All but `point` and `answer` are columns of an audit.tsv."""
 
     unperturbed: np.ndarray  # class that `predict` gives the image itself, or −1
     pairs: np.ndarray  # number of tried points inside the certified radius
@@ -56,6 +57,8 @@ class Found(NamedTuple):
     undecided: np.ndarray  # how often `predict` abstained there
     distance: np.ndarray  # ℓ2 norm of the nearest flip away from the certified (else the unperturbed) class, or inf
     attack: np.ndarray  # the name of the attack that found the nearest flip
+    point: np.ndarray  # the nearest flip as float32 image
+    answer: np.ndarray  # class that `predict` gives the nearest flip
 
 
 class Audit(NamedTuple):
@@ -203,8 +206,11 @@ class Journal:
 
     def append(self, rows: Attacked, found: Found) -> None:
         """Writes the results of some rows, without the images that the audit already holds."""
-        new = [row for row in zip(*rows, *found, strict=True) if int(row[0]) not in self.done]
+        columns = rows._asdict() | found._asdict()
+        new = zip(*(columns[name] for name in AUDIT_COLUMNS), strict=True)
+        new = [row for row in new if int(row[0]) not in self.done]
         cells = [[repr(float(cell)) if isinstance(cell, float) else str(cell) for cell in row] for row in new]
         with deferred():
+            flips.write(self.path.parent, rows.idx, found.distance, found.answer, found.point)
             append(self.path, "".join("\t".join(row) + "\n" for row in cells))
             self.done |= set(rows.idx.tolist())

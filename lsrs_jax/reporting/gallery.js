@@ -17,14 +17,15 @@ function sheetUrl(pictures, sheet) {
   return sheetUrls.get(key);
 }
 
-function picture(gallery, item, text) {
-  const facts = data.pictures[gallery.pictures], cells = facts.columns * facts.rows, place = gallery.place[item];
+// The picture at a place of the sheets of some pictures.
+function picture(pictures, place, text) {
+  const facts = data.pictures[pictures], cells = facts.columns * facts.rows;
   const scale = Math.max(1, Math.round(SIZE / Math.max(facts.width, facts.height))), within = place % cells;
   const node = make("div", { class: "picture", role: "img", "aria-label": text });
   const [across, down] = facts.pitch.map((pitch) => pitch * scale);
   Object.assign(node.style, {
     width: `${facts.width * scale}px`, height: `${facts.height * scale}px`,
-    backgroundImage: `url("${sheetUrl(gallery.pictures, Math.floor(place / cells))}")`,
+    backgroundImage: `url("${sheetUrl(pictures, Math.floor(place / cells))}")`,
     backgroundSize: `${across * facts.columns}px ${down * facts.rows}px`,
     backgroundPosition: `${-across * (within % facts.columns)}px ${-down * Math.floor(within / facts.columns)}px`,
   });
@@ -52,14 +53,23 @@ function votes(gallery, item, name) {
   return [bar, make("p", { class: "small" }, text)];
 }
 
-function flip(gallery, item) {
+function flip(gallery, item, name) {
   if (!gallery.flips) return [];
   const distance = gallery.flips[item];
   if (distance === -1) return [make("p", { class: "small" }, "not attacked")];
   if (distance === null) return [make("p", { class: "small" }, "no attack flipped it")];
   const inside = gallery.predict[item] >= 0 && distance < gallery.radius[item];
+  const to = gallery.flipped && gallery.flipped.predict[item];
   return [make("p", { class: inside ? "small alarm" : "small" },
-    `${inside ? "FLIPPED INSIDE" : "nearest flip"} at ${brief(distance)}`)];
+    `${inside ? "FLIPPED INSIDE" : "nearest flip"} at ${brief(distance)}` + (to >= 0 && to !== null ? `, predicted ${name(to)}` : ""))];
+}
+
+function images(gallery, item, label) {
+  const own = picture(gallery.pictures, gallery.place[item], `image ${gallery.idx[item]}, ${label}`);
+  const place = gallery.flipped ? gallery.flipped.place[item] : -1;
+  if (place < 0) return own;
+  return make("div", { class: "pair" }, own,
+    picture(gallery.flipped.pictures, place, `its nearest flip, at ${brief(gallery.flips[item])}`));
 }
 
 function card(run, item) {
@@ -68,11 +78,11 @@ function card(run, item) {
   const label = name(gallery.label[item]), predict = name(gallery.predict[item]);
   const answer = kind === "abstained" ? "abstained" : kind === "correct" ? `predicted ${predict}` : `wrong: ${predict}`;
   return make("li", { class: `card ${kind}` },
-    picture(gallery, item, `image ${gallery.idx[item]}, ${label}`),
+    images(gallery, item, label),
     make("p", {}, make("b", {}, label), make("span", { class: "number" }, `#${gallery.idx[item]}`)),
     make("p", { class: "answer" }, answer),
     make("p", { class: "small" }, kind === "abstained" ? "no radius" : `radius ${radius3(gallery.radius[item])}`),
-    ...flip(gallery, item), ...votes(gallery, item, name));
+    ...flip(gallery, item, name), ...votes(gallery, item, name));
 }
 
 function field(text, control) {
@@ -97,6 +107,7 @@ function describe(run) {
     gallery.every > 1 ? `Of all certified images, one in ${gallery.every}.` : "",
     gallery.votes ? "Bars: the share of the estimation samples of an image; blue is its label." : "",
     gallery.flips ? "Nearest flip: the ℓ2 distance of the nearest point at which an attack changed the class." : "",
+    gallery.flipped ? "On the right: that point, with its pixels cut to the range that a picture can show." : "",
   ].filter(Boolean).join(" ");
 }
 
@@ -149,6 +160,7 @@ function gallery(home, runs) {
     pick.label.replaceChildren(make("option", { value: "" }, "all"), ...options);
     pick.label.value = labels.includes(Number(kept)) ? kept : "";
     about.textContent = describe(run());
+    cards.classList.toggle("pairs", Boolean(own.flipped));
     filter();
   }
   pick.run.addEventListener("change", choose);

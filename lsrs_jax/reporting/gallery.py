@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lsrs_jax.auditing.flips import Flips
 from lsrs_jax.certification import ledger
 from lsrs_jax.data import Dataset, load_split
-from lsrs_jax.reporting.pictures import Sheets, make_sheets
+from lsrs_jax.reporting.pictures import BYTES, Sheets, make_sheets
 from lsrs_jax.reporting.runs import Run
 from lsrs_jax.runtime import documents
 from lsrs_jax.runtime.errors import UserError, first_line
@@ -22,11 +23,12 @@ if TYPE_CHECKING:  # it loads JAX, which a report of tables alone does not need
 SHIPPED = ("digits",)  # sets that come with a library: everybody has them, so that their images may be embedded
 _MOST = 20_000  # images on a page
 _LEADING = 3  # classes of which votes are shown
+_BYTES_OF_FLIPS = BYTES // 3  # of their sheets, as `BYTES` of the images
 
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """The images of one data set; those of several runs on it are embedded once."""
+    """The images of one data set, which several runs on it share, or the flips of one run."""
 
     name: str
     classes: tuple[str, ...]
@@ -44,6 +46,16 @@ class Gallery:
     votes: list[list[tuple[int, int]]] | None  # (class, estimation samples) of the leading classes; None if unknown
     samples: list[int] | None  # estimation samples of all classes
     flips: list[float | None] | None  # ℓ2 distance; None for no flip found. -1: not audited. None without an audit
+    flipped: "FlipPictures | None" = None  # the points of these flips
+
+
+@dataclasses.dataclass(frozen=True)
+class FlipPictures:
+    """The pictures of the nearest flips of a run; lists over the rows of its `Gallery`."""
+
+    pictures: int  # which `Pictures`
+    place: list[int]  # in the sheets; -1 without a picture
+    predict: list[int]  # class at the flip, or -1
 
 
 def collect(runs: Sequence[Run], embed: bool) -> tuple[list[Pictures], list[Gallery | None], list[str]]:
@@ -80,7 +92,45 @@ def collect(runs: Sequence[Run], embed: bool) -> tuple[list[Pictures], list[Gall
     galleries = list[Gallery | None]()
     for run, one in zip(runs, found, strict=True):
         galleries.append(one and _gallery(run, one[1], list(parts).index(one[0]), parts[one[0]], share, notes))
+    _add_flips(runs, galleries, list(loaded.values()), pictures, notes)
     return pictures, galleries, notes
+
+
+def _add_flips(
+    runs: Sequence[Run],
+    galleries: list[Gallery | None],
+    datasets: Sequence[Dataset],
+    pictures: list[Pictures],
+    notes: list[str],
+) -> None:
+    """Adds the pictures of the nearest flips to `galleries` and `pictures`, and notes of those that lack."""
+    flips = dict[int, tuple[Flips, np.ndarray]]()
+    for number, (run, gallery) in enumerate(zip(runs, galleries, strict=True)):
+        if gallery and run.audit and np.isfinite(run.audit.distance).any():
+            try:
+                found = _nearest_flips(run, datasets[gallery.pictures])
+                flips[number] = found, np.intersect1d(run.table.idx[gallery.rows], list(found.predict))
+            except UserError as error:
+                notes.append(f"no pictures of the nearest flips of {run.label}: {error}.")
+    sheets = make_sheets(list(flips.values()), _BYTES_OF_FLIPS)
+    for (number, (found, shown)), made in zip(flips.items(), sheets, strict=True):
+        if gallery := galleries[number]:
+            places = {i: place for place, i in enumerate(shown.tolist())}
+            rows = runs[number].table.idx[gallery.rows].tolist()
+            there = [places.get(i, -1) for i in rows], [found.predict.get(i, -1) for i in rows]
+            galleries[number] = dataclasses.replace(gallery, flipped=FlipPictures(len(pictures), *there))
+            pictures.append(Pictures("nearest flips", pictures[gallery.pictures].classes, made))
+
+
+def _nearest_flips(run: Run, dataset: Dataset) -> Flips:
+    """The points beside the audit of a run; raises UserError if there are none."""
+    if not run.audit or not run.file:
+        raise UserError("nothing beside the table holds them")
+    distance = dict(zip(run.audit.idx.tolist(), run.audit.distance.tolist(), strict=True))
+    found = Flips(run.file.parent, distance, dataset.shape, lambda idx: dataset.read(idx, np.float64)[0])
+    if not found.predict:
+        raise UserError("no file beside its audit.tsv holds them; another audit writes it")
+    return found
 
 
 def _reason(error: Exception) -> str:

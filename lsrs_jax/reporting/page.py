@@ -6,6 +6,7 @@ A Content-Security-Policy allows these scripts by their digests, and forbids eve
 """
 
 import base64
+import dataclasses
 import hashlib
 import importlib.resources
 import json
@@ -134,6 +135,7 @@ def _facts(run: Run, gallery: Gallery | None) -> dict[str, Any]:
         shown = {name: getattr(table, name)[gallery.rows].tolist() for name in ("idx", "label", "predict", "radius")}
         shown |= {"pictures": gallery.pictures, "every": gallery.every, "place": gallery.place.tolist()}
         facts["gallery"] = shown | {"votes": gallery.votes, "samples": gallery.samples, "flips": gallery.flips}
+        facts["gallery"]["flipped"] = gallery.flipped and dataclasses.asdict(gallery.flipped)
     return facts
 
 

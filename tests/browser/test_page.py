@@ -223,6 +223,12 @@ def test_a_card_shows_image_votes_and_nearest_flip(page):
     assert any("nearest flip at" in text for text in texts)
     assert any("no attack flipped it" in text for text in texts)
     assert any("not attacked" in text for text in texts)
+    pair = page.locator(".card", has_text="nearest flip at").first.locator(".picture")
+    assert pair.count() == 2
+    assert pair.nth(1).get_attribute("aria-label").startswith("its nearest flip, at ")
+    left, right = pair.nth(0).bounding_box(), pair.nth(1).bounding_box()
+    assert left["x"] + left["width"] < right["x"]
+    assert left["width"] == right["width"] == 104
     picture = page.locator(".picture").first
     assert picture.get_attribute("aria-label") == "image 0, cat"
     assert "blob:" in picture.evaluate("node => getComputedStyle(node).backgroundImage")
