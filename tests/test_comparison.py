@@ -129,6 +129,17 @@ def test_the_power_against_forgeries_that_pay(dtype, images, gain, share):
     assert found >= 57
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+def test_the_power_against_staged_forgeries():
+    """The forger moves samples at every look, within what is allowed there; each look has its share of the levels."""
+    settings = {"dtype": "bfloat16", "images": 500, "n": 20_000, "kind": "staged"}
+    paying = found_forgeries(12, 0.01, None, **settings)
+    lifted, raised = found_just_below(12, **settings)
+    print(f"\nstaged: {paying} of 12 forgeries with a gain of 1 % refused, {lifted} of 12 that raise by {raised:.3f}")
+    assert paying + lifted >= 22
+
+
 def test_samples_moved_to_right_images_and_away_from_wrong_ones_are_found():
     """The sum over all images does not change; the sum over the images that select their label does."""
     world = World(np.random.default_rng(3), dtype="bfloat16", images=100)

@@ -53,7 +53,7 @@ _TINY = 1e-12  # bounds below it are computed without SciPy
 
 def _bisect(holds: Callable[[np.ndarray], np.ndarray], sound: np.ndarray, beyond: np.ndarray) -> np.ndarray:
     """Bisects between `sound`, where a condition holds, and `beyond`; returns the last number where it held."""
-    for _ in range(100):
+    for _ in range(100 if sound.size else 0):
         middle = (sound + beyond) / 2
         good = holds(middle)
         sound, beyond = np.where(good, middle, sound), np.where(good, beyond, middle)
@@ -172,9 +172,11 @@ def _promise(
     shares: Float[np.ndarray, "images classes"], option: np.ndarray, n: np.ndarray, alpha: float
 ) -> Float[np.ndarray, " images"]:
     """Φ⁻¹(p_A) − Φ⁻¹(p_B) if the n samples had the `shares` (by rank), with the rivals in the buckets `option`."""
-    count = option.max()
-    # One column after another: `sum` adds in another order for one image than for several. On-disk format.
-    sums = (functools.reduce(np.add, shares[:, option == bucket].T) for bucket in range(1, count + 1))
+    count, seen, nothing = option.max(), int((shares > 0).sum(axis=1).max()), np.zeros(len(shares))
+    # One column after another: `sum` adds in another order for one image than for several. On-disk format. Ranks
+    # without samples, of a thousand classes most of them, would add zeros.
+    columns, option = shares[:, :seen], option[:seen]
+    sums = (functools.reduce(np.add, columns[:, option == bucket].T, nothing) for bucket in range(1, count + 1))
     largest = np.max(list(sums), axis=0)
     each = share_of_alpha(alpha, count)
     p_a = trusted_lower(np.floor(shares[:, 0] * n).astype(np.int64), n, each)
@@ -195,12 +197,16 @@ def bounds(
     p_a = limits[0](np.where(bucket == 0, counts, 0).sum(axis=1), n, each)
     p_b = 1 - p_a
     several = np.flatnonzero(count > 1)
-    largest = np.zeros(len(counts))
-    for number in range(1, int(count[several].max(initial=0)) + 1):
-        rows = several[count[several] >= number]
-        samples = np.where(bucket[rows] == number, counts[rows], 0).sum(axis=1)
-        largest[rows] = np.maximum(largest[rows], limits[1](samples, n[rows], each[rows]))
-    p_b[several] = np.minimum(p_b[several], largest[several])
+    if len(several):
+        numbers = range(1, int(count[several].max()) + 1)
+        owners = [several[count[several] >= number] for number in numbers]
+        samples = [
+            np.where(bucket[own] == number, counts[own], 0).sum(axis=1)
+            for number, own in zip(numbers, owners, strict=True)
+        ]
+        rows, largest = np.concatenate(owners), np.zeros(len(counts))
+        np.maximum.at(largest, rows, limits[1](np.concatenate(samples), n[rows], each[rows]))  # all buckets at once
+        p_b[several] = np.minimum(p_b[several], largest[several])
     return p_a, p_b
 
 
