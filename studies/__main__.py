@@ -59,7 +59,7 @@ def make(run, folder, workdir):
         if process.returncode:
             return f"{run.name}: {line.strip()}"
     try:
-        return results.keep(workdir, folder, run.shown())
+        return results.keep(workdir, folder, run.shown(), run.decides)
     except UserError as error:
         return f"{run.name}: {error}"
 

@@ -150,6 +150,37 @@ def deciding(found):
     return figure
 
 
+def grid(found):
+    """Certified accuracy at one radius over the FLOPs that decide it: a colour per encoder, a marker per head."""
+    figure, groups = style.new_figure(2.4), {}
+    axes = figure.subplots()
+    for label, run in found.items():
+        groups.setdefault(tuple(label.rpartition(", seed ")[0].split("; ")), []).append(run)
+    radius = next(iter(found.values())).facts["decided"]["radius"]
+    encoders = list(dict.fromkeys(encoder for encoder, _ in groups))
+    heads = list(dict.fromkeys(head for _, head in groups))
+    for encoder, color in zip(encoders, style.PALETTE, strict=False):
+        points = []
+        for head, marker in zip(heads, style.MARKERS, strict=False):
+            if (encoder, head) not in groups:
+                continue
+            runs = groups[encoder, head]
+            each = [(results.flops_to_decide(run) / 1e6, run.table.certified_accuracy(radius)) for run in runs]
+            axes.plot(*zip(*each, strict=True), marker, color=color, fillstyle="none", markersize=3)
+            points.append(np.mean(each, axis=0))
+            axes.plot(*points[-1], marker, color=color, markersize=6)
+        axes.plot(*zip(*sorted(map(tuple, points)), strict=True), color=color, linewidth=0.8)
+    for encoder, color in zip(encoders, style.PALETTE, strict=False):
+        axes.plot([], [], color=color, label=encoder)
+    for head, marker in zip(heads, style.MARKERS, strict=False):
+        axes.plot([], [], marker, color="black", label=f"head: {head}")
+    axes.set(xlabel="MFLOP to decide an image (encoder and samples)", xscale="log")
+    axes.set(ylabel=f"certified accuracy\nat r = {radius:g}")
+    axes.margins(0.1)
+    style.legend_below(figure, *axes.get_legend_handles_labels(), "linear heads: margin, without samples")
+    return figure
+
+
 def curves(name, found):
     """Certified accuracy over the radius, of the runs that the page is about."""
     chosen = STUDIES[name].drawn or tuple(found)
@@ -163,7 +194,7 @@ def curves(name, found):
 
 def figure(name, found):
     """The figure of a study, as an object of Matplotlib."""
-    drawn = {"pareto": pareto, "deciding": deciding}.get(STUDIES[name].figure)
+    drawn = {"pareto": pareto, "deciding": deciding, "grid": grid}.get(STUDIES[name].figure)
     return drawn(found) if drawn else curves(name, found)
 
 

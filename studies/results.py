@@ -68,8 +68,11 @@ def load(folder):
         raise UserError(f"{folder} holds no complete run ({error}): make it with python -m studies run") from error
 
 
-def keep(workdir, folder, commands):
-    """Copies the certificates of a workdir, and writes run.json and, last, card.md, which marks the run as complete."""
+def keep(workdir, folder, commands, decides=None):
+    """Copies the certificates of a workdir, and writes run.json and, last, card.md, which marks the run as complete.
+
+    `decides` is the radius of a run that decides one.
+    """
     source = workdir / "certify" / "default"
     config = load_config(workdir / "config.json")
     dataset, config.data.dir = load_split(config.data, config.data.split), ""
@@ -82,8 +85,8 @@ def keep(workdir, folder, commands):
         "distances": _distances(model, workdir, dataset),
         "training": _training(workdir / "metrics.jsonl"),
     }
-    if (decided := workdir / "certify" / DECIDED).is_dir():
-        facts["decided"] = _decided(decided)
+    if decides is not None:
+        facts["decided"] = _decided(workdir / "certify", decides)
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("certificates.tsv", "certificates.json"):
         shutil.copyfile(source / name, folder / name)
@@ -91,12 +94,15 @@ def keep(workdir, folder, commands):
     write_atomic(folder / "card.md", card(load(folder)))
 
 
-def _decided(folder):
-    """What it takes to decide one radius: estimation and selection samples and seconds, means over the images."""
+def _decided(certified, radius):
+    """What it takes to decide a radius: estimation and selection samples and seconds, means over the images.
+
+    The margins of a deterministic certification decide it without samples.
+    """
+    folder = certified / DECIDED if (certified / DECIDED).is_dir() else certified / "default"
     table, stored = read_table(folder / "certificates.tsv"), documents.read_json(folder / "certificates.json")
-    (radius,), n0 = stored["derivation"]["radii"], stored["identity"]["n0"]
-    seconds = float(table.seconds.mean())
-    return {"radius": radius, "samples": float(table.samples.mean()) + n0, "seconds": seconds}
+    samples = float(table.samples.mean()) + stored["identity"]["n0"] if folder.name == DECIDED else 0.0
+    return {"radius": radius, "samples": samples, "seconds": float(table.seconds.mean())}
 
 
 def _distances(model, workdir, dataset):
@@ -118,7 +124,8 @@ def _training(path):
 
 def flops_to_decide(run):
     """FLOPs per image until it is known whether its radius reaches that of the run's second certification."""
-    return run.cost.encoder + run.facts["decided"]["samples"] * run.cost.head
+    evaluations = run.facts["decided"]["samples"] if run.smoothed else 1
+    return run.cost.encoder + evaluations * run.cost.head
 
 
 def _shares(run):
@@ -134,7 +141,7 @@ def _of_decided(run):
     decided = run.facts["decided"]
     accuracy, label = run.table.worst_class(decided["radius"])
     return {
-        "p_A above .5, .9, .99": _shares(run),
+        "p_A above .5, .9, .99": _shares(run) if run.smoothed else "-",
         f"worst class at r={decided['radius']:g}": f"{accuracy:.3f} ({label})",
         f"samples to decide r={decided['radius']:g}": f"{decided['samples']:,.0f}",
         "MFLOP for it": f"{flops_to_decide(run) / 1e6:,.0f}",

@@ -12,6 +12,7 @@ DECIDED = "decided"  # name of the certification that decides one radius
 FAMILIES = ("adaptive", "paraunitary", "exponential", "cayley")
 RECIPE = "LSRS, Haar, ResNet: the recipe"
 EVERY_SECOND = "certify.step=2"
+MARGIN = "certify.certificate=deterministic"
 ATTACKED = ("train.loss=smoothadv_consistency", ATTACK)
 
 
@@ -32,7 +33,7 @@ class Run:
         place = f"--workdir={workdir}"
         certify = ["lsrs_jax.certify", place, *(f"--config.{flag}" for flag in self.certify)]
         commands = [["lsrs_jax.train", f"--config={self.config}", place, *flags], certify]
-        if self.decides is not None:
+        if self.decides is not None and MARGIN not in self.certify:  # a margin decides every radius
             chosen = f"certify.name={DECIDED}", f"certify.radii=({self.decides},)"
             commands.append([*certify, *(f"--config.{flag}" for flag in chosen)])
         return commands
@@ -46,7 +47,9 @@ class Run:
 class Study:
     """The rows of one table. Labels that differ only in ``, seed <n>`` are repetitions of one run."""
 
-    figure: str  # "pareto", "deciding", "curves" or "envelope" (the best of a method's curves at every radius)
+    # "pareto", "deciding", "grid" (of encoders and heads), "curves", or "envelope" (the best of a method's curves at
+    # every radius)
+    figure: str
     rows: dict[str, Run]  # by label
     references: tuple[
         str, ...
@@ -185,13 +188,12 @@ def _second():
         # Each checkpoint makes the statistics of batch normalisation again, which takes a second on a GPU.
         RECIPE: ("recipe", "haar_resnet", *certified, "train.checkpoint_every=4000", "train.evaluate_every=20000"),
     }
-    margin = ("certify.certificate=deterministic",)
     return {
         label: Run(
             f"second-{name}",
             f"configs/cifar10.py:{variant}",
             tuple(flags),
-            certify=margin if label.startswith("deterministic") else (),
+            certify=(MARGIN,) if label.startswith("deterministic") else (),
         )
         for label, (name, variant, *flags) in kinds.items()
     }
@@ -208,6 +210,29 @@ def _small_heads():
         "ISRS, low-pass": ("lowpass", "lowpass", 3, averaged, wide, "train.steps=64000"),
     }
     return _seeds(kinds, "configs/cifar10_mlp.py", decides=0.5, certify=("certify.integer_first_layer=True",))
+
+
+ENCODERS = {"lowpass": "low-pass, 3 channels", "bands": "low-pass, 12 channels", "haar": "Haar", "learned": "learned"}
+HEADS = {"linear": "linear", "mlp": "MLP, 512", "small": "MLP, 64", "conv": "3 convolutions"}
+STEPS = {  # head: in front of the encoders, in the order of `ENCODERS`; 540 seconds of one core each
+    "linear": (65_000, 65_000, 29_000, 6_000),
+    "mlp": (46_000, 18_000, 5_600, 4_500),
+    "small": (77_000, 55_000, 19_000, 5_500),
+    "conv": (16_000, 14_000, 8_100, 3_900),
+}
+
+
+def _grid():
+    """Four encoders and four heads, trained for equal seconds with one recipe, of which nothing was chosen."""
+    rows = {}
+    for seed, head, (number, encoder) in itertools.product(range(2), HEADS, enumerate(ENCODERS)):
+        variant = encoder if head == "mlp" else f"{encoder}-{head}"
+        flags = f"seed={seed}", "train.ema=0.999", f"train.steps={STEPS[head][number]}"
+        how = MARGIN if head == "linear" else "certify.integer_first_layer=True"
+        rows[f"{ENCODERS[encoder]}; {HEADS[head]}, seed {seed}"] = Run(
+            f"grid-{variant}-seed{seed}", f"configs/cifar10_mlp.py:{variant}", flags, decides=0.5, certify=(how,)
+        )
+    return rows
 
 
 MNIST = {
@@ -244,6 +269,7 @@ STUDIES = {
         drawn=DRAWN["headline"],
     ),
     "small_heads": Study("deciding", _small_heads(), ("ISRS, low-pass",), "small_heads"),
+    "grid": Study("grid", _grid(), page="small_heads"),
     "full": Study("curves", _full(), drawn=DRAWN["full"]),
     "second": Study("curves", _second(), page="accelerator"),
     "mnist": Study("curves", _seeds(MNIST, "configs/mnist.py", "test"), ("ISRS, same network",), "mnist"),
