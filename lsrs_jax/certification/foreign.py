@@ -38,7 +38,10 @@ def read_log(path: Path | str) -> tuple[Table, list[str]]:
     delimiter = next((mark for mark in "\t,;" if mark in lines[0][1]), "\t")
     if delimiter != "\t":
         found[f"the fields are separated by {delimiter!r}"] = 1
-    names, header = _cells(lines[0][1], delimiter)
+    try:
+        names, header = _cells(lines[0][1], delimiter)
+    except csv.Error as error:
+        raise UserError(f"{path} is not a table of certificates: its first line cannot be read ({error})") from error
     found[_SPACES] += bool(set(_KNOWN) & set(header) - set(names))
     if len(set(header)) < len(header):
         raise UserError(f"{path}: its first line names a column twice")

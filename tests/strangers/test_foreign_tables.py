@@ -165,6 +165,7 @@ def test_a_right_class_with_a_negative_radius_has_no_certificate(folder):
         ("40\t", "20\t", "names image 20 twice"),
         (LOG.partition("\n")[2], "", "holds no certificates"),
         (LOG, "\n \n", "is empty"),
+        ("idx", "9" * 200_000, "its first line cannot be read (field larger than field limit"),
     ],
 )
 def test_a_refused_log_names_line_field_and_value(folder, old, new, why):
