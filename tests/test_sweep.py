@@ -152,6 +152,8 @@ def test_a_sweep_that_is_killed_again_and_again_gives_the_same_report(tmp_path, 
     killed(arguments, out, f"{names[0]}/certify/*/votes*", group=False)
     killed(arguments, out, f"{names[1]}/checkpoints/[0-9]*", group=False)
     killed(arguments, out, f"{names[1]}/certify/*/votes*", group=True)
-    code, _, err = finish(start(*arguments))
-    assert code == 0, err
-    assert report_of(out / "report") == reported(tmp_path / "whole", names, arguments)
+    whole = tmp_path / "whole"  # with the same number of jobs, because the number of threads changes the rounding
+    for words in (arguments, [*arguments[:-1], f"--out={whole}"]):
+        code, _, err = finish(start(*words))
+        assert code == 0, err
+    assert report_of(out / "report") == report_of(whole / "report")
