@@ -8,8 +8,8 @@ The audit attacks every certificate inside its radius: by gradients (PGD through
 random starts), and by predictions alone (a decision-based attack). A flip is a point within the radius at which
 `predict` returns another class; it uses the alpha of the certification and noise that no attack has seen. Beyond the
 radius the same attacks look for the nearest flip of each image. `report` draws these flips as an empirical upper bound
-over the certified curve, and their pictures. The audit writes audit.tsv, audit.json and the points of the nearest
-flips (flips/*.npy) beside the certificates; the same command resumes.
+over the certified curve, and shows them beside the images. The audit writes audit.tsv, audit.json and the points of
+the nearest flips (flips/*.npy) beside the certificates; the same command resumes.
 The exit code is 1 if a certificate was broken.
 """
 

@@ -99,9 +99,14 @@ def _decided(certified, radius):
 
     The margins of a deterministic certification decide it without samples.
     """
-    folder = certified / DECIDED if (certified / DECIDED).is_dir() else certified / "default"
+    kind = documents.read_json(certified / "default" / "certificates.json")["identity"]["certificate"]
+    folder = certified / (DECIDED if kind == "smoothed" else "default")
     table, stored = read_table(folder / "certificates.tsv"), documents.read_json(folder / "certificates.json")
-    samples = float(table.samples.mean()) + stored["identity"]["n0"] if folder.name == DECIDED else 0.0
+    samples = 0.0
+    if kind == "smoothed":
+        samples = float(table.samples.mean()) + stored["identity"]["n0"]
+        if stored["derivation"]["radii"] != [radius]:
+            raise UserError(f"{folder} decides the radii {stored['derivation']['radii']}, not {radius}")
     return {"radius": radius, "samples": samples, "seconds": float(table.seconds.mean())}
 
 

@@ -201,7 +201,7 @@ def test_verify_looks_at_the_audit_too(audited, tmp_path):
     shutil.copytree(audited, copy)
     path = copy / "certify" / "default" / "audit.tsv"
     verify = ["certify", f"--workdir={copy}", "--verify"]
-    assert "the files of the audit (24 images, 0 flips)" in run(*verify)
+    assert "audit.tsv and audit.json (24 images, 0 flips)" in run(*verify)
     whole = path.read_text()
     path.write_text(whole.replace("\t0\t", "\t1\t", 1))
     assert f"{path} has changed: its digest is not the one in audit.json" in refused(*verify)
@@ -249,7 +249,7 @@ def test_an_audit_of_other_images_classes_or_radii_is_refused(audited, tmp_path)
         with pytest.raises(UserError, match=r"settings"):
             verify.run(folder)
         shutil.copytree(tmp_path / "kept", folder, dirs_exist_ok=True)
-    assert any("the files of the audit" in line for line in verify.run(folder)[1].checked)
+    assert any("audit.tsv and audit.json" in line for line in verify.run(folder)[1].checked)
 
 
 @pytest.mark.soak
@@ -287,6 +287,8 @@ def test_undecided_points_do_not_count_against_the_certificates(audited, tmp_pat
     )
     for name in ("audit.tsv", "audit.json"):
         (copy / "certify" / "default" / name).unlink()
+    assert "is of another audit; move it away too" in refused("audit", f"--workdir={copy}", "--votes=40")
+    shutil.rmtree(copy / "certify" / "default" / "flips")
     out = run("audit", f"--workdir={copy}", "--steps=1", "--samples=2", "--restarts=1", "--fractions=1", "--votes=40")
     (found,) = report.load_runs([str(copy)])
     idle = read_audit(copy / "certify" / "default" / "audit.tsv")

@@ -101,7 +101,7 @@ def test_the_audit_attacks_the_composition_and_finds_no_flip(home):
     audit = read_audit(folder_of(home) / "audit.tsv")
     assert audit.flips.sum() == 0
     assert np.isfinite(audit.distance).any()
-    assert "the files of the audit" in run("certify", f"--workdir={home / 'net'}", "--verify")
+    assert "audit.tsv and audit.json" in run("certify", f"--workdir={home / 'net'}", "--verify")
 
 
 def changed(home, capsys, words):

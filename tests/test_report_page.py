@@ -112,6 +112,28 @@ def test_nearest_flips_decode_to_their_points(runs, tmp_path):
             assert np.abs(found / 255 - expected.clip(0, 1)).max() < 0.51 / 255
 
 
+def test_an_image_that_no_attack_flipped_has_no_point(runs, tmp_path):
+    """Not even if the points of another audit are in the folder."""
+    shutil.copytree(runs / "a", tmp_path / "a")
+    home = tmp_path / "a" / "certify" / "default"
+    (file,) = (home / "flips").iterdir()
+    points, audit = np.load(file), read_audit(home / "audit.tsv")
+    other = points[:2].copy()
+    other["idx"] = [audit.idx[np.isinf(audit.distance)][0], 10**6]
+    np.save(home / "flips" / "other.npy", other)
+    data, _ = reported(tmp_path / "out", tmp_path / "a", "--images")
+    own = data["runs"][0]["gallery"]
+    assert own["flipped"]["place"][own["idx"].index(int(other["idx"][0]))] == -1
+    assert sum(place >= 0 for place in own["flipped"]["place"]) == len(points)
+
+
+def test_flips_that_are_large_without_loss_are_stored_as_jpeg():
+    images, labels = noise(200, (64, 64, 3))
+    (sheets,) = pictures.make_sheets([(from_arrays(images, labels, ["a", "b", "c"]), np.arange(200))], 1_000_000)
+    assert sheets.kind == "jpeg"
+    assert sum(map(len, sheets.files)) <= 1_000_000
+
+
 def write_text(path):
     path.write_text("no array")
 
@@ -131,6 +153,19 @@ def write_other_shapes(path):
     np.save(path, points[["idx", "predict"]])
 
 
+def write_no_points(path):
+    np.save(path, np.load(path)[:0])
+
+
+def write_a_zip(path):
+    with path.open("wb") as file:
+        np.savez(file, np.zeros(3))
+
+
+def write_a_header(path):
+    path.write_bytes(path.read_bytes().replace(b"'shape': (", b"'shape': (("))
+
+
 def leave_a_folder(path):
     path.unlink()
     path.mkdir()
@@ -141,6 +176,9 @@ def leave_a_folder(path):
     [
         (os.unlink, "no file beside its audit.tsv holds them"),
         (write_points_elsewhere, "no file beside its audit.tsv holds them"),
+        (write_no_points, "no file beside its audit.tsv holds them"),
+        (write_a_zip, "cannot be read"),
+        (write_a_header, "cannot be read"),
         (write_text, "cannot be read"),
         (write_objects, "cannot be read"),
         (write_other_shapes, "it holds something else"),

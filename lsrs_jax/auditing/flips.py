@@ -6,11 +6,13 @@ that audit.tsv names.
 """
 
 import io
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Float32, Int
+from numpy.lib.format import open_memmap
 from numpy.typing import DTypeLike
 
 from lsrs_jax.runtime.errors import UserError, first_line
@@ -41,6 +43,13 @@ def write(
         write_atomic(folder / _FOLDER / f"{idx[0]}.npy", content.getvalue())
 
 
+def check_absent(folder: Path) -> None:
+    """Raises UserError if the folder of a new audit holds the flips of another one."""
+    home = folder / _FOLDER
+    if os.path.lexists(home) and (not home.is_dir() or any(home.iterdir())):
+        raise UserError(f"{home} is of another audit; move it away too, and give the same command again")
+
+
 class Flips:
     """The nearest flips beside an audit, read when they are needed. `predict` has the class at each, by image.
 
@@ -56,30 +65,39 @@ class Flips:
         read: Callable[[Int[np.ndarray, " rows"]], Float[np.ndarray, "rows *image"]],
     ) -> None:
         self.shape, self.predict = shape, dict[int, int]()
-        self._places: dict[int, tuple[np.ndarray, int]] = {}
+        self._places: dict[int, tuple[Path, int]] = {}
+        flipped = [i for i, far in distance.items() if np.isfinite(far)]
         for path in sorted((folder / _FOLDER).glob("*.npy")):
             points = self._open(path)
-            rows = np.flatnonzero(np.isin(points["idx"], list(distance)))
+            rows = np.flatnonzero(np.isin(points["idx"], flipped))
+            if not len(rows):
+                continue
             idx = points["idx"][rows]
             away = np.linalg.norm((points["point"][rows] - read(idx)).reshape(len(rows), -1), axis=1)
             wanted = np.array([distance[i] for i in idx.tolist()])
             for place in np.flatnonzero(np.abs(away - wanted) <= _ROUNDING * (1 + wanted)).tolist():
                 i, row = int(idx[place]), int(rows[place])
-                self.predict[i], self._places[i] = int(points["predict"][row]), (points, row)
+                self.predict[i], self._places[i] = int(points["predict"][row]), (path, row)
 
     def _open(self, path: Path) -> np.ndarray:
         try:
             if not path.is_file():
                 raise ValueError("it is not a file")
-            points = np.load(path, mmap_mode="r", allow_pickle=False)
+            points = open_memmap(path, mode="r")
             if points.ndim != 1 or points.dtype != _kind(self.shape):
                 raise ValueError("it holds something else")
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # a damaged header raises many types
             raise UserError(f"{path} cannot be read as points of an audit ({first_line(error)})") from error
         return points
 
     def read(self, index: np.ndarray, dtype: DTypeLike) -> tuple[Float[np.ndarray, "rows *image"], np.ndarray]:
         """``(points, classes there)`` of the images `index`, which are keys of `predict`."""
-        places = [self._places[i] for i in index.tolist()]
-        points = np.stack([points["point"][row] for points, row in places])
-        return points.astype(dtype), np.array([self.predict[i] for i in index.tolist()])
+        found = np.empty((len(index), *self.shape), dtype)
+        rows = dict[Path, list[tuple[int, int]]]()  # few files are open at a time
+        for number, i in enumerate(index.tolist()):
+            path, row = self._places[i]
+            rows.setdefault(path, []).append((number, row))
+        for path, some in rows.items():
+            numbers, places = map(list, zip(*some, strict=True))
+            found[numbers] = self._open(path)["point"][places]
+        return found, np.array([self.predict[i] for i in index.tolist()])

@@ -184,6 +184,7 @@ class Journal:
         self._identity = plain({"certificates": certificates, "settings": settings._asdict()})
         self.done: set[int] = set()
         if not path.exists() or not (path.with_suffix(".json").exists() or path.read_bytes().count(b"\n") > 1):
+            flips.check_absent(folder)
             self._seal(None)
             write_atomic(path, "\t".join(AUDIT_COLUMNS) + "\n")
             return

@@ -299,7 +299,7 @@ def _check_audit(path: Path, digest: str, verdict: Verdict) -> None:
     else:
         table = read_table(path.with_name("certificates.tsv"))
         check_attacked(path, audit, Attacked(*(getattr(table, name) for name in Attacked._fields)))
-        verdict.checked.append(f"the files of the audit ({len(audit.idx):,} images, {audit.flips.sum():,} flips)")
+        verdict.checked.append(f"audit.tsv and audit.json ({len(audit.idx):,} images, {audit.flips.sum():,} flips)")
         verdict.beyond["attacks"] = "the attacks of the audit (move it away and run it again)"
 
 

@@ -61,7 +61,7 @@ function flip(gallery, item, name) {
   const inside = gallery.predict[item] >= 0 && distance < gallery.radius[item];
   const to = gallery.flipped && gallery.flipped.predict[item];
   return [make("p", { class: inside ? "small alarm" : "small" },
-    `${inside ? "FLIPPED INSIDE" : "nearest flip"} at ${brief(distance)}` + (to >= 0 && to !== null ? `, predicted ${name(to)}` : ""))];
+    `${inside ? "FLIPPED INSIDE" : "nearest flip"} at ${brief(distance)}` + (to >= 0 && to !== null ? `, predicted there: ${name(to)}` : ""))];
 }
 
 function images(gallery, item, label) {
@@ -99,15 +99,21 @@ const ORDERS = {
   down: (gallery) => (a, b) => gallery.radius[b] - gallery.radius[a],
 };
 
+function stored(pictures) {
+  const facts = data.pictures[pictures];
+  return (facts.kind === "png" ? "stored without loss" : "stored as JPEG, with loss") +
+    (facts.scaled ? `, scaled down to ${facts.width}×${facts.height} pixels.` : ".");
+}
+
 function describe(run) {
-  const gallery = run.gallery, facts = data.pictures[gallery.pictures];
+  const gallery = run.gallery;
   return [
-    `Images of ${facts.name}, ` + (facts.kind === "png" ? "stored without loss" : "stored as JPEG, with loss") +
-      (facts.scaled ? `, scaled down to ${facts.width}×${facts.height} pixels.` : "."),
+    `Images of ${data.pictures[gallery.pictures].name}, ${stored(gallery.pictures)}`,
     gallery.every > 1 ? `Of all certified images, one in ${gallery.every}.` : "",
     gallery.votes ? "Bars: the share of the estimation samples of an image; blue is its label." : "",
     gallery.flips ? "Nearest flip: the ℓ2 distance of the nearest point at which an attack changed the class." : "",
-    gallery.flipped ? "On the right: that point, with its pixels cut to the range that a picture can show." : "",
+    gallery.flipped ? "On the right: that point, with its pixels cut to the range that a picture can show, " +
+      stored(gallery.flipped.pictures) : "",
   ].filter(Boolean).join(" ");
 }
 

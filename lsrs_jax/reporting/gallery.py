@@ -129,7 +129,7 @@ def _nearest_flips(run: Run, dataset: Dataset) -> Flips:
     distance = dict(zip(run.audit.idx.tolist(), run.audit.distance.tolist(), strict=True))
     found = Flips(run.file.parent, distance, dataset.shape, lambda idx: dataset.read(idx, np.float64)[0])
     if not found.predict:
-        raise UserError("no file beside its audit.tsv holds them; another audit writes it")
+        raise UserError("no file beside its audit.tsv holds them; move the audit away and audit again to get them")
     return found
 
 

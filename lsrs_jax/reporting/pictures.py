@@ -36,21 +36,28 @@ class Sheets(NamedTuple):
     files: list[bytes]
 
 
-def make_sheets(parts: Sequence[tuple[Source, np.ndarray]], most: int = BYTES) -> list[Sheets]:
+def make_sheets(parts: Sequence[tuple[Source, np.ndarray]], most: int | None = None) -> list[Sheets]:
     """The sheets of some images of each source: PNG without loss if they are at most `LOSSLESS` together.
 
-    Otherwise JPEG of at most so many bytes; images that do not fit with the lowest quality are made smaller.
+    Otherwise JPEG of at most `BYTES`; images that do not fit with the lowest quality are made smaller. With `most`,
+    either has at most so many bytes.
     """
     if sum(len(idx) for _, idx in parts) <= LOSSLESS:
-        return [_encoded(*_draw(*part, SIDE, 1), None) for part in parts]
-    side = SIDE
+        found = [_encoded(*_draw(*part, SIDE, 1), None) for part in parts]
+        if most is None or _size(found) <= most:
+            return found
+    side, most = SIDE, BYTES if most is None else most
     while True:
         drawn = [_draw(*part, side, _BLOCK) for part in parts]
         for quality in _QUALITIES:
             found = [_encoded(*sheets, quality) for sheets in drawn]
-            if side == 1 or sum(len(file) for sheets in found for file in sheets.files) <= most:
+            if side == 1 or _size(found) <= most:
                 return found
         side //= 2
+
+
+def _size(found: Sequence[Sheets]) -> int:
+    return sum(len(file) for sheets in found for file in sheets.files)
 
 
 def _draw(source: Source, idx: np.ndarray, side: int, block: int) -> tuple[Sheets, list[np.ndarray]]:

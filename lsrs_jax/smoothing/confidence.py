@@ -172,7 +172,7 @@ def _promise(
     shares: Float[np.ndarray, "images classes"], option: np.ndarray, n: np.ndarray, alpha: float
 ) -> Float[np.ndarray, " images"]:
     """Φ⁻¹(p_A) − Φ⁻¹(p_B) if the n samples had the `shares` (by rank), with the rivals in the buckets `option`."""
-    count, seen, nothing = option.max(), int((shares > 0).sum(axis=1).max()), np.zeros(len(shares))
+    count, seen, nothing = option.max(), int((shares > 0).sum(axis=1).max(initial=0)), np.zeros(len(shares))
     # One column after another: `sum` adds in another order for one image than for several. On-disk format. Ranks
     # without samples, of a thousand classes most of them, would add zeros.
     columns, option = shares[:, :seen], option[:seen]
