@@ -177,7 +177,7 @@ def grid(found):
     axes.set(xlabel="MFLOP to decide an image (encoder and samples)", xscale="log")
     axes.set(ylabel=f"certified accuracy\nat r = {radius:g}")
     axes.margins(0.1)
-    style.legend_below(figure, *axes.get_legend_handles_labels(), "linear heads: margin, without samples")
+    style.legend_below(figure, *axes.get_legend_handles_labels(), "small: seeds; linear heads: margin, without samples")
     return figure
 
 

@@ -145,11 +145,12 @@ def _of_decided(run):
         return {}
     decided = run.facts["decided"]
     accuracy, label = run.table.worst_class(decided["radius"])
+    flops = flops_to_decide(run) / 1e6
     return {
         "p_A above .5, .9, .99": _shares(run) if run.smoothed else "-",
         f"worst class at r={decided['radius']:g}": f"{accuracy:.3f} ({label})",
         f"samples to decide r={decided['radius']:g}": f"{decided['samples']:,.0f}",
-        "MFLOP for it": f"{flops_to_decide(run) / 1e6:,.0f}",
+        "MFLOP for it": f"{flops:,.0f}" if flops >= 10 else f"{flops:.2g}",
         "time for it": duration(decided["seconds"]),
     }
 

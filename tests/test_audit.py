@@ -287,7 +287,7 @@ def test_undecided_points_do_not_count_against_the_certificates(audited, tmp_pat
     )
     for name in ("audit.tsv", "audit.json"):
         (copy / "certify" / "default" / name).unlink()
-    assert "is of another audit; move it away too" in refused("audit", f"--workdir={copy}", "--votes=40")
+    assert "is of an earlier audit; move it away too" in refused("audit", f"--workdir={copy}", "--votes=40")
     shutil.rmtree(copy / "certify" / "default" / "flips")
     out = run("audit", f"--workdir={copy}", "--steps=1", "--samples=2", "--restarts=1", "--fractions=1", "--votes=40")
     (found,) = report.load_runs([str(copy)])

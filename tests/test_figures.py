@@ -15,7 +15,7 @@ from lsrs_jax.reporting.kinds import Kind
 from lsrs_jax.reporting.runs import Run
 from lsrs_jax.runtime.errors import UserError
 from studies import page_figures, render, separation
-from studies.runs import STUDIES
+from studies.runs import MARGIN, STUDIES
 from support.figures import check_readable
 
 LONG = "a network of four orthogonal blocks with Haar strides, trained under attack with consistency regularisation"
@@ -86,6 +86,38 @@ def test_the_figure_of_a_study_can_be_read(monkeypatch, name):
         check_readable(render.figure(name, found), monkeypatch)
     labels = {label.rpartition(", seed ")[0] or label for label in found} | set(found)
     assert set(STUDIES[name].drawn) <= labels
+
+
+def grid_of(pairs):
+    """Kept runs in the place of those of the grid, with costs and tables that differ."""
+    kept = list(render.kept_runs("small_heads").values())
+    found = {}
+    for number, (label, run) in enumerate(STUDIES["grid"].rows.items()):
+        if any(label.startswith(pair) for pair in pairs):
+            source = kept[number % len(kept)]
+            costs = {"encoder_flops": 10 * number, "head_flops": 4_000 * 4 ** (number % 5)}
+            certificates = source.certificates
+            if run.certify == (MARGIN,):
+                certificates = {
+                    **certificates,
+                    "identity": {**certificates["identity"], "certificate": "deterministic"},
+                }
+            facts = {**source.facts, "cost": costs}
+            found[label] = dataclasses.replace(source, facts=facts, certificates=certificates, table=table(number, 200))
+    return found
+
+
+@pytest.mark.parametrize("pairs", [[""], ["low-pass, 3", "learned; MLP"]], ids=["whole", "a part"])
+def test_the_figure_of_a_grid_can_be_read(monkeypatch, pairs):
+    found = grid_of(pairs)
+    with style.look():
+        figure = render.grid(found)
+        check_readable(figure, monkeypatch)
+    drawn = np.concatenate([line.get_xydata() for line in figure.axes[0].lines if len(line.get_xydata())])
+    for run in found.values():
+        samples = run.facts["decided"]["samples"] if run.smoothed else 1
+        x = (run.cost.encoder + samples * run.cost.head) / 1e6
+        assert np.isclose(drawn, [x, run.table.certified_accuracy(0.5)]).all(axis=1).any()
 
 
 def test_the_figure_of_the_separation_can_be_read(monkeypatch):

@@ -19,7 +19,7 @@ from lsrs_jax.runtime.errors import UserError, first_line
 from lsrs_jax.runtime.files import write_atomic
 
 _FOLDER = "flips"
-_ROUNDING = 1e-4  # of a distance, at most, because the points are stored as float32
+_ROUNDING = 1e-4  # by which a distance may differ, relative to 1 + distance; far above what float32 changes
 
 
 def _kind(shape: tuple[int, ...]) -> np.dtype:
@@ -47,7 +47,7 @@ def check_absent(folder: Path) -> None:
     """Raises UserError if the folder of a new audit holds the flips of another one."""
     home = folder / _FOLDER
     if os.path.lexists(home) and (not home.is_dir() or any(home.iterdir())):
-        raise UserError(f"{home} is of another audit; move it away too, and give the same command again")
+        raise UserError(f"{home} is of an earlier audit; move it away too, and give the same command again")
 
 
 class Flips:

@@ -60,8 +60,9 @@ function flip(gallery, item, name) {
   if (distance === null) return [make("p", { class: "small" }, "no attack flipped it")];
   const inside = gallery.predict[item] >= 0 && distance < gallery.radius[item];
   const to = gallery.flipped && gallery.flipped.predict[item];
+  const there = to !== null && to >= 0 ? `, predicted there: ${name(to)}` : "";
   return [make("p", { class: inside ? "small alarm" : "small" },
-    `${inside ? "FLIPPED INSIDE" : "nearest flip"} at ${brief(distance)}` + (to >= 0 && to !== null ? `, predicted there: ${name(to)}` : ""))];
+    `${inside ? "FLIPPED INSIDE" : "nearest flip"} at ${brief(distance)}${there}`)];
 }
 
 function images(gallery, item, label) {

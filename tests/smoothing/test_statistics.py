@@ -10,7 +10,7 @@ from scipy import special, stats
 
 from lsrs_jax.certification.table import read_table
 from lsrs_jax.runtime.errors import UserError
-from lsrs_jax.smoothing import certified_radius, confidence, derivation, from_counts
+from lsrs_jax.smoothing import anytime, certified_radius, confidence, derivation, from_counts
 from lsrs_jax.smoothing.arithmetic import Float32Arithmetic
 from lsrs_jax.smoothing.confidence import BOUNDS
 from lsrs_jax.smoothing.derivation import Derivation
@@ -303,6 +303,40 @@ def test_the_buckets_of_an_image_do_not_depend_on_the_other_images(seed, image):
         for rows in (selection, selection[:1])
     )
     np.testing.assert_array_equal(alone, together)
+
+
+@pytest.mark.parametrize("limits", [confidence.CLOPPER_PEARSON, anytime.limits(5000)], ids=["exact", "anytime"])
+def test_the_bound_of_a_rival_is_that_of_its_largest_bucket(limits):
+    """Bucket after bucket and row after row gives the digits of all at once."""
+    rng = np.random.default_rng(3)
+    shares = rng.dirichlet(np.full(30, 0.2), 12)
+    selection, counts = (np.stack([rng.multinomial(n, row) for row in shares]) for n in (100, 5000))
+    bucket, count = confidence.partition(selection, np.full(12, 5000), 1e-3, "multiclass")
+    assert len(np.unique(count)) > 3
+    p_a, p_b = confidence.bounds(counts, bucket, count, 1e-3, limits)
+    for row in range(12):
+        each = 1e-3 / (1 + count[row]) if count[row] > 1 else 1e-3
+        sums = np.bincount(bucket[row], counts[row]).astype(np.int64)
+        assert p_a[row] == limits[0](sums[:1], 5000, each)[0]
+        rivals = [limits[1](sums[k : k + 1], 5000, each)[0] for k in range(1, count[row] + 1)] if count[row] > 1 else []
+        assert p_b[row] == min(1 - p_a[row], max(rivals, default=1.0))
+
+
+def test_buckets_follow_from_the_sums_of_all_classes():
+    """The classes without a sample add nothing: with them or without, the strongest rivals have the same buckets."""
+    rng = np.random.default_rng(4)
+    selection = np.stack([rng.multinomial(100, row) for row in rng.dirichlet(np.full(40, 0.1), 20)])
+    shares = -np.sort(-selection, axis=1) / 100
+    n = np.full(20, 10_000)
+    for singles, groups in ((1, 2), (3, 4), (16, 1)):
+        option = confidence._dealt(40, singles, groups)
+        found = confidence._promise(shares, option, n, 1e-3)
+        for row in range(20):
+            sums = [sum(shares[row, option == bucket].tolist()) for bucket in range(1, option.max() + 1)]
+            each = 1e-3 / (1 + option.max())
+            p_a = confidence.lower(int(np.floor(shares[row, 0] * 10_000)), 10_000, each)
+            p_b = min(1 - p_a, confidence.upper(int(np.floor(max(sums) * 10_000)), 10_000, each))
+            assert found[row] == special.ndtri(p_a) - special.ndtri(p_b)
 
 
 @pytest.mark.parametrize("bound", ["binary", "multiclass"])

@@ -68,9 +68,8 @@ def write_run(workdir, data, indices, seed=0, audited=0):
         distance[::7] = np.inf
         names = np.where(np.isinf(distance), "none", "pgd")
         away = rng.standard_normal((audited, *dataset.shape))
-        away *= (np.where(np.isinf(distance), 0, distance) / np.linalg.norm(away.reshape(audited, -1), axis=1))[
-            :, None, None, None
-        ]
+        scale = np.where(np.isinf(distance), 0, distance) / np.linalg.norm(away.reshape(audited, -1), axis=1)
+        away *= scale[:, None, None, None]
         points = (dataset.read(attacked.idx, np.float64)[0] + away).astype(np.float32)
         journal = Journal(home, Settings(audited, (1.0,), 1, 1, 1, 100), digest_of(home / "certificates.tsv"))
         journal.append(attacked, Found(attacked.predict, zeros + 1, zeros, zeros, distance, names, points, zeros + 2))
