@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from lsrs_jax.data.decoded import decoded_once
 from lsrs_jax.data.images import Dataset, numbered
 from lsrs_jax.data.photos import read_source
 from lsrs_jax.runtime.errors import UserError, first_line
@@ -67,7 +68,9 @@ def load_prepared(data: Config, split: str) -> Dataset:
         raise UserError(f"{home} holds no prepared version{wanted}{only}; prepare it with: {prepare}")
     try:
         with quiet():
-            return _read(chosen[0], name, split, data, f"{prepare} --overwrite")
+            return decoded_once(
+                chosen[0], name, split, data, lambda: _read(chosen[0], name, split, data, f"{prepare} --overwrite")
+            )
     except UserError:
         raise
     except Exception as error:  # tfds raises whatever its readers raise

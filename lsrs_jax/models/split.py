@@ -70,17 +70,21 @@ class Model:
         x = jnp.zeros((1, *self.input_shape), jnp.float32)
         # jit, because the many small operations that build a kernel take seconds to compile one by one.
         encoder = jax.jit(self.encoder.init)(encoder_key, x).get("params", {})
-        latent = jax.eval_shape(self._encoded, encoder, x)
+        latent = _traced(self)[1]
         head = jax.jit(self.head.init)(head_key, jnp.zeros(latent.shape, latent.dtype))
         return {"encoder": encoder, "head": head["params"]}
 
     def shapes(self, batch: int = 1) -> tuple[Params, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of the parameters, and of a batch of the latents (under ISRS images) that get the noise."""
-        return _parameter_shapes(self), _latents(self, batch)
+        params, latent = _traced(self)
+        shape, dtype = (self.input_shape, jnp.float32) if self.smooths_input else (latent.shape[1:], latent.dtype)
+        return params, jax.ShapeDtypeStruct((batch, *shape), dtype)
+
+    def _normalized(self, x: Any) -> Any:
+        return x if self.normalize is None else self.normalize.apply({}, x)
 
     def _encoded(self, params: Any, x: Any) -> Any:
-        normalized = x if self.normalize is None else self.normalize.apply({}, x)
-        return self.encoder.apply({"params": params}, normalized)
+        return self.encoder.apply({"params": params}, self._normalized(x))
 
     def _head_apply(self, params: Any, dtype: str, latents: jax.Array) -> Any:
         params = {"params": jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)}
@@ -158,14 +162,16 @@ class Model:
 
 
 @functools.lru_cache(32)  # a command asks for the shapes several times, and tracing takes tenths of a second
-def _parameter_shapes(model: Model) -> Params:
-    return jax.eval_shape(model.init, jax.random.key(0))
+def _traced(model: Model) -> tuple[Params, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the parameters, and of the latent of one image."""
 
+    def both(key: jax.Array, x: Images) -> Any:
+        return model.encoder.init_with_output(key, model._normalized(x))
 
-@functools.lru_cache(32)
-def _latents(model: Model, batch: int) -> jax.ShapeDtypeStruct:
-    image = jax.ShapeDtypeStruct((batch, *model.input_shape), jnp.float32)
-    return jax.eval_shape(model.encode, _parameter_shapes(model), image)
+    key, image = jax.random.key(0), jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
+    latent, encoder = jax.eval_shape(both, key, image)
+    head = jax.eval_shape(model.head.init, key, latent)
+    return {"encoder": encoder.get("params", {}), "head": head["params"]}, latent
 
 
 @functools.lru_cache(32)
