@@ -46,9 +46,10 @@ def run(arguments: list[str]) -> None:
         stack.enter_context(custom.typed_code(config))
         processes.cache_compilations()
         if options.plan:
-            model = session.network(config, load_split(config.data, config.data.train_split))
+            train_set = load_split(config.data, config.data.train_split)
+            model = session.network(config, train_set)
             certified = chosen_images(config, len(load_split(config.data, config.data.split)))
-            print(plan.report(model, config, len(certified or ())))
+            print(plan.report(model, config, train_set, len(certified or ())))
             return
         workdir = stack.enter_context(opened(options.workdir))
         check = None

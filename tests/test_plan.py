@@ -10,6 +10,7 @@ import pytest
 
 from lsrs_jax import models
 from lsrs_jax.config import default
+from lsrs_jax.data import from_arrays
 from lsrs_jax.models.flops import flops, peak_memory, traffic
 from lsrs_jax.smoothing.schedule import make_schedule
 from lsrs_jax.training import plan
@@ -124,6 +125,24 @@ def test_the_memory_of_the_host_is_that_of_the_counts_and_of_one_block():
     assert sampled == 50_000 * 1000 * (2 + looks) * 8 + 50_000 * 64 * 4
     assert derived < 50_000 * 1000 * 8 + 2**29
     assert plan.host_memory(config, 10, 10, (2**30,))[0] < 2**30 + 2**16
+
+
+def test_the_images_that_an_accelerator_holds_count_for_chips_and_not_for_this_cpu(monkeypatch):
+    model, config = small()
+    needed = plan.training_need(model, config).memory
+    rows = 3 * 2**20
+    data = from_arrays(np.zeros((rows, 8, 8, 1), np.uint8), np.zeros(rows), list("0123456789"))
+    chip = plan.CHIPS["H200"]._replace(memory=(needed + rows * 64) / plan.FREE / 2**30)  # the labels do not fit
+    monkeypatch.setattr(plan, "CHIPS", {"full": chip})
+    monkeypatch.setattr(plan, "_memory_here", lambda: (needed + rows * 64) / plan.FREE)
+    out = plan.report(model, config, data, 10)
+    assert "a GPU or TPU holds the images too, 0.20 GiB" in out
+    assert "warning: training on 8 device(s) does not fit full" in out
+    assert "this machine has" not in out
+    out = plan.report(
+        model, config, from_arrays(data.images[: -rows // 2], data.labels[: -rows // 2], data.class_names), 10
+    )
+    assert "warning: training" not in out
 
 
 @pytest.mark.usefixtures("fast_compilation")

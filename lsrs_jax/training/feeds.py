@@ -47,10 +47,19 @@ def on_device(dataset: Dataset, mesh: Mesh) -> bool:
     """Whether the devices should hold the data.
 
     Not on CPUs: XLA computes the gradients of convolutions in a loop 4 to 9 times as slowly there (jax-ml/jax#12868).
-    And not with several processes, whose clocks would choose launches of different lengths.
     """
-    fits = isinstance(dataset, Arrays) and dataset.images.nbytes <= _BYTES
-    return fits and jax.default_backend() != "cpu" and not mesh.is_multi_process
+    return accelerator_bytes(dataset, mesh) > 0 and jax.default_backend() != "cpu"
+
+
+def accelerator_bytes(dataset: Dataset, mesh: Mesh) -> int:
+    """Bytes of the images and labels that a GPU or TPU holds during a training; 0 if the host makes the batches.
+
+    The host makes them of photos, of more than 2 GiB, and with several processes, whose clocks would choose launches of
+    different lengths.
+    """
+    if not isinstance(dataset, Arrays) or dataset.images.nbytes > _BYTES or mesh.is_multi_process:
+        return 0
+    return dataset.images.nbytes + 4 * len(dataset)
 
 
 class HostFeed:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lsrs_jax.data import Dataset
 from lsrs_jax.models import Model, describe
 from lsrs_jax.models.flops import flops, peak_memory, traffic
 from lsrs_jax.models.heads import Latents
@@ -19,6 +20,7 @@ from lsrs_jax.runtime.rng import domain_key, pinned
 from lsrs_jax.runtime.types import Config
 from lsrs_jax.smoothing.derivation import BLOCK_BYTES
 from lsrs_jax.smoothing.schedule import make_schedule
+from lsrs_jax.training.feeds import accelerator_bytes, on_device
 from lsrs_jax.training.steps import parts, step_function
 
 LATENT_BYTES = 2**30  # `certification.encode` keeps as many latents in memory
@@ -135,18 +137,22 @@ def _cells(need: Need, chip: Chip, dtype: str, calls: float) -> str:
     return f"{'fits' if need.fits(chip) else 'does not fit':>16}{time:>16}"
 
 
-def report(model: Model, config: Config, images: int) -> str:
+def report(model: Model, config: Config, dataset: Dataset, images: int) -> str:
     """The estimate as text: sizes, memory, time on every chip of `CHIPS`; warnings if memory is short.
 
-    `images` is the number of images that are certified.
+    `dataset` is what the model is trained on, `images` the number of images that are certified.
     """
-    certify, need = config.certify, training_need(model, config)
+    certify, step = config.certify, training_need(model, config)
+    held = accelerator_bytes(dataset, global_mesh())
+    need = dataclasses.replace(step, memory=step.memory + held)
     # (name, unit that is timed, need of a program, calls per unit, field of `Chip`, remedy if memory is short)
     columns = [("training", "a step", need, 1, "training", _REMEDIES)]
     lines = [
         describe(model),
         f"training on {devices()}: {config.data.batch_size:,} images a step, on each device "
-        f"{need.flops / 1e12:,.3g} TFLOP and {_gib(need.memory)}",
+        f"{step.flops / 1e12:,.3g} TFLOP and {_gib(step.memory)}"
+        + f"; a GPU or TPU holds the images too, {_gib(held)}"
+        * (held > 0),
     ]
     if certify.certificate == "smoothed":
         n, tile = certify.n0 + certify.n, sampling_need(model, config)
@@ -178,10 +184,11 @@ def report(model: Model, config: Config, images: int) -> str:
         f"the longer of arithmetic at {USED:.0%} of the peak and memory traffic at the full rate. Communication and",
         "the launches of kernels, which matter for small networks, come in addition.",
     ]
-    here = _memory_here()
+    here, elsewhere = _memory_here(), 0 if on_device(dataset, global_mesh()) else held
     for name, _, need, _, _, remedy in columns:
-        if here and need.memory > FREE * here:
-            needed = f"needs {_gib(need.memory)} per device, this machine has {_gib(here)}"
+        memory = need.memory - elsewhere * (name == "training")
+        if here and memory > FREE * here:
+            needed = f"needs {_gib(memory)} per device, this machine has {_gib(here)}"
             lines.append(f"warning: {name} {needed}: use {remedy}")
         if small := ", ".join(chip for chip, peaks in CHIPS.items() if not need.fits(peaks)):
             lines.append(f"warning: {name} on {jax.device_count()} device(s) does not fit {small}: use {remedy}")
