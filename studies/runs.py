@@ -202,14 +202,21 @@ def _second():
 def _small_heads():
     """A learned encoder and a fixed low-pass, each with its best head of .4 MFLOP on train[45000:], for equal seconds.
 
-    On one core, 10,000 steps of the first take the seconds of 64,000 steps of the second.
+    On one core, 10,000 steps of the first take the seconds of 64,000 steps of the second, and the FLOPs of 3,600 steps
+    of a free network under input noise, which gets the same loss.
     """
-    averaged, wide = "train.ema=0.999", "model.head_widths=(1024,)"
+    averaged, wide, certify = "train.ema=0.999", "model.head_widths=(1024,)", ("certify.integer_first_layer=True",)
     kinds = {
         "LSRS, learned encoder": ("learned", "learned", 3, averaged, "model.head_norm=batch"),
         "ISRS, low-pass": ("lowpass", "lowpass", 3, averaged, wide, "train.steps=64000"),
     }
-    return _seeds(kinds, "configs/cifar10_mlp.py", decides=0.5, certify=("certify.integer_first_layer=True",))
+    free = (*ATTACKED, averaged, "train.warmup_steps=150")
+    networks = {
+        "ISRS, free network, equal FLOPs": ("free-3600", "free", 1, *free, "train.steps=3600"),
+        "ISRS, free network, equal steps": ("free-10000", "free", 1, *free, "train.steps=10000"),
+    }
+    heads = _seeds(kinds, "configs/cifar10_mlp.py", decides=0.5, certify=certify)
+    return heads | _seeds(networks, "configs/cifar10_small.py", decides=0.5, certify=certify)
 
 
 ENCODERS = {"lowpass": "low-pass, 3 channels", "bands": "low-pass, 12 channels", "haar": "Haar", "learned": "learned"}
