@@ -122,6 +122,13 @@ class TestDecodedImages:
         code.write_text("another decoder")
         monkeypatch.setattr(decoded_sets, "_CODE", [code])
         assert load("test")[1]
+        assert not load("test")[1]
+
+        def nightly(package):
+            raise decoded_sets.PackageNotFoundError(package)
+
+        monkeypatch.setattr(decoded_sets, "version", nightly)
+        assert load("test")[1]
 
     def test_nothing_is_kept_of_large_splits_sums_photos_and_classes_without_names(
         self, load, home, tmp_path, monkeypatch

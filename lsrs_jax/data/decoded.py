@@ -5,7 +5,7 @@ import hashlib
 import io
 import re
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from lsrs_jax.runtime import cache
 from lsrs_jax.runtime.types import Config
 
 _MOST = 64 * 2**20  # bytes of a split, encoded and decoded; larger ones are decoded each time
-_CODE = [Path(__file__).with_name(f"{module}.py") for module in ("decode", "photos", "prepared")]
+_CODE = [Path(__file__).with_name(f"{module}.py") for module in ("decode", "decoded", "images", "photos", "prepared")]
 _ONE_SPLIT = re.compile(r"(\w+)(\[[^\]]*\])?")  # "test" or "test[:100]", and no sum of splits
 
 
@@ -32,9 +32,13 @@ def decoded_once(folder: Path, name: str, split: str, data: Config, read: Callab
     records = sorted(folder.glob(f"*-{parts[1]}.array_record*")) if parts else []
     small = 0 < sum(path.stat().st_size for path in records) <= _MOST
     names = folder / f"{data.label_column or 'label'}.labels.txt"
+    try:
+        reader = version("tensorflow-datasets")
+    except PackageNotFoundError:  # a nightly build, which has another name
+        return read()
     if cache.folder is None or data.size or not small or not names.is_file():
         return read()
-    libraries = version("tensorflow-datasets"), PIL.__version__, features.version("jpg"), features.version("zlib")
+    libraries = reader, PIL.__version__, features.version("jpg"), features.version("zlib")
     total = hashlib.sha256(repr((name, split, data.image_column, data.label_column, libraries)).encode())
     for path in (*records, *sorted((*folder.glob("*.json"), names)), *_CODE):
         content = path.read_bytes()
@@ -46,7 +50,7 @@ def _stored(split: Dataset) -> bytes:
     assert isinstance(split, Arrays)
     fields = {field.name: getattr(split, field.name) for field in dataclasses.fields(split)}
     file = io.BytesIO()
-    np.savez(file, allow_pickle=False, **fields)
+    np.savez(file, **fields)
     return file.getvalue()
 
 
