@@ -2,8 +2,8 @@
 
   python -m benchmarks.first_layer [--tile=64,8 --seconds=20 --heads=mlp512x192,convnet]
 
-All loops take turns, so that other jobs of the machine affect all alike. Behind each pair of rows there is a profile:
-the time of one sample block of the free loop, by what the loop computes up to there.
+The loops of a head take turns, so that other jobs of the machine affect all alike. A profile follows: the time of one
+sample block of the free loop, by what the loop computes up to there. Case `free` is input smoothing, for comparison.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks import measuring
 from lsrs_jax import cli
 from lsrs_jax.models.first_layer import first_layer_flops, split_head
-from lsrs_jax.models.heads import HEADS, MLPHead
+from lsrs_jax.models.heads import HEADS, BlocksHead, MLPHead
 from lsrs_jax.runtime.rng import domain_key, pinned
 from lsrs_jax.smoothing.first_layer import put
 from studies.accelerator import table
@@ -28,6 +28,8 @@ CASES = {  # head and shape of the latent
     "mlp512x3072": (MLPHead(CLASSES, (512,)), (32, 32, 3)),
     "convnet_light": (HEADS["convnet_light"](CLASSES), (16, 16, 12)),
     "convnet": (HEADS["convnet"](CLASSES), (16, 16, 12)),
+    # The free network of configs/cifar10_small.py, smoothed in input space.
+    "free": (BlocksHead(CLASSES, (12, 12, 24, 24, 24, 24, 48), (2, 1, 2, 1, 1, 2, 1)), (32, 32, 3)),
 }
 
 
@@ -77,10 +79,12 @@ def measure(name, tile, seconds):
     module, shape = CASES[name]
     params = module.init(domain_key(0, "init"), jnp.zeros((1, *shape)))["params"]
     whole = measuring.row_flops(lambda z: module.apply({"params": params}, z), shape)
-    first = first_layer_flops(module, params, shape)
-    effective = whole - first * (1 - 1 / tile[0])
     head = split_head(module, params, shape, lambda z: module.apply({"params": params}, z), "float32", None)
     loops = {free: measuring.make_sampler(head, shape, tile, integer_first_layer=free) for free in (True, False)}
+    if loops[True].first_layer is None:  # the head does not begin with a linear layer
+        rate = measuring.rates({"loop": measuring.sampling(loops[False])}, seconds, name)["loop"]
+        return [name, f"{whole / 1e6:.3f}", *"--", f"{rate * math.prod(tile):,.0f}", *"--"], [name, *"-----"]
+    effective = whole - first_layer_flops(module, params, shape) * (1 - 1 / tile[0])
     works = {free: measuring.sampling(loop) for free, loop in loops.items()}
     rates = measuring.rates(works | parts(loops[True], head), seconds, name)
     free, plain = (rates[key] * math.prod(tile) for key in (True, False))
