@@ -1,14 +1,15 @@
 """What later sample blocks in the free slots of a batch save: staged sampling, and calls of one image.
 
   python -m benchmarks.packing --runs=WORKDIR,... [--images=100,1000 --n=100000 --rounds=3]
-  python -m benchmarks.packing --heads [--calls=30]
+  python -m benchmarks.packing --heads [--images=64 --samples=1000,10000]
 
 --runs are workdirs of trainings. Some images of each are sampled with the fixed schedule and with the staged one, with
-packed launches and without, after compilation. --heads compares calls of one image each with one call of all of them,
-n = 1,000, for heads of several sizes on latents 16x16x12. All take turns, and the best time of each counts.
+packed launches and without, after compilation. --heads compares calls of one image each (the first eight) with one call
+of --images images, for heads of several sizes on latents 16x16x12. All take turns, and the best time of each counts.
 """
 
 import argparse
+import itertools
 import time
 
 import jax
@@ -23,6 +24,7 @@ from studies.accelerator import table
 
 SHAPE, CLASSES, SIGMA = (16, 16, 12), 10, 0.25
 CALLED = ("mlp", "convnet_light", "resnet")  # heads
+SINGLE = 8  # images that get a call of their own
 
 
 def packing(sampler, on):
@@ -54,53 +56,48 @@ def staged(run, radii, rounds):
     return rows
 
 
-def calls(name, images, rounds):
-    """A row of the table of heads: one call of some images, and as many calls of one."""
+def calls(name, images, n, rounds):
+    """A row of the table of heads: one call of some images, and calls of one image."""
     head = measuring.head_function(name, SHAPE, CLASSES, np.float32)
     classifier = SmoothedClassifier(head, sigma=SIGMA, tile=(64, 8), devices=jax.local_devices()[:1])
     sampler, latents = classifier.sampler(SHAPE), np.random.default_rng(0).uniform(0, 1, (images, *SHAPE))
     packing(sampler, True)
-
-    def certify(part):
-        classifier.certify(part, key=domain_key(0, "probe"), n=1000)
-
-    works = {
-        "one": lambda: certify(latents),
-        "each": lambda: [certify(latents[i : i + 1]) for i in range(images)],
-    }
-    seconds = {work: [] for work in works}
-    for index in range(rounds + 1):  # the first round compiles
-        for work, run in works.items():
-            began = time.perf_counter()
-            run()
+    parts = {"one": [latents], "each": [latents[i : i + 1] for i in range(min(SINGLE, images))]}
+    best = dict.fromkeys(parts, float("inf"))
+    for index in range(rounds + 1):
+        for work, batches in parts.items():
+            began, count = time.perf_counter(), n if index else 1000  # the first round compiles
+            for batch in batches:
+                classifier.certify(batch, key=domain_key(0, "probe"), n=count)
             if index:
-                seconds[work].append(time.perf_counter() - began)
-    one, each = (1000 * min(seconds[work]) / images for work in works)
+                best[work] = min(best[work], (time.perf_counter() - began) / sum(map(len, batches)))
+    one, each = (1000 * best[work] for work in parts)
     cost = measuring.row_flops(head, SHAPE) / 1e6
-    return [f"{name}, {cost:.2f} MFLOP per sample", str(images), f"{one:.1f}", f"{each:.1f}", f"{each / one:.2f}x"]
+    return [f"{name}, {cost:.2f} MFLOP per sample", f"{n:,}", f"{one:,.1f}", f"{each:,.1f}", f"{each / one:.2f}x"]
 
 
 def main(arguments):
     """The command; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--runs", default="", help="workdirs, with commas between them")
-    parser.add_argument("--images", default="100,1000", help="how many of each run")
+    parser.add_argument("--images", default="", help="how many of each run (100,1000), and in one call of --heads (64)")
     parser.add_argument("--radii", type=cli.numbers, default=(0.25, 0.5, 0.75), help="that are decided")
     parser.add_argument("--n", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--heads", action="store_true", help="compare calls of one image with one call")
-    parser.add_argument("--calls", type=int, default=128, help="images of --heads")
+    parser.add_argument("--samples", default="1000,10000", help="n of the calls of --heads")
     options = parser.parse_args(arguments)
     rows = []
     for path in filter(None, options.runs.split(",")):
-        for images in options.images.split(","):
+        for images in (options.images or "100,1000").split(","):
             rows += staged(Run(path, int(images), options.n), options.radii or None, options.rounds)
     if rows:
         columns = "run|images|schedule|samples per image|fewer than fixed|seconds, best to worst|faster|share"
         print(table(columns, rows) + "\n")
     if options.heads:
-        found = [calls(name, options.calls, options.rounds) for name in CALLED]
-        print(table("head|images|ms per image, one call|ms per image, a call for each|ratio", found))
+        cases = itertools.product(CALLED, map(int, options.samples.split(",")))
+        found = [calls(name, int(options.images or 64), n, options.rounds) for name, n in cases]
+        print(table("head|n|ms per image, one call|ms per image, a call for each|ratio", found))
 
 
 if __name__ == "__main__":
