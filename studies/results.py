@@ -41,6 +41,11 @@ class Result:
         return self.certificates["identity"]["certificate"] == "smoothed"
 
     @property
+    def measured(self):
+        """Whether radii were measured, or sampling stopped when it was known which of some radii they reach."""
+        return not self.certificates["derivation"].get("radii")
+
+    @property
     def sampling(self):
         """The `Sampling` of smoothed certificates; None for deterministic ones."""
         return sampling_of(self.certificates)
@@ -147,7 +152,7 @@ def _of_decided(run):
     accuracy, label = run.table.worst_class(decided["radius"])
     flops = flops_to_decide(run) / 1e6
     return {
-        "p_A above .5, .9, .99": _shares(run) if run.smoothed else "-",
+        "p_A above .5, .9, .99": _shares(run) if run.smoothed and run.measured else "-",
         f"worst class at r={decided['radius']:g}": f"{accuracy:.3f} ({label})",
         f"samples to decide r={decided['radius']:g}": f"{decided['samples']:,.0f}",
         "MFLOP for it": f"{flops:,.0f}" if flops >= 10 else f"{flops:.2g}",
@@ -167,7 +172,7 @@ def cells(run):
         "training, s": f"{training['seconds']:.0f}",
         "without noise": f"{training['test_clean_accuracy']:.3f}",
         **{f"r={radius:g}": f"{table.certified_accuracy(radius):.3f}" for radius in RADII},
-        "ACR": f"{table.average_certified_radius:.3f}",
+        "ACR": f"{table.average_certified_radius:.3f}" if run.measured else "-",
         "cap, n": f"{run.sampling.cap:.3f}, {run.sampling.n:,}" if run.smoothed else "none, 0",
         **_of_decided(run),
         "abstain": f"{table.abstention:.3f}",
@@ -203,7 +208,7 @@ def card(run):
         f"{duration(training['seconds'])}",
         "certificate": method,
         "Lipschitz constant": repr(stored["lipschitz"]["constant"]),
-        "certified accuracy": f"{accuracy}; ACR {table.average_certified_radius:.4f}",
+        "certified accuracy": accuracy + f"; ACR {table.average_certified_radius:.4f}" * run.measured,
         "images": f"{len(table):,} of `{split}`, abstains on {table.abstention:.3f} of them",
         "accuracy without noise": f"{training['test_clean_accuracy']:.3f}, on all images of `{split}`",
         "machine": f"{session['devices']}, {session['host']}; jax {versions['jax']}; {session['started'][:10]}",

@@ -1,5 +1,6 @@
 """The published tables agree with the certificates that are committed beside them."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -152,3 +153,15 @@ def test_a_study_from_training_to_page(tmp_path, monkeypatch, figure):
     (tmp_path / "page" / "latent" / "run.json").write_text(json.dumps(facts))
     studies.main(["render", "--study=split"])
     assert "| 0.123 |" in page.read_text()
+
+
+def test_a_run_that_only_decided_radii_shows_no_average_radius():
+    run = render.kept_runs("small_heads")["ISRS, low-pass, seed 0"]
+    derivation = {**run.certificates["derivation"], "radii": [0.25, 0.5, 0.75]}
+    stopped = dataclasses.replace(run, certificates={**run.certificates, "derivation": derivation})
+    own, whole = results.cells(stopped), results.cells(run)
+    hidden = {"ACR", "p_A above .5, .9, .99"}
+    assert {name for name in whole if own[name] != whole[name]} == hidden
+    assert {own[name] for name in hidden} == {"-"}
+    assert "ACR" in results.card(run)
+    assert "ACR" not in results.card(stopped)
