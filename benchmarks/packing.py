@@ -1,11 +1,11 @@
 """What later sample blocks in the free slots of a batch save: staged sampling, and calls of one image.
 
   python -m benchmarks.packing --runs=WORKDIR,... [--images=100,1000 --n=100000 --rounds=3]
-  python -m benchmarks.packing --heads [--images=64 --samples=1000,10000]
+  python -m benchmarks.packing --heads [--samples=1000,10000 --rounds=3]
 
 --runs are workdirs of trainings. Some images of each are sampled with the fixed schedule and with the staged one, with
 packed launches and without, after compilation. --heads compares calls of one image each (the first eight) with one call
-of --images images, for heads of several sizes on latents 16x16x12. All take turns, and the best time of each counts.
+of 64, for heads of several sizes on latents 16x16x12. All take turns, and the best time of each counts.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from studies.accelerator import table
 
 SHAPE, CLASSES, SIGMA = (16, 16, 12), 10, 0.25
 CALLED = ("mlp", "convnet_light", "resnet")  # heads
-SINGLE = 8  # images that get a call of their own
+TOGETHER, SINGLE = 64, 8  # images of one call, and of those the ones that get a call of their own
 
 
 def packing(sampler, on):
@@ -56,13 +56,13 @@ def staged(run, radii, rounds):
     return rows
 
 
-def calls(name, images, n, rounds):
-    """A row of the table of heads: one call of some images, and calls of one image."""
+def calls(name, n, rounds):
+    """A row of the table of heads: one call of many images, and calls of one image."""
     head = measuring.head_function(name, SHAPE, CLASSES, np.float32)
     classifier = SmoothedClassifier(head, sigma=SIGMA, tile=(64, 8), devices=jax.local_devices()[:1])
-    sampler, latents = classifier.sampler(SHAPE), np.random.default_rng(0).uniform(0, 1, (images, *SHAPE))
+    sampler, latents = classifier.sampler(SHAPE), np.random.default_rng(0).uniform(0, 1, (TOGETHER, *SHAPE))
     packing(sampler, True)
-    parts = {"one": [latents], "each": [latents[i : i + 1] for i in range(min(SINGLE, images))]}
+    parts = {"one": [latents], "each": [latents[i : i + 1] for i in range(SINGLE)]}
     best = dict.fromkeys(parts, float("inf"))
     for index in range(rounds + 1):
         for work, batches in parts.items():
@@ -80,7 +80,7 @@ def main(arguments):
     """The command; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--runs", default="", help="workdirs, with commas between them")
-    parser.add_argument("--images", default="", help="how many of each run (100,1000), and in one call of --heads (64)")
+    parser.add_argument("--images", default="100,1000", help="how many of each run")
     parser.add_argument("--radii", type=cli.numbers, default=(0.25, 0.5, 0.75), help="that are decided")
     parser.add_argument("--n", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=3)
@@ -89,14 +89,14 @@ def main(arguments):
     options = parser.parse_args(arguments)
     rows = []
     for path in filter(None, options.runs.split(",")):
-        for images in (options.images or "100,1000").split(","):
+        for images in options.images.split(","):
             rows += staged(Run(path, int(images), options.n), options.radii or None, options.rounds)
     if rows:
         columns = "run|images|schedule|samples per image|fewer than fixed|seconds, best to worst|faster|share"
         print(table(columns, rows) + "\n")
     if options.heads:
         cases = itertools.product(CALLED, map(int, options.samples.split(",")))
-        found = [calls(name, int(options.images or 64), n, options.rounds) for name, n in cases]
+        found = [calls(name, n, options.rounds) for name, n in cases]
         print(table("head|n|ms per image, one call|ms per image, a call for each|ratio", found))
 
 

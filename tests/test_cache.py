@@ -49,12 +49,6 @@ def test_a_table_of_noise_from_the_cache_is_the_computed_one(tmp_path, monkeypat
     assert (other.table != fresh.table).any()
 
 
-def test_more_than_the_limit_is_not_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "folder", tmp_path)
-    assert [cache.cached(name, lambda: b"four", most) for name, most in (("a", 3), ("b", 4))] == [b"four", b"four"]
-    assert [path.name for path in tmp_path.iterdir()] == ["b"]
-
-
 class TestDecodedImages:
     @pytest.fixture
     def home(self, tmp_path, monkeypatch):
@@ -89,20 +83,38 @@ class TestDecodedImages:
                 assert type(getattr(first, name)) is type(getattr(second, name))
         assert load("test[1:4]")[0].digest() != load("test")[0].digest()
 
-    def test_changed_records_classes_and_fields_are_read_anew(self, load, home):
+    def test_whatever_changes_in_the_folder_or_the_fields_is_read_anew(self, load, home, monkeypatch):
         old, _ = load("test")
-        record, names = next(home.glob("*-test.array_record*")), home / "label.labels.txt"
-        stored = record.read_bytes()
-        record.write_bytes(next(home.glob("*-train.array_record*")).read_bytes())
-        new, decoded = load("test")
-        assert decoded
-        assert new.digest() != old.digest()
-        record.write_bytes(stored)
-        assert not load("test")[1]
-        names.write_text("cat\ndog\ntoad\n")
-        assert load("test")[0].class_names == ("cat", "dog", "toad")
-        with pytest.raises(UserError, match="no feature 'pixels'"):
-            load("test", image_column="pixels")
+        record, names, described = next(home.glob("*-test.array*")), home / "label.labels.txt", home / "features.json"
+        other = next(home.glob("*-train.array*"))
+        for path, content in (
+            (record, other.read_bytes()),
+            (other, record.read_bytes()),  # of another split, whose labels can tell how many classes there are
+            (names, b"cat\ndog\ntoad\n"),
+            (described, described.read_bytes() + b" "),
+            (home / "more.json", b"{}"),
+        ):
+            stored = path.read_bytes() if path.exists() else None
+            path.write_bytes(content)
+            new, decoded = load("test")
+            assert decoded, path
+            assert (new.digest() != old.digest()) == (path == record)
+            assert (new.class_names == ("cat", "dog", "toad")) == (path == names)
+            assert not load("test")[1]
+            if stored is None:
+                path.unlink()
+            else:
+                path.write_bytes(stored)
+            assert not load("test")[1]
+        for column in ("image_column", "label_column"):
+            with pytest.raises(UserError, match="no feature 'pixels'"):
+                load("test", **{column: "pixels"})
+        with monkeypatch.context() as patched:
+            patched.setattr(decoded_sets, "_digest", lambda path: "")  # the names of the files count too
+            load("test")
+            assert not load("test")[1]
+            record.with_name("another").write_bytes(b"")
+            assert load("test")[1]
 
     def test_a_damaged_file_is_made_again(self, load, tmp_path):
         old, _ = load("test")
@@ -114,38 +126,72 @@ class TestDecodedImages:
         assert not load("test")[1]
 
     def test_other_libraries_and_code_decode_again(self, load, tmp_path, monkeypatch):
+        def changed(place, name, value):
+            monkeypatch.setattr(place, name, value)
+            first, second = load("test")[1], load("test")[1]
+            return first and not second
+
         load("test")
-        monkeypatch.setattr(decoded_sets.PIL, "__version__", "0")
-        assert load("test")[1]
-        assert not load("test")[1]
+        assert changed(decoded_sets.PIL, "__version__", "0")
+        assert changed(decoded_sets, "version", lambda package: f"another {package}")
+        found = decoded_sets.features.version
+        for decoder in ("jpg", "libjpeg_turbo", "zlib", "webp", "jpg_2000", "libtiff"):
+            assert changed(
+                decoded_sets.features, "version", lambda name, own=decoder: "0" * (name == own) or found(name)
+            )
+        names = {path.name for path in decoded_sets._CODE}
+        assert names == {f"{module}.py" for module in ("decode", "decoded", "images", "photos", "prepared")}
         code = tmp_path / "decode.py"
         code.write_text("another decoder")
-        monkeypatch.setattr(decoded_sets, "_CODE", [code])
-        assert load("test")[1]
-        assert not load("test")[1]
+        assert changed(decoded_sets, "_CODE", [code])
 
         def nightly(package):
             raise decoded_sets.PackageNotFoundError(package)
 
         monkeypatch.setattr(decoded_sets, "version", nightly)
-        assert load("test")[1]
+        assert [load("test")[1] for _ in range(2)] == [True, True]
 
-    def test_nothing_is_kept_of_large_splits_sums_photos_and_classes_without_names(
-        self, load, home, tmp_path, monkeypatch
-    ):
-        for split, fields in (("train+test", {}), ("test", {"size": 4})):
-            assert load(split, **fields)[1]
-        (home / "label.labels.txt").unlink()
-        assert load("test")[1]
-        (home / "label.labels.txt").write_text("cat\ndog\nfrog\n")
-        monkeypatch.setattr(decoded_sets, "_MOST", 100)
-        assert load("test")[1]
-        monkeypatch.setattr(decoded_sets, "_MOST", 10**6)
-        monkeypatch.setattr(cache, "folder", None)
-        assert load("test")[1]
+    def test_nothing_is_kept_of_photos_large_sets_and_large_splits(self, load, tmp_path, monkeypatch):
+        assert load("test", size=4)[1]
+        for name, limit in (("_STORED", 100), ("_DECODED", 5 * 48 - 1)):
+            with monkeypatch.context() as patched:
+                patched.setattr(decoded_sets, name, limit)
+                assert load("test")[1]
+        with monkeypatch.context() as patched:
+            patched.setattr(cache, "folder", None)
+            assert load("test")[1]
         assert not (tmp_path / "tables").exists()
+        monkeypatch.setattr(decoded_sets, "_DECODED", 5 * 48)
+        assert [load("test")[1] for _ in range(2)] == [True, False]
 
-    def test_a_set_that_cannot_be_read_leaves_nothing(self, load, home, tmp_path):
+    def test_files_that_change_while_they_are_decoded_are_not_kept(self, load, home, monkeypatch):
+        record, read = next(home.glob("*-test.array*")), prepared_sets._read
+        stored = record.read_bytes()
+
+        def replaced(*words):
+            record.write_bytes(next(home.glob("*-train.array*")).read_bytes())
+            return read(*words)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(prepared_sets, "_read", replaced)
+            wrong, _ = load("test")
+        record.write_bytes(stored)
+        right, decoded = load("test")
+        assert decoded
+        assert right.digest() != wrong.digest()
+
+    def test_a_file_that_cannot_be_read_costs_the_cache_only(self, load, home, monkeypatch):
+        (home / "backup.json").mkdir()
+        (home / "dangling.json").symlink_to(home / "nothing")
+        assert [load("test")[1] for _ in range(2)] == [True, False]
+
+        def locked(path):
+            raise PermissionError(path)
+
+        monkeypatch.setattr(decoded_sets, "_digest", locked)
+        assert [load("test")[1] for _ in range(2)] == [True, True]
+
+    def test_a_set_that_cannot_be_decoded_leaves_nothing(self, load, home, tmp_path):
         record = next(home.glob("*-test.array_record*"))
         record.write_bytes(record.read_bytes()[:100])
         with pytest.raises(UserError, match="cannot read"):

@@ -68,6 +68,21 @@ class Dense(nn.Module):
         return nn.Dense(4)(x)
 
 
+class Pair(nn.Module):
+    def __call__(self, x):
+        return x, x
+
+
+class Summed(nn.Module):
+    def __call__(self, x):
+        return x.sum()
+
+
+class Broken(nn.Module):
+    def __call__(self, x):
+        raise ZeroDivisionError("broken today")
+
+
 def failing(num_classes):
     raise RuntimeError("no weights today")
 '''
@@ -104,6 +119,9 @@ def test_heads_of_linen_and_nnx_are_built_with_their_arguments(code, head):
         ("Missing", "shallow", "has no 'Missing'"),
         ("failing", "shallow", "no weights today"),
         ("", "Dense", "Dense"),
+        ("", "Pair", r"mine.py:Pair returns a tuple for one image: it must return one array"),
+        ("", "Summed", r"mine.py:Summed returns \(\) for one image"),
+        ("", "Broken", "mine.py:Broken failed: .*broken today"),
     ],
 )
 def test_code_that_cannot_be_used_gives_one_line(code, head, encoder, message):

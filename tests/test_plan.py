@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 
 from lsrs_jax import models
 from lsrs_jax.config import default
-from lsrs_jax.data import from_arrays
+from lsrs_jax.data import from_arrays, load
 from lsrs_jax.models.flops import flops, peak_memory, traffic
+from lsrs_jax.runtime.mesh import global_mesh
 from lsrs_jax.smoothing.schedule import make_schedule
-from lsrs_jax.training import plan
+from lsrs_jax.training import feeds, plan
+from support import prepared
 from support.commands import QUICK, ROOT, refused, run
 
 
@@ -143,6 +146,20 @@ def test_the_images_that_an_accelerator_holds_count_for_chips_and_not_for_this_c
         model, config, from_arrays(data.images[: -rows // 2], data.labels[: -rows // 2], data.class_names), 10
     )
     assert "warning: training" not in out
+    # On an accelerator the images are in its memory, and a warning counts them.
+    monkeypatch.setattr(plan, "on_device", lambda dataset, mesh: True)
+    assert "warning: training needs" in plan.report(model, config, data, 10)
+
+
+def test_an_accelerator_holds_arrays_of_one_process(tmp_path, monkeypatch):
+    arrays = from_arrays(np.zeros((10, 8, 8, 1), np.uint8), np.zeros(10), "ab")
+    assert feeds.accelerator_bytes(arrays, global_mesh()) == 10 * (64 + 4)
+    several = types.SimpleNamespace(is_multi_process=True)
+    assert feeds.accelerator_bytes(arrays, several) == 0
+    monkeypatch.setattr(feeds, "_BYTES", 639)
+    assert feeds.accelerator_bytes(arrays, global_mesh()) == 0
+    prepared.write(tmp_path, "tiny", {"train": prepared.photos(5)})
+    assert feeds.accelerator_bytes(load("tiny", "train", tmp_path, size=16), global_mesh()) == 0
 
 
 @pytest.mark.usefixtures("fast_compilation")

@@ -215,6 +215,7 @@ def build(config: Config, input_shape: tuple[int, ...], num_classes: int) -> Mod
     normalize = None if (mean, std) == ((0.0,), (1.0,)) else layers.Normalize(mean, std)
     if is_code(config.encoder):
         encoder = custom.make(config, "encoder", input_shape=tuple(input_shape))
+        _latent_shape(encoder, input_shape, f"model.encoder={config.encoder}")
     else:
         encoder = layers.Encoder(_encoder_layers(config, input_shape[2]))
     if config.head in heads:
@@ -249,11 +250,14 @@ def _encoder_layers(config: Config, channels: int) -> Chain:
 
 
 def _latent_shape(encoder: nn.Module, input_shape: tuple[int, ...], name: str) -> tuple[int, ...]:
-    """Shape of the latents; raises UserError if the encoder fails."""
+    """Shape of the latents; raises UserError if the encoder fails or returns something else."""
     images = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
     with custom.errors_of(name):
         found = jax.eval_shape(lambda x: encoder.init_with_output(jax.random.key(0), x)[0], images)
-        return tuple(found.shape[1:])
+    if not isinstance(found, jax.ShapeDtypeStruct) or found.shape[:1] != (1,):
+        what = found.shape if isinstance(found, jax.ShapeDtypeStruct) else f"a {type(found).__name__}"
+        raise UserError(f"{name} returns {what} for one image: it must return one array, images first")
+    return tuple(found.shape[1:])
 
 
 def _check_blocks(config: Config) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,26 +13,36 @@ _DIGEST = 32  # bytes of SHA-256 in front of the content
 folder: Path | None = None  # of the files; None keeps nothing
 
 
-def cached(name: str, compute: Callable[[], bytes], most: float = math.inf) -> bytes:
+def cached(name: str, compute: Callable[[], bytes]) -> bytes:
     """The content called `name`, from its file or from `compute`.
 
     A file that does not have the digest of its name and content is made again. `name` must say all on which the
-    content depends. More than `most` bytes are not kept.
+    content depends.
     """
+    found = find(name)
+    if found is None:
+        found = compute()
+        keep(name, found)
+    return found
+
+
+def find(name: str) -> bytes | None:
+    """The kept content called `name`; None if there is none, or if its file is damaged."""
     if folder is None:
-        return compute()
-    path = folder / name
+        return None
     with contextlib.suppress(OSError):
-        found = path.read_bytes()
+        found = (folder / name).read_bytes()
         if _digest(name, found[_DIGEST:]) == found[:_DIGEST]:
             return found[_DIGEST:]
-    content = compute()
-    if len(content) > most:
-        return content
-    with contextlib.suppress(OSError, UserError):  # a cache that cannot be written costs time only
-        folder.mkdir(parents=True, exist_ok=True)
-        files.write_atomic(path, _digest(name, content) + content)
-    return content
+    return None
+
+
+def keep(name: str, content: bytes) -> None:
+    """Keeps the content called `name`, if a folder is named and can be written."""
+    if folder is not None:
+        with contextlib.suppress(OSError, UserError):  # a cache that cannot be written costs time only
+            folder.mkdir(parents=True, exist_ok=True)
+            files.write_atomic(folder / name, _digest(name, content) + content)
 
 
 def _digest(name: str, content: bytes) -> bytes:
