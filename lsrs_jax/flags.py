@@ -63,6 +63,7 @@ def config_from_flags(rest: list[str], stored: Config | None = None) -> Config:
         raise UserError(f"two configurations: {' and '.join(named)}; give one")
     if nameless := [flag for flag in given if flag.partition("=")[0] == "--config."]:
         raise UserError(f"{nameless[0]} names no field: write --config.FIELD=VALUE")
+    given = list({flag.partition("=")[0]: flag for flag in given}.values())  # the last one counts; tuples would grow
     source = next((flag for flag in given if flag.startswith("--config.data.name=")), "").partition("=")[2]
     if source.partition(":")[0] in SOURCES and ":" in source and any("--config.data.dir=" in flag for flag in given):
         raise UserError(f"--config.data.name={source} contains the path already: leave --config.data.dir out")

@@ -177,6 +177,13 @@ def test_ways_to_write_the_same_configuration():
         assert config_from_flags(words.split()).to_dict() == expected, words
 
 
+def test_the_last_value_of_a_field_counts():
+    fields = "radii=(0.1,)", "seed=1", "radii=(0.5,0.7)", "seed=2"
+    words = [f"--config.certify.{field}" for field in fields]
+    config = config_from_flags(["--config=digits", *words])
+    assert (config.certify.radii, config.certify.seed) == ((0.5, 0.7), 2)
+
+
 def test_paths_begin_at_home_where_they_say_so(monkeypatch, tmp_path, certified):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine.py").write_text((ROOT / "configs" / "digits.py").read_text())
