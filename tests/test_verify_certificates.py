@@ -189,6 +189,9 @@ def test_every_published_folder_gets_the_answer_that_its_files_allow(path, capsy
     code, out = answer(folder, capsys)
     if list(folder.glob("votes.*.tsv")):
         assert (code, "0 of" in out, "in format 1 nobody can" in out) == (3, True, True), out
+    elif code == 0:
+        assert json.loads(path.read_text())["identity"]["certificate"] == "deterministic"
+        assert "certificates are unchanged; they are deterministic, without samples" in out
     else:  # published without samples, which are large
         assert (code, "unsealed" in out or "['votes.0.tsv'] is missing" in out) == (2, True), out
 
