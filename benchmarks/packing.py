@@ -85,7 +85,7 @@ def main(arguments):
     parser.add_argument("--n", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--heads", action="store_true", help="compare calls of one image with one call")
-    parser.add_argument("--samples", default="1000,10000", help="n of the calls of --heads")
+    parser.add_argument("--samples", type=cli.numbers, default=(1000, 10_000), help="n of the calls of --heads")
     options = parser.parse_args(arguments)
     rows = []
     for path in filter(None, options.runs.split(",")):
@@ -95,7 +95,7 @@ def main(arguments):
         columns = "run|images|schedule|samples per image|fewer than fixed|seconds, best to worst|faster|share"
         print(table(columns, rows) + "\n")
     if options.heads:
-        cases = itertools.product(CALLED, map(int, options.samples.split(",")))
+        cases = itertools.product(CALLED, map(int, options.samples))
         found = [calls(name, n, options.rounds) for name, n in cases]
         print(table("head|n|ms per image, one call|ms per image, a call for each|ratio", found))
 

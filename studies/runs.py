@@ -37,7 +37,7 @@ class Run:
         certify = ["lsrs_jax.certify", place, *(f"--config.{flag}" for flag in self.certify)]
         commands = [["lsrs_jax.train", f"--config={self.config}", place, *flags], certify]
         if self.decides is not None and MARGIN not in self.certify:  # a margin decides every radius
-            others = [flag for flag in self.certify if flag != RADII_ONLY]  # a tuple that is given twice grows
+            others = [flag for flag in self.certify if flag != RADII_ONLY]  # this one takes their place
             chosen = *others, f"certify.name={DECIDED}", f"certify.radii=({self.decides},)"
             commands.append(["lsrs_jax.certify", place, *(f"--config.{flag}" for flag in chosen)])
         return commands

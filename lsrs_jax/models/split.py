@@ -215,18 +215,18 @@ def build(config: Config, input_shape: tuple[int, ...], num_classes: int) -> Mod
     normalize = None if (mean, std) == ((0.0,), (1.0,)) else layers.Normalize(mean, std)
     if is_code(config.encoder):
         encoder = custom.make(config, "encoder", input_shape=tuple(input_shape))
-        _latent_shape(encoder, input_shape, f"model.encoder={config.encoder}")
     else:
         encoder = layers.Encoder(_encoder_layers(config, input_shape[2]))
+    latent_shape: tuple[int, ...] = ()
+    if is_code(config.encoder) or config.head not in heads:  # code of others must return one array
+        latent_shape = _latent_shape(encoder, input_shape, f"model.encoder={config.encoder}")
     if config.head in heads:
         sizes = {"blocks": (widths[split:], strides[split:]), "mlp": (config.head_widths,)}
         head = heads[config.head](num_classes, *sizes.get(config.head, ()))
+    elif is_code(config.head):
+        head = custom.make(config, "head", num_classes=num_classes, latent_shape=latent_shape)
     else:
-        latent_shape = _latent_shape(encoder, input_shape, f"model.encoder={config.encoder}")
-        if is_code(config.head):
-            head = custom.make(config, "head", num_classes=num_classes, latent_shape=latent_shape)
-        else:
-            head = torch_head.of_architecture(config.head, num_classes, latent_shape)
+        head = torch_head.of_architecture(config.head, num_classes, latent_shape)
     training_head = None
     if config.head_norm == "batch":
         head, training_head = batch_norm.variants(head, config.head)

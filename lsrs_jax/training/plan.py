@@ -151,8 +151,7 @@ def report(model: Model, config: Config, dataset: Dataset, images: int) -> str:
         describe(model),
         f"training on {devices()}: {config.data.batch_size:,} images a step, on each device "
         f"{step.flops / 1e12:,.3g} TFLOP and {_gib(step.memory)}"
-        + f"; a GPU or TPU holds the images too, {_gib(held)}"
-        * (held > 0),
+        + (f"; a GPU or TPU holds the images too, {_gib(held)}" if held else ""),
     ]
     if certify.certificate == "smoothed":
         n, tile = certify.n0 + certify.n, sampling_need(model, config)
