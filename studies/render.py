@@ -10,11 +10,12 @@ from lsrs_jax.reporting.kinds import kind_of
 from lsrs_jax.reporting.runs import Run, incomparable
 from lsrs_jax.runtime.errors import UserError
 from lsrs_jax.runtime.files import write_atomic
-from studies import accelerator, page_figures, results
-from studies.runs import STUDIES
+from studies import accelerator, page_figures, paired, results
+from studies.runs import ENCODERS, STUDIES
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
+LEARNED = ENCODERS["learned"]
 ACCELERATOR = "accelerator"  # a page whose tables come from benchmarks/accelerator.py
 
 
@@ -46,6 +47,7 @@ def section(name, found):
     header = ["run", *next(iter(rows.values()))]
     table = accelerator.table(header, [[label, *cells.values()] for label, cells in rows.items()])
     parts = [f"![{name}]({home}/{name}.png)", accelerator.folded(table, most=0)]
+    parts[1:1] = [gains(found)] if STUDIES[name].figure == "grid" else []
     different = incomparable([Run(label, run.table, sampling=run.sampling) for label, run in found.items()])
     parts += [different] if different else []
     parts += [_means(found, STUDIES[name].references)] if STUDIES[name].references and not missing else []
@@ -134,7 +136,7 @@ def deciding(found):
     axes = figure.subplots()
     for label, run in found.items():
         groups.setdefault(label.rpartition(", seed ")[0], []).append(run)
-    radius = next(iter(found.values())).facts["decided"]["radius"]
+    radius = _decided(found)
     for (label, runs), color, marker in zip(groups.items(), style.PALETTE, style.MARKERS, strict=False):
         flops = [results.flops_to_decide(run) / 1e6 for run in runs]
         certified = np.array([run.table.correct & (run.table.radius >= radius) for run in runs])
@@ -150,13 +152,50 @@ def deciding(found):
     return figure
 
 
+def _pairs(found):
+    """(encoder, head) → seed → run, of the runs of a grid."""
+    groups = {}
+    for label, run in found.items():
+        kind, _, seed = label.rpartition(", seed ")
+        groups.setdefault(tuple(kind.split("; ")), {})[seed] = run
+    return groups
+
+
+def _decided(found):
+    """The radius that the runs of a study decide."""
+    return next(iter(found.values())).facts["decided"]["radius"]
+
+
+def gains(found):
+    """A table of certified accuracies at one radius: a row per head, a column per encoder, and what learning adds."""
+    groups, radius = _pairs(found), _decided(found)
+    fixed = list(dict.fromkeys(encoder for encoder, _ in groups if encoder != LEARNED))
+
+    def certified(encoder, head):
+        """Share of the seeds that certify an image, per image."""
+        tables = [run.table for run in groups.get((encoder, head), {}).values()]
+        return np.mean([table.correct & (table.radius >= radius) for table in tables], axis=0) if tables else None
+
+    rows = []
+    for head in dict.fromkeys(head for encoder, head in groups if encoder == LEARNED):
+        seeds = {encoder: ", ".join(groups.get((encoder, head), ())) for encoder in (*fixed, LEARNED)}
+        own, others = certified(LEARNED, head), {encoder: certified(encoder, head) for encoder in fixed}
+        others = {encoder: found for encoder, found in others.items() if seeds[encoder] == seeds[LEARNED]}
+        if not others:
+            continue
+        best = max(others, key=lambda encoder: others[encoder].mean())
+        compared = paired.difference(others[best], own)
+        cells = [f"{others[encoder].mean():.3f}" if encoder in others else "-" for encoder in fixed]
+        gain = f"{compared.mean:+.3f} ({compared.error:.3f}), {best}"
+        rows.append([head, seeds[LEARNED], *cells, f"{own.mean():.3f}", gain])
+    gain = "learned minus the best other (standard error over images)"
+    return accelerator.table([f"head, r={radius:g}", "seeds", *fixed, LEARNED, gain], rows)
+
+
 def grid(found):
     """Certified accuracy at one radius over the FLOPs that decide it: a colour per encoder, a marker per head."""
-    figure, groups = style.new_figure(2.4), {}
-    axes = figure.subplots()
-    for label, run in found.items():
-        groups.setdefault(tuple(label.rpartition(", seed ")[0].split("; ")), []).append(run)
-    radius = next(iter(found.values())).facts["decided"]["radius"]
+    figure, groups = style.new_figure(2.4), _pairs(found)
+    axes, radius = figure.subplots(), _decided(found)
     encoders = list(dict.fromkeys(encoder for encoder, _ in groups))
     heads = list(dict.fromkeys(head for _, head in groups))
     for encoder, color in zip(encoders, style.PALETTE, strict=False):
@@ -164,7 +203,7 @@ def grid(found):
         for head, marker in zip(heads, style.MARKERS, strict=False):
             if (encoder, head) not in groups:
                 continue
-            runs = groups[encoder, head]
+            runs = groups[encoder, head].values()
             each = [(results.flops_to_decide(run) / 1e6, run.table.certified_accuracy(radius)) for run in runs]
             axes.plot(*zip(*each, strict=True), marker, color=color, fillstyle="none", markersize=3)
             points.append(np.mean(each, axis=0))

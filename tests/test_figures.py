@@ -120,6 +120,25 @@ def test_the_figure_of_a_grid_can_be_read(monkeypatch, pairs):
         assert np.isclose(drawn, [x, run.table.certified_accuracy(0.5)]).all(axis=1).any()
 
 
+def test_the_table_of_a_grid_compares_learned_encoders_with_the_best_other_over_equal_seeds():
+    found = grid_of(["low-pass", "Haar", "learned"])
+    del found["Haar; linear, seed 1"]
+    header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in render.gains(found).splitlines())
+    rows = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+    assert rows["linear"]["Haar"] == "-"  # of one seed
+    for head, row in rows.items():
+        means = {}
+        for encoder in header[2:-1]:
+            pair = [found.get(f"{encoder}; {head}, seed {seed}") for seed in "01"]
+            if None not in pair:
+                means[encoder] = np.mean([run.table.certified_accuracy(0.5) for run in pair])
+                assert row[encoder] == f"{means[encoder]:.3f}"
+        own = means.pop("learned")
+        best = max(means, key=means.get)
+        assert abs(float(row[header[-1]].split()[0]) - (own - means[best])) < 0.00051
+        assert row[header[-1]].endswith(f"), {best}")
+
+
 def test_the_figure_of_the_separation_can_be_read(monkeypatch):
     with style.look():
         check_readable(separation.figure(dict.fromkeys(separation.MEASURED, 0.49), 0.14), monkeypatch)
