@@ -217,11 +217,11 @@ def _small_heads():
 
 
 ENCODERS = {"lowpass": "low-pass, 3 channels", "bands": "low-pass, 12 channels", "haar": "Haar", "learned": "learned"}
-HEADS = {"linear": "linear", "mlp": "MLP, 512", "small": "MLP, 64", "conv": "3 convolutions"}
+HEADS = {"linear": "linear", "small": "MLP, 64", "mlp": "MLP, 512", "conv": "3 convolutions"}
 STEPS = {  # head: in front of the encoders, in the order of `ENCODERS`; 540 seconds of one core each
     "linear": (65_000, 65_000, 29_000, 6_000),
-    "mlp": (46_000, 18_000, 5_600, 4_500),
     "small": (77_000, 55_000, 19_000, 5_500),
+    "mlp": (46_000, 18_000, 5_600, 4_500),
     "conv": (16_000, 14_000, 8_100, 3_900),
 }
 
