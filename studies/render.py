@@ -169,25 +169,23 @@ def _decided(found):
 def gains(found):
     """A table of certified accuracies at one radius: a row per head, a column per encoder, and what learning adds."""
     groups, radius = _pairs(found), _decided(found)
-    fixed = list(dict.fromkeys(encoder for encoder, _ in groups if encoder != LEARNED))
-
-    def certified(encoder, head):
-        """Share of the seeds that certify an image, per image."""
-        tables = [run.table for run in groups.get((encoder, head), {}).values()]
-        return np.mean([table.correct & (table.radius >= radius) for table in tables], axis=0) if tables else None
-
+    heads = list(dict.fromkeys(head for encoder, head in groups if encoder == LEARNED))
+    fixed = list(dict.fromkeys(encoder for encoder, head in groups if encoder != LEARNED and head in heads))
     rows = []
-    for head in dict.fromkeys(head for encoder, head in groups if encoder == LEARNED):
-        seeds = {encoder: ", ".join(groups.get((encoder, head), ())) for encoder in (*fixed, LEARNED)}
-        own, others = certified(LEARNED, head), {encoder: certified(encoder, head) for encoder in fixed}
-        others = {encoder: found for encoder, found in others.items() if seeds[encoder] == seeds[LEARNED]}
-        if not others:
+    for head in heads:
+        runs = {encoder: groups[encoder, head] for encoder in (*fixed, LEARNED) if (encoder, head) in groups}
+        seeds = [seed for seed in runs[LEARNED] if all(seed in each for each in runs.values())]
+        if len(runs) == 1 or not seeds:
             continue
-        best = max(others, key=lambda encoder: others[encoder].mean())
-        compared = paired.difference(others[best], own)
-        cells = [f"{others[encoder].mean():.3f}" if encoder in others else "-" for encoder in fixed]
-        gain = f"{compared.mean:+.3f} ({compared.error:.3f}), {best}"
-        rows.append([head, seeds[LEARNED], *cells, f"{own.mean():.3f}", gain])
+        certified = {
+            encoder: np.mean([each[seed].table.correct & (each[seed].table.radius >= radius) for seed in seeds], axis=0)
+            for encoder, each in runs.items()
+        }
+        cells = [f"{certified[encoder].mean():.3f}" if encoder in certified else "-" for encoder in (*fixed, LEARNED)]
+        own = certified.pop(LEARNED)
+        best = max(certified, key=lambda encoder: certified[encoder].mean())
+        gain = paired.difference(certified[best], own)
+        rows.append([head, ", ".join(seeds), *cells, f"{gain.mean:+.3f} ({gain.error:.3f}), {best}"])
     gain = "learned minus the best other (standard error over images)"
     return accelerator.table([f"head, r={radius:g}", "seeds", *fixed, LEARNED, gain], rows)
 
@@ -198,25 +196,23 @@ def grid(found):
     axes, radius = figure.subplots(), _decided(found)
     encoders = list(dict.fromkeys(encoder for encoder, _ in groups))
     heads = list(dict.fromkeys(head for _, head in groups))
-    for encoder, color in zip(encoders, style.PALETTE, strict=False):
-        points = []
-        for head, marker in zip(heads, style.MARKERS, strict=False):
-            if (encoder, head) not in groups:
-                continue
-            runs = groups[encoder, head].values()
-            each = [(results.flops_to_decide(run) / 1e6, run.table.certified_accuracy(radius)) for run in runs]
-            axes.plot(*zip(*each, strict=True), marker, color=color, fillstyle="none", markersize=3)
-            points.append(np.mean(each, axis=0))
-            axes.plot(*points[-1], marker, color=color, markersize=6)
-        axes.plot(*zip(*sorted(map(tuple, points)), strict=True), color=color, linewidth=0.8)
-    for encoder, color in zip(encoders, style.PALETTE, strict=False):
-        axes.plot([], [], color=color, label=encoder)
-    for head, marker in zip(heads, style.MARKERS, strict=False):
-        axes.plot([], [], marker, color="black", label=f"head: {head}")
+    colors, markers = dict(zip(encoders, style.PALETTE, strict=False)), dict(zip(heads, style.MARKERS, strict=False))
+    for (encoder, head), runs in groups.items():
+        look = {"marker": markers[head], "color": colors[encoder], "linestyle": "none"}
+        each = [(results.flops_to_decide(run) / 1e6, run.table.certified_accuracy(radius)) for run in runs.values()]
+        axes.plot(*zip(*each, strict=True), **look, fillstyle="none", markersize=3)
+        axes.plot(*np.mean(each, axis=0), **look, markersize=6)
+    for encoder, color in colors.items():
+        axes.plot([], [], color=color, linewidth=4, label=encoder)
+    for _ in heads[len(encoders) :]:
+        axes.plot([], [], " ", label=" ")  # so that the heads have a column of their own
+    for head, marker in markers.items():
+        axes.plot([], [], marker, color="black", label=head)
     axes.set(xlabel="MFLOP to decide an image (encoder and samples)", xscale="log")
     axes.set(ylabel=f"certified accuracy\nat r = {radius:g}")
     axes.margins(0.1)
-    style.legend_below(figure, *axes.get_legend_handles_labels(), "small: seeds; linear heads: margin, without samples")
+    note = "color: encoder; marker: head; small: seeds; linear heads: margin, without samples"
+    style.legend_below(figure, *axes.get_legend_handles_labels(), note)
     return figure
 
 

@@ -229,9 +229,9 @@ STEPS = {  # head: in front of the encoders, in the order of `ENCODERS`; 540 sec
 def _grid():
     """Four encoders and four heads, trained for equal seconds with one recipe, of which nothing was chosen.
 
-    And ISRS of a free network under the same loss, for the FLOPs (3,600 steps) and for the steps of the learned encoder
-    of `_small_heads`. The radii of convolutional classifiers are decided and not measured, which takes a fifth of the
-    samples.
+    Beside them the runs of `_small_heads`, trained for longer, and ISRS of a free network under the same loss, for the
+    FLOPs (3,600 steps) and for the steps of the learned encoder there. The radii of convolutional classifiers are
+    decided and not measured, which takes a fifth of the samples.
     """
     measured = {"linear": (MARGIN,), "conv": (INTEGER, RADII_ONLY)}
     rows = {}
@@ -245,11 +245,14 @@ def _grid():
             decides=0.5,
             certify=measured.get(head, (INTEGER,)),
         )
+    for run in _small_heads().values():
+        encoder, seed = run.name.split("-")
+        rows[f"{ENCODERS[encoder]}; MLP, tuned, 800 s, {seed.replace('seed', 'seed ')}"] = run
     for steps in (3600, 10_000):
         # Under the whole attack from the first step on, this network does not begin to learn.
         attack = f"train.smoothadv.warmup_steps={steps // 3}"
         flags = "seed=0", *ATTACKED, attack, AVERAGED, "train.warmup_steps=150", f"train.steps={steps}"
-        rows[f"none (ISRS); 7 convolutions, {steps:,} steps, seed 0"] = Run(
+        rows[f"none (ISRS); 7 conv., {steps:,} steps, seed 0"] = Run(
             f"free-{steps}-seed0", "configs/cifar10_small.py:free", flags, decides=0.5, certify=measured["conv"]
         )
     return rows
