@@ -46,8 +46,9 @@ def section(name, found):
     rows = {f"[{label}]({home}/{run.name}/card.md)": results.cells(run) for label, run in found.items()}
     header = ["run", *next(iter(rows.values()))]
     table = accelerator.table(header, [[label, *cells.values()] for label, cells in rows.items()])
-    parts = [f"![{name}]({home}/{name}.png)", accelerator.folded(table, most=0)]
-    parts[1:1] = [gains(found)] if STUDIES[name].figure == "grid" else []
+    parts = [f"![{name}]({home}/{name}.png)"]
+    parts += [gains(found)] if STUDIES[name].figure == "grid" else []
+    parts += [accelerator.folded(table, most=0)]
     different = incomparable([Run(label, run.table, sampling=run.sampling) for label, run in found.items()])
     parts += [different] if different else []
     parts += [_means(found, STUDIES[name].references)] if STUDIES[name].references and not missing else []

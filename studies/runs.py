@@ -245,9 +245,9 @@ def _grid():
             decides=0.5,
             certify=measured.get(head, (INTEGER,)),
         )
-    for run in _small_heads().values():
-        encoder, seed = run.name.split("-")
-        rows[f"{ENCODERS[encoder]}; MLP, tuned, 800 s, {seed.replace('seed', 'seed ')}"] = run
+    for label, run in _small_heads().items():
+        encoder, seed = ENCODERS[run.name.partition("-")[0]], label.rpartition(", ")[2]
+        rows[f"{encoder}; MLP, tuned, 800 s, {seed}"] = run
     for steps in (3600, 10_000):
         # Under the whole attack from the first step on, this network does not begin to learn.
         attack = f"train.smoothadv.warmup_steps={steps // 3}"
